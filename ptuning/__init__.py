@@ -1,0 +1,1 @@
+"""P-Tuning v2 for ChatGLM-6B."""

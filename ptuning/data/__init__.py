@@ -1,0 +1,1 @@
+"""Text in, token sequences out: reading, prompt building, tokenising, batching."""

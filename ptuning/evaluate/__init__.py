@@ -1,0 +1,1 @@
+"""Strings in, numbers and pages out: metrics, predictions, report."""

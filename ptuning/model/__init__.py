@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: ChatGLM, its prefix, and their checkpoints."""

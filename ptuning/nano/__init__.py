@@ -1,0 +1,1 @@
+"""The embedded default: a small ChatGLM, and how it was made."""
