@@ -1,0 +1,70 @@
+"""Self-attention with an optional prefix of extra keys and values.
+
+The prefix is joined outside the key/value cache, so that a cache holds real tokens only and a prefix can be
+changed or left out at any call. Softmax runs in float32.
+Shapes: B batch, S tokens, K = P + cached + S keys, P prefix, H heads, D width of a head, E = H x D.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache
+
+from ptuning.model.config import ChatGLMConfig
+from ptuning.model.prefix_encoder import join_prefix
+from ptuning.model.rotary import Rotation, rotate
+
+
+class LayerInputs(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    rotation: Rotation
+    visible: Tensor | None  # bool (B or 1, 1, S, K), True for visible; None when every key is visible
+    prefix_dropout: float  # 0 outside training
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the output (B, H, S, D) and the weights (B, H, S, K), computed step by step in float32."""
+    scores = (query.float() * query.shape[-1] ** -0.5) @ key.float().transpose(-1, -2)  # (B, H, S, K)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1).to(query.dtype)
+    return weights @ value, weights
+
+
+class Attention(nn.Module):
+    """One layer's self-attention, under the published names `query_key_value` and `dense`."""
+
+    def __init__(self, config: ChatGLMConfig, layer_index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_index = layer_index
+        self.num_heads = config.num_attention_heads
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        shared: LayerInputs,
+        prefix: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output (B, S, E) and, from the eager implementation only, the weights (B, H, S, K)."""
+        fused = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, -1))  # (B, S, H, 3D)
+        query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # (B, H, S, D) each
+        query, key = rotate(query, shared.rotation), rotate(key, shared.rotation)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_index)
+        if prefix is not None:
+            key, value = join_prefix(prefix, key, value, dropout=shared.prefix_dropout)
+        weights = None
+        if self.config._attn_implementation == "eager":
+            output, weights = eager_attention(query, key, value, shared.visible)
+        else:
+            output = functional.scaled_dot_product_attention(query, key, value, attn_mask=shared.visible)
+        return self.dense(output.transpose(1, 2).flatten(2)), weights  # (B, S, E)

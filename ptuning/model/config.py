@@ -1,0 +1,78 @@
+"""ChatGLM-6B's configuration under its published key names.
+
+The file is the published `config.json` (`model_type: chatglm`); sizes come from it and from nowhere else.
+Source: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/config.json
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# Keys that only the later generations (ChatGLM2, ChatGLM3, GLM-4) write under the same model_type.
+LATER_GENERATION_KEYS = ("multi_query_attention", "padded_vocab_size", "ffn_hidden_size", "rmsnorm")
+
+
+class ChatGLMConfig(PreTrainedConfig):
+    """Sizes and token ids of a first-generation ChatGLM, and the prefix it may carry.
+
+    `pre_seq_len` (prefix length in tokens, None for no prefix) and `prefix_projection` are published keys too.
+    Raises ValueError for a later ChatGLM generation and for sizes that cannot fit together.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "inner_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    vocab_size: int = 130528
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    max_sequence_length: int = 2048
+    layernorm_epsilon: float = 1e-5
+    position_encoding_2d: bool = True
+    use_cache: bool = True
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 130004
+    eos_token_id: int | list[int] | None = 130005
+    pad_token_id: int | None = 3
+    mask_token_id: int = 130000
+    gmask_token_id: int = 130001
+    tie_word_embeddings: bool = False
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    quantization_bit: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Refuse what this model is not, then let transformers read the rest."""
+        later = [key for key in LATER_GENERATION_KEYS if key in kwargs]
+        if later:
+            raise ValueError(
+                f"this config.json has {', '.join(later)}: it belongs to ChatGLM2, ChatGLM3 or GLM-4, which share "
+                "model_type 'chatglm' but are other models; this toolkit is for the first ChatGLM-6B "
+                "(THUDM/chatglm-6b)."
+            )
+        if not self.position_encoding_2d:
+            raise ValueError(
+                "position_encoding_2d is false; ChatGLM-6B has two-dimensional positions, so set it to true."
+            )
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check that the sizes fit: transformers calls this after every construction."""
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; "
+                "two-dimensional rotary needs a head width divisible by 4."
+            )
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len is {self.pre_seq_len}; use 1 or more, or leave it out.")
+
+    @property
+    def head_dim(self) -> int:
+        """Width D of one attention head."""
+        return self.hidden_size // self.num_attention_heads

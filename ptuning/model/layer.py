@@ -1,0 +1,53 @@
+"""One transformer layer: post-norm style, with a scaled skip that carries the normalised input.
+
+Shapes: B batch, S tokens, E hidden size.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ptuning.model.attention import Attention, LayerInputs
+from ptuning.model.config import ChatGLMConfig
+
+# sqrt(2 * 28): the published code never passes the layer count to the block, so 28 holds at any depth.
+SKIP_SCALE = 56**0.5
+
+
+class FeedForward(nn.Module):
+    """Two linear maps around the tanh form of GELU, under the published names."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map (B, S, E) to (B, S, E)."""
+        return self.dense_4h_to_h(functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class Layer(GradientCheckpointingLayer):
+    """Attention and feed-forward; recomputed in the backward pass when gradient checkpointing is on."""
+
+    def __init__(self, config: ChatGLMConfig, layer_index: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = Attention(config, layer_index)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        shared: LayerInputs,
+        prefix: Tensor | None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the next hidden states (B, S, E) and the attention weights, None unless eager."""
+        normalised = self.input_layernorm(hidden_states)
+        attended, weights = self.attention(normalised, shared, prefix, past_key_values)
+        hidden_states = SKIP_SCALE * normalised + attended
+        normalised = self.post_attention_layernorm(hidden_states)
+        return SKIP_SCALE * normalised + self.mlp(normalised), weights

@@ -1,0 +1,68 @@
+"""Prefix encoder: the only trained weights in P-Tuning v2.
+
+Each prefix token owns one key and one value per layer, placed before the real tokens' keys.
+Source: Liu et al. 2021, https://arxiv.org/abs/2110.07602, section 3.
+Shapes: P prefix tokens, B batch, L layers, H heads, D width of a head, E = H x D.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class PrefixTable(nn.Embedding):
+    """The (P, ...) table of prefix entries; its own class so that it starts from N(0, 1) and not like other weights."""
+
+
+class PrefixEncoder(nn.Module):
+    """Trained table of prefix keys and values, with or without a two-layer projection.
+
+    State-dict keys are the published ones: `embedding.weight` (P, 2*L*E), or with projection `embedding.weight`
+    (P, E), `trans.0.{weight,bias}` and `trans.2.{weight,bias}`.
+    """
+
+    def __init__(
+        self,
+        *,
+        prefix_length: int,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        project: bool,
+        dropout: float = 0.1,  # the published code's value, on the prefix alone
+    ) -> None:
+        super().__init__()
+        self.prefix_length = prefix_length
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.project = project
+        self.dropout = dropout
+        hidden_size = num_heads * head_dim
+        table_width = 2 * num_layers * hidden_size
+        self.embedding = PrefixTable(prefix_length, hidden_size if project else table_width)
+        self.trans: nn.Sequential | None = None
+        if project:
+            self.trans = nn.Sequential(
+                nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, table_width)
+            )
+
+    def forward(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return L tensors of shape (2, 1, H, P, D) in dtype: [0] holds keys, [1] values; the batch axis broadcasts."""
+        table = self.embedding.weight  # (P, 2*L*E), or (P, E) before the projection
+        if self.trans is not None:
+            table = self.trans(table)
+        table = table.view(-1, 2 * self.num_layers, self.num_heads, self.head_dim)
+        table = table.permute(1, 2, 0, 3).to(dtype)  # (2*L, H, P, D)
+        return table.contiguous().unsqueeze(1).split(2)
+
+
+def join_prefix(prefix: Tensor, keys: Tensor, values: Tensor, *, dropout: float) -> tuple[Tensor, Tensor]:
+    """Place one layer's prefix (2, 1 or B, H, P, D) before keys and values (B, H, S, D): two (B, H, P + S, D).
+
+    dropout > 0 draws its own mask for every row, as the published code does.
+    """
+    prefix = prefix.expand(-1, keys.shape[0], -1, -1, -1)
+    if dropout > 0.0:
+        prefix = functional.dropout(prefix, dropout)
+    return torch.cat((prefix[0], keys), dim=2), torch.cat((prefix[1], values), dim=2)

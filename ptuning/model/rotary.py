@@ -1,0 +1,51 @@
+"""Two-dimensional rotary position embedding.
+
+Each head's width D is cut in two halves; the first is rotated by the first position channel, the second by
+the other. Inverse frequencies are rounded to float16, as the published checkpoint stores them.
+Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; GLM's use of it in ChatGLM-6B.
+Shapes: B batch, S tokens, H heads, D width of a head.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines, float32 (B, 1, S, 2, D/4): channel, then frequency."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def inverse_frequencies(head_dim: int) -> Tensor:
+    """Return the D/4 inverse frequencies of one half, float32 values rounded to float16.
+
+    >>> inverse_frequencies(16).tolist()
+    [1.0, 0.0999755859375, 0.0099945068359375, 0.0010004043579101562]
+    """
+    half = head_dim // 2
+    exponents = torch.arange(0, half, 2, dtype=torch.float32) / half
+    return (1.0 / 10000.0**exponents).half().float()
+
+
+def rotation_at(position_ids: Tensor, frequencies: Tensor) -> Rotation:
+    """Return the rotation of every token from position_ids (B, 2, S)."""
+    angles = position_ids.transpose(1, 2).unsqueeze(-1).float() * frequencies  # (B, S, 2, D/4)
+    angles = angles.unsqueeze(1)  # (B, 1, S, 2, D/4)
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate x (B, H, S, D) and return it in the same shape and dtype; the arithmetic is float32."""
+    quarters = x.unflatten(-1, (2, 2, -1))  # (B, H, S, 2, 2, D/4)
+    first, second = quarters.unbind(-2)
+    rotated = torch.stack(
+        (
+            first * rotation.cos - second * rotation.sin,
+            second * rotation.cos + first * rotation.sin,
+        ),
+        dim=-2,
+    )
+    return rotated.flatten(-3).to(x.dtype)  # (B, H, S, D)
