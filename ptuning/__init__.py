@@ -4,12 +4,24 @@ Importing this package registers the configuration, the model and the tokenizer 
 does nothing else. `load_prefix` and `save_prefix` read and write trained prefixes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from ptuning.versions import check_versions
 
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.config import ChatGLMConfig
+check_versions()
+
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+)
+
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration  # noqa: E402
+from ptuning.model.config import ChatGLMConfig  # noqa: E402
+from ptuning.model.prefix_artefact import load_prefix, save_prefix  # noqa: E402
+
+__all__ = ["load_prefix", "save_prefix"]
 
 AutoConfig.register("chatglm", ChatGLMConfig)
 # The published repository maps AutoModel to the class with the head; scripts written for it rely on that.
-for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
-    auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration)
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+    _auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration)

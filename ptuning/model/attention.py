@@ -21,7 +21,9 @@ class LayerInputs(NamedTuple):
     """What every layer of one forward pass shares."""
 
     rotation: Rotation
-    visible: Tensor | None  # bool (B or 1, 1, S, K), True for visible; None when every key is visible
+    visible: (
+        Tensor | None
+    )  # bool (B or 1, 1, S, K), True for visible; None when every key is visible
     prefix_dropout: float  # 0 outside training
 
 
@@ -29,7 +31,9 @@ def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, S, D) and the weights (B, H, S, K), computed step by step in float32."""
-    scores = (query.float() * query.shape[-1] ** -0.5) @ key.float().transpose(-1, -2)  # (B, H, S, K)
+    scores = (query.float() * query.shape[-1] ** -0.5) @ key.float().transpose(
+        -1, -2
+    )  # (B, H, S, K)
     if visible is not None:
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1).to(query.dtype)
@@ -55,7 +59,9 @@ class Attention(nn.Module):
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output (B, S, E) and, from the eager implementation only, the weights (B, H, S, K)."""
-        fused = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, -1))  # (B, S, H, 3D)
+        fused = self.query_key_value(hidden_states).unflatten(
+            -1, (self.num_heads, -1)
+        )  # (B, S, H, 3D)
         query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # (B, H, S, D) each
         query, key = rotate(query, shared.rotation), rotate(key, shared.rotation)
         if past_key_values is not None:
@@ -66,5 +72,7 @@ class Attention(nn.Module):
         if self.config._attn_implementation == "eager":
             output, weights = eager_attention(query, key, value, shared.visible)
         else:
-            output = functional.scaled_dot_product_attention(query, key, value, attn_mask=shared.visible)
+            output = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=shared.visible
+            )
         return self.dense(output.transpose(1, 2).flatten(2)), weights  # (B, S, E)

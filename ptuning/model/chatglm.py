@@ -65,10 +65,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.register_buffer("inverse_frequencies", inverse_frequencies(config.head_dim), persistent=False)
+        self.register_buffer(
+            "inverse_frequencies", inverse_frequencies(config.head_dim), persistent=False
+        )
         self.prefix_encoder: PrefixEncoder | None = None
         if config.pre_seq_len is not None:
-            self.prefix_encoder = self.new_prefix_encoder(config.pre_seq_len, project=config.prefix_projection)
+            self.prefix_encoder = self.new_prefix_encoder(
+                config.pre_seq_len, project=config.prefix_projection
+            )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -113,7 +117,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden_states, when asked for, are the L inputs of the layers and then the final output.
         """
         if inputs_embeds is not None:
-            raise ValueError("inputs_embeds are given; ChatGLM's positions come from the tokens: give input_ids.")
+            raise ValueError(
+                "inputs_embeds are given; ChatGLM's positions come from the tokens: give input_ids."
+            )
         if use_cache is None:
             use_cache = self.config.use_cache
         if self.training:
@@ -123,8 +129,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         positions, visible = self._place(input_ids, attention_mask, position_ids, past_key_values)
         prefix = self.prefix_for(use_prefix, prefix_key_values)
         if prefix is not None and visible is not None:
-            visible = functional.pad(visible, (prefix[0].shape[3], 0), value=True)  # everybody sees the prefix
-        dropout = self.prefix_encoder.dropout if self.training and self.prefix_encoder is not None else 0.0
+            visible = functional.pad(
+                visible, (prefix[0].shape[3], 0), value=True
+            )  # everybody sees the prefix
+        dropout = (
+            self.prefix_encoder.dropout
+            if self.training and self.prefix_encoder is not None
+            else 0.0
+        )
         shared = LayerInputs(rotation_at(positions, self.inverse_frequencies), visible, dropout)
 
         hidden_states = self.word_embeddings(input_ids)  # (B, S, E)
@@ -144,8 +156,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(all_hidden_states) if self._wants("output_hidden_states", output_hidden_states) else None,
-            attentions=tuple(all_weights) if self._wants("output_attentions", output_attentions) else None,
+            hidden_states=tuple(all_hidden_states)
+            if self._wants("output_hidden_states", output_hidden_states)
+            else None,
+            attentions=tuple(all_weights)
+            if self._wants("output_attentions", output_attentions)
+            else None,
         )
 
     def _wants(self, name: str, given: bool | None) -> bool:
@@ -185,7 +201,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         started = isinstance(past, Tensor) or past > 0
         context = None
         if not started or (isinstance(past, Tensor) and num_queries > 1):
-            context = self.find_context(input_ids, None if _is_ready(attention_mask) else attention_mask)
+            context = self.find_context(
+                input_ids, None if _is_ready(attention_mask) else attention_mask
+            )
             if past_key_values is not None:
                 past_key_values.glm_context = context  # type: ignore[attr-defined]
         elif given_positions is None:
@@ -271,7 +289,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the names and parameters that are not the prefix's."""
-        return ((name, value) for name, value in self.named_parameters() if "prefix_encoder." not in name)
+        return (
+            (name, value)
+            for name, value in self.named_parameters()
+            if "prefix_encoder." not in name
+        )
 
     @can_return_tuple
     def forward(
@@ -313,7 +335,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.answer_loss(hidden_states, labels, num_items_in_batch)
         else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            keep = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
             logits = self.lm_head(hidden_states[:, keep])
         return CausalLMOutputWithPast(
             loss=loss,
@@ -347,8 +371,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             self._check_prompts(input_ids)
         generation_config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None)):
-            raise ValueError("prefill_chunk_size is set; ChatGLM reads its context in one piece, so leave it out.")
-        if kwargs.get("use_prefix", True) and kwargs.get("prefix_key_values") is None and self.prefix_encoder:
+            raise ValueError(
+                "prefill_chunk_size is set; ChatGLM reads its context in one piece, so leave it out."
+            )
+        if (
+            kwargs.get("use_prefix", True)
+            and kwargs.get("prefix_key_values") is None
+            and self.prefix_encoder
+        ):
             with torch.no_grad():
                 kwargs["prefix_key_values"] = self.transformer.prefix_for(True)
         return super().generate(inputs, *args, **kwargs)
@@ -362,7 +392,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 "encode it with this model's tokenizer and add_special_tokens=True (the default)."
             )
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> None:
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> None:
         """Leave positions to prepare_inputs_for_generation: they are two-dimensional and not a running count."""
 
     def prepare_inputs_for_generation(
@@ -379,7 +411,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         num_new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
         first_new = input_ids.shape[1] - num_new
         context = self.transformer.find_context(input_ids, attention_mask)
-        inputs = {key: value for key, value in kwargs.items() if value is not None and key != "labels"}
+        inputs = {
+            key: value for key, value in kwargs.items() if value is not None and key != "labels"
+        }
         if past_key_values is not None and past_key_values.is_compileable:
             num_keys = past_key_values.get_mask_sizes(num_new, 0)[0]
             attention_mask = visible_keys(context.end, attention_mask, first_new, num_new, num_keys)
@@ -391,5 +425,3 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
         )
         return inputs
-
-

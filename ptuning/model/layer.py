@@ -25,7 +25,9 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (B, S, E) to (B, S, E)."""
-        return self.dense_4h_to_h(functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+        return self.dense_4h_to_h(
+            functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh")
+        )
 
 
 class Layer(GradientCheckpointingLayer):
@@ -35,7 +37,9 @@ class Layer(GradientCheckpointingLayer):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.attention = Attention(config, layer_index)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.post_attention_layernorm = nn.LayerNorm(
+            config.hidden_size, eps=config.layernorm_epsilon
+        )
         self.mlp = FeedForward(config)
 
     def forward(

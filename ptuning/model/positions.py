@@ -60,7 +60,9 @@ def position_ids(context: Context, first_column: int | Tensor, num_columns: int)
     """
     columns = torch.arange(num_columns, device=context.end.device) + first_column
     in_context = columns < context.end[:, None]
-    first = torch.where(in_context, columns - context.start[:, None], context.mask_position[:, None])
+    first = torch.where(
+        in_context, columns - context.start[:, None], context.mask_position[:, None]
+    )
     second = columns - context.end[:, None] + 1
     return torch.stack((first, second), dim=1).clamp(min=0)  # (B, 2, S)
 

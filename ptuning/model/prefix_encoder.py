@@ -57,7 +57,9 @@ class PrefixEncoder(nn.Module):
         return table.contiguous().unsqueeze(1).split(2)
 
 
-def join_prefix(prefix: Tensor, keys: Tensor, values: Tensor, *, dropout: float) -> tuple[Tensor, Tensor]:
+def join_prefix(
+    prefix: Tensor, keys: Tensor, values: Tensor, *, dropout: float
+) -> tuple[Tensor, Tensor]:
     """Place one layer's prefix (2, 1 or B, H, P, D) before keys and values (B, H, S, D): two (B, H, P + S, D).
 
     dropout > 0 draws its own mask for every row, as the published code does.

@@ -1,0 +1,270 @@
+"""Prefixes in and out: our self-describing directory, published `pytorch_model.bin`, or bare safetensors.
+
+An artefact is a directory with `prefix.safetensors` (published key names, float32) and `prefix_config.json`
+(everything needed to use it). Files are written under a temporary name and renamed, the config last.
+Shapes: P prefix tokens, L layers, E hidden size.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "prefix.safetensors"
+CONFIG_NAME = "prefix_config.json"
+PUBLISHED_NAME = "pytorch_model.bin"
+KEY_PREFIX = "transformer.prefix_encoder."
+
+
+@dataclass(frozen=True)
+class PrefixInfo:
+    """What a prefix is and what it was made for; the contents of prefix_config.json.
+
+    base_fingerprint is None for a published file, which does not say what it was trained on. `settings` holds the
+    prompt columns, lengths and recipe of the run; `metrics` its newest figures.
+    """
+
+    prefix_length: int
+    prefix_projection: bool
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    base_model_name_or_path: str = ""
+    base_fingerprint: str | None = None
+    step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def base_fingerprint(model: ChatGLMForConditionalGeneration) -> str:
+    """Return a short hash of the frozen base that is the same in float32, float16, bfloat16, int8 and int4.
+
+    It covers the layer norms and biases, which no quantisation touches, rounded to bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.base_parameters()):
+        if "layernorm" in name or name.endswith(".bias"):
+            digest.update(name.encode())
+            digest.update(
+                parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+            )
+    return digest.hexdigest()[:32]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write content to path so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_prefix(
+    model: ChatGLMForConditionalGeneration,
+    directory: str | Path,
+    *,
+    step: int | None = None,
+    metrics: dict[str, float] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> PrefixInfo:
+    """Write the model's prefix to directory as an artefact and return its description.
+
+    Raises ValueError when the model has no prefix.
+    """
+    encoder = model.prefix_encoder
+    if encoder is None:
+        raise ValueError(
+            "this model has no prefix to save; give it one with model.add_prefix(prefix_length)."
+        )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    info = PrefixInfo(
+        prefix_length=encoder.prefix_length,
+        prefix_projection=encoder.project,
+        num_layers=model.config.num_layers,
+        hidden_size=model.config.hidden_size,
+        num_attention_heads=model.config.num_attention_heads,
+        vocab_size=model.config.vocab_size,
+        base_model_name_or_path=model.name_or_path,
+        base_fingerprint=base_fingerprint(model),
+        step=step,
+        metrics=metrics or {},
+        settings=settings or {},
+    )
+    tensors = {
+        KEY_PREFIX + name: value.detach().float().cpu().contiguous()
+        for name, value in encoder.state_dict().items()
+    }
+    write_atomically(directory / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    text = json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n"
+    write_atomically(directory / CONFIG_NAME, text.encode())
+    return info
+
+
+def load_prefix(
+    model: ChatGLMForConditionalGeneration,
+    path: str | Path,
+    *,
+    expected_length: int | None = None,
+    expected_projection: bool | None = None,
+    allow_other_base: bool = False,
+) -> PrefixInfo:
+    """Attach the prefix at path to model and return its description.
+
+    path is an artefact directory, a directory with a published pytorch_model.bin (prefix keys alone or among the
+    whole model's), or one such file or .safetensors file. Length and projection are read from the shapes; an
+    expected value that contradicts them raises ValueError, as does a prefix made for another base (its sizes, or
+    its fingerprint unless allow_other_base). FileNotFoundError when there is no prefix at path.
+    """
+    path = Path(path)
+    tensors = read_prefix_tensors(path)
+    length, project = prefix_shape(tensors, path)
+    for flag, expected, found in (
+        ("--pre_seq_len", expected_length, length),
+        ("--prefix_projection", expected_projection, project),
+    ):
+        if expected is not None and expected != found:
+            raise ValueError(
+                f"{flag} is {expected}, but the prefix at {path} has {found}; leave {flag} out."
+            )
+    info = read_info(path)
+    _check_base(model, tensors, info, path, allow_other_base)
+    encoder = model.transformer.new_prefix_encoder(length, project=project)
+    encoder.load_state_dict(tensors)
+    model.attach_prefix(encoder)
+    return info or PrefixInfo(
+        prefix_length=length,
+        prefix_projection=project,
+        num_layers=model.config.num_layers,
+        hidden_size=model.config.hidden_size,
+        num_attention_heads=model.config.num_attention_heads,
+        vocab_size=model.config.vocab_size,
+    )
+
+
+def find_weights(path: Path) -> Path:
+    """Return the file that holds the prefix at path; FileNotFoundError says what was looked for."""
+    if path.is_file():
+        return path
+    for name in (WEIGHTS_NAME, PUBLISHED_NAME):
+        if (path / name).is_file():
+            return path / name
+    what = "has no" if path.is_dir() else "does not exist, so it has no"
+    raise FileNotFoundError(
+        f"{path} {what} {WEIGHTS_NAME} or {PUBLISHED_NAME}; give a prefix directory written by training "
+        "(output/.../checkpoint-N) or one such file."
+    )
+
+
+def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the prefix encoder's tensors at path, names without their published prefix; float32, on the CPU."""
+    file = find_weights(path)
+    try:
+        if file.suffix == ".safetensors":
+            loaded = load_file(file)
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a prefix ({type(error).__name__}): it is damaged, cut short, or holds more "
+            "than tensors; copy it again or give another checkpoint."
+        ) from error
+    tensors = {}
+    for name, value in loaded.items():
+        short = name.rpartition("prefix_encoder.")[2]
+        if (
+            "prefix_encoder." in name
+            or short in ("embedding.weight",)
+            or short.startswith("trans.")
+        ):
+            tensors[short] = value.float()
+    if "embedding.weight" not in tensors:
+        raise ValueError(
+            f"{file} has no prefix ({KEY_PREFIX}embedding.weight); it holds "
+            f"{', '.join(sorted(loaded)[:3]) or 'nothing'}...: give a P-Tuning v2 checkpoint."
+        )
+    return tensors
+
+
+def prefix_shape(tensors: dict[str, Tensor], path: Path) -> tuple[int, bool]:
+    """Return the prefix length and whether there is a projection, read from the shapes."""
+    names = set(tensors)
+    projection = {
+        "embedding.weight",
+        "trans.0.weight",
+        "trans.0.bias",
+        "trans.2.weight",
+        "trans.2.bias",
+    }
+    if names not in ({"embedding.weight"}, projection):
+        raise ValueError(
+            f"the prefix at {path} has the tensors {sorted(names)}; needed are embedding.weight alone or, with a "
+            f"projection, {sorted(projection)}."
+        )
+    return tensors["embedding.weight"].shape[0], names == projection
+
+
+def read_info(path: Path) -> PrefixInfo | None:
+    """Return the description beside the prefix at path, None where there is none (a published checkpoint)."""
+    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    if not file.is_file() or find_weights(path).name != WEIGHTS_NAME:
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{file} has format_version {version}; this version reads {FORMAT_VERSION}: update the toolkit."
+            )
+        return PrefixInfo(
+            **{f.name: values[f.name] for f in fields(PrefixInfo) if f.name in values}
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not a prefix description ({error}); restore it, or delete it to load the weights alone."
+        ) from error
+
+
+def _check_base(
+    model: ChatGLMForConditionalGeneration,
+    tensors: dict[str, Tensor],
+    info: PrefixInfo | None,
+    path: Path,
+    allow_other_base: bool,
+) -> None:
+    config = model.config
+    width = tensors["trans.2.weight" if "trans.2.weight" in tensors else "embedding.weight"]
+    found = width.shape[0] if "trans.2.weight" in tensors else width.shape[1]
+    needed = 2 * config.num_layers * config.hidden_size
+    if found != needed:
+        raise ValueError(
+            f"the prefix at {path} is {found} wide; this base needs {needed} (2 x {config.num_layers} layers x "
+            f"{config.hidden_size}): it was trained on another model, so load that one."
+        )
+    if info is None or info.base_fingerprint is None or allow_other_base:
+        return
+    fingerprint = base_fingerprint(model)
+    if info.base_fingerprint != fingerprint:
+        raise ValueError(
+            f"the prefix at {path} was trained on {info.base_model_name_or_path or 'a base'} (fingerprint "
+            f"{info.base_fingerprint[:8]}), but this base {model.name_or_path} has {fingerprint[:8]}; load the base "
+            "it was trained on, or pass allow_other_base=True to try it anyway."
+        )
