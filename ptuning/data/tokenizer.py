@@ -1,0 +1,410 @@
+"""The ChatGLM tokenizer: text to ids and back, and the only owner of control-token ids.
+
+A transformers tokenizer over the published `ice_text.model`. Ids are found by the names of the
+pieces, never by number. Text can name a control token (`<eop>`, `[MASK]`, ...) but never yield
+its id: such words are encoded letter by letter like any others, and ids reach a sequence only
+through `build_inputs_with_special_tokens`.
+Source of the layout: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/tokenization_chatglm.py
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer
+
+from ptuning.data.formatting import CHAT_TEMPLATE
+from ptuning.data.vocabulary import (
+    END_PIECE,
+    EOP_PIECE,
+    GMASK_PIECE,
+    MASK_PIECE,
+    PAD_PIECE,
+    SOP_PIECE,
+    UNKNOWN_PIECE,
+    VOCABULARY_FILE,
+    control_indices,
+    escape_whitespace,
+    find_num_image_tokens,
+    has_piece,
+    load_pieces,
+    restore_whitespace,
+    write_atomically,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_LENGTH = 2048  # max_sequence_length of the published config.json
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_IMAGE_TOKEN = re.compile(r"<image_(0|[1-9]\d*)>")
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+    """Tokenizer of the first ChatGLM-6B, both releases of its vocabulary.
+
+    The class name, `ice_text.model` and the keys of `tokenizer_config.json` are published names.
+    A single text becomes `ids [gMASK] <sop>`, a pair `a [gMASK] <sop> b <eop>`; batches are
+    padded on the left. num_image_tokens is 0, or 20000 in the older release, whose ids are all
+    that much higher; None looks it up in the config.json beside the file. Decoding returns text
+    only: control tokens have none, so they disappear, and a written-out `<eop>` stays.
+    """
+
+    vocab_files_names = {"vocab_file": VOCABULARY_FILE}  # noqa: RUF012  (the base class's own form)
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    padding_side = "left"
+
+    def __init__(
+        self,
+        vocab_file: str | Path,
+        do_lower_case: bool = False,
+        remove_space: bool = False,
+        bos_token: str | AddedToken = SOP_PIECE,
+        eos_token: str | AddedToken = EOP_PIECE,
+        end_token: str | AddedToken = END_PIECE,
+        mask_token: str | AddedToken = MASK_PIECE,
+        gmask_token: str | AddedToken = GMASK_PIECE,
+        pad_token: str | AddedToken = PAD_PIECE,
+        unk_token: str | AddedToken = UNKNOWN_PIECE,
+        num_image_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Read the vocabulary; the other arguments are keys of tokenizer_config.json."""
+        if vocab_file is None or not Path(vocab_file).is_file():
+            raise ValueError(  # transformers would replace an OSError by its own words
+                f"the vocabulary {vocab_file or VOCABULARY_FILE} is not there; the tokenizer's "
+                f"folder needs the published {VOCABULARY_FILE} (THUDM/chatglm-6b, 2.7 MB)."
+            )
+        self.vocab_file = str(vocab_file)
+        self.do_lower_case = do_lower_case
+        self.remove_space = remove_space
+        self._pieces = load_pieces(self.vocab_file)
+        if num_image_tokens is None:
+            num_image_tokens = find_num_image_tokens(self._pieces, Path(self.vocab_file))
+        self.num_image_tokens = num_image_tokens
+        self.sop_token_id = self._id_of_piece(SOP_PIECE)
+        self.eop_token_id = self._id_of_piece(EOP_PIECE)
+        self._control_ids = frozenset(
+            num_image_tokens + index for index in control_indices(self._pieces)
+        )
+        _warn_about_added_tokens(self._pieces, kwargs.pop("added_tokens_decoder", {}))
+        specific = kwargs.pop("model_specific_special_tokens", None) or {}
+        kwargs.setdefault("chat_template", CHAT_TEMPLATE)
+        kwargs.setdefault("model_max_length", MAX_LENGTH)
+        for key in ("auto_map", "is_local", "local_files_only"):  # say where from, not what
+            kwargs.pop(key, None)
+        super().__init__(
+            do_lower_case=do_lower_case,
+            remove_space=remove_space,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            mask_token=mask_token,
+            pad_token=pad_token,
+            unk_token=unk_token,
+            num_image_tokens=num_image_tokens,
+            model_specific_special_tokens={
+                "end_token": end_token,
+                "gmask_token": gmask_token,
+                **specific,
+            },
+            **kwargs,
+        )
+        logger.info("ChatGLM vocabulary: %s", self.release)
+
+    # Facts about the vocabulary
+
+    @property
+    def release(self) -> str:
+        """Say in words which of the published vocabularies this is."""
+        if self.num_image_tokens:
+            images = f"the first {self.num_image_tokens} for images (the older release)"
+            return f"{self.vocab_size} ids, {images}"
+        return f"{self.vocab_size} ids, none for images (the current release)"
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, image tokens included; the model's embedding has unused rows beyond it."""
+        return self.num_image_tokens + len(self._pieces)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Every id that text never yields: control pieces, `<pad>`, `<s>`, `</s>`, ..."""
+        return self._control_ids
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The named special tokens, then the other control pieces (`<s>`, `[sMASK]`, ...)."""
+        named = super().all_special_tokens
+        pieces = [self._convert_id_to_token(index) for index in sorted(self._control_ids)]
+        return named + [piece for piece in pieces if piece not in named]
+
+    def __len__(self) -> int:
+        """Number of ids: nothing is ever added to this vocabulary."""
+        return self.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return every piece with its id."""
+        vocab = {f"<image_{index}>": index for index in range(self.num_image_tokens)}
+        names = self._pieces.id_to_piece(list(range(len(self._pieces))))
+        vocab.update((name, self.num_image_tokens + index) for index, name in enumerate(names))
+        return vocab
+
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Write the vocabulary file into a folder that exists; return its path."""
+        name = f"{filename_prefix}-{VOCABULARY_FILE}" if filename_prefix else VOCABULARY_FILE
+        path = Path(save_directory) / name
+        write_atomically(path, self._pieces.serialized_model_proto())
+        return (str(path),)
+
+    def _add_tokens(
+        self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False
+    ) -> int:
+        """Accept pieces that are there already; the embedding has no row for any other."""
+        missing = [
+            str(token)
+            for token in new_tokens or []
+            if str(token) and not has_piece(self._pieces, str(token))
+        ]
+        if missing:
+            raise ValueError(
+                f"cannot add {', '.join(missing)}: the vocabulary of ChatGLM-6B is fixed. "
+                f"Name one of its own pieces, such as {PAD_PIECE} or {EOP_PIECE}."
+            )
+        return 0
+
+    # Text to ids
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Return the pieces of a text; written-out control tokens are ordinary letters here."""
+        ids = self._encode_text(text) + (self._encode_text(pair) if pair is not None else [])
+        return [self._convert_id_to_token(index) for index in ids]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, num_threads: int | None = None
+    ) -> list[list[int]]:
+        """Return the ids of each text, no control tokens added, by SentencePiece's own threads.
+
+        num_threads None uses every core. Equal to `tokenizer(texts, add_special_tokens=False)`,
+        many times faster.
+        """
+        prepared = [self._prepare_text(text) for text in texts]
+        if not prepared:
+            return []
+        threads = -1 if num_threads is None else num_threads
+        encoded: list[list[int]] = self._pieces.encode(prepared, out_type=int, num_threads=threads)
+        if not self.num_image_tokens:
+            return encoded
+        return [[index + self.num_image_tokens for index in ids] for ids in encoded]
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._pieces.encode(self._prepare_text(text), out_type=int)
+        return [index + self.num_image_tokens for index in ids]
+
+    def _prepare_text(self, text: str) -> str:
+        """Write whitespace as pieces; a lone surrogate becomes the replacement character."""
+        if self.remove_space:
+            text = " ".join(text.split())
+        if self.do_lower_case:
+            text = text.lower()
+        return escape_whitespace(_LONE_SURROGATE.sub("\ufffd", text))
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Return `ids [gMASK] <sop>`, or `a [gMASK] <sop> b <eop>` for a pair."""
+        context = [*token_ids_0, self._id_of_piece(GMASK_PIECE), self.sop_token_id]
+        return context if token_ids_1 is None else [*context, *token_ids_1, self.eop_token_id]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """Return 1 for each control token of the built sequence, 0 for text."""
+        if already_has_special_tokens:
+            if token_ids_1 is not None:
+                raise ValueError(
+                    "already_has_special_tokens goes with one sequence; leave token_ids_1 out."
+                )
+            return [int(index in self._control_ids) for index in token_ids_0]
+        mask = [0] * len(token_ids_0) + [1, 1]
+        return mask if token_ids_1 is None else mask + [0] * len(token_ids_1) + [1]
+
+    # Ids to text
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Join pieces to text; control tokens have none."""
+        return self._decode([self._convert_token_to_id(token) for token in tokens])
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Return the text of the ids; ids without a piece count as `<unk>`."""
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        text_ids = []
+        for token_id in ids:
+            index = self._piece_index(int(token_id))
+            if index == self._pieces.unk_id():
+                if not skip_special_tokens:
+                    text_ids.append(index)
+            elif index + self.num_image_tokens not in self._control_ids:
+                text_ids.append(index)
+        text = restore_whitespace(self._pieces.decode(text_ids))
+        clean_up = self.clean_up_tokenization_spaces
+        if clean_up_tokenization_spaces is not None:
+            clean_up = clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up else text
+
+    # Names and ids
+
+    def _id_of_piece(self, name: str) -> int:
+        return self.num_image_tokens + int(self._pieces.piece_to_id(name))
+
+    def _piece_index(self, token_id: int) -> int:
+        """Return the piece of an id; image tokens and the embedding's unused rows are `<unk>`."""
+        if token_id < 0:
+            raise ValueError(
+                f"{token_id} is not a token id; if it marks ignored labels, replace it first: "
+                "labels[labels < 0] = tokenizer.pad_token_id."
+            )
+        index = token_id - self.num_image_tokens
+        return index if 0 <= index < len(self._pieces) else int(self._pieces.unk_id())
+
+    def _convert_token_to_id(self, token: str) -> int:
+        image = _IMAGE_TOKEN.fullmatch(token)
+        if image and int(image.group(1)) < self.num_image_tokens:
+            return int(image.group(1))
+        return self._id_of_piece(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if 0 <= index < self.num_image_tokens:
+            return f"<image_{index}>"
+        name: str = self._pieces.id_to_piece(self._piece_index(index))
+        return name
+
+    # Chats
+
+    def apply_chat_template(
+        self,
+        conversation: list[Any],
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        sanitize_control_tokens: bool = False,
+        padding: Any = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: Any = None,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return a chat as a prompt: `question [gMASK] <sop>`, or numbered rounds after an answer.
+
+        With add_generation_prompt the last message is the question to answer. Without, a chat
+        that ends in an answer becomes a training row `prompt [gMASK] <sop> answer <eop>`, and one
+        that ends in a question only its text. Text never yields control ids, so
+        sanitize_control_tokens changes nothing.
+        """
+        if continue_final_message or return_assistant_tokens_mask:
+            raise ValueError(
+                "continue_final_message and return_assistant_tokens_mask are not available for "
+                "ChatGLM-6B; append the ids of the begun answer to those of the prompt yourself."
+            )
+
+        def render(chat: Any, answer_next: bool) -> Any:
+            return super(ChatGLMTokenizer, self).apply_chat_template(
+                chat,
+                tools=tools,
+                documents=documents,
+                chat_template=chat_template,
+                add_generation_prompt=answer_next,
+                tokenize=False,
+                **kwargs,
+            )
+
+        if not tokenize:
+            return render(conversation, add_generation_prompt)
+        call: dict[str, Any] = {
+            "padding": padding,
+            "truncation": truncation,
+            "max_length": max_length,
+            "return_tensors": return_tensors,
+            **(tokenizer_kwargs or {}),
+        }
+        if add_generation_prompt:
+            encoded = self(render(conversation, True), **call)
+        elif _ends_in_answer(conversation):
+            prompts, answers = _split_answers(conversation)
+            encoded = self(render(prompts, True), answers, **call)
+        else:
+            encoded = self(render(conversation, False), add_special_tokens=False, **call)
+        return encoded if return_dict else encoded["input_ids"]
+
+
+class TokenizerKey(PreTrainedConfig):
+    """Stand in AutoTokenizer's table in the place of a configuration; no model has this one."""
+
+    model_type = "chatglm-tokenizer"
+
+
+def register_tokenizer() -> None:
+    """Let AutoTokenizer find ChatGLMTokenizer by the name in tokenizer_config.json.
+
+    The key is not ChatGLMConfig on purpose: for a configuration in its table transformers prefers
+    the code published beside the model when trust_remote_code=True is passed, and that code fails
+    on transformers >= 4.34. A folder without tokenizer_config.json is found through
+    `ChatGLMConfig.tokenizer_class = "ChatGLMTokenizer"`.
+    """
+    AutoTokenizer.register(TokenizerKey, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
+
+
+def _is_batch(conversation: list[Any]) -> bool:
+    return bool(conversation) and not isinstance(conversation[0], Mapping)
+
+
+def _ends_in_answer(conversation: list[Any]) -> bool:
+    """Say whether the chat, or every chat of the batch, ends in an answer; refuse a mixture."""
+    chats = conversation if _is_batch(conversation) else [conversation]
+    ends = {bool(chat) and chat[-1].get("role") == "assistant" for chat in chats}
+    if len(ends) > 1:
+        raise ValueError(
+            "some chats of the batch end in an answer and others in a question; encode the two "
+            "kinds apart, or pass add_generation_prompt=True for questions only."
+        )
+    return ends == {True}
+
+
+def _split_answers(conversation: list[Any]) -> tuple[list[Any], Any]:
+    """Return the chats without their last message, and those messages' texts."""
+    if _is_batch(conversation):
+        return [chat[:-1] for chat in conversation], [chat[-1]["content"] for chat in conversation]
+    return conversation[:-1], conversation[-1]["content"]
+
+
+def _warn_about_added_tokens(
+    pieces: sentencepiece.SentencePieceProcessor, added: Mapping[int, Any]
+) -> None:
+    """Say which tokens of a tokenizer saved elsewhere have no piece and are left out."""
+    unknown = [str(token) for token in added.values() if not has_piece(pieces, str(token))]
+    if unknown:
+        logger.warning(
+            "the added tokens %s are not in %s and are left out",
+            ", ".join(unknown),
+            VOCABULARY_FILE,
+        )
