@@ -1,0 +1,124 @@
+"""Scores against the published code's own numbers, and the rows that code crashed on."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ptuning.evaluate import metrics
+from ptuning.evaluate.metrics import NO_MATCH, CorpusScores, RunningScores, score_corpus, score_pair
+
+PUBLISHED_NAMES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
+
+
+@pytest.fixture(scope="module")
+def published(golden: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((golden / "metrics.json").read_text(encoding="utf-8"))
+    return content
+
+
+def test_every_pair_scores_as_published_to_four_places(published: dict[str, Any]) -> None:
+    for pair in published["pairs"]:
+        scores = score_pair(pair["predict"], pair["label"]).by_published_name()
+        assert scores == {name: pair[name] for name in PUBLISHED_NAMES}
+
+
+def test_means_are_the_published_ones(published: dict[str, Any]) -> None:
+    pairs = published["pairs"]
+    scores = score_corpus([p["predict"] for p in pairs], [p["label"] for p in pairs])
+    by_name = scores.by_published_name("predict")
+    for name in PUBLISHED_NAMES:
+        assert by_name[f"predict_{name}"] == pytest.approx(published["mean"][name], abs=1e-9)
+    assert (scores.samples, scores.empty) == (len(pairs), 0)
+
+
+def test_running_scores_return_each_row_and_agree_with_the_corpus() -> None:
+    running = RunningScores()
+    rows = [("裤子很好看", "裤子好看"), ("", "裙子"), ("上衣", "上衣")]
+    returned = [running.add(prediction, label) for prediction, label in rows]
+    assert returned == [score_pair(*row) for row in rows] == running.rows
+    assert running.result() == score_corpus(*zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t", "\u3000", "\u2028", "\x1c\x85"])
+def test_a_blank_prediction_scores_zero_and_is_counted(blank: str) -> None:
+    assert score_pair(blank, "裤子") == NO_MATCH
+    scores = score_corpus([blank, "裤子"], ["裤子", "裤子"])
+    assert (scores.samples, scores.empty) == (2, 1)
+    assert scores.rouge_1 == pytest.approx(50.0, abs=1e-4)
+
+
+def test_a_blank_label_scores_zero_and_is_no_empty_prediction() -> None:
+    assert score_corpus(["裤子"], [" "]) == CorpusScores(0.0, 0.0, 0.0, 0.0, samples=1, empty=0)
+
+
+@pytest.mark.parametrize(
+    "marks", [".", "。", "......", "……", "？！", "。 。", "”", "\n。", "。\n\n？"]
+)
+def test_a_prediction_of_punctuation_only_is_scored(marks: str) -> None:
+    assert score_pair(marks, "裤子很好看") == NO_MATCH
+    assert score_pair(marks, marks).rouge_1 == pytest.approx(100.0, abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text("。.?！… ”\n\u3000\ud800a1好裤子，", max_size=12), st.text("。? 好裤\n", max_size=8))
+def test_no_pair_of_texts_crashes_or_leaves_the_scale(prediction: str, label: str) -> None:
+    scores = score_pair(prediction, label)
+    assert all(0.0 <= score <= 100.0 for score in scores)
+
+
+def test_no_rows_have_no_mean() -> None:
+    with pytest.raises(ValueError, match="No rows were scored"):
+        RunningScores().result()
+
+
+def test_lists_of_different_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        score_corpus(["一", "二"], ["一"])
+
+
+def test_the_dictionary_loads_silently_without_a_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def no_folder() -> str:
+        raise FileNotFoundError("no usable temporary directory")
+
+    logging.getLogger("jieba").setLevel(logging.DEBUG)
+    metrics._word_cutter.cache_clear()
+    with monkeypatch.context() as patch:  # pytest itself needs the folder back right after
+        patch.setattr(tempfile, "gettempdir", no_folder)
+        words = metrics._words("我来到北京清华大学")
+    assert words == "我 来到 北京 清华大学"
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_words_added_to_the_shared_jieba_change_no_score() -> None:
+    import jieba
+
+    before = metrics._words("白纱裙好看")
+    jieba.add_word("白纱裙好看", freq=10**9)
+    try:
+        assert "".join(jieba.cut("白纱裙好看")) == next(
+            iter(jieba.cut("白纱裙好看"))
+        )  # it did take
+        assert metrics._words("白纱裙好看") == before
+    finally:
+        jieba.del_word("白纱裙好看")
+
+
+def test_result_names_are_the_published_ones() -> None:
+    names = CorpusScores(1.0, 2.0, 3.0, 4.0, 5, 6).by_published_name("predict")
+    assert names == {
+        "predict_rouge-1": 1.0,
+        "predict_rouge-2": 2.0,
+        "predict_rouge-l": 3.0,
+        "predict_bleu-4": 4.0,
+        "predict_samples": 5,
+        "predict_empty": 6,
+    }
