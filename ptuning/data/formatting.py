@@ -5,8 +5,8 @@ last one open.
 Source: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/modeling_chatglm.py (`stream_chat`)
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 Recipe = Literal["corrected", "published"]
 
@@ -46,26 +46,18 @@ CHAT_TEMPLATE = """\
 """
 
 
-class Turn(NamedTuple):
-    """One answered question of a chat."""
-
-    question: str
-    answer: str
-
-
 class Example(NamedTuple):
     """One row of data as text: the prompt, the answer, and the parts the prompt was built from.
 
-    `rounds` says whether the prompt has the `[Round i]` form; only then can earlier turns be left
-    out one by one.
+    `has_rounds` says whether the prompt is written in rounds; only then can old turns be left out.
     """
 
     prompt: str
     response: str
     query: str
-    history: tuple[Turn, ...] = ()
-    prefix: str = ""
-    rounds: bool = False
+    history: tuple[tuple[str, str], ...] = ()
+    source_prefix: str = ""
+    has_rounds: bool = False
 
 
 def build_rounds(query: str, history: Sequence[tuple[str, str]] = ()) -> str:
@@ -88,3 +80,74 @@ def build_prompt(query: str, history: Sequence[tuple[str, str]] = ()) -> str:
     '你好'
     """
     return build_rounds(query, history) if history else query
+
+
+def to_example(
+    row: Mapping[str, Any],
+    *,
+    prompt_column: str,
+    response_column: str | None,
+    history_column: str | None = None,
+    source_prefix: str = "",
+    recipe: Recipe = "corrected",
+    for_training: bool = True,
+) -> Example:
+    """Build the example of a checked row (`reading.read_rows`); response_column None leaves "".
+
+    The published recipe trains on `[Round 0]` where a history column is named but empty, and
+    evaluates and chats with the bare query; the corrected one uses the bare query everywhere.
+
+    >>> row = {"content": "类型#裤", "summary": "宽松的裤子"}
+    >>> to_example(row, prompt_column="content", response_column="summary").prompt
+    '类型#裤'
+    """
+    check_recipe(recipe)
+    query = row[prompt_column]
+    history = tuple((question, answer) for question, answer in _history_of(row, history_column))
+    always_rounds = recipe == "published" and for_training and history_column is not None
+    has_rounds = bool(history) or always_rounds
+    prompt = build_rounds(query, history) if has_rounds else build_prompt(query)
+    return Example(
+        prompt=source_prefix + prompt,
+        response=row[response_column] if response_column is not None else "",
+        query=query,
+        history=history,
+        source_prefix=source_prefix,
+        has_rounds=has_rounds,
+    )
+
+
+def check_recipe(recipe: str) -> None:
+    """Refuse any other word than the two recipes."""
+    if recipe not in get_args(Recipe):
+        raise ValueError(
+            f"--recipe is {recipe}; use corrected (the default) or published, which repeats the "
+            "published preprocessing for comparison."
+        )
+
+
+def ends_in_answer(conversation: list[Any]) -> bool:
+    """Say whether the chat, or every chat of the batch, ends in an answer; refuse a mixture."""
+    chats = conversation if _is_batch(conversation) else [conversation]
+    ends = {bool(chat) and chat[-1].get("role") == "assistant" for chat in chats}
+    if len(ends) > 1:
+        raise ValueError(
+            "some chats of the batch end in an answer and others in a question; encode the two "
+            "kinds apart, or pass add_generation_prompt=True for questions only."
+        )
+    return ends == {True}
+
+
+def split_answers(conversation: list[Any]) -> tuple[list[Any], Any]:
+    """Return the chats without their last message, and those messages' texts."""
+    if _is_batch(conversation):
+        return [chat[:-1] for chat in conversation], [chat[-1]["content"] for chat in conversation]
+    return conversation[:-1], conversation[-1]["content"]
+
+
+def _is_batch(conversation: list[Any]) -> bool:
+    return bool(conversation) and not isinstance(conversation[0], Mapping)
+
+
+def _history_of(row: Mapping[str, Any], column: str | None) -> Sequence[tuple[str, str]]:
+    return row.get(column) or () if column is not None else ()

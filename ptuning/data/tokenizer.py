@@ -7,6 +7,7 @@ through `build_inputs_with_special_tokens`.
 Source of the layout: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/tokenization_chatglm.py
 """
 
+import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import sentencepiece
 from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer
 
-from ptuning.data.formatting import CHAT_TEMPLATE
+from ptuning.data.formatting import CHAT_TEMPLATE, ends_in_answer, split_answers
 from ptuning.data.vocabulary import (
     END_PIECE,
     EOP_PIECE,
@@ -26,6 +27,7 @@ from ptuning.data.vocabulary import (
     SOP_PIECE,
     UNKNOWN_PIECE,
     VOCABULARY_FILE,
+    WELL_KNOWN_PIECES,
     control_indices,
     escape_whitespace,
     find_num_image_tokens,
@@ -139,6 +141,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         named = super().all_special_tokens
         pieces = [self._convert_id_to_token(index) for index in sorted(self._control_ids)]
         return named + [piece for piece in pieces if piece not in named]
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest that two tokenizers share exactly when they give every text the same ids."""
+        settings = f"{self.num_image_tokens} {self.do_lower_case} {self.remove_space}"
+        model: bytes = self._pieces.serialized_model_proto()
+        return hashlib.sha256(settings.encode("utf-8") + model).hexdigest()
+
+    def names_control_token(self, text: str) -> bool:
+        """Say whether a text writes out a control token, such as `<eop>`; it is encoded as text."""
+        return any(name in text for name in WELL_KNOWN_PIECES)
 
     def __len__(self) -> int:
         """Number of ids: nothing is ever added to this vocabulary."""
@@ -349,8 +362,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         }
         if add_generation_prompt:
             encoded = self(render(conversation, True), **call)
-        elif _ends_in_answer(conversation):
-            prompts, answers = _split_answers(conversation)
+        elif ends_in_answer(conversation):
+            prompts, answers = split_answers(conversation)
             encoded = self(render(prompts, True), answers, **call)
         else:
             encoded = self(render(conversation, False), add_special_tokens=False, **call)
@@ -372,29 +385,6 @@ def register_tokenizer() -> None:
     `ChatGLMConfig.tokenizer_class = "ChatGLMTokenizer"`.
     """
     AutoTokenizer.register(TokenizerKey, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
-
-
-def _is_batch(conversation: list[Any]) -> bool:
-    return bool(conversation) and not isinstance(conversation[0], Mapping)
-
-
-def _ends_in_answer(conversation: list[Any]) -> bool:
-    """Say whether the chat, or every chat of the batch, ends in an answer; refuse a mixture."""
-    chats = conversation if _is_batch(conversation) else [conversation]
-    ends = {bool(chat) and chat[-1].get("role") == "assistant" for chat in chats}
-    if len(ends) > 1:
-        raise ValueError(
-            "some chats of the batch end in an answer and others in a question; encode the two "
-            "kinds apart, or pass add_generation_prompt=True for questions only."
-        )
-    return ends == {True}
-
-
-def _split_answers(conversation: list[Any]) -> tuple[list[Any], Any]:
-    """Return the chats without their last message, and those messages' texts."""
-    if _is_batch(conversation):
-        return [chat[:-1] for chat in conversation], [chat[-1]["content"] for chat in conversation]
-    return conversation[:-1], conversation[-1]["content"]
 
 
 def _warn_about_added_tokens(

@@ -41,18 +41,16 @@ CONTROL_PIECES = (
 BLANK_PIECES = tuple(f"<|blank_{count}|>" for count in range(2, MAX_BLANKS + 1))
 LEADING_PIECES = (UNKNOWN_PIECE, "<s>", END_PIECE, PAD_PIECE, NEWLINE_PIECE)
 TRAILING_PIECES = (*CONTROL_PIECES, TAB_PIECE, *BLANK_PIECES)
-REQUIRED_PIECES = (
+WELL_KNOWN_PIECES = (
     UNKNOWN_PIECE,
-    END_PIECE,
     PAD_PIECE,
-    NEWLINE_PIECE,
+    END_PIECE,
     MASK_PIECE,
     GMASK_PIECE,
     SOP_PIECE,
     EOP_PIECE,
-    TAB_PIECE,
-    *BLANK_PIECES,
 )
+REQUIRED_PIECES = (*WELL_KNOWN_PIECES, NEWLINE_PIECE, TAB_PIECE, *BLANK_PIECES)
 NUM_FIXED_PIECES = len(LEADING_PIECES) + len(TRAILING_PIECES) + 256  # 256: one piece for every byte
 
 _WHITESPACE = re.compile(rf"\n|\t| {{2,{MAX_BLANKS}}}")
@@ -100,7 +98,7 @@ def load_pieces(vocab_file: str) -> sentencepiece.SentencePieceProcessor:
     except RuntimeError as error:
         raise ValueError(
             f"{vocab_file} is not a SentencePiece model (a git-lfs pointer or a cut download, "
-            f"perhaps): {error}; fetch {VOCABULARY_FILE} of THUDM/chatglm-6b again, 2,706,249 bytes."
+            f"perhaps): {error}; fetch the {VOCABULARY_FILE} of THUDM/chatglm-6b again."
         ) from error
     missing = [name for name in REQUIRED_PIECES if not has_piece(pieces, name)]
     if missing:

@@ -1,0 +1,358 @@
+"""Data files to datasets: reading, prompts and tokens joined, and a summary to print.
+
+Training rows are flat arrays, on disk between runs (`cache`); evaluation keeps the texts as well.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ptuning.data.cache import (
+    TokenArrays,
+    cache_path,
+    default_cache_dir,
+    digest_file,
+    load_tokens,
+    save_tokens,
+)
+from ptuning.data.formatting import Example, Recipe, to_example
+from ptuning.data.reading import DataError, Rows, read_rows
+from ptuning.data.tokenization import (
+    IGNORED_LABEL,
+    TokenizedExample,
+    to_generation_batch,
+    to_training_batch,
+)
+from ptuning.data.tokenizer import ChatGLMTokenizer
+
+logger = logging.getLogger(__name__)
+
+CHUNK_ROWS = 1000  # rows tokenised between two steps of the progress bar
+
+
+class TokenDataset(Dataset[dict[str, Tensor]]):
+    """Training rows over flat arrays, which may be memory-mapped."""
+
+    def __init__(self, arrays: TokenArrays) -> None:
+        """Keep the arrays; nothing is copied."""
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.arrays.context_lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return input_ids and labels (-100 before `<sop>`), each (S,)."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} is asked for; there are {len(self)}.")
+        index %= len(self)
+        start, end = self.arrays.offsets[index : index + 2]
+        input_ids = torch.from_numpy(self.arrays.ids[start:end].astype(np.int64))  # (S,)
+        labels = input_ids.clone()
+        labels[: int(self.arrays.context_lengths[index])] = IGNORED_LABEL
+        return {"input_ids": input_ids, "labels": labels}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.arrays.offsets)
+
+
+class GenerationRow(NamedTuple):
+    """One row to answer: its prompt as ids and as text, the wanted answer, its line in the file."""
+
+    input_ids: list[int]
+    prompt: str
+    label: str
+    line: int
+
+
+class GenerationDataset(Dataset[GenerationRow]):
+    """Rows to answer, in the order of the file."""
+
+    def __init__(self, rows: Sequence[GenerationRow]) -> None:
+        """Keep the rows."""
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> GenerationRow:
+        """Return one row."""
+        return self.rows[index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each prompt, control tokens included."""
+        return np.array([len(row.input_ids) for row in self.rows], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What became of a file's rows; `lines` says it in words."""
+
+    source: str
+    num_read: int
+    num_kept: int
+    max_source_length: int
+    max_target_length: int | None = None  # None: prompts only
+    dropped: dict[str, int] = field(default_factory=dict)
+    prompts_cut: int = 0
+    answers_cut: int = 0
+    control_text_rows: int = 0  # rows that write out a control token; encoded as plain text
+    total_tokens: int = 0
+    answer_tokens: int = 0  # those with a label: <sop>, the answer, <eop>
+    longest: int = 0  # tokens
+    from_cache: bool = False
+
+    @property
+    def mean_length(self) -> float:
+        """Mean tokens of a row."""
+        return self.total_tokens / self.num_kept if self.num_kept else 0.0
+
+    def lines(self) -> list[str]:
+        """Return the summary for printing, with what to change where something was lost."""
+        cached = " (tokens from the cache)" if self.from_cache else ""
+        lines = [f"{self.source}: {self.num_read} rows read, {self.num_kept} kept{cached}"]
+        for reason, count in self.dropped.items():
+            lines.append(f"  {self._share(count, self.num_read)} dropped: {reason}")
+        what = "prompts" if self.max_target_length is None else "rows"
+        lines.append(
+            f"  {what} of {self.mean_length:.1f} tokens in the mean, {self.longest} at most; "
+            f"{self.total_tokens} tokens in all, {self.answer_tokens} of them answers"
+        )
+        if self.prompts_cut:
+            lines.append(
+                f"  {self._share(self.prompts_cut, self.num_kept)} with the prompt cut: raise "
+                f"--max_source_length above {self.max_source_length}"
+            )
+        if self.answers_cut:
+            lines.append(
+                f"  {self._share(self.answers_cut, self.num_kept)} with the answer cut: raise "
+                f"--max_target_length above {self.max_target_length}"
+            )
+        if self.control_text_rows:
+            lines.append(
+                f"  {self._share(self.control_text_rows, self.num_kept)} with a control token "
+                "such as <eop> written out: it is read as plain text"
+            )
+        return lines
+
+    @staticmethod
+    def _share(count: int, total: int) -> str:
+        return f"{count} rows ({count / total:.1%})" if total else f"{count} rows"
+
+
+def load_training_dataset(
+    path: Path | str,
+    tokenizer: ChatGLMTokenizer,
+    *,
+    prompt_column: str,
+    response_column: str,
+    history_column: str | None = None,
+    source_prefix: str = "",
+    max_source_length: int,
+    max_target_length: int,
+    recipe: Recipe = "corrected",
+    max_rows: int | None = None,
+    cache_dir: Path | None = None,
+    overwrite_cache: bool = False,
+    show_progress: bool = True,
+) -> tuple[TokenDataset, DataSummary]:
+    """Read, check and encode a file for training, or take its tokens from the cache.
+
+    max_rows None takes every row; cache_dir None is `default_cache_dir()`. The cache is found by
+    content, so overwrite_cache is for a cache that is doubted, not for a file that has changed.
+    """
+    path = Path(path)
+    columns: dict[str, Any] = {
+        "prompt_column": prompt_column,
+        "response_column": response_column,
+        "history_column": history_column,
+    }
+    prompts = {**columns, "source_prefix": source_prefix, "recipe": recipe}
+    lengths: dict[str, Any] = {
+        "max_source_length": max_source_length,
+        "max_target_length": max_target_length,
+    }
+    try:
+        settings = {
+            "file": digest_file(path),
+            "suffix": path.suffix.lower(),
+            "tokenizer": tokenizer.fingerprint,
+            "max_rows": max_rows,
+            **prompts,
+            **lengths,
+        }
+    except OSError as error:
+        raise DataError(
+            path, None, f"cannot be read ({error.strerror}); check the path and its permissions."
+        ) from error
+    cached_file = cache_path(cache_dir or default_cache_dir(), path.stem, settings)
+    if not overwrite_cache:
+        cached = _load_cached(cached_file, str(path))
+        if cached is not None:
+            return cached
+    rows = read_rows(path, **columns, max_rows=max_rows)
+    _require_rows(path, rows)
+    examples = [to_example(row.columns, **prompts) for row in rows.kept]
+    encoded: list[TokenizedExample] = []
+    for chunk in _in_chunks(examples, f"tokenising {path.name}", show_progress):
+        encoded += to_training_batch(tokenizer, chunk, **lengths, recipe=recipe)
+    summary = _summarise_training(str(path), rows, examples, encoded, tokenizer, lengths)
+    arrays = _to_arrays(encoded)
+    save_tokens(cached_file, arrays, _to_notes(summary))
+    return TokenDataset(arrays), summary
+
+
+def load_generation_dataset(
+    path: Path | str,
+    tokenizer: ChatGLMTokenizer,
+    *,
+    prompt_column: str,
+    response_column: str | None,
+    history_column: str | None = None,
+    source_prefix: str = "",
+    max_source_length: int,
+    recipe: Recipe = "corrected",
+    max_rows: int | None = None,
+    show_progress: bool = True,
+) -> tuple[GenerationDataset, DataSummary]:
+    """Read, check and encode the prompts of a file to be answered, keeping the texts.
+
+    response_column None takes rows without an answer to compare with; their labels are "".
+    """
+    path = Path(path)
+    rows = read_rows(
+        path,
+        prompt_column=prompt_column,
+        response_column=response_column,
+        history_column=history_column,
+        max_rows=max_rows,
+    )
+    _require_rows(path, rows)
+    examples = [
+        to_example(
+            row.columns,
+            prompt_column=prompt_column,
+            response_column=response_column,
+            history_column=history_column,
+            source_prefix=source_prefix,
+            recipe=recipe,
+            for_training=False,
+        )
+        for row in rows.kept
+    ]
+    prompts: list[list[int]] = []
+    prompts_cut = 0
+    for chunk in _in_chunks(examples, f"tokenising {path.name}", show_progress):
+        ids, cuts = to_generation_batch(
+            tokenizer, chunk, max_source_length=max_source_length, recipe=recipe
+        )
+        prompts += ids
+        prompts_cut += sum(cuts)
+    dataset = GenerationDataset(
+        [
+            GenerationRow(ids, example.prompt, example.response, row.line)
+            for ids, example, row in zip(prompts, examples, rows.kept, strict=True)
+        ]
+    )
+    summary = DataSummary(
+        source=str(path),
+        num_read=rows.num_read,
+        num_kept=len(rows.kept),
+        max_source_length=max_source_length,
+        dropped=rows.dropped,
+        prompts_cut=prompts_cut,
+        control_text_rows=_count_control_text(tokenizer, examples),
+        total_tokens=int(dataset.lengths.sum()),
+        longest=int(dataset.lengths.max()),
+    )
+    return dataset, summary
+
+
+def _require_rows(path: Path, rows: Rows) -> None:
+    if not rows.kept:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in rows.dropped.items())
+        raise DataError(
+            path, None, f"no row is left of {rows.num_read}: {reasons}; fill those fields."
+        )
+
+
+def _in_chunks(examples: list[Example], title: str, visible: bool) -> Iterator[list[Example]]:
+    """Yield the examples in parts, moving a progress bar."""
+    with tqdm(total=len(examples), desc=title, unit="row", disable=not visible) as bar:
+        for start in range(0, len(examples), CHUNK_ROWS):
+            chunk = examples[start : start + CHUNK_ROWS]
+            yield chunk
+            bar.update(len(chunk))
+
+
+def _to_arrays(rows: list[TokenizedExample]) -> TokenArrays:
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row.input_ids) for row in rows], out=offsets[1:])
+    ids = np.empty(int(offsets[-1]), dtype=np.int32)
+    for row, start, end in zip(rows, offsets, offsets[1:], strict=False):
+        ids[start:end] = row.input_ids
+    context_lengths = np.array([row.context_length for row in rows], dtype=np.int32)
+    return TokenArrays(ids, offsets, context_lengths)
+
+
+def _summarise_training(
+    source: str,
+    rows: Rows,
+    examples: list[Example],
+    encoded: list[TokenizedExample],
+    tokenizer: ChatGLMTokenizer,
+    lengths: dict[str, Any],
+) -> DataSummary:
+    return DataSummary(
+        source=source,
+        num_read=rows.num_read,
+        num_kept=len(encoded),
+        dropped=rows.dropped,
+        prompts_cut=sum(row.prompt_cut for row in encoded),
+        answers_cut=sum(row.answer_cut for row in encoded),
+        control_text_rows=_count_control_text(tokenizer, examples),
+        total_tokens=sum(len(row.input_ids) for row in encoded),
+        answer_tokens=sum(len(row.input_ids) - row.context_length for row in encoded),
+        longest=max(len(row.input_ids) for row in encoded),
+        **lengths,
+    )
+
+
+def _count_control_text(tokenizer: ChatGLMTokenizer, examples: list[Example]) -> int:
+    return sum(
+        tokenizer.names_control_token(example.prompt)
+        or tokenizer.names_control_token(example.response)
+        for example in examples
+    )
+
+
+def _to_notes(summary: DataSummary) -> dict[str, Any]:
+    """Return what the cache keeps of a summary: all but where the file lies today."""
+    notes = dataclasses.asdict(summary)
+    del notes["source"], notes["from_cache"]
+    return notes
+
+
+def _load_cached(path: Path, source: str) -> tuple[TokenDataset, DataSummary] | None:
+    cached = load_tokens(path)
+    if cached is None:
+        return None
+    arrays, notes = cached
+    names = {item.name for item in dataclasses.fields(DataSummary)} - {"source", "from_cache"}
+    if set(notes) != names:
+        logger.warning("the token cache %s has other notes than expected; it is made again", path)
+        return None
+    return TokenDataset(arrays), DataSummary(source=source, from_cache=True, **notes)
