@@ -10,7 +10,7 @@ smoothing: Chen and Cherry 2014, https://aclanthology.org/W14-3346).
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 ROUND_PLACES = 4  # of one row, in percent; the published rounding
@@ -79,16 +79,21 @@ class RunningScores:
 
     def result(self) -> CorpusScores:
         """Return the means over the rows added so far; at least one is needed."""
-        if not self.rows:
-            raise ValueError(
-                "No rows were scored, so there is no mean. Add at least one prediction and its "
-                "label; check that the test file is not empty and --max_predict_samples is not 0."
-            )
-        samples = len(self.rows)
-        mean = PairScores(*(math.fsum(column) / samples for column in zip(*self.rows, strict=True)))
-        return CorpusScores(
-            mean.rouge_1, mean.rouge_2, mean.rouge_l, mean.bleu_4, samples=samples, empty=self.empty
+        return mean_scores(self.rows, empty=self.empty)
+
+
+def mean_scores(rows: Sequence[PairScores], *, empty: int) -> CorpusScores:
+    """Return the means over rows, `empty` of which had a blank prediction; one row at least."""
+    if not rows:
+        raise ValueError(
+            "No rows were scored, so there is no mean. Add at least one prediction and its "
+            "label; check that the test file is not empty and --max_predict_samples is not 0."
         )
+    samples = len(rows)
+    mean = PairScores(*(math.fsum(column) / samples for column in zip(*rows, strict=True)))
+    return CorpusScores(
+        mean.rouge_1, mean.rouge_2, mean.rouge_l, mean.bleu_4, samples=samples, empty=empty
+    )
 
 
 def score_pair(prediction: str, label: str) -> PairScores:

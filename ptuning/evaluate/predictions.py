@@ -82,6 +82,11 @@ class PredictionFile:
             self._write(self._waiting.pop(self.next_index))
             self.next_index += 1
 
+    def restart(self) -> None:
+        """Forget the finished rows: the file is replaced when the first new row is written."""
+        self.finished = []
+        self.next_index = 0
+
     def close(self) -> None:
         """Finish the file; every row up to the highest one added must have come."""
         self._open_file().close()

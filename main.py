@@ -1,0 +1,378 @@
+"""Train a prefix, validate it, answer with it: reads the flags and joins the parts.
+
+The order is flags, rows, tokens, then the model, so that whatever a user can get wrong is said
+before anything heavy is loaded. Exit codes: 0 done, 2 cannot start as asked, 130 stopped by Ctrl-C.
+"""
+
+import logging
+import math
+import sys
+import time
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+import ptuning
+from arguments import Arguments, UsageError, parse_arguments
+from ptuning.data.collation import pad_right
+from ptuning.data.dataset import (
+    GenerationDataset,
+    TokenDataset,
+    load_generation_dataset,
+    load_training_dataset,
+)
+from ptuning.data.reading import DataError
+from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.evaluate.loss_curve import draw_loss_curve
+from ptuning.evaluate.loss_history import load_log_history
+from ptuning.evaluate.report import ReportData, write_report
+from ptuning.evaluate.table import format_scores_table
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.decoding import PUBLISHED_SAMPLING, Decoding
+from ptuning.model.prefix_artefact import PrefixInfo, find_weights, read_info
+from ptuning.prediction import AnswerRun
+from ptuning.train.base_model import BaseModelError, choose_dtype, load_base, load_tokenizer
+from ptuning.train.curve import CurveCallback
+from ptuning.train.run_directory import checkpoint_to_resume, checkpoints, remove_checkpoints
+from ptuning.train.settings import RunSettings, resolve_settings
+from trainer_seq2seq import Seq2SeqTrainer
+
+CURVE_NAME = "loss_curve.png"
+REPORT_NAME = "report.html"
+
+logger = logging.getLogger("main")
+
+
+class Rows(NamedTuple):
+    """The tokenised rows of a run; None where a part was not asked for."""
+
+    train: TokenDataset | None
+    validation: TokenDataset | None
+    test: GenerationDataset | None
+
+
+def main(argv: list[str]) -> int:
+    """Run as asked and return the exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    try:
+        arguments = parse_arguments(argv)
+        run(arguments)
+    except (UsageError, DataError, BaseModelError, FileNotFoundError) as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nmain.py: stopped. {how_to_go_on(argv)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def how_to_go_on(argv: list[str]) -> str:
+    """Say what a stopped run left and what to type."""
+    flags = dict(pairwise(argv))
+    left = checkpoints(Path(flags.get("--output_dir", "")))
+    if left and "--do_train" in argv:
+        return (
+            f"{left[-1]} is whole: type the same command with --resume_from_checkpoint auto to go "
+            "on from there."
+        )
+    if "--do_predict" in argv and "--do_train" not in argv:
+        return "Rows answered so far are kept: type the same command to go on."
+    return (
+        "No checkpoint was written yet: type the same command to start again, with a lower "
+        "--save_steps if wanted."
+    )
+
+
+def run(arguments: Arguments) -> None:
+    """Read the rows, load the model, then train, validate and answer, as far as asked."""
+    started = time.monotonic()
+    for notice in arguments.notices:
+        logger.info(notice)
+    model_flags, training = arguments.model, arguments.training
+    check_output_dir(arguments)
+    remembered = remembered_prefix(model_flags.ptuning_checkpoint)
+    settings = resolve_settings(vars(arguments.data), remembered.settings if remembered else {})
+    hub = {
+        "cache_dir": model_flags.cache_dir,
+        "revision": model_flags.model_revision,
+        "token": True if model_flags.use_auth_token else None,
+    }
+    tokenizer = load_tokenizer(
+        model_flags.tokenizer_name or str(model_flags.model_name_or_path), **hub
+    )
+    rows = load_rows(arguments, settings, tokenizer)
+    set_seed(training.seed)
+    model = load_base(
+        str(model_flags.model_name_or_path),
+        dtype=choose_dtype(training.device, training.base_dtype),
+        quantization_bit=model_flags.quantization_bit,
+        **hub,
+    )
+    give_prefix(model, arguments)
+    model.freeze_base()
+    trainer = make_trainer(model, tokenizer, rows, arguments, settings)
+    if training.do_train:
+        train(trainer, arguments)
+    if training.do_eval:
+        validate(trainer)
+    if rows.test is not None and trainer.is_world_process_zero():
+        model.to(training.device)
+        predict(model, tokenizer, rows.test, arguments, settings)
+    logger.info(
+        "Done in %.0f s; everything is in %s", time.monotonic() - started, training.output_dir
+    )
+
+
+def check_output_dir(arguments: Arguments) -> None:
+    """Refuse to mix a new training run with an old one."""
+    training = arguments.training
+    old = checkpoints(Path(training.output_dir))
+    if (
+        training.do_train
+        and old
+        and not (training.overwrite_output_dir or training.resume_from_checkpoint)
+    ):
+        raise UsageError(
+            f"--output_dir {training.output_dir} holds {old[-1].name} of an earlier run; add "
+            f"--resume_from_checkpoint "
+            "auto to go on with it, --overwrite_output_dir to replace it, or give another folder."
+        )
+
+
+def remembered_prefix(checkpoint: str | None) -> PrefixInfo | None:
+    """Read what the given prefix says of itself; None without one, or for a published file."""
+    if checkpoint is None:
+        return None
+    try:
+        find_weights(Path(checkpoint))
+        return read_info(Path(checkpoint))
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"--ptuning_checkpoint: {error}") from error
+
+
+def load_rows(arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTokenizer) -> Rows:
+    """Tokenise the files that this run needs and print what became of their rows."""
+    data, training = arguments.data, arguments.training
+    common = settings.to_dict()
+    cached: dict[str, Any] = {
+        "overwrite_cache": data.overwrite_cache,
+        "cache_dir": Path(data.token_cache_dir) if data.token_cache_dir else None,
+    }
+    train_rows = validation = test = None
+    if training.do_train:
+        train_rows, summary = load_training_dataset(
+            Path(str(data.train_file)),
+            tokenizer,
+            max_rows=data.max_train_samples,
+            **common,
+            **cached,
+        )
+        print_summary("Training", data.train_file, summary.lines())
+        logger.info(steps_line(len(train_rows), training))
+    if training.do_eval or (training.do_train and str(training.eval_strategy.value) != "no"):
+        if data.validation_file is None:
+            raise UsageError(
+                f"--eval_strategy is {training.eval_strategy.value}; give --validation_file too."
+            )
+        validation, summary = load_training_dataset(
+            Path(data.validation_file),
+            tokenizer,
+            max_rows=data.max_eval_samples,
+            **common,
+            **cached,
+        )
+        print_summary("Validation", data.validation_file, summary.lines())
+    if training.do_predict:
+        file = str(data.test_file or data.validation_file)
+        del common["max_target_length"]  # answers to compare with are cut by AnswerRun
+        test, summary = load_generation_dataset(
+            Path(file), tokenizer, max_rows=data.max_predict_samples, **common
+        )
+        print_summary("Prediction", file, summary.lines())
+    return Rows(train_rows, validation, test)
+
+
+def print_summary(part: str, file: str | None, lines: list[str]) -> None:
+    """Print what became of a file's rows."""
+    logger.info("%s rows: %s", part, file)
+    for line in lines:
+        logger.info("  %s", line)
+
+
+def steps_line(num_rows: int, training: Any) -> str:
+    """Say how long an epoch is, and how much of the data the run will see."""
+    rows_per_step = (
+        training.per_device_train_batch_size
+        * training.gradient_accumulation_steps
+        * training.world_size
+    )
+    steps = math.ceil(num_rows / rows_per_step)
+    total = (
+        training.max_steps
+        if training.max_steps > 0
+        else math.ceil(steps * training.num_train_epochs)
+    )
+    return (
+        f"  {steps} steps of {rows_per_step} rows per epoch; "
+        f"this run takes {total} steps, {total / steps:.2f} epochs"
+    )
+
+
+def give_prefix(model: ChatGLMForConditionalGeneration, arguments: Arguments) -> None:
+    """Attach the prefix to start from, or a fresh one."""
+    flags = arguments.model
+    if flags.ptuning_checkpoint is None:
+        model.add_prefix(int(flags.pre_seq_len or 0), project=bool(flags.prefix_projection))
+        return
+    try:
+        info = ptuning.load_prefix(
+            model,
+            flags.ptuning_checkpoint,
+            expected_length=flags.pre_seq_len,
+            expected_projection=flags.prefix_projection,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"--ptuning_checkpoint: {error}") from error
+    step = "" if info.step is None else f", step {info.step}"
+    logger.info("Prefix %s: %d tokens%s", flags.ptuning_checkpoint, info.prefix_length, step)
+
+
+def make_trainer(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: ChatGLMTokenizer,
+    rows: Rows,
+    arguments: Arguments,
+    settings: RunSettings,
+) -> Seq2SeqTrainer:
+    """Join model, rows and flags in a trainer."""
+    data, training = arguments.data, arguments.training
+    length = (
+        settings.max_source_length + settings.max_target_length if data.pad_to_max_length else None
+    )
+
+    def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
+        return pad_right(batch, pad_id=tokenizer.pad_token_id, pad_to_length=length)
+
+    callbacks: list[TrainerCallback] = []
+    if training.do_train:
+        callbacks.append(CurveCallback(draw_loss_curve, Path(training.output_dir) / CURVE_NAME))
+    if training.early_stopping_patience is not None:
+        if not training.load_best_model_at_end:
+            raise UsageError(
+                "--early_stopping_patience needs --load_best_model_at_end and an --eval_strategy."
+            )
+        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
+    return Seq2SeqTrainer(
+        model=model,
+        args=training,
+        data_collator=collate,
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
+        callbacks=callbacks,
+        prefix_settings=settings.to_dict(),
+    )
+
+
+def train(trainer: Seq2SeqTrainer, arguments: Arguments) -> None:
+    """Train, then leave the final prefix, its state and the curve in the output directory."""
+    training = arguments.training
+    output_dir = Path(training.output_dir)
+    resume = None
+    if training.resume_from_checkpoint:
+        resume = checkpoint_to_resume(output_dir, training.resume_from_checkpoint)
+    if resume is None and training.overwrite_output_dir:
+        removed = remove_checkpoints(output_dir)
+        if removed:
+            logger.info("Removed %d checkpoints of an earlier run in %s", removed, output_dir)
+    encoder = trainer.chatglm.prefix_encoder
+    assert encoder is not None, "give_prefix ran before"
+    trained = sum(p.numel() for p in encoder.parameters())
+    frozen = sum(p.numel() for _, p in trainer.chatglm.base_parameters())
+    logger.info(
+        "Training a prefix of %d tokens, %s parameters; %s of the base stay frozen in %s on %s",
+        encoder.prefix_length,
+        f"{trained:,}",
+        f"{frozen:,}",
+        str(trainer.chatglm.dtype).removeprefix("torch."),
+        training.device,
+    )
+    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+
+
+def validate(trainer: Seq2SeqTrainer) -> None:
+    """Print and save the teacher-forced loss on the validation rows."""
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
+def predict(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: ChatGLMTokenizer,
+    rows: GenerationDataset,
+    arguments: Arguments,
+    settings: RunSettings,
+) -> None:
+    """Answer every row with the prefix and without, score both, print the table."""
+    data, training = arguments.data, arguments.training
+    output_dir = Path(training.output_dir)
+    decoding = PUBLISHED_SAMPLING
+    if settings.recipe != "published":
+        decoding = Decoding(
+            max_new_tokens=data.val_max_target_length or settings.max_target_length,
+            max_length=training.generation_max_length,
+            num_beams=data.num_beams or training.generation_num_beams or 1,
+        )
+    answer = AnswerRun(
+        model=model,
+        tokenizer=tokenizer,
+        rows=rows,
+        output_dir=output_dir,
+        max_target_length=settings.max_target_length,
+        batch_size=training.per_device_eval_batch_size,
+        decoding=decoding,
+        seed=training.seed,
+    )
+    tuned = answer.with_prefix()
+    base = answer.without_prefix() if data.compare_base else None
+    answer.write_results(tuned, base)
+    prefix = arguments.model.ptuning_checkpoint
+    if training.do_train or prefix is None:
+        prefix = str(output_dir)
+    info = read_info(Path(prefix))
+    report = ReportData(
+        title="ChatGLM P-Tuning v2",
+        made_at=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        model=str(arguments.model.model_name_or_path),
+        prefix=prefix,
+        step=info.step if info else None,
+        tuned=tuned.means,
+        base=base.means if base else None,
+        rows=answer.report_rows(tuned, base),
+        settings=settings.to_dict() | asdict(decoding),
+        log_history=find_log_history(Path(prefix), output_dir),
+    )
+    write_report(output_dir / REPORT_NAME, report)
+    logger.info("\n%s\n", format_scores_table(report.base, report.tuned))
+    logger.info("Rows side by side: %s", output_dir / REPORT_NAME)
+
+
+def find_log_history(*folders: Path) -> list[dict[str, Any]]:
+    """Return the log history of the first folder that has one."""
+    for folder in folders:
+        if (folder / TRAINER_STATE_NAME).is_file():
+            return load_log_history(folder / TRAINER_STATE_NAME)
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
