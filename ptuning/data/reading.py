@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 JSON_SUFFIXES = (".json", ".jsonl")
 CSV_SUFFIX = ".csv"
+# Keeps numbers as they were written, so that 1.50 stays "1.50".
+DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 
 
 class DataError(ValueError):
@@ -135,6 +137,8 @@ def _to_text(path: Path, line: int, name: str, value: Any) -> str:
             line,
             f"{name} is {_kind(value)}; make it a string (numbers may stay as they are).",
         )
+    if value.isprintable():
+        return value
     # Half of a surrogate pair, as in "\ud83d", is no character and can be written to no file.
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -239,7 +243,6 @@ def _parse_line(path: Path, number: int, line: str) -> Any:
 
 def _read_array(path: Path, text: str) -> Iterator[Row]:
     """Yield the objects of one JSON array, element by element, so that a fault has a line."""
-    decoder = _make_decoder()
     index, line = _skip_blank(text, text.index("[") + 1), 1
     counted = 0  # the lines of text[:counted] are in `line`
     closed = text[index : index + 1] == "]"
@@ -247,7 +250,7 @@ def _read_array(path: Path, text: str) -> Iterator[Row]:
         line += text.count("\n", counted, index)
         counted = index
         try:
-            value, index = decoder.raw_decode(text, index)
+            value, index = DECODER.raw_decode(text, index)
         except json.JSONDecodeError as error:
             raise DataError(
                 path,
@@ -309,14 +312,9 @@ def _read_csv(path: Path, text: str) -> Iterator[Row]:
             yield Row(number, dict(zip(header, fields, strict=True)))
 
 
-def _make_decoder() -> json.JSONDecoder:
-    """Make a JSON reader that keeps numbers as they were written."""
-    return json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
-
-
 def _parse_json(text: str, to_error: Callable[[str], DataError]) -> Any:
     try:
-        return _make_decoder().decode(text)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise to_error(f"{error.msg} at column {error.colno}") from error
     except RecursionError as error:

@@ -88,6 +88,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.num_image_tokens = num_image_tokens
         self.sop_token_id = self._id_of_piece(SOP_PIECE)
         self.eop_token_id = self._id_of_piece(EOP_PIECE)
+        self._gmask_id = self._id_of_piece(GMASK_PIECE)
         self._control_ids = frozenset(
             num_image_tokens + index for index in control_indices(self._pieces)
         )
@@ -151,6 +152,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def names_control_token(self, text: str) -> bool:
         """Say whether a text writes out a control token, such as `<eop>`; it is encoded as text."""
+        if "<" not in text and "[" not in text:  # how their names begin; most text has neither
+            return False
         return any(name in text for name in WELL_KNOWN_PIECES)
 
     def __len__(self) -> int:
@@ -225,13 +228,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             text = " ".join(text.split())
         if self.do_lower_case:
             text = text.lower()
-        return escape_whitespace(_LONE_SURROGATE.sub("\ufffd", text))
+        if not text.isprintable():  # neither surrogates nor line breaks are printable
+            text = _LONE_SURROGATE.sub("\ufffd", text)
+        return escape_whitespace(text)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
         """Return `ids [gMASK] <sop>`, or `a [gMASK] <sop> b <eop>` for a pair."""
-        context = [*token_ids_0, self._id_of_piece(GMASK_PIECE), self.sop_token_id]
+        context = [*token_ids_0, self._gmask_id, self.sop_token_id]
         return context if token_ids_1 is None else [*context, *token_ids_1, self.eop_token_id]
 
     def get_special_tokens_mask(

@@ -64,6 +64,8 @@ def escape_whitespace(text: str) -> str:
     >>> escape_whitespace("a\n\tb    c")
     'a<n><|tab|>b<|blank_4|>c'
     """
+    if text.isprintable() and "  " not in text:  # most text: a quick look saves the search
+        return text
     return _WHITESPACE.sub(lambda match: _piece_of(match.group()), text)
 
 
