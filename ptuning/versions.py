@@ -20,7 +20,7 @@ def parse_version(text: str) -> tuple[int, int]:
 
 
 def check_versions() -> None:
-    """Raise ImportError with one line when torch or transformers is missing or outside the stated range."""
+    """Raise a one-line ImportError when torch or transformers is missing or out of range."""
     for package, lowest, too_new in SUPPORTED:
         wanted = f"{package} >= {lowest[0]}.{lowest[1]}" + (f", < {too_new[0]}" if too_new else "")
         try:
@@ -32,5 +32,6 @@ def check_versions() -> None:
             if lowest <= version and (too_new is None or version < too_new):
                 continue
         raise ImportError(
-            f"{package} is {found}; this toolkit needs {wanted}: pip install '{wanted.replace(' ', '')}'"
+            f"{package} is {found}; this toolkit needs {wanted}: "
+            f"pip install '{wanted.replace(' ', '')}'"
         )

@@ -1,7 +1,7 @@
 """Self-attention with an optional prefix of extra keys and values.
 
-The prefix is joined outside the key/value cache, so that a cache holds real tokens only and a prefix can be
-changed or left out at any call. Softmax runs in float32.
+The prefix is joined outside the key/value cache, so that a cache holds real tokens only and a
+prefix can be changed or left out at any call. Softmax runs in float32.
 Shapes: B batch, S tokens, K = P + cached + S keys, P prefix, H heads, D width of a head, E = H x D.
 """
 
@@ -21,19 +21,16 @@ class LayerInputs(NamedTuple):
     """What every layer of one forward pass shares."""
 
     rotation: Rotation
-    visible: (
-        Tensor | None
-    )  # bool (B or 1, 1, S, K), True for visible; None when every key is visible
+    visible: Tensor | None  # bool (B or 1, 1, S, K), True for visible; None: every key is visible
     prefix_dropout: float  # 0 outside training
 
 
 def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the output (B, H, S, D) and the weights (B, H, S, K), computed step by step in float32."""
-    scores = (query.float() * query.shape[-1] ** -0.5) @ key.float().transpose(
-        -1, -2
-    )  # (B, H, S, K)
+    """Return the output (B, H, S, D) and the weights (B, H, S, K), step by step in float32."""
+    query_scaled = query.float() * query.shape[-1] ** -0.5
+    scores = query_scaled @ key.float().transpose(-1, -2)  # (B, H, S, K)
     if visible is not None:
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1).to(query.dtype)
@@ -58,10 +55,9 @@ class Attention(nn.Module):
         prefix: Tensor | None,
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output (B, S, E) and, from the eager implementation only, the weights (B, H, S, K)."""
-        fused = self.query_key_value(hidden_states).unflatten(
-            -1, (self.num_heads, -1)
-        )  # (B, S, H, 3D)
+        """Return the output (B, S, E) and the weights (B, H, S, K), None unless eager."""
+        fused = self.query_key_value(hidden_states)  # (B, S, 3E)
+        fused = fused.unflatten(-1, (self.num_heads, -1))  # (B, S, H, 3D)
         query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # (B, H, S, D) each
         query, key = rotate(query, shared.rotation), rotate(key, shared.rotation)
         if past_key_values is not None:

@@ -1,10 +1,11 @@
 """ChatGLM-6B's configuration under its published key names.
 
-The file is the published `config.json` (`model_type: chatglm`); sizes come from it and from nowhere else.
+The file is the published `config.json` (`model_type: chatglm`); sizes come from it and from nowhere
+else.
 Source: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/config.json
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -15,13 +16,14 @@ LATER_GENERATION_KEYS = ("multi_query_attention", "padded_vocab_size", "ffn_hidd
 class ChatGLMConfig(PreTrainedConfig):
     """Sizes and token ids of a first-generation ChatGLM, and the prefix it may carry.
 
-    `pre_seq_len` (prefix length in tokens, None for no prefix) and `prefix_projection` are published keys too.
-    Raises ValueError for a later ChatGLM generation and for sizes that cannot fit together.
+    `pre_seq_len` (prefix length in tokens, None for no prefix) and `prefix_projection` are
+    published keys too. Raises ValueError for a later ChatGLM generation and for sizes that cannot
+    fit together.
     """
 
-    model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
+    model_type: ClassVar[str] = "chatglm"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
         "num_hidden_layers": "num_layers",
         "intermediate_size": "inner_hidden_size",
         "max_position_embeddings": "max_sequence_length",
@@ -37,7 +39,7 @@ class ChatGLMConfig(PreTrainedConfig):
     position_encoding_2d: bool = True
     use_cache: bool = True
     initializer_range: float = 0.02
-    bos_token_id: int | None = 130004
+    bos_token_id: int = 130004
     eos_token_id: int | list[int] | None = 130005
     pad_token_id: int | None = 3
     mask_token_id: int = 130000
@@ -52,13 +54,14 @@ class ChatGLMConfig(PreTrainedConfig):
         later = [key for key in LATER_GENERATION_KEYS if key in kwargs]
         if later:
             raise ValueError(
-                f"this config.json has {', '.join(later)}: it belongs to ChatGLM2, ChatGLM3 or GLM-4, which share "
-                "model_type 'chatglm' but are other models; this toolkit is for the first ChatGLM-6B "
-                "(THUDM/chatglm-6b)."
+                f"this config.json has {', '.join(later)}: it belongs to ChatGLM2, ChatGLM3 or "
+                "GLM-4, which share model_type 'chatglm' but are other models; this toolkit is for "
+                "the first ChatGLM-6B (THUDM/chatglm-6b)."
             )
         if not self.position_encoding_2d:
             raise ValueError(
-                "position_encoding_2d is false; ChatGLM-6B has two-dimensional positions, so set it to true."
+                "position_encoding_2d is false; ChatGLM-6B has two-dimensional positions, so set "
+                "it to true."
             )
         super().__post_init__(**kwargs)
 

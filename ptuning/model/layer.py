@@ -11,7 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ptuning.model.attention import Attention, LayerInputs
 from ptuning.model.config import ChatGLMConfig
 
-# sqrt(2 * 28): the published code never passes the layer count to the block, so 28 holds at any depth.
+# sqrt(2 * 28): the published code never passes the layer count to the block, so 28 holds at any
+# depth.
 SKIP_SCALE = 56**0.5
 
 
@@ -31,7 +32,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(GradientCheckpointingLayer):
-    """Attention and feed-forward; recomputed in the backward pass when gradient checkpointing is on."""
+    """Attention and feed-forward; gradient checkpointing recomputes it in the backward pass."""
 
     def __init__(self, config: ChatGLMConfig, layer_index: int) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """GLM's two-dimensional positions and its attention mask, derived from the tokens.
 
-A row is `context <sop> answer`. Context tokens count 0, 1, 2, ... in the first channel and 0 in the second;
-from <sop> on the first channel stays at the mask token's position and the second counts 1, 2, 3, ...
-Everybody sees the whole context; from <sop> on attention is causal. Padding is hidden and has position 0.
+A row is `context <sop> answer`. Context tokens count 0, 1, 2, ... in the first channel and 0 in the
+second; from <sop> on the first channel stays at the mask token's position and the second counts
+1, 2, 3, ... Everybody sees the whole context; from <sop> on attention is causal. Padding is hidden
+and has position 0.
 Source: Du et al. 2021, https://arxiv.org/abs/2103.10360, sections 2.1 and 2.3.
 Shapes: B batch, S tokens of this call, K key columns without the prefix.
 """
@@ -14,10 +15,10 @@ from torch import Tensor
 
 
 class Context(NamedTuple):
-    """Where each row's context lies. Columns count from the left edge of the batch, padding included."""
+    """Where each row's context lies; columns count from the batch's left edge, padding included."""
 
     start: Tensor  # (B,) first column that is not left padding
-    end: Tensor  # (B,) column of <sop>, the first causal token; the number of columns where there is none
+    end: Tensor  # (B,) column of <sop>, the first causal token; the number of columns without one
     mask_position: Tensor  # (B,) first-channel position of every token from <sop> on
 
 
@@ -76,8 +77,9 @@ def visible_keys(
 ) -> Tensor:
     """Return who sees whom as bool (B, 1, S, K), True for visible.
 
-    Queries are the columns from first_column on. attention_mask (B, <= K) holds 0 at padding; columns it does
-    not reach are visible by the rule alone. A padding query sees itself, so that no softmax row is empty.
+    Queries are the columns from first_column on. attention_mask (B, <= K) holds 0 at padding;
+    columns it does not reach are visible by the rule alone. A padding query sees itself, so that no
+    softmax row is empty.
     """
     keys = torch.arange(num_keys, device=context_end.device)
     queries = torch.arange(num_queries, device=context_end.device) + first_column

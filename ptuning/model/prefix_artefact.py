@@ -1,7 +1,8 @@
-"""Prefixes in and out: our self-describing directory, published `pytorch_model.bin`, or bare safetensors.
+"""Prefixes in and out: our directory, a published `pytorch_model.bin`, or bare safetensors.
 
-An artefact is a directory with `prefix.safetensors` (published key names, float32) and `prefix_config.json`
-(everything needed to use it). Files are written under a temporary name and renamed, the config last.
+An artefact is a self-describing directory with `prefix.safetensors` (published key names, float32)
+and `prefix_config.json` (everything needed to use it). Files are written under a temporary name
+and renamed, the config last.
 Shapes: P prefix tokens, L layers, E hidden size.
 """
 
@@ -31,8 +32,9 @@ KEY_PREFIX = "transformer.prefix_encoder."
 class PrefixInfo:
     """What a prefix is and what it was made for; the contents of prefix_config.json.
 
-    base_fingerprint is None for a published file, which does not say what it was trained on. `settings` holds the
-    prompt columns, lengths and recipe of the run; `metrics` its newest figures.
+    base_fingerprint is None for a published file, which does not say what it was trained on.
+    `settings` holds the prompt columns, lengths and recipe of the run; `metrics` its newest
+    figures.
     """
 
     prefix_length: int
@@ -50,7 +52,7 @@ class PrefixInfo:
 
 
 def base_fingerprint(model: ChatGLMForConditionalGeneration) -> str:
-    """Return a short hash of the frozen base that is the same in float32, float16, bfloat16, int8 and int4.
+    """Return a short hash of the frozen base, the same in every dtype and at 8 and 4 bits.
 
     It covers the layer norms and biases, which no quantisation touches, rounded to bfloat16.
     """
@@ -103,7 +105,7 @@ def save_prefix(
         hidden_size=model.config.hidden_size,
         num_attention_heads=model.config.num_attention_heads,
         vocab_size=model.config.vocab_size,
-        base_model_name_or_path=model.name_or_path,
+        base_model_name_or_path=model.name_or_path or "",
         base_fingerprint=base_fingerprint(model),
         step=step,
         metrics=metrics or {},
@@ -129,10 +131,11 @@ def load_prefix(
 ) -> PrefixInfo:
     """Attach the prefix at path to model and return its description.
 
-    path is an artefact directory, a directory with a published pytorch_model.bin (prefix keys alone or among the
-    whole model's), or one such file or .safetensors file. Length and projection are read from the shapes; an
-    expected value that contradicts them raises ValueError, as does a prefix made for another base (its sizes, or
-    its fingerprint unless allow_other_base). FileNotFoundError when there is no prefix at path.
+    path is an artefact directory, a directory with a published pytorch_model.bin (prefix keys alone
+    or among the whole model's), or one such file or .safetensors file. Length and projection are
+    read from the shapes; an expected value that contradicts them raises ValueError, as does a
+    prefix made for another base (its sizes, or its fingerprint unless allow_other_base).
+    FileNotFoundError when there is no prefix at path.
     """
     path = Path(path)
     tensors = read_prefix_tensors(path)
@@ -169,13 +172,13 @@ def find_weights(path: Path) -> Path:
             return path / name
     what = "has no" if path.is_dir() else "does not exist, so it has no"
     raise FileNotFoundError(
-        f"{path} {what} {WEIGHTS_NAME} or {PUBLISHED_NAME}; give a prefix directory written by training "
-        "(output/.../checkpoint-N) or one such file."
+        f"{path} {what} {WEIGHTS_NAME} or {PUBLISHED_NAME}; give a prefix directory written by "
+        "training (output/.../checkpoint-N) or one such file."
     )
 
 
 def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the prefix encoder's tensors at path, names without their published prefix; float32, on the CPU."""
+    """Return the prefix tensors at path by short name (`embedding.weight`), float32, CPU."""
     file = find_weights(path)
     try:
         if file.suffix == ".safetensors":
@@ -184,8 +187,8 @@ def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{file} cannot be read as a prefix ({type(error).__name__}): it is damaged, cut short, or holds more "
-            "than tensors; copy it again or give another checkpoint."
+            f"{file} cannot be read as a prefix ({type(error).__name__}): it is damaged, cut "
+            "short, or holds more than tensors; copy it again or give another checkpoint."
         ) from error
     tensors = {}
     for name, value in loaded.items():
@@ -216,14 +219,14 @@ def prefix_shape(tensors: dict[str, Tensor], path: Path) -> tuple[int, bool]:
     }
     if names not in ({"embedding.weight"}, projection):
         raise ValueError(
-            f"the prefix at {path} has the tensors {sorted(names)}; needed are embedding.weight alone or, with a "
-            f"projection, {sorted(projection)}."
+            f"the prefix at {path} has the tensors {sorted(names)}; needed are embedding.weight "
+            f"alone or, with a projection, {sorted(projection)}."
         )
     return tensors["embedding.weight"].shape[0], names == projection
 
 
 def read_info(path: Path) -> PrefixInfo | None:
-    """Return the description beside the prefix at path, None where there is none (a published checkpoint)."""
+    """Return the description beside the prefix at path, None for a published checkpoint."""
     file = (path if path.is_dir() else path.parent) / CONFIG_NAME
     if not file.is_file() or find_weights(path).name != WEIGHTS_NAME:
         return None
@@ -232,14 +235,16 @@ def read_info(path: Path) -> PrefixInfo | None:
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{file} has format_version {version}; this version reads {FORMAT_VERSION}: update the toolkit."
+                f"{file} has format_version {version}; this version reads {FORMAT_VERSION}: update "
+                "the toolkit."
             )
         return PrefixInfo(
             **{f.name: values[f.name] for f in fields(PrefixInfo) if f.name in values}
         )
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file} is not a prefix description ({error}); restore it, or delete it to load the weights alone."
+            f"{file} is not a prefix description ({error}); restore it, or delete it to load the "
+            "weights alone."
         ) from error
 
 
@@ -256,15 +261,17 @@ def _check_base(
     needed = 2 * config.num_layers * config.hidden_size
     if found != needed:
         raise ValueError(
-            f"the prefix at {path} is {found} wide; this base needs {needed} (2 x {config.num_layers} layers x "
-            f"{config.hidden_size}): it was trained on another model, so load that one."
+            f"the prefix at {path} is {found} wide; this base needs {needed} (2 x "
+            f"{config.num_layers} layers x {config.hidden_size}): it was trained on another model, "
+            "so load that one."
         )
     if info is None or info.base_fingerprint is None or allow_other_base:
         return
     fingerprint = base_fingerprint(model)
     if info.base_fingerprint != fingerprint:
         raise ValueError(
-            f"the prefix at {path} was trained on {info.base_model_name_or_path or 'a base'} (fingerprint "
-            f"{info.base_fingerprint[:8]}), but this base {model.name_or_path} has {fingerprint[:8]}; load the base "
-            "it was trained on, or pass allow_other_base=True to try it anyway."
+            f"the prefix at {path} was trained on {info.base_model_name_or_path or 'a base'} "
+            f"(fingerprint {info.base_fingerprint[:8]}), but this base {model.name_or_path} has "
+            f"{fingerprint[:8]}; load the base it was trained on, or pass allow_other_base=True to "
+            "try it anyway."
         )

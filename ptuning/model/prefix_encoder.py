@@ -11,14 +11,14 @@ from torch.nn import functional
 
 
 class PrefixTable(nn.Embedding):
-    """The (P, ...) table of prefix entries; its own class so that it starts from N(0, 1) and not like other weights."""
+    """The (P, ...) table of prefix entries; its own class because it alone starts from N(0, 1)."""
 
 
 class PrefixEncoder(nn.Module):
     """Trained table of prefix keys and values, with or without a two-layer projection.
 
-    State-dict keys are the published ones: `embedding.weight` (P, 2*L*E), or with projection `embedding.weight`
-    (P, E), `trans.0.{weight,bias}` and `trans.2.{weight,bias}`.
+    State-dict keys are the published ones: `embedding.weight` (P, 2*L*E), or with projection
+    `embedding.weight` (P, E), `trans.0.{weight,bias}` and `trans.2.{weight,bias}`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PrefixEncoder(nn.Module):
             )
 
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return L tensors of shape (2, 1, H, P, D) in dtype: [0] holds keys, [1] values; the batch axis broadcasts."""
+        """Return L tensors (2, 1, H, P, D) in dtype: [0] holds keys, [1] values; 1 broadcasts."""
         table = self.embedding.weight  # (P, 2*L*E), or (P, E) before the projection
         if self.trans is not None:
             table = self.trans(table)
@@ -60,9 +60,10 @@ class PrefixEncoder(nn.Module):
 def join_prefix(
     prefix: Tensor, keys: Tensor, values: Tensor, *, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Place one layer's prefix (2, 1 or B, H, P, D) before keys and values (B, H, S, D): two (B, H, P + S, D).
+    """Place one layer's prefix (2, 1 or B, H, P, D) before keys and values (B, H, S, D).
 
-    dropout > 0 draws its own mask for every row, as the published code does.
+    Returns keys and values, (B, H, P + S, D) each. dropout > 0 draws its own mask for every row, as
+    the published code does.
     """
     prefix = prefix.expand(-1, keys.shape[0], -1, -1, -1)
     if dropout > 0.0:

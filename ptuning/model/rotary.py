@@ -1,7 +1,8 @@
 """Two-dimensional rotary position embedding.
 
-Each head's width D is cut in two halves; the first is rotated by the first position channel, the second by
-the other. Inverse frequencies are rounded to float16, as the published checkpoint stores them.
+Each head's width D is cut in two halves; the first is rotated by the first position channel, the
+second by the other. Inverse frequencies are rounded to float16, as the published checkpoint stores
+them.
 Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; GLM's use of it in ChatGLM-6B.
 Shapes: B batch, S tokens, H heads, D width of a head.
 """
@@ -38,7 +39,7 @@ def rotation_at(position_ids: Tensor, frequencies: Tensor) -> Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate x (B, H, S, D) and return it in the same shape and dtype; the arithmetic is float32."""
+    """Return x (B, H, S, D) rotated, in the same shape and dtype; the arithmetic is float32."""
     quarters = x.unflatten(-1, (2, 2, -1))  # (B, H, S, 2, 2, D/4)
     first, second = quarters.unbind(-2)
     rotated = torch.stack(

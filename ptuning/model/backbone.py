@@ -1,0 +1,243 @@
+"""ChatGLM without its output head: embedding, layers, final norm, and the prefix when there is one.
+
+Module and parameter names are the published ones, so published checkpoints load as they are. The
+positions and the mask of GLM are derived from the tokens (`ptuning.model.positions`).
+Shapes: B batch, S tokens of this call, K key columns, P prefix, L layers, H heads, D head width,
+E hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
+
+from ptuning.model.attention import LayerInputs
+from ptuning.model.config import ChatGLMConfig
+from ptuning.model.layer import Layer
+from ptuning.model.positions import Context, find_context, position_ids, visible_keys
+from ptuning.model.prefix_encoder import PrefixEncoder, PrefixTable
+from ptuning.model.rotary import inverse_frequencies, rotation_at
+
+CONTEXT_ATTRIBUTE = "glm_context"  # where a cache keeps the Context of the rows it holds
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of both classes below."""
+
+    config: ChatGLMConfig
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = False
+    # transformers declares these lists as instance attributes, so that ClassVar would be an error.
+    _no_split_modules = ["Layer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["prefix_encoder"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"attention\.rotary_emb\.inv_freq"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"transformer\.prefix_encoder\."]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module: prefix N(0, 1) as published, others N(0, initializer_range)."""
+        if isinstance(module, PrefixTable):
+            init.normal_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, ChatGLMModel):
+            init.copy_(module.inverse_frequencies, inverse_frequencies(self.config.head_dim))
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Embedding, layers and final norm; carries the prefix encoder when there is one."""
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.word_embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.register_buffer(
+            "inverse_frequencies", inverse_frequencies(config.head_dim), persistent=False
+        )
+        self.prefix_encoder: PrefixEncoder | None = None
+        if config.pre_seq_len is not None:
+            self.prefix_encoder = self.new_prefix_encoder(
+                config.pre_seq_len, project=config.prefix_projection
+            )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def new_prefix_encoder(self, prefix_length: int, *, project: bool) -> PrefixEncoder:
+        """Build a prefix encoder of this model's sizes; it is not attached."""
+        return PrefixEncoder(
+            prefix_length=prefix_length,
+            num_layers=self.config.num_layers,
+            num_heads=self.config.num_attention_heads,
+            head_dim=self.config.head_dim,
+            project=project,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the (V, E) word embedding."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embedding."""
+        self.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        use_prefix: bool = True,
+        prefix_key_values: Sequence[Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Return the hidden states (B, S, E) of input_ids (B, S).
+
+        attention_mask is (B, cached + S) of 0/1 marking padding on either side, or a ready bool
+        mask (B, 1, S, K). position_ids (B, 2, S) override the derived ones. use_prefix=False leaves
+        the prefix out of this call; prefix_key_values (L tensors (2, 1 or B, H, P, D)) takes the
+        place of the model's own prefix. hidden_states, when asked for, are the L inputs of the
+        layers and then the final output.
+        """
+        if inputs_embeds is not None:
+            raise ValueError(
+                "inputs_embeds are given; ChatGLM's positions come from the tokens: give input_ids."
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if self.training:
+            use_cache = False  # nothing is generated while training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        positions, visible = self._place(input_ids, attention_mask, position_ids, past_key_values)
+        prefix = self.prefix_for(use_prefix, prefix_key_values)
+        shared = self._layer_inputs(positions, visible, prefix)
+
+        hidden_states = self.word_embeddings(input_ids)  # (B, S, E)
+        all_hidden_states, all_weights = [], []
+        for index, layer in enumerate(self.layers):
+            all_hidden_states.append(hidden_states)
+            layer_prefix = None if prefix is None else prefix[index]
+            hidden_states, weights = layer(
+                hidden_states, shared, layer_prefix, past_key_values=past_key_values
+            )
+            all_weights.append(weights)
+        hidden_states = self.final_layernorm(hidden_states)
+        all_hidden_states.append(hidden_states)
+        wants_hidden_states = self._wants("output_hidden_states", output_hidden_states)
+        wants_attentions = self._wants("output_attentions", output_attentions)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(all_hidden_states) if wants_hidden_states else None,
+            attentions=tuple(all_weights) if wants_attentions else None,
+        )
+
+    def _wants(self, name: str, given: bool | None) -> bool:
+        wanted = getattr(self.config, name, False) if given is None else given
+        if wanted and name == "output_attentions" and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions needs the weights, which "
+                f"{self.config._attn_implementation!r} attention never forms; load the model with "
+                "attn_implementation='eager'."
+            )
+        return bool(wanted)
+
+    def prefix_for(
+        self, use_prefix: bool, prefix_key_values: Sequence[Tensor] | None = None
+    ) -> Sequence[Tensor] | None:
+        """Return this call's prefix, L tensors (2, 1 or B, H, P, D), or None."""
+        if not use_prefix:
+            return None
+        if prefix_key_values is not None:
+            return prefix_key_values
+        if self.prefix_encoder is None:
+            return None
+        # The norms keep the model's floating type where other weights are quantised.
+        return self.prefix_encoder(self.final_layernorm.weight.dtype)
+
+    def _layer_inputs(
+        self, positions: Tensor, visible: Tensor | None, prefix: Sequence[Tensor] | None
+    ) -> LayerInputs:
+        """Return what the layers share; every token sees the prefix."""
+        if prefix is not None and visible is not None:
+            visible = functional.pad(visible, (prefix[0].shape[3], 0), value=True)
+        dropout = 0.0
+        if self.training and self.prefix_encoder is not None:
+            dropout = self.prefix_encoder.dropout
+        return LayerInputs(rotation_at(positions, self.inverse_frequencies), visible, dropout)
+
+    def _place(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        given_positions: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return positions (B, 2, S) and visible keys (B, 1, S, K), None when all are visible."""
+        num_queries = input_ids.shape[1]
+        num_keys, past = num_queries, cast(int | Tensor, 0)
+        if past_key_values is not None:
+            num_keys = past_key_values.get_mask_sizes(num_queries, 0)[0]
+            past = past_key_values.get_seq_length()
+        started = isinstance(past, Tensor) or past > 0
+        context = None
+        if not started or (isinstance(past, Tensor) and num_queries > 1):
+            context = self.find_context(
+                input_ids, None if _is_ready(attention_mask) else attention_mask
+            )
+            if past_key_values is not None:
+                setattr(past_key_values, CONTEXT_ATTRIBUTE, context)
+        elif given_positions is None:
+            context = getattr(past_key_values, CONTEXT_ATTRIBUTE, None)
+            if context is None or context.end.shape[0] != input_ids.shape[0]:
+                raise ValueError(
+                    "past_key_values is filled, but not by this model for these rows, so the 2-D "
+                    "positions of the new tokens are unknown; give position_ids (B, 2, S)."
+                )
+        if given_positions is None:
+            assert context is not None, "a context is found above whenever positions are not given"
+            given_positions = position_ids(context, past, num_queries)
+        if _is_ready(attention_mask):
+            return given_positions, attention_mask
+        if started and num_queries == 1 and attention_mask is None and not isinstance(past, Tensor):
+            return given_positions, None
+        # Queries behind a filled cache are all past their context: plain causal order covers it.
+        end = context.end if context is not None else torch.zeros_like(input_ids[:, 0])
+        return given_positions, visible_keys(end, attention_mask, past, num_queries, num_keys)
+
+    def find_context(self, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
+        """Find each row's context with this model's token ids."""
+        return find_context(
+            input_ids,
+            attention_mask,
+            bos_token_id=self.config.bos_token_id,
+            mask_token_id=self.config.mask_token_id,
+            gmask_token_id=self.config.gmask_token_id,
+        )
+
+
+def _is_ready(attention_mask: Tensor | None) -> bool:
+    return attention_mask is not None and attention_mask.dim() == 4
