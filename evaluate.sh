@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Score a prefix again:  bash evaluate.sh   the newest under output/;  PREFIX=output/.../checkpoint-1000 names one.
+# Every value below can be given from outside; further flags go to main.py.
+# A path in a variable is taken from your folder if it exists there, else from this one; OUTPUT_DIR from yours.
+set -euo pipefail
+caller=$PWD
+cd "$(dirname "$0")"
+source scripts/setup.sh
+source scripts/settings.sh
+
+if [ -n "${PREFIX:-}" ]; then
+  PREFIX=$(input_path "${PREFIX%/}")
+  [ -d "$PREFIX" ] || die "PREFIX=$PREFIX is no directory; give a run's output directory or one of its checkpoint-N."
+else
+  # ls fails where a pattern matches nothing; what it found is still printed.
+  newest=$(ls -t output/*/prefix_config.json output/*/checkpoint-*/prefix_config.json 2>/dev/null | head -n 1) || true
+  [ -n "$newest" ] || die "There is no prefix under $PWD/output yet. Type: bash train.sh" \
+    "or name one: PREFIX=/path/to/prefix bash evaluate.sh"
+  PREFIX=${newest%/prefix_config.json}
+  echo "Newest prefix: $PREFIX" >&2
+fi
+if [ -z "${MODEL:-}" ] && [ ! -f "$PREFIX/prefix_config.json" ]; then
+  die "$PREFIX has no prefix_config.json to name the base model (the published code writes none)." \
+    "Name it: MODEL=THUDM/chatglm-6b PREFIX=$PREFIX bash evaluate.sh"
+fi
+
+choose_python run
+if [ -z "${MODEL:-}" ]; then
+  MODEL=$("$PYTHON" -c '
+import json, sys
+with open(sys.argv[1], encoding="utf-8") as file:
+    sys.stdout.write(json.load(file).get("base_model_name_or_path", ""))' "$PREFIX/prefix_config.json")
+  [ -n "$MODEL" ] || die "$PREFIX/prefix_config.json names no base model; add MODEL=... before the command."
+fi
+EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}              # rows scored at a time
+if [ ! -f "$PREFIX/prefix_config.json" ]; then
+  MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}       # the published lengths, for a published checkpoint
+  MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}
+fi
+# Empty: what the prefix was trained with, which it remembers.
+give --max_source_length "${MAX_SOURCE_LENGTH:-}"  # tokens of the prompt, with [gMASK] and <sop>
+give --max_target_length "${MAX_TARGET_LENGTH:-}"  # tokens of the answer
+give --prompt_column "${PROMPT_COLUMN:-}"          # field of a row: what is asked
+give --response_column "${RESPONSE_COLUMN:-}"      # field of a row: the answer
+give --history_column "${HISTORY_COLUMN:-}"        # field of a row: earlier turns
+give --quantization_bit "${QUANTIZATION_BIT:-}"    # 4 or 8; empty: the base as it is stored
+if [ -n "${OUTPUT_DIR:-}" ]; then OUTPUT_DIR=$(output_path "$OUTPUT_DIR"); else OUTPUT_DIR=$PREFIX; fi
+
+exec "$PYTHON" main.py \
+  --do_eval --do_predict \
+  --validation_file "$DEV_FILE" --test_file "$DEV_FILE" \
+  --model_name_or_path "$(model_path "$MODEL")" --ptuning_checkpoint "$PREFIX" \
+  --output_dir "$OUTPUT_DIR" \
+  --per_device_eval_batch_size "$EVAL_BATCH_SIZE" --predict_with_generate \
+  ${given_flags[@]+"${given_flags[@]}"} "$@"

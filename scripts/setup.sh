@@ -1,0 +1,65 @@
+# Functions that every command sources from the repository root: which Python, which paths.
+#     caller=$PWD; cd "$(dirname "$0")"; source scripts/setup.sh; choose_python run
+# choose_python exports PYTHON: the one given, used as it is and never installed into; else a complete .venv; else
+# python3, if it has every dependency in the ranges of pyproject.toml; else .venv, made from requirements.lock.
+# Written for bash 3.2 and up (macOS).
+
+die() {
+  printf '%s\n' "$@" >&2
+  exit 1
+}
+
+# A path to read: as seen from the folder the command was typed in if it exists there, else from the repository root.
+input_path() {
+  if [ "$caller" != "$PWD" ] && [ "${1#/}" = "$1" ] && [ -e "$caller/$1" ]; then
+    printf '%s/%s' "$caller" "$1"
+  else
+    printf '%s' "$1"
+  fi
+}
+
+# A path to write: always as seen from the folder the command was typed in.
+output_path() {
+  if [ "$caller" != "$PWD" ] && [ "${1#/}" = "$1" ]; then
+    printf '%s/%s' "$caller" "$1"
+  else
+    printf '%s' "$1"
+  fi
+}
+
+is_new_enough() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+find_python() {
+  local name
+  for name in python3 python3.13 python3.14 python3.12 python3.11 python; do
+    if is_new_enough "$name"; then
+      printf '%s' "$name"
+      return
+    fi
+  done
+  die "Found no Python 3.11 or newer (tried python3, python3.11 to 3.14, python)." \
+    "Install one, or name it: PYTHON=/path/to/python"
+}
+
+check_given_python() {
+  PYTHON=$(input_path "$PYTHON")
+  command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is no command." \
+    "Give the path of a Python 3.11 or newer, or leave PYTHON out."
+  is_new_enough "$PYTHON" || die "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1); 3.11 or newer is needed." \
+    "Give another, or leave PYTHON out."
+  "$PYTHON" scripts/environment.py check "$1"
+}
+
+# $1: `run` for the dependencies, `dev` for the tools of `make check` as well.
+choose_python() {
+  local found
+  if [ -n "${PYTHON:-}" ]; then
+    check_given_python "$1"
+  else
+    found=$(find_python)
+    PYTHON=$("$found" scripts/environment.py choose "$1")
+  fi
+  export PYTHON
+}

@@ -1,0 +1,541 @@
+"""The shell around the project: which Python, which paths, which flags, and what is said when it cannot go on."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from scripts import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])
+BASH = shutil.which("bash") or "bash"
+
+# Stands for a Python with everything: says what main.py is given, and what torch sees is set from outside.
+STUB = f"""#!/usr/bin/env bash
+case "$*" in
+  main.py*) printf '%s\\n' "$@"; exit "${{STUB_EXIT:-0}}" ;;
+  *"import torch"*) printf %s "${{STUB_DEVICE:-cuda}}" ;;
+  *) exec "{sys.executable}" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the scripts and what they read, so that a test can write beside them."""
+    root = tmp_path / "checkout"
+    shutil.copytree(
+        ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for file in [*ROOT.glob("*.sh"), *ROOT.glob("*.lock"), ROOT / "pyproject.toml"]:
+        shutil.copy(file, root)
+    python = tmp_path / "python"
+    python.write_text(STUB, encoding="utf-8")
+    python.chmod(0o755)
+    return root
+
+
+def run(
+    script: Path, *arguments: str, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script with the stub as PYTHON and nothing of this session's settings."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    stub = str(script.parents[1] / "python")
+    return subprocess.run(
+        [BASH, str(script), *arguments],
+        cwd=cwd or script.parent,
+        env={**kept, "PYTHON": stub, **variables},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        timeout=60,
+    )
+
+
+def flags(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Return what main.py was given as {flag: value}; a switch has the value "" and the last one wins."""
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.splitlines()
+    assert words[0] == "main.py"
+    pairs = zip(words, [*words[1:], "--"], strict=True)
+    return {
+        word: "" if value.startswith("--") else value
+        for word, value in pairs
+        if word.startswith("--")
+    }
+
+
+def write_prefix(folder: Path, base: str, age_s: int) -> Path:
+    folder.mkdir(parents=True)
+    config = folder / "prefix_config.json"
+    config.write_text(f'{{"base_model_name_or_path": "{base}"}}', encoding="utf-8")
+    os.utime(config, (1_700_000_000 - age_s,) * 2)
+    return folder
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_script_parses_and_stops_at_the_first_failure(script: Path) -> None:
+    result = subprocess.run([BASH, "-n", str(script)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    if script.name not in {"setup.sh", "settings.sh"}:  # sourced by the others
+        assert "set -euo pipefail" in script.read_text(encoding="utf-8")
+
+
+# train.sh
+
+
+def test_training_with_cuda_takes_the_published_settings(checkout: Path) -> None:
+    given = flags(run(checkout / "train.sh"))
+    expected = {
+        "--model_name_or_path": "THUDM/chatglm-6b",
+        "--pre_seq_len": "128",
+        "--learning_rate": "2e-2",
+        "--max_source_length": "64",
+        "--max_target_length": "64",
+        "--per_device_train_batch_size": "1",
+        "--gradient_accumulation_steps": "16",
+        "--max_steps": "3000",
+        "--save_steps": "1000",
+        "--logging_steps": "10",
+        "--prompt_column": "content",
+        "--response_column": "summary",
+        "--output_dir": "output/adgen-chatglm-6b-pt-128-2e-2",
+        "--train_file": "AdvertiseGen/sample/train.json",
+        "--test_file": "AdvertiseGen/sample/dev.json",
+        "--do_train": "",
+        "--do_predict": "",
+    }
+    assert {name: given.get(name) for name in expected} == expected
+    assert "--quantization_bit" not in given
+    assert "--history_column" not in given
+
+
+def test_training_without_cuda_takes_the_embedded_model_and_says_so(checkout: Path) -> None:
+    result = run(checkout / "train.sh", STUB_DEVICE="No CUDA device for torch 2.13.0")
+    assert flags(result)["--model_name_or_path"] == "ptuning/nano/weights"
+    assert flags(result)["--output_dir"].startswith("output/adgen-nano-pt-")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("No CUDA device for torch 2.13.0: training the embedded nano model.")
+    assert "MODEL=THUDM/chatglm-6b bash train.sh" in line
+
+
+def test_every_value_can_be_given_and_further_flags_are_passed_on(checkout: Path) -> None:
+    given = flags(
+        run(
+            checkout / "train.sh", "--seed", "7", "--learning_rate", "3e-3", MODEL="nano", PRE_SEQ_LEN="8", LR="1e-4",
+            MAX_STEPS="5", QUANTIZATION_BIT="4", HISTORY_COLUMN="turns", NAME="mine",
+        )
+    )  # fmt: skip
+    assert given["--model_name_or_path"] == "ptuning/nano/weights"
+    assert given["--pre_seq_len"] == "8"
+    assert given["--max_steps"] == "5"
+    assert given["--quantization_bit"] == "4"
+    assert given["--history_column"] == "turns"
+    assert given["--seed"] == "7"
+    assert given["--learning_rate"] == "3e-3", "a flag after the script's own wins"
+    assert given["--output_dir"] == "output/mine-pt-8-1e-4"
+
+
+def test_real_data_is_preferred_to_the_sample(checkout: Path) -> None:
+    (checkout / "AdvertiseGen").mkdir()
+    (checkout / "AdvertiseGen" / "train.json").touch()
+    assert flags(run(checkout / "train.sh"))["--train_file"] == "AdvertiseGen/sample/train.json", (
+        "dev.json is missing"
+    )
+    (checkout / "AdvertiseGen" / "dev.json").touch()
+    assert flags(run(checkout / "train.sh"))["--train_file"] == "AdvertiseGen/train.json"
+    assert flags(run(checkout / "train.sh"))["--validation_file"] == "AdvertiseGen/dev.json"
+
+
+def test_paths_are_seen_from_the_folder_the_command_was_typed_in(
+    checkout: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "my work"
+    (here / "base").mkdir(parents=True)
+    (here / "rows.json").touch()
+    given = flags(
+        run(checkout / "train.sh", cwd=here, MODEL="base", TRAIN_FILE="rows.json", DEV_FILE="data/dev.json",
+            OUTPUT_DIR="out", PYTHON="../python")
+    )  # fmt: skip
+    assert given["--model_name_or_path"] == f"{here}/base"
+    assert given["--train_file"] == f"{here}/rows.json"
+    assert given["--validation_file"] == "data/dev.json", "not there, so seen from the repository"
+    assert given["--output_dir"] == f"{here}/out"
+    assert flags(run(checkout / "train.sh", cwd=here, MODEL="THUDM/chatglm-6b"))[
+        "--model_name_or_path"
+    ] == ("THUDM/chatglm-6b")
+
+
+def test_status_of_python_is_passed_on(checkout: Path) -> None:
+    assert run(checkout / "train.sh", STUB_EXIT="130").returncode == 130
+
+
+def test_own_training_rows_need_own_rows_to_score_on(checkout: Path) -> None:
+    result = run(checkout / "train.sh", TRAIN_FILE="rows.json")
+    assert result.returncode == 1
+    assert "DEV_FILE=" in result.stderr
+
+
+def test_chat_training_has_its_own_columns_lengths_and_rate(checkout: Path) -> None:
+    given = flags(
+        run(
+            checkout / "train_chat.sh",
+            "--seed",
+            "7",
+            TRAIN_FILE="a.json",
+            DEV_FILE="b.json",
+            LR="5e-3",
+        )
+    )
+    assert given["--train_file"] == "a.json"
+    assert given["--validation_file"] == "b.json"
+    assert given["--prompt_column"] == "prompt"
+    assert given["--response_column"] == "response"
+    assert given["--history_column"] == "history"
+    assert given["--max_source_length"] == given["--max_target_length"] == "256"
+    assert given["--learning_rate"] == "5e-3"
+    assert given["--seed"] == "7"
+
+
+def test_chat_training_without_data_says_what_to_type(checkout: Path) -> None:
+    result = run(checkout / "train_chat.sh")
+    assert result.returncode == 1
+    assert "TRAIN_FILE=chat/train.json DEV_FILE=chat/dev.json" in result.stderr
+
+
+# evaluate.sh
+
+
+def test_evaluation_without_a_prefix_says_to_train_first(checkout: Path) -> None:
+    result = run(checkout / "evaluate.sh")
+    assert result.returncode == 1
+    assert "Type: bash train.sh" in result.stderr
+    assert not result.stdout
+
+
+def test_evaluation_takes_the_newest_prefix_and_its_base(checkout: Path) -> None:
+    write_prefix(checkout / "output" / "old", "THUDM/chatglm-6b", age_s=100)
+    newest = write_prefix(
+        checkout / "output" / "new one" / "checkpoint-20", "/models/基座", age_s=0
+    )
+    result = run(checkout / "evaluate.sh")
+    given = flags(result)
+    assert (
+        given["--ptuning_checkpoint"] == given["--output_dir"] == str(newest.relative_to(checkout))
+    )
+    assert given["--model_name_or_path"] == "/models/基座"
+    assert "--do_train" not in given
+    assert "--max_source_length" not in given, "the prefix remembers its own"
+    assert "Newest prefix: output/new one/checkpoint-20" in result.stderr
+
+
+def test_evaluation_of_a_named_prefix(checkout: Path, tmp_path: Path) -> None:
+    prefix = write_prefix(tmp_path / "there" / "mine", "ptuning/nano/weights", age_s=0)
+    given = flags(
+        run(checkout / "evaluate.sh", cwd=prefix.parent, PREFIX="mine/", PROMPT_COLUMN="q")
+    )
+    assert given["--ptuning_checkpoint"] == given["--output_dir"] == str(prefix)
+    assert given["--model_name_or_path"] == "ptuning/nano/weights"
+    assert given["--prompt_column"] == "q"
+
+
+def test_evaluation_of_a_published_checkpoint_needs_the_base(
+    checkout: Path, tmp_path: Path
+) -> None:
+    published = tmp_path / "checkpoint-3000"
+    published.mkdir()
+    result = run(checkout / "evaluate.sh", PREFIX=str(published))
+    assert result.returncode == 1
+    assert "MODEL=THUDM/chatglm-6b" in result.stderr
+    given = flags(run(checkout / "evaluate.sh", PREFIX=str(published), MODEL="THUDM/chatglm-6b"))
+    assert given["--model_name_or_path"] == "THUDM/chatglm-6b"
+    assert given["--max_source_length"] == given["--max_target_length"] == "64"
+
+
+def test_evaluation_refuses_a_prefix_that_is_not_there(checkout: Path) -> None:
+    result = run(checkout / "evaluate.sh", PREFIX="no/such")
+    assert result.returncode == 1
+    assert "PREFIX=no/such is no directory" in result.stderr
+
+
+# Which Python
+
+
+def write_command(path: Path, body: str) -> str:
+    path.write_text(f"#!{BASH}\n{body}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_given_python_that_lacks_packages_is_refused_and_left_alone(
+    checkout: Path, tmp_path: Path
+) -> None:
+    bare = write_command(tmp_path / "bare", f'exec "{sys.executable}" -I -S "$@"')
+    result = run(checkout / "train.sh", PYTHON=bare)
+    assert result.returncode == 1
+    assert "lacks torch>=2.8 (missing), transformers>=5.10,<6 (missing)" in result.stderr
+    assert "-m pip install 'torch>=2.8' 'transformers>=5.10,<6'" in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_given_python_that_is_too_old_is_refused(checkout: Path, tmp_path: Path) -> None:
+    old = write_command(
+        tmp_path / "old", 'if [ "$1" = --version ]; then echo "Python 3.8.18"; else exit 1; fi'
+    )
+    result = run(checkout / "train.sh", PYTHON=old)
+    assert result.returncode == 1
+    assert "is Python 3.8.18; 3.11 or newer is needed" in result.stderr
+
+
+def test_given_python_that_is_no_command_is_refused(checkout: Path) -> None:
+    result = run(checkout / "train.sh", PYTHON="no/such/python")
+    assert result.returncode == 1
+    assert "PYTHON=no/such/python is no command" in result.stderr
+
+
+def test_a_machine_without_python_is_told_so(checkout: Path, tmp_path: Path) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    (commands / "dirname").symlink_to(shutil.which("dirname") or "/usr/bin/dirname")
+    result = run(checkout / "train.sh", PYTHON="", PATH=str(commands))
+    assert result.returncode == 1
+    assert "Found no Python 3.11 or newer" in result.stderr
+    assert "PYTHON=/path/to/python" in result.stderr
+
+
+def test_the_current_python_is_used_when_it_has_everything(checkout: Path, tmp_path: Path) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    (commands / "python3").symlink_to(checkout.parent / "python")
+    (checkout / "main.py").write_text("import sys\nprint(sys.executable)\n", encoding="utf-8")
+    result = run(
+        checkout / "train.sh", PYTHON="", MODEL="nano", PATH=f"{commands}:{os.environ['PATH']}"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == sys.executable
+    assert not (checkout / ".venv").exists()
+
+
+def test_unknown_step_of_the_checks_is_refused(checkout: Path) -> None:
+    result = run(checkout / "scripts" / "check.sh", "tset")
+    assert result.returncode == 1
+    assert "'tset' is not a step; use check, test, lint, types or format." in result.stderr
+
+
+# .venv, with a package made here and no index: a real one in small
+
+
+def write_wheel(folder: Path, version: str) -> None:
+    """Write the smallest wheel there is: a module that knows its version."""
+    info = f"tiny_package-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"tiny_package-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny_package.py", f"version = '{version}'\n")
+        wheel.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny-package\nVersion: {version}\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def small_project(tmp_path: Path) -> Path:
+    """A project with one dependency that no Python has, and the wheels of two versions of it."""
+    root = tmp_path / "small"
+    (root / "scripts").mkdir(parents=True)
+    shutil.copy(environment.__file__, root / "scripts")
+    (root / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["tiny-package>=1"]\n[project.optional-dependencies]\ndev = []\n',
+        encoding="utf-8",
+    )
+    (root / "requirements.lock").write_text("tiny-package==1.0\n", encoding="utf-8")
+    (root / "requirements-dev.lock").write_text("-r requirements.lock\n", encoding="utf-8")
+    for version in ("1.0", "2.0"):
+        write_wheel(tmp_path, version)
+    return root
+
+
+def set_up(root: Path, group: str = "run") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(root / "scripts" / "environment.py"), "choose", group],
+        env={
+            **os.environ,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(root.parent),
+            "PIP_CONFIG_FILE": os.devnull,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def installed_version(root: Path) -> str:
+    python = environment.venv_python(root / ".venv")
+    command = [str(python), "-c", "import tiny_package; print(tiny_package.version)"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_environment_is_made_once_and_follows_the_lock(small_project: Path) -> None:
+    venv, lock = small_project / ".venv", small_project / "requirements.lock"
+    first = set_up(small_project)
+    assert first.stdout.strip() == str(environment.venv_python(venv)), first.stderr
+    assert installed_version(small_project) == "1.0"
+    again = set_up(small_project)
+    assert again.stdout == first.stdout
+    assert again.stderr == "", "nothing to do, nothing said"
+
+    lock.write_text("tiny-package==2.0\n", encoding="utf-8")
+    (venv / "mine").touch()
+    assert set_up(small_project).returncode == 0
+    assert installed_version(small_project) == "2.0"
+    assert (venv / "mine").exists(), "a changed lock is installed in place"
+
+    lock.write_text("tiny-package==9.9\n", encoding="utf-8")
+    failed = set_up(small_project)
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert "No matching distribution found for tiny-package==9.9" in failed.stderr
+    assert "The index has no such build" in failed.stderr
+    assert environment.read_stamp(venv) == "", (
+        "a failed installation is not taken for a complete one"
+    )
+
+
+def test_foreign_environment_is_never_emptied(small_project: Path) -> None:
+    (small_project / ".venv").mkdir()
+    (small_project / ".venv" / "pyvenv.cfg").touch()
+    result = set_up(small_project)
+    assert result.returncode == 1
+    assert "was made by something else and lacks a part of requirements.lock" in result.stderr
+    assert [path.name for path in (small_project / ".venv").iterdir()] == ["pyvenv.cfg"]
+
+
+def test_stamp_of_the_checks_holds_for_a_run_but_not_the_other_way_round(
+    small_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_runs", lambda *_: True)
+    venv = small_project / ".venv"
+    venv.mkdir()
+    for group, ready_for in (("dev", ["run", "dev"]), ("run", ["run"])):
+        environment.write_stamp(venv, environment.lock_text(small_project, group))
+        assert [
+            name for name in ("run", "dev") if environment.is_ready(small_project, name)
+        ] == ready_for
+    environment.write_stamp(venv, "")
+    assert not environment.is_ready(small_project, "run")
+
+
+def test_interrupted_environment_is_started_over_even_without_ensurepip(
+    small_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    venv = small_project / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "left over").touch()
+    environment.write_stamp(venv, "")
+    find_spec, hidden = environment.importlib.util.find_spec, {"ensurepip"}
+    monkeypatch.setattr(
+        environment.importlib.util,
+        "find_spec",
+        lambda name: None if name in hidden else find_spec(name),
+    )
+    for name, value in (
+        ("NO_INDEX", "1"),
+        ("FIND_LINKS", str(small_project.parent)),
+        ("CONFIG_FILE", os.devnull),
+    ):
+        monkeypatch.setenv(f"PIP_{name}", value)
+
+    environment.make_venv(small_project, "run")
+    assert "starting over" in capsys.readouterr().err
+    assert installed_version(small_project) == "1.0"
+    assert not (venv / "bin" / "left over").exists()
+    assert environment.read_stamp(venv) == environment.lock_text(small_project, "run")
+
+    hidden.add("pip")
+    environment.write_stamp(venv, "")
+    with pytest.raises(environment.SetupError, match="apt install python3-venv"):
+        environment.make_venv(small_project, "run")
+
+
+def test_second_setup_waits_for_the_first(small_project: Path) -> None:
+    code = (
+        "import pathlib, sys; from scripts import environment\n"
+        "with environment.exclusive(pathlib.Path(sys.argv[1])): sys.stdout.write('entered')"
+    )
+    file = small_project / "requirements.lock"
+    with environment.exclusive(file):
+        second = subprocess.Popen(
+            [sys.executable, "-c", code, str(file)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert second.stderr is not None
+        assert "waiting for it" in second.stderr.readline()
+        assert second.poll() is None
+    assert second.communicate(timeout=30)[0] == "entered"
+
+
+def test_a_wrong_version_is_named_beside_what_is_needed() -> None:
+    found = environment.find_unmet(["pytest>=9", "pytest<1", "no-such-package"])
+    assert found == {"pytest<1": f"has {pytest.__version__}", "no-such-package": "missing"}
+
+
+def test_failure_hint_fits_what_pip_said(tmp_path: Path) -> None:
+    log = tmp_path / "install.log"
+    log.write_text(
+        "Collecting torch\nERROR: [Errno 28] No space left on device\n", encoding="utf-8"
+    )
+    text = environment.explain_failure(log, 1)
+    assert "No space left on device" in text
+    assert "The disk is full" in text
+    assert str(log) in text
+
+
+# The locks
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in lines if line and not line.startswith(("#", "-r "))]
+    matches = [re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][0-9A-Za-z.]*)", line) for line in wanted]
+    assert all(matches), "every line is name==version, without a build suffix"
+    return {canonicalize_name(match[1]): match[2] for match in matches if match}
+
+
+def test_locks_pin_a_version_inside_every_range() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    run_pins, dev_pins = pins("requirements.lock"), pins("requirements-dev.lock")
+    for ranges, pinned in (
+        (project["dependencies"] + extras["tensorboard"], run_pins),
+        (extras["dev"], dev_pins),
+    ):
+        for requirement in map(Requirement, ranges):
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), str(
+                requirement
+            )
+    assert not set(run_pins) & set(dev_pins), "each version is written in one place"
+
+
+def test_lock_keeps_what_cpm_kernels_needs() -> None:
+    cuda = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]["cuda"]
+    (setuptools,) = [item for item in map(Requirement, cuda) if item.name == "setuptools"]
+    assert setuptools.specifier.contains(pins("requirements.lock")["setuptools"])
+    assert "cpm-kernels" not in pins("requirements.lock"), "it needs a CUDA driver to be imported"
