@@ -3,6 +3,7 @@
 Shapes: B batch, S tokens of this call, L layers, H heads, P prefix, D head width, V vocabulary.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ptuning.model.backbone import ChatGLMModel, ChatGLMPreTrainedModel
+from ptuning.model.checkpoint_load import load_pretrained
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.positions import position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder
@@ -35,6 +37,20 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.transformer = ChatGLMModel(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> "ChatGLMForConditionalGeneration":
+        """Load a published or converted checkpoint, checked before any weight is read.
+
+        The arguments are transformers' own; `ptuning.model.checkpoint_load` says what differs.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        return load_pretrained(
+            super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs
+        )
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the output head (V, E)."""

@@ -1,0 +1,48 @@
+"""The tools beside training: `python -m ptuning COMMAND ...`.
+
+A command is a module of `ptuning.commands` that is imported only when it is asked for. It has
+`add_arguments(parser)` and `run(arguments) -> exit status`. What a user can cause (ValueError,
+OSError) is one line and exit status 2.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from ptuning.commands.registry import COMMANDS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; argv is sys.argv[1:] unless given."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m ptuning",
+        description="Tools for ChatGLM-6B checkpoints, prefixes and data.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["commands:", *(f"  {c.name:<10}{c.help}" for c in COMMANDS)]),
+    )
+    names = {command.name: command for command in COMMANDS}
+    parser.add_argument("command", choices=names, metavar="COMMAND", help="what to do, see below")
+    command = names[parser.parse_args(arguments[:1]).command]
+    module = importlib.import_module(command.module)
+    own = argparse.ArgumentParser(
+        prog=f"python -m ptuning {command.name}", description=f"{command.help}."
+    )
+    module.add_arguments(own)
+    given = own.parse_args(arguments[1:])
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return module.run(given)
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"ptuning {command.name}: {message}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"ptuning {command.name}: interrupted.\n")
+        return 130  # 128 + SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

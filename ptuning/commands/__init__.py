@@ -1,0 +1,1 @@
+"""The commands of `python -m ptuning`, one module each."""

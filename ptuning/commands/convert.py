@@ -1,0 +1,33 @@
+"""`python -m ptuning convert SRC DST`: a checkpoint as safetensors, once and for all."""
+
+import argparse
+import logging
+
+from ptuning.model.checkpoint_convert import convert_checkpoint
+from ptuning.model.checkpoint_hub import find_directory
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument(
+        "source", metavar="SRC", help="directory or hub id of a ChatGLM-6B checkpoint"
+    )
+    parser.add_argument("destination", metavar="DST", help="directory to write; new or empty")
+    parser.add_argument(
+        "--quantization_bit",
+        type=int,
+        choices=(4, 8),
+        help="bits of the layers' weights; unset keeps them as they are stored",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert and say what was written."""
+    directory = find_directory(arguments.source)
+    summary = convert_checkpoint(
+        directory, arguments.destination, quantization_bits=arguments.quantization_bit
+    )
+    logger.info("%s: %s", arguments.destination, summary)
+    return 0

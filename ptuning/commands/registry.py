@@ -1,0 +1,25 @@
+"""The list of commands; a new one is a line here and a module with `add_arguments` and `run`."""
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command's name on the command line, one line of help, and the module that does it."""
+
+    name: str
+    help: str
+    module: str
+
+
+COMMANDS = (
+    Command(
+        "convert",
+        "Write a checkpoint once more as safetensors, quantised if asked",
+        "ptuning.commands.convert",
+    ),
+    Command(
+        "export",
+        "Write a trained prefix in a form that other programs read",
+        "ptuning.commands.export",
+    ),
+)

@@ -1,0 +1,282 @@
+"""A checkpoint on disk, checked before any weight is read.
+
+Published shards, slim int8 and int4 releases and safetensors are read alike. `check_checkpoint` is
+the pre-flight look that every command can afford; `read_checkpoint` returns the same knowledge with
+the place of every tensor, for the loader and the converter.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ptuning.model.checkpoint_files import (
+    TensorHeader,
+    find_weight_files,
+    read_headers,
+)
+from ptuning.model.checkpoint_layout import (
+    EMBEDDING,
+    HEAD,
+    LAYER_LINEARS,
+    OLDER_NUM_IMAGE_TOKENS,
+    OLDER_VOCABULARY,
+    PREFIX_KEYS,
+    QUANTIZED_BITS,
+    RECOMPUTED,
+    SCALE_SUFFIX,
+    Shape,
+    float_shapes,
+    is_layer_linear,
+    packed_shape,
+    prefix_shapes,
+    release_name,
+)
+from ptuning.model.config import ChatGLMConfig
+
+logger = logging.getLogger(__name__)
+
+NUM_NAMES_SHOWN = 3  # of a list of tensors in an error; the rest is counted
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What lies in a directory, from its configuration and headers alone.
+
+    quantization_bits is 0 for float weights; prefix_length is None where there is no prefix among
+    them. num_bytes counts the tensors as stored. dtype is that of the norms, the embedding and,
+    unless quantised, the weights.
+    """
+
+    release: str
+    dtype: torch.dtype
+    num_shards: int
+    num_bytes: int
+    quantization_bits: int
+    embedding_bits: int
+    prefix_length: int | None
+
+    def __str__(self) -> str:
+        """Describe the checkpoint in one line."""
+        weights = f"int{self.quantization_bits}" if self.quantization_bits else str(self.dtype)[6:]
+        shards = "1 file" if self.num_shards == 1 else f"{self.num_shards} files"
+        size = (
+            f"{self.num_bytes / 1e9:.2f} GB"
+            if self.num_bytes >= 1e8
+            else f"{self.num_bytes:,} bytes"
+        )
+        embedding = f", int{self.embedding_bits} embedding" if self.embedding_bits else ""
+        return f"{self.release}; {weights} weights{embedding}, {size} in {shards}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint: every tensor its model needs is there, in the right shape.
+
+    headers holds the model's own tensors and those of a prefix; neither what is recomputed nor what
+    is unknown.
+    """
+
+    directory: Path
+    config: ChatGLMConfig
+    headers: dict[str, TensorHeader]
+    summary: CheckpointSummary
+
+    @property
+    def prefix_names(self) -> list[str]:
+        """Names of the tensors that belong to a prefix."""
+        return [name for name in self.headers if name.startswith(PREFIX_KEYS)]
+
+
+def check_checkpoint(directory: str | Path) -> CheckpointSummary:
+    """Check the checkpoint in directory by its configuration and headers, and say what it is.
+
+    No weight is read. FileNotFoundError names a missing file; ValueError a damaged file, a missing
+    tensor or one of the wrong shape, or another model's checkpoint.
+    """
+    return read_checkpoint(Path(directory)).summary
+
+
+def read_checkpoint(
+    directory: Path, config: ChatGLMConfig | None = None, *, use_safetensors: bool | None = None
+) -> Checkpoint:
+    """Return what directory holds, checked; config is read from it unless given.
+
+    Raises as check_checkpoint does.
+    """
+    weight_files = find_weight_files(directory, use_safetensors=use_safetensors)
+    if config is None:
+        config = read_config(directory)
+    headers = read_headers(weight_files)
+    bits = _weight_bits(headers, config)
+    embedding_bits = _packed_bits(headers.get(EMBEDDING), config.hidden_size)
+    expected = _expected_shapes(headers, config, bits)
+    prefix_length = _add_prefix(expected, headers, config)
+    _check_tensors(directory, headers, expected)
+    _report_unexpected(directory, sorted(set(headers) - set(expected)))
+    wanted = {name: headers[name] for name in expected}
+    summary = CheckpointSummary(
+        release=release_name(config, _num_image_tokens(directory, config)),
+        dtype=headers["transformer.final_layernorm.weight"].dtype,
+        num_shards=len(weight_files.files),
+        num_bytes=sum(header.num_bytes for header in headers.values()),
+        quantization_bits=bits,
+        embedding_bits=embedding_bits,
+        prefix_length=prefix_length,
+    )
+    return Checkpoint(directory, config, wanted, summary)
+
+
+def read_config(directory: Path) -> ChatGLMConfig:
+    """Return the configuration in directory; ValueError when it is another model's."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{directory} has no config.json; give a model's directory, as downloaded."
+        )
+    model_type = read_json(file).get("model_type")
+    if model_type != ChatGLMConfig.model_type:
+        raise ValueError(
+            f"{file} is for model_type {model_type!r}; this toolkit is for the first ChatGLM-6B, "
+            f"whose model_type is {ChatGLMConfig.model_type!r}."
+        )
+    return ChatGLMConfig.from_pretrained(directory)
+
+
+def read_json(file: Path) -> dict[str, object]:
+    """Return the object in a JSON file; ValueError names the file when there is none in it."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); copy or download it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{file} holds a {type(values).__name__}, needed is an object; copy or download it "
+            "again."
+        )
+    return values
+
+
+def _num_image_tokens(directory: Path, config: ChatGLMConfig) -> int:
+    file = directory / "tokenizer_config.json"
+    given = read_json(file).get("num_image_tokens") if file.is_file() else None
+    if isinstance(given, int):
+        return given
+    return OLDER_NUM_IMAGE_TOKENS if config.vocab_size == OLDER_VOCABULARY else 0
+
+
+def _packed_bits(header: TensorHeader | None, columns: int) -> int:
+    """Return 8 or 4 for an int8 tensor of so many columns, 0 for floats or where there is none."""
+    if header is None or header.dtype != torch.int8 or len(header.shape) != 2:
+        return 0
+    return 4 if header.shape[1] * 2 == columns else 8
+
+
+def _weight_bits(headers: dict[str, TensorHeader], config: ChatGLMConfig) -> int:
+    """Return the bits of the layers' weights; ValueError when config.json says otherwise."""
+    name = f"transformer.layers.0.{LAYER_LINEARS[0]}.weight"
+    bits = _packed_bits(headers.get(name), config.hidden_size)
+    given = config.quantization_bit
+    if given and given not in QUANTIZED_BITS:
+        raise ValueError(f"quantization_bit is {given}; use 4 or 8, or leave it out.")
+    if bits and given and bits != given:
+        raise ValueError(
+            f"quantization_bit is {given}, but the weights in {headers[name].file.parent} are "
+            f"stored with {bits} bits; leave it out, or give the float16 release."
+        )
+    return bits
+
+
+def _expected_shapes(
+    headers: dict[str, TensorHeader], config: ChatGLMConfig, bits: int
+) -> dict[str, Shape]:
+    expected: dict[str, Shape] = {}
+    for name, shape in float_shapes(config).items():
+        if name == HEAD and config.tie_word_embeddings and HEAD not in headers:
+            continue
+        tensor_bits = 0
+        if is_layer_linear(name):
+            tensor_bits = bits
+        elif name in (EMBEDDING, HEAD):
+            tensor_bits = _packed_bits(headers.get(name), config.hidden_size)
+        expected[name] = packed_shape(shape, tensor_bits) if tensor_bits else shape
+        if tensor_bits:
+            expected[name + SCALE_SUFFIX] = (shape[0],)
+    return expected
+
+
+def _add_prefix(
+    expected: dict[str, Shape], headers: dict[str, TensorHeader], config: ChatGLMConfig
+) -> int | None:
+    """Expect the prefix that is among the tensors, if any, and return its length."""
+    table = headers.get(f"{PREFIX_KEYS}embedding.weight")
+    if table is None or not table.shape:
+        return None
+    project = f"{PREFIX_KEYS}trans.0.weight" in headers
+    length = table.shape[0]
+    for name, given, found in (
+        ("pre_seq_len", config.pre_seq_len, length),
+        ("prefix_projection", config.prefix_projection, project),
+    ):
+        if config.pre_seq_len is not None and given != found:
+            raise ValueError(
+                f"{name} is {given}, but the prefix in {table.file.name} has {found}; leave "
+                "pre_seq_len out and load the prefix by itself: --ptuning_checkpoint "
+                f"{table.file.parent}"
+            )
+    expected.update(prefix_shapes(config, length, project))
+    return length
+
+
+def _check_tensors(
+    directory: Path, headers: dict[str, TensorHeader], expected: dict[str, Shape]
+) -> None:
+    missing = [name for name in expected if name not in headers]
+    if missing and all(name.startswith(PREFIX_KEYS) for name in headers):
+        raise ValueError(
+            f"{directory} holds a prefix and no model; give it as --ptuning_checkpoint "
+            f"{directory}, and the model it was trained on as --model_name_or_path."
+        )
+    if missing:
+        raise ValueError(
+            f"{directory} misses {shorten(missing)} of the {len(expected)} tensors its "
+            "config.json calls for; copy or download the weights again, or the config.json that "
+            "belongs to them."
+        )
+    for name, shape in expected.items():
+        header = headers[name]
+        if header.shape != shape:
+            raise ValueError(
+                f"{header.file}: {name} has shape {list(header.shape)}, but config.json calls for "
+                f"{list(shape)}; the two belong to different models: download both from one place."
+            )
+        if is_layer_linear(name) and (header.dtype == torch.int8) != (
+            name + SCALE_SUFFIX in expected
+        ):
+            raise ValueError(
+                f"{header.file}: {name} is {str(header.dtype)[6:]}, unlike the other layers' "
+                "weights; copy or download the weights again."
+            )
+
+
+def _report_unexpected(directory: Path, names: list[str]) -> None:
+    unknown = [name for name in names if not RECOMPUTED.search(name)]
+    if unknown:
+        logger.warning(
+            "%s also holds %s, which ChatGLM-6B does not have; left aside.",
+            directory,
+            shorten(unknown),
+        )
+
+
+def shorten(names: list[str]) -> str:
+    """List a few names and count the rest.
+
+    >>> shorten(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    rest = len(names) - NUM_NAMES_SHOWN
+    shown = ", ".join(names[:NUM_NAMES_SHOWN])
+    return f"{shown} and {rest} more" if rest > 0 else shown

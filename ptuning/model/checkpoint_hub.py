@@ -1,0 +1,97 @@
+"""From a directory or a hub id to a directory on this disk.
+
+Only JSON files, the vocabulary and weights are fetched, never a repository's code. Files that were
+fetched before are not fetched again.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ptuning.model.checkpoint_files import BIN_FILE, INDEX_OF, SAFETENSORS_FILE
+
+CONFIG_FILE = "config.json"
+COMPANION_FILES = ("tokenizer_config.json", "generation_config.json", "ice_text.model")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+def find_directory(
+    name_or_path: str | os.PathLike[str],
+    *,
+    subfolder: str = "",
+    use_safetensors: bool | None = None,
+    **hub_arguments: Any,
+) -> Path:
+    """Return the directory of a model given as a directory or as a hub id, whose files are fetched.
+
+    hub_arguments are hf_hub_download's: cache_dir, force_download, local_files_only, token,
+    revision. FileNotFoundError when there is neither such a directory nor such a repository, or it
+    has no weights.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        return path / subfolder
+    repository = os.fspath(name_or_path)
+    try:
+        config = _fetch(repository, CONFIG_FILE, subfolder, hub_arguments)
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repository} is not a directory, and it is neither in the hub's cache nor can the "
+            "hub be reached; give a model's directory, or download it first."
+        ) from error
+    except (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        EntryNotFoundError,
+    ) as error:
+        raise FileNotFoundError(
+            f"{repository} is neither a directory nor a model on the hub with a {CONFIG_FILE} "
+            f"({type(error).__name__}); check the spelling, e.g. THUDM/chatglm-6b."
+        ) from error
+    _fetch_weights(repository, subfolder, use_safetensors, hub_arguments)
+    for name in COMPANION_FILES:
+        _fetch_if_there(repository, name, subfolder, hub_arguments)
+    return config.parent
+
+
+def _fetch(repository: str, name: str, subfolder: str, hub_arguments: dict[str, Any]) -> Path:
+    return Path(hf_hub_download(repository, name, subfolder=subfolder or None, **hub_arguments))
+
+
+def _fetch_if_there(
+    repository: str, name: str, subfolder: str, hub_arguments: dict[str, Any]
+) -> Path | None:
+    try:
+        return _fetch(repository, name, subfolder, hub_arguments)
+    except EntryNotFoundError:
+        return None  # this repository has no such file
+
+
+def _fetch_weights(
+    repository: str, subfolder: str, use_safetensors: bool | None, hub_arguments: dict[str, Any]
+) -> None:
+    kinds = {None: (SAFETENSORS_FILE, BIN_FILE), True: (SAFETENSORS_FILE,), False: (BIN_FILE,)}
+    for name in kinds[use_safetensors]:
+        index = _fetch_if_there(repository, INDEX_OF[name], subfolder, hub_arguments)
+        if index is not None:
+            weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+            for shard in sorted(set(weight_map.values())):
+                _fetch(repository, shard, subfolder, hub_arguments)
+            return
+        if _fetch_if_there(repository, name, subfolder, hub_arguments) is not None:
+            return
+    raise FileNotFoundError(
+        f"{repository} has no {' or '.join(kinds[use_safetensors])} on the hub; give another "
+        "model, or a directory."
+    )

@@ -1,0 +1,138 @@
+"""From a checked checkpoint to a model: transformers' loader, fed with tensors read on demand.
+
+Everything that can be wrong is found before the first weight is read. The output head is tied to
+the embedding when their values are equal, and float weights are quantised as they are read when the
+configuration asks for it.
+"""
+
+import copy
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from ptuning.model.checkpoint import Checkpoint, read_checkpoint, read_config, shorten
+from ptuning.model.checkpoint_hub import HUB_ARGUMENTS, find_directory
+from ptuning.model.checkpoint_layout import EMBEDDING, HEAD, PREFIX_KEYS, SCALE_SUFFIX
+from ptuning.model.checkpoint_tensors import CheckpointReader, StoredTensor, same_values
+from ptuning.model.config import ChatGLMConfig
+
+logger = logging.getLogger(__name__)
+
+GENERATION_CONFIG_FILE = "generation_config.json"
+NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "attn_implementation")  # the loader takes these itself
+
+
+def load_pretrained(
+    load: Callable[..., Any], name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+) -> Any:
+    """Return a model of the checkpoint at name_or_path, a directory or a hub id.
+
+    load is transformers' `from_pretrained`, bound to the class; kwargs are its arguments. Raises
+    what `check_checkpoint` raises, before any weight is read; never runs code that came with the
+    weights.
+    """
+    if kwargs.pop("variant", None) is not None:
+        raise ValueError("variant is given; ChatGLM-6B has no variants of its files: leave it out.")
+    use_safetensors = kwargs.pop("use_safetensors", None)
+    directory = find_directory(
+        name_or_path,
+        subfolder=kwargs.pop("subfolder", ""),
+        use_safetensors=use_safetensors,
+        **{key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs},
+    )
+    config = _settle_config(directory, kwargs.pop("config", None), kwargs)
+    checkpoint = read_checkpoint(directory, config, use_safetensors=use_safetensors)
+    logger.info("%s: %s", name_or_path, checkpoint.summary)
+    _warn_of_prefix(checkpoint, name_or_path)
+    config.tie_word_embeddings = head_is_embedding(checkpoint)
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = load(
+        None,
+        *model_args,
+        config=config,
+        state_dict=stored_tensors(checkpoint, with_prefix=config.pre_seq_len is not None),
+        output_loading_info=True,
+        **kwargs,
+    )
+    _check_complete(info, directory)
+    model.config.name_or_path = model.name_or_path = os.fspath(name_or_path)
+    if kwargs.get("generation_config") is None and (directory / GENERATION_CONFIG_FILE).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return (model, info) if wants_info else model
+
+
+def _settle_config(directory: Path, given: Any, kwargs: dict[str, Any]) -> ChatGLMConfig:
+    """Return the configuration to load with; takes its keys out of kwargs."""
+    if isinstance(given, PreTrainedConfig):
+        config = copy.deepcopy(given)
+        assert isinstance(config, ChatGLMConfig), (
+            "transformers picks this class by its configuration"
+        )
+        return config
+    config = read_config(directory if given is None else Path(given))
+    overrides = {
+        key: kwargs.pop(key)
+        for key in list(kwargs)
+        if key not in NOT_OF_THE_CONFIG and hasattr(config, key)
+    }
+    return ChatGLMConfig.from_dict(config.to_dict() | overrides) if overrides else config
+
+
+def _warn_of_prefix(checkpoint: Checkpoint, name_or_path: str | os.PathLike[str]) -> None:
+    """Say aloud that a prefix among the weights is left aside, unless the config asks for it."""
+    length = checkpoint.summary.prefix_length
+    if length is None or checkpoint.config.pre_seq_len is not None:
+        return
+    logger.warning(
+        "%s also holds a trained prefix of %d tokens, which is not loaded with the model; load it "
+        "with --ptuning_checkpoint %s or ptuning.load_prefix(model, %r).",
+        name_or_path,
+        length,
+        checkpoint.directory,
+        str(checkpoint.directory),
+    )
+
+
+def stored_tensors(checkpoint: Checkpoint, *, with_prefix: bool) -> dict[str, StoredTensor]:
+    """Return the checkpoint's tensors, unread, as its configuration wants them.
+
+    The head is left out where tie_word_embeddings is set, the prefix unless with_prefix.
+    """
+    reader = CheckpointReader(checkpoint.headers)
+    tensors: dict[str, StoredTensor] = {}
+    for name in checkpoint.headers:
+        if name.startswith(PREFIX_KEYS) and not with_prefix:
+            continue
+        if name.startswith(HEAD) and checkpoint.config.tie_word_embeddings:
+            continue
+        tensors[name] = StoredTensor.of(reader, name)
+    return tensors
+
+
+def head_is_embedding(checkpoint: Checkpoint) -> bool:
+    """Say whether the output head repeats the embedding, or is not stored at all."""
+    headers = checkpoint.headers
+    if HEAD not in headers:
+        return True
+    pairs = [(HEAD, EMBEDDING)]
+    if HEAD + SCALE_SUFFIX in headers or EMBEDDING + SCALE_SUFFIX in headers:
+        pairs.append((HEAD + SCALE_SUFFIX, EMBEDDING + SCALE_SUFFIX))
+    return all(
+        first in headers and second in headers and same_values(headers, first, second)
+        for first, second in pairs
+    )
+
+
+def _check_complete(info: dict[str, Any], directory: Path) -> None:
+    """Hold what the check of the headers promised: nothing but a fresh prefix was initialised."""
+    missing = [name for name in info["missing_keys"] if not name.startswith(PREFIX_KEYS)]
+    mismatched = [entry[0] for entry in info["mismatched_keys"]]
+    if missing or mismatched:
+        raise ValueError(
+            f"{directory} did not fill {shorten(sorted(missing + mismatched))}; the model and its "
+            "config.json do not belong together: download both from one place."
+        )
