@@ -17,6 +17,7 @@ from transformers.utils import can_return_tuple
 
 from ptuning.model.backbone import ChatGLMModel, ChatGLMPreTrainedModel
 from ptuning.model.checkpoint_load import load_pretrained
+from ptuning.model.checkpoint_quantized import prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.positions import position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder
@@ -36,6 +37,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        prepare_for_config_(self)
         self.post_init()
 
     @classmethod

@@ -245,6 +245,12 @@ def _check_tensors(
             "config.json calls for; copy or download the weights again, or the config.json that "
             "belongs to them."
         )
+    packed = [name + SCALE_SUFFIX in expected for name in (EMBEDDING, HEAD) if name in expected]
+    if len(set(packed)) > 1:
+        raise ValueError(
+            f"{directory} holds one of {EMBEDDING} and {HEAD} as int8 and the other as floats; "
+            "both or neither are quantised: download the weights again from one place."
+        )
     for name, shape in expected.items():
         header = headers[name]
         if header.shape != shape:

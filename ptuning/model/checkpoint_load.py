@@ -8,15 +8,24 @@ configuration asks for it.
 import copy
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ptuning.model.checkpoint import Checkpoint, read_checkpoint, read_config, shorten
 from ptuning.model.checkpoint_hub import HUB_ARGUMENTS, find_directory
-from ptuning.model.checkpoint_layout import EMBEDDING, HEAD, PREFIX_KEYS, SCALE_SUFFIX
+from ptuning.model.checkpoint_layout import (
+    EMBEDDING,
+    HEAD,
+    PREFIX_KEYS,
+    SCALE_SUFFIX,
+    is_layer_linear,
+)
+from ptuning.model.checkpoint_quantized import quantized_when_read, set_backend_
 from ptuning.model.checkpoint_tensors import CheckpointReader, StoredTensor, same_values
 from ptuning.model.config import ChatGLMConfig
 
@@ -31,9 +40,10 @@ def load_pretrained(
 ) -> Any:
     """Return a model of the checkpoint at name_or_path, a directory or a hub id.
 
-    load is transformers' `from_pretrained`, bound to the class; kwargs are its arguments. Raises
-    what `check_checkpoint` raises, before any weight is read; never runs code that came with the
-    weights.
+    quantization_bit=4 or 8 quantises float weights as they are read, and quantization_backend names
+    what runs them. load is transformers' `from_pretrained`, bound to the class; kwargs are its
+    arguments. Raises what `check_checkpoint` raises, before any weight is read; never runs code
+    that came with the weights.
     """
     if kwargs.pop("variant", None) is not None:
         raise ValueError("variant is given; ChatGLM-6B has no variants of its files: leave it out.")
@@ -44,21 +54,30 @@ def load_pretrained(
         use_safetensors=use_safetensors,
         **{key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs},
     )
+    backend = kwargs.pop("quantization_backend", None)
     config = _settle_config(directory, kwargs.pop("config", None), kwargs)
     checkpoint = read_checkpoint(directory, config, use_safetensors=use_safetensors)
     logger.info("%s: %s", name_or_path, checkpoint.summary)
     _warn_of_prefix(checkpoint, name_or_path)
     config.tie_word_embeddings = head_is_embedding(checkpoint)
+    config.quantization_bit = config.quantization_bit or checkpoint.summary.quantization_bits
+    config.embedding_quantization_bit = checkpoint.summary.embedding_bits
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = load(
         None,
         *model_args,
         config=config,
-        state_dict=stored_tensors(checkpoint, with_prefix=config.pre_seq_len is not None),
+        state_dict=stored_tensors(
+            checkpoint,
+            with_prefix=config.pre_seq_len is not None,
+            device=_only_device(kwargs.get("device_map")),
+        ),
         output_loading_info=True,
         **kwargs,
     )
     _check_complete(info, directory)
+    if backend is not None:
+        set_backend_(model, backend)
     model.config.name_or_path = model.name_or_path = os.fspath(name_or_path)
     if kwargs.get("generation_config") is None and (directory / GENERATION_CONFIG_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -82,6 +101,18 @@ def _settle_config(directory: Path, given: Any, kwargs: dict[str, Any]) -> ChatG
     return ChatGLMConfig.from_dict(config.to_dict() | overrides) if overrides else config
 
 
+def _only_device(device_map: Any) -> torch.device | None:
+    """Return the device that all weights go to, None when that is the CPU or there are several."""
+    if isinstance(device_map, dict) and len(device_map) == 1:
+        (device_map,) = device_map.values()
+    if isinstance(device_map, int):
+        return torch.device("cuda", device_map)
+    if isinstance(device_map, str):
+        kind = device_map.partition(":")[0]
+        return torch.device(device_map) if kind in ("cuda", "mps", "xpu") else None
+    return device_map if isinstance(device_map, torch.device) else None
+
+
 def _warn_of_prefix(checkpoint: Checkpoint, name_or_path: str | os.PathLike[str]) -> None:
     """Say aloud that a prefix among the weights is left aside, unless the config asks for it."""
     length = checkpoint.summary.prefix_length
@@ -97,19 +128,28 @@ def _warn_of_prefix(checkpoint: Checkpoint, name_or_path: str | os.PathLike[str]
     )
 
 
-def stored_tensors(checkpoint: Checkpoint, *, with_prefix: bool) -> dict[str, StoredTensor]:
+def stored_tensors(
+    checkpoint: Checkpoint, *, with_prefix: bool, device: torch.device | None = None
+) -> dict[str, StoredTensor]:
     """Return the checkpoint's tensors, unread, as its configuration wants them.
 
-    The head is left out where tie_word_embeddings is set, the prefix unless with_prefix.
+    The head is left out where tie_word_embeddings is set, the prefix unless with_prefix. With
+    quantization_bit, a layer's float weight becomes two tensors, quantised on device (None is the
+    CPU) at the moment it is read.
     """
     reader = CheckpointReader(checkpoint.headers)
+    bits = checkpoint.config.quantization_bit
+    turn = threading.Lock()
     tensors: dict[str, StoredTensor] = {}
-    for name in checkpoint.headers:
+    for name, header in checkpoint.headers.items():
         if name.startswith(PREFIX_KEYS) and not with_prefix:
             continue
         if name.startswith(HEAD) and checkpoint.config.tie_word_embeddings:
             continue
-        tensors[name] = StoredTensor.of(reader, name)
+        if bits and is_layer_linear(name) and header.dtype.is_floating_point:
+            tensors.update(quantized_when_read(reader, name, bits, device=device, turn=turn))
+        else:
+            tensors[name] = StoredTensor.of(reader, name)
     return tensors
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 # Keys that only the later generations (ChatGLM2, ChatGLM3, GLM-4) write under the same model_type.
 LATER_GENERATION_KEYS = ("multi_query_attention", "padded_vocab_size", "ffn_hidden_size", "rmsnorm")
+SOP_TOKEN_ID = 130004  # of the newer release; the older one's ids are all 20,000 higher
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -39,7 +40,7 @@ class ChatGLMConfig(PreTrainedConfig):
     position_encoding_2d: bool = True
     use_cache: bool = True
     initializer_range: float = 0.02
-    bos_token_id: int = 130004
+    bos_token_id: int = SOP_TOKEN_ID
     eos_token_id: int | list[int] | None = 130005
     pad_token_id: int | None = 3
     mask_token_id: int = 130000
@@ -48,6 +49,7 @@ class ChatGLMConfig(PreTrainedConfig):
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     quantization_bit: int = 0
+    embedding_quantization_bit: int = 0  # our own key; the published -int4-qe config has none
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Refuse what this model is not, then let transformers read the rest."""
@@ -64,6 +66,17 @@ class ChatGLMConfig(PreTrainedConfig):
                 "it to true."
             )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a config.json; ids it leaves out, as the older release does, follow from <sop>."""
+        bos_token_id = config_dict.get("bos_token_id")
+        if isinstance(bos_token_id, int):
+            ids = {"mask_token_id": bos_token_id - 4, "gmask_token_id": bos_token_id - 3}
+            if bos_token_id >= SOP_TOKEN_ID:
+                ids["pad_token_id"] = bos_token_id - SOP_TOKEN_ID + 3
+            config_dict = ids | config_dict
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self) -> None:
         """Check that the sizes fit: transformers calls this after every construction."""
