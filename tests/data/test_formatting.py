@@ -1,0 +1,64 @@
+"""Prompts: the published rounds, and what each recipe makes of an empty history."""
+
+import pytest
+
+from ptuning.data.formatting import build_prompt, build_rounds, check_recipe, to_example
+
+ROW = {"prompt": "天气怎么样？", "response": "晴", "history": ()}
+COLUMNS = {"prompt_column": "prompt", "response_column": "response"}
+
+
+def test_a_question_without_history_is_bare() -> None:
+    assert build_prompt("你好") == "你好"
+    assert build_prompt("你好", []) == "你好"
+
+
+def test_history_becomes_numbered_rounds() -> None:
+    prompt = build_prompt("丙", [("甲", "1"), ("乙", "2")])
+    assert prompt == "[Round 0]\n问：甲\n答：1\n[Round 1]\n问：乙\n答：2\n[Round 2]\n问：丙\n答："
+
+
+def test_rounds_without_history_are_one_open_round() -> None:
+    assert build_rounds("丙") == "[Round 0]\n问：丙\n答："
+
+
+@pytest.mark.parametrize("for_training", [True, False])
+def test_the_corrected_recipe_trains_on_what_chat_uses(for_training: bool) -> None:
+    example = to_example(ROW, **COLUMNS, history_column="history", for_training=for_training)
+    assert example.prompt == "天气怎么样？"
+    assert not example.has_rounds
+
+
+def test_the_published_recipe_trains_on_rounds_and_evaluates_on_the_bare_query() -> None:
+    columns = {**COLUMNS, "history_column": "history", "recipe": "published"}
+    assert to_example(ROW, **columns).prompt == "[Round 0]\n问：天气怎么样？\n答："
+    assert to_example(ROW, **columns, for_training=False).prompt == "天气怎么样？"
+    assert to_example(ROW, **COLUMNS, recipe="published").prompt == "天气怎么样？"
+
+
+@pytest.mark.parametrize("recipe", ["corrected", "published"])
+@pytest.mark.parametrize("for_training", [True, False])
+def test_a_history_is_written_the_same_everywhere(recipe: str, for_training: bool) -> None:
+    row = {**ROW, "history": [["你好", "你好！"]]}
+    example = to_example(
+        row, **COLUMNS, history_column="history", recipe=recipe, for_training=for_training
+    )
+    assert example.prompt == "[Round 0]\n问：你好\n答：你好！\n[Round 1]\n问：天气怎么样？\n答："
+    assert example.history == (("你好", "你好！"),)
+    assert example.response == "晴"
+
+
+def test_the_prefix_stands_before_the_whole_prompt() -> None:
+    row = {**ROW, "history": [["你好", "你好！"]]}
+    example = to_example(row, **COLUMNS, history_column="history", source_prefix="礼貌：")
+    assert example.prompt.startswith("礼貌：[Round 0]\n")
+    assert to_example(ROW, **COLUMNS, source_prefix="礼貌：").prompt == "礼貌：天气怎么样？"
+
+
+def test_a_row_without_an_answer_column_has_an_empty_answer() -> None:
+    assert to_example(ROW, prompt_column="prompt", response_column=None).response == ""
+
+
+def test_another_recipe_is_refused() -> None:
+    with pytest.raises(ValueError, match="--recipe is old; use corrected"):
+        check_recipe("old")
