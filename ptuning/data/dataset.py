@@ -126,10 +126,11 @@ class DataSummary:
         lines = [f"{self.source}: {self.num_read} rows read, {self.num_kept} kept{cached}"]
         for reason, count in self.dropped.items():
             lines.append(f"  {self._share(count, self.num_read)} dropped: {reason}")
-        what = "prompts" if self.max_target_length is None else "rows"
+        prompts_only = self.max_target_length is None
+        answers = "" if prompts_only else f", {self.answer_tokens} of them in answers"
         lines.append(
-            f"  {what} of {self.mean_length:.1f} tokens in the mean, {self.longest} at most; "
-            f"{self.total_tokens} tokens in all, {self.answer_tokens} of them answers"
+            f"  {'prompts' if prompts_only else 'rows'} of {self.mean_length:.1f} tokens on "
+            f"average, {self.longest} at most; {self.total_tokens} tokens in all{answers}"
         )
         if self.prompts_cut:
             lines.append(
@@ -150,7 +151,8 @@ class DataSummary:
 
     @staticmethod
     def _share(count: int, total: int) -> str:
-        return f"{count} rows ({count / total:.1%})" if total else f"{count} rows"
+        noun = "row" if count == 1 else "rows"
+        return f"{count} {noun} ({count / total:.1%})"
 
 
 def load_training_dataset(

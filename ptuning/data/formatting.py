@@ -1,4 +1,4 @@
-"""Rows and chats to prompts: the one prompt builder for training, evaluation and serving.
+"""Step 2 of 4: rows and chats to prompts, by one builder for training, evaluation and serving.
 
 A question without history is the prompt itself; with history every turn is a numbered round, the
 last one open.

@@ -10,7 +10,7 @@ Source of the layout: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/token
 import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ptuning.data.vocabulary import (
     has_piece,
     load_pieces,
     restore_whitespace,
+    warn_about_added_tokens,
     write_atomically,
 )
 
@@ -92,7 +93,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self._control_ids = frozenset(
             num_image_tokens + index for index in control_indices(self._pieces)
         )
-        _warn_about_added_tokens(self._pieces, kwargs.pop("added_tokens_decoder", {}))
+        warn_about_added_tokens(self._pieces, kwargs.pop("added_tokens_decoder", {}))
         specific = kwargs.pop("model_specific_special_tokens", None) or {}
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
         kwargs.setdefault("model_max_length", MAX_LENGTH)
@@ -390,16 +391,3 @@ def register_tokenizer() -> None:
     `ChatGLMConfig.tokenizer_class = "ChatGLMTokenizer"`.
     """
     AutoTokenizer.register(TokenizerKey, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
-
-
-def _warn_about_added_tokens(
-    pieces: sentencepiece.SentencePieceProcessor, added: Mapping[int, Any]
-) -> None:
-    """Say which tokens of a tokenizer saved elsewhere have no piece and are left out."""
-    unknown = [str(token) for token in added.values() if not has_piece(pieces, str(token))]
-    if unknown:
-        logger.warning(
-            "the added tokens %s are not in %s and are left out",
-            ", ".join(unknown),
-            VOCABULARY_FILE,
-        )

@@ -9,12 +9,16 @@ Source of the layout: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/ice_t
 
 import io
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
+
+logger = logging.getLogger(__name__)
 
 VOCABULARY_FILE = "ice_text.model"
 UNKNOWN_PIECE = "<unk>"
@@ -131,6 +135,19 @@ def find_num_image_tokens(pieces: sentencepiece.SentencePieceProcessor, vocab_fi
     if not isinstance(bos_token_id, int):
         return 0
     return max(0, bos_token_id - int(pieces.piece_to_id(SOP_PIECE)))
+
+
+def warn_about_added_tokens(
+    pieces: sentencepiece.SentencePieceProcessor, added: Mapping[int, Any]
+) -> None:
+    """Say which tokens of a tokenizer saved elsewhere have no piece and are left out."""
+    unknown = [str(token) for token in added.values() if not has_piece(pieces, str(token))]
+    if unknown:
+        logger.warning(
+            "the added tokens %s are not in %s and are left out",
+            ", ".join(unknown),
+            VOCABULARY_FILE,
+        )
 
 
 def train_vocabulary(

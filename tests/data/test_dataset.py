@@ -86,7 +86,7 @@ def test_the_summary_counts_everything(data_file: Path, tokenizer: ChatGLMTokeni
     assert summary.answer_tokens == labelled
     text = "\n".join(summary.lines())
     assert f"{data_file}: 4 rows read, 3 kept" in text
-    assert '1 rows (25.0%) dropped: empty "content"' in text
+    assert '1 row (25.0%) dropped: empty "content"' in text
     assert "with the prompt cut: raise --max_source_length above 30" in text
     assert "with the answer cut: raise --max_target_length above 20" in text
     assert "such as <eop> written out" in text
@@ -233,6 +233,7 @@ def test_generation_rows_keep_prompt_label_and_line(
     assert dataset.lengths.tolist() == [len(row.input_ids) for row in dataset]
     assert (summary.num_read, summary.num_kept, summary.prompts_cut) == (4, 3, 1)
     assert "prompts of" in summary.lines()[2]
+    assert "answers" not in summary.lines()[2]
 
 
 def test_the_published_recipe_evaluates_on_bare_queries(
