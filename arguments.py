@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
@@ -20,7 +20,7 @@ from ptuning.train.legacy_flags import translate_flags, translate_keys
 RECIPES = ("corrected", "published")
 
 
-def flag(default: object, help_text: str) -> object:
+def flag(default: Any, help_text: str) -> Any:
     """Declare one flag with its help."""
     return field(default=default, metadata={"help": help_text})
 
@@ -133,7 +133,7 @@ class DataArguments:
 class TrainingArguments(Seq2SeqTrainingArguments):
     """transformers' own flags, with the defaults of this toolkit and four flags more."""
 
-    output_dir: str | None = flag(None, "Folder for checkpoints, predictions and the report.")
+    output_dir: str = flag("", "Folder for checkpoints, predictions and the report.")
     overwrite_output_dir: bool = flag(
         False, "Replace the checkpoints of an earlier run in output_dir."
     )
@@ -153,6 +153,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.base_dtype: str | None = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
         self.bf16 = self.fp16 = False
         super().__post_init__()
+        if self.device.type != "cuda":
+            self.dataloader_pin_memory = False  # it only helps copies to a CUDA device
 
 
 class Arguments(NamedTuple):
@@ -173,7 +175,7 @@ class UsageError(ValueError):
 def parse_arguments(argv: list[str]) -> Arguments:
     """Read flags, or one JSON file of them, and check what needs no file; UsageError otherwise.
 
-    `--help` and values of the wrong type leave through argparse, with status 0 and 2.
+    `--help` leaves through argparse, with status 0.
     """
     parser = make_parser()
     try:
@@ -199,13 +201,21 @@ def parse_arguments(argv: list[str]) -> Arguments:
     return Arguments(model, data, training, tuple(notices))
 
 
-def make_parser() -> HfArgumentParser:
+class FlagParser(HfArgumentParser):
+    """The parser of every flag; its complaints are UsageErrors without the usage's 200 lines."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse in one line."""
+        raise UsageError(f"{message}; python main.py --help lists all flags.")
+
+
+def make_parser() -> FlagParser:
     """Return the parser of every flag."""
-    return HfArgumentParser(
-        (ModelArguments, DataArguments, TrainingArguments),
+    parts: Any = (ModelArguments, DataArguments, TrainingArguments)
+    return FlagParser(
+        parts,
         prog="main.py",
-        description="Train a P-Tuning v2 prefix for ChatGLM-6B, validate it, and score its "
-        "answers.",
+        description="Train a P-Tuning v2 prefix for ChatGLM-6B, validate it, score its answers.",
         allow_abbrev=False,
     )
 
@@ -271,6 +281,10 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
     if model.quantization_bit not in (None, 0, 4, 8):
         raise UsageError(
             f"--quantization_bit is {model.quantization_bit}; use 4 or 8, or leave it out."
+        )
+    if training.early_stopping_patience is not None and not training.load_best_model_at_end:
+        raise UsageError(
+            "--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps."
         )
     for name, value, lowest in (
         ("pre_seq_len", model.pre_seq_len, 1),

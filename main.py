@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 import ptuning
 from arguments import Arguments, UsageError, parse_arguments
@@ -94,7 +95,7 @@ def run(arguments: Arguments) -> None:
     for notice in arguments.notices:
         logger.info(notice)
     model_flags, training = arguments.model, arguments.training
-    check_output_dir(arguments)
+    resume = checkpoint_to_go_on_from(arguments)
     remembered = remembered_prefix(model_flags.ptuning_checkpoint)
     settings = resolve_settings(vars(arguments.data), remembered.settings if remembered else {})
     hub = {
@@ -117,31 +118,33 @@ def run(arguments: Arguments) -> None:
     model.freeze_base()
     trainer = make_trainer(model, tokenizer, rows, arguments, settings)
     if training.do_train:
-        train(trainer, arguments)
+        train(trainer, arguments, resume)
     if training.do_eval:
         validate(trainer)
     if rows.test is not None and trainer.is_world_process_zero():
-        model.to(training.device)
+        model.to(training.device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
         predict(model, tokenizer, rows.test, arguments, settings)
     logger.info(
         "Done in %.0f s; everything is in %s", time.monotonic() - started, training.output_dir
     )
 
 
-def check_output_dir(arguments: Arguments) -> None:
-    """Refuse to mix a new training run with an old one."""
+def checkpoint_to_go_on_from(arguments: Arguments) -> Path | None:
+    """Return the checkpoint to resume, None to start anew; never mix a new run with an old one."""
     training = arguments.training
-    old = checkpoints(Path(training.output_dir))
-    if (
-        training.do_train
-        and old
-        and not (training.overwrite_output_dir or training.resume_from_checkpoint)
-    ):
+    output_dir = Path(training.output_dir)
+    if not training.do_train:
+        return None
+    if training.resume_from_checkpoint:
+        return checkpoint_to_resume(output_dir, training.resume_from_checkpoint)
+    old = checkpoints(output_dir)
+    if old and not training.overwrite_output_dir:
         raise UsageError(
-            f"--output_dir {training.output_dir} holds {old[-1].name} of an earlier run; add "
-            f"--resume_from_checkpoint "
-            "auto to go on with it, --overwrite_output_dir to replace it, or give another folder."
+            f"--output_dir {output_dir} holds {old[-1].name} of an earlier run; add "
+            "--resume_from_checkpoint auto to go on with it, --overwrite_output_dir to replace it, "
+            "or give another folder."
         )
+    return None
 
 
 def remembered_prefix(checkpoint: str | None) -> PrefixInfo | None:
@@ -174,10 +177,10 @@ def load_rows(arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTok
         )
         print_summary("Training", data.train_file, summary.lines())
         logger.info(steps_line(len(train_rows), training))
-    if training.do_eval or (training.do_train and str(training.eval_strategy.value) != "no"):
+    if training.do_eval or (training.do_train and training.eval_strategy != IntervalStrategy.NO):
         if data.validation_file is None:
             raise UsageError(
-                f"--eval_strategy is {training.eval_strategy.value}; give --validation_file too."
+                f"--eval_strategy is {training.eval_strategy}; give --validation_file too."
             )
         validation, summary = load_training_dataset(
             Path(data.validation_file),
@@ -262,10 +265,6 @@ def make_trainer(
     if training.do_train:
         callbacks.append(CurveCallback(draw_loss_curve, Path(training.output_dir) / CURVE_NAME))
     if training.early_stopping_patience is not None:
-        if not training.load_best_model_at_end:
-            raise UsageError(
-                "--early_stopping_patience needs --load_best_model_at_end and an --eval_strategy."
-            )
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     return Seq2SeqTrainer(
         model=model,
@@ -278,13 +277,10 @@ def make_trainer(
     )
 
 
-def train(trainer: Seq2SeqTrainer, arguments: Arguments) -> None:
+def train(trainer: Seq2SeqTrainer, arguments: Arguments, resume: Path | None) -> None:
     """Train, then leave the final prefix, its state and the curve in the output directory."""
     training = arguments.training
     output_dir = Path(training.output_dir)
-    resume = None
-    if training.resume_from_checkpoint:
-        resume = checkpoint_to_resume(output_dir, training.resume_from_checkpoint)
     if resume is None and training.overwrite_output_dir:
         removed = remove_checkpoints(output_dir)
         if removed:

@@ -45,7 +45,7 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         }  # the newest of each
         save_prefix(
             self.chatglm,
-            output_dir or self.args.output_dir,
+            output_dir or str(self.args.output_dir),
             step=self.state.global_step,
             metrics=metrics,
             settings=self.prefix_settings,
@@ -93,7 +93,7 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
         """Return the batch's summed loss over its rows: evaluation_loop turns the mean of these
         into one by tokens.
         """
@@ -118,7 +118,7 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         )
         dataset: Any = dataloader.dataset
         name = f"{metric_key_prefix}_loss"
-        if output.metrics and name in output.metrics:
+        if output.metrics and name in output.metrics and output.num_samples:
             tokens = sum(int((row["labels"] != IGNORED_LABEL).sum()) for row in dataset)
             output.metrics[name] *= output.num_samples / tokens
         return output

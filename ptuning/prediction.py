@@ -105,7 +105,7 @@ class AnswerRun:
                 use_prefix=use_prefix,
             ):
                 index = first + offset
-                texts[index] = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+                texts[index] = self._text_of(token_ids)
                 file.add(index, self.labels[index], texts[index])
                 scores[index] = score_pair(texts[index], self.labels[index])
                 bar.update()
@@ -119,10 +119,10 @@ class AnswerRun:
         So they are normalised (NFKC) exactly as the generated answers are.
         """
         encoded = self.tokenizer.encode_batch([row.label for row in self.rows.rows])
-        return [
-            self.tokenizer.decode(ids[: self.max_target_length - 2], skip_special_tokens=True)
-            for ids in encoded
-        ]
+        return [self._text_of(ids[: self.max_target_length - 2]) for ids in encoded]
+
+    def _text_of(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _fingerprint(self, *, use_prefix: bool) -> str:
         """Return a hash of everything that shapes an answer; sampled answers are never taken up
