@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer
 
 from ptuning.data.formatting import CHAT_TEMPLATE, ends_in_answer, split_answers
