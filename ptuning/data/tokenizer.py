@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer
 
+from ptuning.atomic_file import write_atomically
 from ptuning.data.formatting import CHAT_TEMPLATE, ends_in_answer, split_answers
 from ptuning.data.vocabulary import (
     END_PIECE,
@@ -34,7 +35,6 @@ from ptuning.data.vocabulary import (
     load_pieces,
     restore_whitespace,
     warn_about_added_tokens,
-    write_atomically,
 )
 
 logger = logging.getLogger(__name__)

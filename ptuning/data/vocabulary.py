@@ -10,13 +10,14 @@ Source of the layout: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/ice_t
 import io
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
+
+from ptuning.atomic_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -249,14 +250,3 @@ def _read_varint(message: bytes, index: int) -> tuple[int, int]:
         shift += 7
         if byte < 0x80:
             return value, index
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptuning.evaluate.atomic_file import write_atomically
+from ptuning.atomic_file import write_atomically
 from ptuning.evaluate.loss_history import LossHistory, Point, read_log_history, smooth
 
 if TYPE_CHECKING:

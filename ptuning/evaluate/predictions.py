@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
-from ptuning.evaluate.atomic_file import write_atomically
+from ptuning.atomic_file import write_atomically
 
 PREDICTIONS_NAME = "generated_predictions.txt"
 RESULTS_NAME = "predict_results.json"

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ptuning.evaluate.atomic_file import write_atomically
+from ptuning.atomic_file import write_atomically
 from ptuning.evaluate.loss_history import LossHistory, read_log_history, smooth
 from ptuning.evaluate.loss_svg import loss_svg
 from ptuning.evaluate.metrics import CorpusScores, is_blank

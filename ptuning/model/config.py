@@ -23,6 +23,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "chatglm"
+    tokenizer_class: ClassVar[str] = "ChatGLMTokenizer"  # for folders without its config
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_hidden_layers": "num_layers",

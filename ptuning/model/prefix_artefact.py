@@ -8,7 +8,6 @@ Shapes: P prefix tokens, L layers, E hidden size.
 
 import hashlib
 import json
-import os
 import pickle
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 
 FORMAT_VERSION = 1
@@ -64,19 +64,6 @@ def base_fingerprint(model: ChatGLMForConditionalGeneration) -> str:
                 parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
             )
     return digest.hexdigest()[:32]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write content to path so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_prefix(

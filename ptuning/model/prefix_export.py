@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ptuning.atomic_file import write_atomically
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.prefix_artefact import (
     KEY_PREFIX,
@@ -20,7 +21,6 @@ from ptuning.model.prefix_artefact import (
     prefix_shape,
     read_info,
     read_prefix_tensors,
-    write_atomically,
 )
 from ptuning.model.prefix_encoder import PrefixEncoder
 
