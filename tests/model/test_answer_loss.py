@@ -1,0 +1,70 @@
+"""The chunked loss is the ordinary one."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ptuning.model.answer_loss import summed_loss
+
+
+def case(dtype=torch.float64, tokens=37):
+    torch.manual_seed(0)
+    head = nn.Linear(16, 101, bias=False, dtype=dtype).requires_grad_(False)
+    hidden = torch.randn(tokens, 16, dtype=dtype, requires_grad=True)
+    return head, hidden, torch.randint(0, 101, (tokens,))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 37, 1000, None])
+def test_loss_and_gradient_are_those_of_the_full_matrix(chunk_tokens):
+    head, hidden, targets = case()
+    expected = functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    (wanted,) = torch.autograd.grad(3 * expected, hidden)
+    loss = summed_loss(hidden, head, targets, chunk_tokens=chunk_tokens)
+    (found,) = torch.autograd.grad(3 * loss, hidden)
+    assert loss.dtype is torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # a float32 sum
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_the_head_gets_no_gradient_and_a_trained_head_gets_its_own():
+    head, hidden, targets = case()
+    summed_loss(hidden, head, targets).backward()
+    assert head.weight.grad is None
+    head.weight.requires_grad_(True)
+    summed_loss(hidden, head, targets).backward()
+    assert head.weight.grad is not None
+
+
+def test_no_matrix_of_tokens_by_vocabulary_is_kept_for_the_backward_pass():
+    head, hidden, targets = case(tokens=64)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        summed_loss(hidden, head, targets, chunk_tokens=8)
+    assert kept == [hidden.shape]
+
+
+def test_no_gradient_is_formed_while_validating():
+    head, hidden, targets = case()
+    with torch.no_grad():
+        loss = summed_loss(hidden, head, targets)
+    assert not loss.requires_grad
+    assert summed_loss(hidden.detach(), head, targets).item() == loss.item()
+
+
+def test_no_answer_tokens_sum_to_zero():
+    head, hidden, targets = case()
+    assert summed_loss(hidden[:0], head, targets[:0]).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_agrees_to_its_rounding(dtype):
+    head, hidden, targets = case()
+    expected = functional.cross_entropy(head(hidden), targets, reduction="sum")
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    half = hidden.detach().to(dtype).requires_grad_(True)
+    loss = summed_loss(half, head.to(dtype), targets, chunk_tokens=8)
+    (found,) = torch.autograd.grad(loss, half)
+    epsilon = torch.finfo(dtype).eps  # a few roundings of operands of size one
+    assert abs(loss.item() - expected.item()) < 4 * epsilon * abs(expected.item())
+    assert (found.double() - wanted).norm() < 8 * epsilon * wanted.norm()
