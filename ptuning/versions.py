@@ -1,5 +1,6 @@
 """The versions this toolkit runs on, checked once at start with a one-line message."""
 
+import re
 from importlib import metadata
 
 # Package, lowest version, first version that is too new (None for no bound).
@@ -15,8 +16,10 @@ def parse_version(text: str) -> tuple[int, int]:
     >>> parse_version("2.13.0+cpu")
     (2, 13)
     """
-    major, minor = text.split("+")[0].split(".")[:2]
-    return int(major), int("".join(character for character in minor if character.isdigit()) or 0)
+    match = re.match(r"(\d+)\.(\d+)", text)
+    if match is None:
+        raise ValueError(f"the version {text!r} does not start with two numbers, as in 2.13.0.")
+    return int(match[1]), int(match[2])
 
 
 def check_versions() -> None:

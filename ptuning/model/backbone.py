@@ -7,7 +7,6 @@ E hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -182,12 +181,31 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self, positions: Tensor, visible: Tensor | None, prefix: Sequence[Tensor] | None
     ) -> LayerInputs:
         """Return what the layers share; every token sees the prefix."""
+        if prefix is not None:
+            self._check_prefix(prefix, num_rows=positions.shape[0])
         if prefix is not None and visible is not None:
             visible = functional.pad(visible, (prefix[0].shape[3], 0), value=True)
         dropout = 0.0
         if self.training and self.prefix_encoder is not None:
             dropout = self.prefix_encoder.dropout
         return LayerInputs(rotation_at(positions, self.inverse_frequencies), visible, dropout)
+
+    def _check_prefix(self, prefix: Sequence[Tensor], *, num_rows: int) -> None:
+        """Refuse prefix keys and values that another model, or another batch, was meant to get."""
+        config = self.config
+        if len(prefix) != config.num_layers:
+            raise ValueError(
+                f"prefix_key_values has {len(prefix)} layers; this model needs "
+                f"{config.num_layers}: compute it with this model's prefix_for(True)."
+            )
+        shape = tuple(prefix[0].shape)
+        heads = (config.num_attention_heads, config.head_dim)
+        if len(shape) != 5 or shape[1] not in (1, num_rows) or (shape[2], shape[4]) != heads:
+            raise ValueError(
+                f"prefix_key_values has layers of shape {shape}; needed is (2, 1, {heads[0]}, P, "
+                f"{heads[1]}) for a prefix of P tokens, or {num_rows} in place of 1 for {num_rows} "
+                "rows with one each."
+            )
 
     def _place(
         self,
@@ -197,35 +215,36 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return positions (B, 2, S) and visible keys (B, 1, S, K), None when all are visible."""
-        num_queries = input_ids.shape[1]
-        num_keys, past = num_queries, cast(int | Tensor, 0)
+        is_ready = _is_ready(attention_mask)
+        if is_ready and given_positions is not None:
+            return given_positions, attention_mask
+        num_queries, past = input_ids.shape[1], 0
+        num_keys = num_queries
+        context: Context | None
         if past_key_values is not None:
+            past = int(past_key_values.get_seq_length())  # a static cache counts in a tensor
             num_keys = past_key_values.get_mask_sizes(num_queries, 0)[0]
-            past = past_key_values.get_seq_length()
-        started = isinstance(past, Tensor) or past > 0
-        context = None
-        if not started or (isinstance(past, Tensor) and num_queries > 1):
-            context = self.find_context(
-                input_ids, None if _is_ready(attention_mask) else attention_mask
-            )
+        if past == 0:
+            context = self.find_context(input_ids, None if is_ready else attention_mask)
             if past_key_values is not None:
                 setattr(past_key_values, CONTEXT_ATTRIBUTE, context)
-        elif given_positions is None:
+        else:
             context = getattr(past_key_values, CONTEXT_ATTRIBUTE, None)
+        if given_positions is None:
             if context is None or context.end.shape[0] != input_ids.shape[0]:
                 raise ValueError(
                     "past_key_values is filled, but not by this model for these rows, so the 2-D "
                     "positions of the new tokens are unknown; give position_ids (B, 2, S)."
                 )
-        if given_positions is None:
-            assert context is not None, "a context is found above whenever positions are not given"
             given_positions = position_ids(context, past, num_queries)
-        if _is_ready(attention_mask):
+        if is_ready:
             return given_positions, attention_mask
-        if started and num_queries == 1 and attention_mask is None and not isinstance(past, Tensor):
+        if past > 0 and num_queries == 1 and attention_mask is None and num_keys == past + 1:
             return given_positions, None
-        # Queries behind a filled cache are all past their context: plain causal order covers it.
-        end = context.end if context is not None else torch.zeros_like(input_ids[:, 0])
+        # Behind a filled cache every token is past its context: plain causal order covers it.
+        end = torch.zeros_like(input_ids[:, 0])
+        if past == 0 and context is not None:
+            end = context.end
         return given_positions, visible_keys(end, attention_mask, past, num_queries, num_keys)
 
     def find_context(self, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
@@ -240,4 +259,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 
 def _is_ready(attention_mask: Tensor | None) -> bool:
-    return attention_mask is not None and attention_mask.dim() == 4
+    """Say whether attention_mask is a finished bool (B, 1, S, K); ValueError for another kind."""
+    if attention_mask is None or attention_mask.dim() == 2:
+        return False
+    if attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)} of {attention_mask.dtype}; give "
+            "(B, S) with 0 at padding, or bool (B, 1, S, K) with True for visible."
+        )
+    return True

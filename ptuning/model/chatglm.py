@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -167,32 +167,46 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Generate as transformers does, with the prefix computed once.
 
         use_prefix=False leaves the prefix out. Every row must end its prompt with [gMASK] <sop>,
         which the tokenizer appends; ValueError otherwise.
         """
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if input_ids is not None:
-            self._check_prompts(input_ids)
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None)):
+        self._check_prompts(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
+        settings = generation_config or self.generation_config
+        chunk_size = kwargs.get("prefill_chunk_size", settings.prefill_chunk_size)
+        if chunk_size:
             raise ValueError(
-                "prefill_chunk_size is set; ChatGLM reads its context in one piece, so leave it "
+                f"prefill_chunk_size is {chunk_size}; ChatGLM reads its context in one piece, so "
+                "leave it out."
+            )
+        # An assistant is handed our arguments, and has a prefix of its own or none.
+        is_alone = kwargs.get("assistant_model") is None
+        if is_alone and kwargs.get("prefix_key_values") is None:
+            with torch.no_grad():
+                prefix = self.transformer.prefix_for(kwargs.get("use_prefix", True))
+            kwargs["prefix_key_values"] = prefix
+        parent: Any = super()  # transformers types its `self` as a class only checkers know
+        return parent.generate(inputs, generation_config, *args, **kwargs)
+
+    def _check_prompts(self, input_ids: Tensor | None, options: dict[str, Any]) -> None:
+        """Refuse what `generate` cannot place; the ends of the prompts are checked last."""
+        if input_ids is None or options.get("inputs_embeds") is not None:
+            raise ValueError(
+                "generate has no tokens; ChatGLM's positions come from them: give input_ids."
+            )
+        if options.get("position_ids") is not None:
+            raise ValueError(
+                "position_ids are given to generate, which derives them at every step: leave them "
                 "out."
             )
-        if (
-            kwargs.get("use_prefix", True)
-            and kwargs.get("prefix_key_values") is None
-            and self.transformer.prefix_encoder is not None
-        ):
-            with torch.no_grad():
-                kwargs["prefix_key_values"] = self.transformer.prefix_for(True)
-        parent: Any = super()  # transformers types its `self` as a class only checkers know
-        return parent.generate(inputs, *args, **kwargs)
-
-    def _check_prompts(self, input_ids: Tensor) -> None:
         has_sop = input_ids.eq(self.config.bos_token_id).any(dim=1)
         if not bool(has_sop.all()):
             row = int((~has_sop).nonzero()[0, 0])
@@ -207,6 +221,27 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     ) -> None:
         """Leave positions to prepare_inputs_for_generation: they are no running count."""
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Repeat every row for its beams or samples, and with it a prefix of its own."""
+        prefix = model_kwargs.get("prefix_key_values")
+        if prefix is not None and prefix[0].shape[1] > 1:
+            model_kwargs["prefix_key_values"] = [
+                layer.repeat_interleave(expand_size, dim=1) for layer in prefix
+            ]
+        parent: Any = super()  # a static method in some versions of transformers
+        return parent._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -218,9 +253,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Slice off the cached tokens and place the rest, from the full input_ids (B, all)."""
-        num_new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
-        first_new = input_ids.shape[1] - num_new
+        num_all = input_ids.shape[1]
+        num_new = num_all if next_sequence_length is None else int(next_sequence_length)
+        first_new = num_all - num_new
         context = self.transformer.find_context(input_ids, attention_mask)
+        if is_first_iteration and past_key_values is not None:
+            num_cached = int(past_key_values.get_seq_length())
+            if num_cached and (num_cached != first_new or bool((context.end > num_cached).any())):
+                raise ValueError(
+                    f"past_key_values holds {num_cached} tokens, which are not the whole context "
+                    f"of these {num_all}; every token sees the whole context, so leave "
+                    "past_key_values out, or give the tokens it holds and those after them."
+                )
         inputs = {
             key: value for key, value in kwargs.items() if value is not None and key != "labels"
         }

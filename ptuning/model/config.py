@@ -11,6 +11,14 @@ from transformers import PreTrainedConfig
 
 # Keys that only the later generations (ChatGLM2, ChatGLM3, GLM-4) write under the same model_type.
 LATER_GENERATION_KEYS = ("multi_query_attention", "padded_vocab_size", "ffn_hidden_size", "rmsnorm")
+POSITIVE_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "inner_hidden_size",
+    "max_sequence_length",
+)
 SOP_TOKEN_ID = 130004  # of the newer release; the older one's ids are all 20,000 higher
 
 
@@ -67,6 +75,7 @@ class ChatGLMConfig(PreTrainedConfig):
                 "it to true."
             )
         super().__post_init__(**kwargs)
+        self._check_sizes()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -79,8 +88,11 @@ class ChatGLMConfig(PreTrainedConfig):
             config_dict = ids | config_dict
         return super().from_dict(config_dict, **kwargs)
 
-    def validate_architecture(self) -> None:
-        """Check that the sizes fit: transformers calls this after every construction."""
+    def _check_sizes(self) -> None:
+        """Refuse sizes that no model can have."""
+        for name in POSITIVE_SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more.")
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; "

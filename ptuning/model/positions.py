@@ -33,7 +33,13 @@ def find_context(
     """Find each row's context in input_ids (B, S); attention_mask (B, S) holds 0 at padding.
 
     The mask token is the first [gMASK] of the context, else its first [MASK], else its last token.
+    ValueError when the two have different shapes.
     """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)} for input_ids "
+            f"{tuple(input_ids.shape)}; give one column for each token."
+        )
     num_columns = input_ids.shape[1]
     columns = torch.arange(num_columns, device=input_ids.device)
 
@@ -79,8 +85,13 @@ def visible_keys(
 
     Queries are the columns from first_column on. attention_mask (B, <= K) holds 0 at padding;
     columns it does not reach are visible by the rule alone. A padding query sees itself, so that no
-    softmax row is empty.
+    softmax row is empty. ValueError when attention_mask is wider than K.
     """
+    if attention_mask is not None and attention_mask.shape[1] > num_keys:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns for {num_keys} keys; give one "
+            "column for each cached token and each token of this call."
+        )
     keys = torch.arange(num_keys, device=context_end.device)
     queries = torch.arange(num_queries, device=context_end.device) + first_column
     causal = keys <= queries[:, None]  # (S, K)

@@ -65,7 +65,7 @@ def join_prefix(
     Returns keys and values, (B, H, P + S, D) each. dropout > 0 draws its own mask for every row, as
     the published code does.
     """
-    prefix = prefix.expand(-1, keys.shape[0], -1, -1, -1)
+    prefix = prefix.to(keys.dtype).expand(-1, keys.shape[0], -1, -1, -1)
     if dropout > 0.0:
         prefix = functional.dropout(prefix, dropout)
     return torch.cat((prefix[0], keys), dim=2), torch.cat((prefix[1], values), dim=2)

@@ -20,20 +20,29 @@ def golden_tensors(golden: Path, kind: str = "model") -> dict[str, Tensor]:
 
 def golden_config(golden: Path, **changes: Any) -> dict[str, Any]:
     """The tiny config.json, with changes."""
-    return json.loads((golden / "chatglm-tiny" / "config.json").read_text(encoding="utf-8")) | changes
+    return (
+        json.loads((golden / "chatglm-tiny" / "config.json").read_text(encoding="utf-8")) | changes
+    )
 
 
 def write_companions(directory: Path, config: dict[str, Any]) -> None:
     """Everything a published directory has beside its weights; the vocabulary is a stand-in."""
     directory.mkdir(parents=True, exist_ok=True)
     auto_map = {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}
-    (directory / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}), encoding="utf-8")
-    tokenizer = {"tokenizer_class": "ChatGLMTokenizer", "auto_map": {"AutoTokenizer": ["x.Y", None]}}
+    (directory / "config.json").write_text(
+        json.dumps(config | {"auto_map": auto_map}), encoding="utf-8"
+    )
+    tokenizer = {
+        "tokenizer_class": "ChatGLMTokenizer",
+        "auto_map": {"AutoTokenizer": ["x.Y", None]},
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     (directory / "ice_text.model").write_bytes(b"vocabulary")
     (directory / "MODEL_LICENSE").write_text("licence of the weights\n", encoding="utf-8")
     # Reading this file would show: it ends the run of whoever imports it.
-    (directory / "modeling_chatglm.py").write_text("raise SystemExit('remote code ran')\n", encoding="utf-8")
+    (directory / "modeling_chatglm.py").write_text(
+        "raise SystemExit('remote code ran')\n", encoding="utf-8"
+    )
 
 
 def write_shards(directory: Path, tensors: dict[str, Tensor], num_shards: int = NUM_SHARDS) -> None:
@@ -49,7 +58,10 @@ def write_shards(directory: Path, tensors: dict[str, Tensor], num_shards: int = 
         file = f"pytorch_model-{number + 1:05d}-of-{num_shards:05d}.bin"
         torch.save({name: tensors[name].clone() for name in part}, directory / file)
         weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": weight_map,
+    }
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
@@ -76,7 +88,9 @@ def make_published(golden: Path, directory: Path, *, tied: bool = True, **change
 def make_quantized(golden: Path, directory: Path, bits: int, **changes: Any) -> Path:
     """The layout of the slim releases: one pytorch_model.bin, quantization_bit in config.json."""
     write_companions(directory, golden_config(golden, quantization_bit=bits, **changes))
-    write_shards(directory, published_order(golden_tensors(golden, f"model-int{bits}")), num_shards=1)
+    write_shards(
+        directory, published_order(golden_tensors(golden, f"model-int{bits}")), num_shards=1
+    )
     return directory
 
 
@@ -94,7 +108,9 @@ def make_older(golden: Path, directory: Path) -> Path:
     """
     tensors = golden_tensors(golden)
     for name in ("transformer.word_embeddings.weight", "lm_head.weight"):
-        tensors[name] = torch.cat([torch.zeros(SHIFT, tensors[name].shape[1]).half(), tensors[name]])
+        tensors[name] = torch.cat(
+            [torch.zeros(SHIFT, tensors[name].shape[1]).half(), tensors[name]]
+        )
     config = golden_config(golden)
     config.update(
         vocab_size=config["vocab_size"] + SHIFT,
@@ -104,6 +120,8 @@ def make_older(golden: Path, directory: Path) -> Path:
     )
     del config["mask_token_id"], config["gmask_token_id"]
     write_companions(directory, config)
-    (directory / "tokenizer_config.json").write_text(json.dumps({"num_image_tokens": SHIFT}), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"num_image_tokens": SHIFT}), encoding="utf-8"
+    )
     write_shards(directory, published_order(tensors))
     return directory
