@@ -168,7 +168,7 @@ def make_venv(root: Path, group: str) -> None:
     write_stamp(venv, "")
     if not has_pip:
         if stamp == "":
-            say(".venv is incomplete (its installation was interrupted): starting over.")
+            say(".venv is incomplete (its installation did not end well): starting over.")
         _empty(venv)
         has_pip = _create(venv)
     say(f"Installing {lock} into .venv, once: minutes, 2 GB (more for CUDA). Log: .venv/{LOG}")
