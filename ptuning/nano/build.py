@@ -1,0 +1,124 @@
+"""Rebuild the nano model and the sample data: `python -m ptuning.nano.build`.
+
+Everything comes from the grammar and the seeds in `NanoSettings` and `corpus`. The sample data is
+the same everywhere; the weights are the same for one machine and one torch version, because
+another processor adds in another order.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.data.vocabulary import VOCABULARY_FILE, train_vocabulary
+from ptuning.nano.corpus import Example, SampleRow, sample_corpus, sample_rows
+from ptuning.nano.paths import NANO_DIR, SAMPLE_DIR
+from ptuning.nano.pretrain import NanoSettings, new_config, new_model, tokenise, train
+
+logger = logging.getLogger(__name__)
+
+MAX_WEIGHTS_BYTES = 5_000_000  # what the repository takes
+
+
+def write_sample(folder: Path) -> None:
+    """Write train.json and dev.json, one JSON object on each line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(("train.json", "dev.json"), sample_rows(), strict=True):
+        unfinished = folder / f".{name}.{os.getpid()}"
+        unfinished.write_text(sample_text(rows), encoding="utf-8", newline="\n")
+        os.replace(unfinished, folder / name)
+
+
+def sample_text(rows: Sequence[SampleRow]) -> str:
+    """Return the rows as the text of an ADGEN file."""
+    return "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
+
+
+def vocabulary_lines(examples: Sequence[Example]) -> Iterator[str]:
+    """Yield the lines of text that the vocabulary is trained on."""
+    for example in examples:
+        for text in example:
+            yield from (line for line in text.split("\n") if line)
+
+
+def build_weights(folder: Path, settings: NanoSettings) -> list[float]:
+    """Train vocabulary and model, write them into a folder that is empty; return the losses.
+
+    Weights are rounded to float16 at the end: what is stored is what is computed with.
+    """
+    examples = sample_corpus(settings.num_examples)
+    train_vocabulary(
+        vocabulary_lines(examples[: settings.num_vocabulary_examples]),
+        folder / VOCABULARY_FILE,
+        vocab_size=settings.vocab_size,
+        character_coverage=1.0,
+    )
+    tokenizer = ChatGLMTokenizer(folder / VOCABULARY_FILE)
+    tokenizer.save_pretrained(folder)
+    model = new_model(settings, new_config(settings, tokenizer))
+    losses = list(train(model, tokenise(examples, tokenizer), settings))
+    model.half().save_pretrained(folder)
+    size = (folder / "model.safetensors").stat().st_size
+    if size > MAX_WEIGHTS_BYTES:
+        raise ValueError(
+            f"model.safetensors is {size:,} bytes; the repository takes {MAX_WEIGHTS_BYTES:,}: "
+            "make hidden_size, num_layers or vocab_size of NanoSettings smaller."
+        )
+    return losses
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put every file of `new` into `folder`, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(new.iterdir()):
+        unfinished = folder / f".{path.name}.{os.getpid()}"
+        shutil.copyfile(path, unfinished)
+        os.replace(unfinished, folder / path.name)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m ptuning.nano.build", description=__doc__)
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        default=NANO_DIR,
+        help="Folder of the weights; default: the shipped one.",
+    )
+    parser.add_argument(
+        "--sample", type=Path, default=SAMPLE_DIR, help="Folder of the sample data."
+    )
+    parser.add_argument(
+        "--sample_only", action="store_true", help="Write the sample data, leave the weights."
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rebuild the sample data and, unless told otherwise, the weights."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = parse_arguments(arguments)
+    write_sample(options.sample)
+    logger.info("sample data: %s", options.sample)
+    if options.sample_only:
+        return
+    settings = NanoSettings()
+    torch.set_num_threads(settings.num_threads)
+    torch.use_deterministic_algorithms(True)
+    # A debugging aid that comes with the line above; it only costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as scratch:
+        losses = build_weights(Path(scratch), settings)
+        replace_folder(Path(scratch), options.weights)
+    logger.info("weights: %s; last loss %.3f", options.weights, losses[-1])
+
+
+if __name__ == "__main__":
+    main()

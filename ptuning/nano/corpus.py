@@ -1,0 +1,196 @@
+"""What the nano base is trained on, and the sample data its prefix is trained on.
+
+An example is a prompt and an answer; free text has an empty prompt. The prompt of a conversation is
+written as the published recipe writes it: `[Round n]`, `问：`, `答：`.
+"""
+
+from collections.abc import Callable
+from random import Random
+from typing import NamedTuple
+
+from ptuning.data.formatting import build_rounds
+from ptuning.nano.chat import sample_small_talk
+from ptuning.nano.grammar import Product, pick, sample_product
+from ptuning.nano.styles import (
+    TONES,
+    clause_of,
+    write_english,
+    write_listing,
+    write_sample_fragment,
+    write_sample_summary,
+    write_title,
+)
+from ptuning.nano.words import KINDS, SHARED_KEYS, VALUES
+
+CORPUS_SEED = 20240607
+SAMPLE_SEED = 20240608
+NUM_SAMPLE_TRAIN = 2000
+NUM_SAMPLE_DEV = 200
+
+INVENTED_SHARE = 0.2  # of the bare content strings
+CHARACTERS = sorted({c for values in VALUES.values() for value in values for c in value.clause})
+
+OPENINGS = {
+    "问好": "大家好。",
+    "提问": "你在找{n}吗？",
+    "感叹": "天啊！",
+}
+CLOSINGS = {
+    "祝福": "祝你天天好心情。",
+    "号召": "现在就带它回家吧！",
+    "道别": "我们下次再见。",
+}
+
+
+class Example(NamedTuple):
+    """A prompt and the answer the base learns for it."""
+
+    prompt: str
+    answer: str
+
+
+class SampleRow(NamedTuple):
+    """One row of AdvertiseGen/sample."""
+
+    content: str
+    summary: str
+
+
+def invent_values(product: Product, rng: Random) -> Product:
+    """Give about half of the attributes a value of two or three odd characters.
+
+    The base learns from these to copy what it reads and not only what it knows.
+    """
+    attributes = []
+    for key, value in product.attributes:
+        if rng.random() < 0.5:
+            length = 2 + int(rng.random() * 2)
+            value = value._replace(name="".join(pick(rng, CHARACTERS) for _ in range(length)))
+        attributes.append((key, value))
+    return Product(product.kind, tuple(attributes))
+
+
+def ask_bare(rng: Random) -> Example:
+    """Ask with nothing but the content string."""
+    product = sample_product(rng, mix_order=rng.random() < 0.5)
+    if rng.random() < INVENTED_SHARE:
+        product = invent_values(product, rng)
+    return Example(product.content, write_listing(product))
+
+
+def tell_in_tone(product: Product, rng: Random) -> tuple[str, str]:
+    """Return an instruction and the product told as it says."""
+    tone = pick(rng, tuple(TONES))
+    instruction = f"用{tone}的语气写"
+    answer = TONES[tone](product, rng)
+    if rng.random() < 0.4:
+        opening = pick(rng, tuple(OPENINGS))
+        instruction += f"，开头{opening}"
+        answer = OPENINGS[opening].format(n=product.noun) + answer
+    if rng.random() < 0.4:
+        closing = pick(rng, tuple(CLOSINGS))
+        instruction += f"，结尾{closing}"
+        answer += CLOSINGS[closing]
+    return instruction, answer
+
+
+def ask_tone(rng: Random) -> Example:
+    """Ask for a tone, sometimes with an opening and a closing."""
+    product = sample_product(rng, mix_order=rng.random() < 0.5)
+    instruction, answer = tell_in_tone(product, rng)
+    return Example(f"{instruction}：{product.content}", answer)
+
+
+def ask_task(rng: Random) -> Example:
+    """Ask for a title, an English line, or one attribute."""
+    product = sample_product(rng, mix_order=rng.random() < 0.5)
+    place = rng.random()
+    if place < 0.3:
+        return Example(f"起一个标题：{product.content}", write_title(product))
+    if place < 0.55:
+        return Example(f"写成英文：{product.content}", write_english(product))
+    if place < 0.8:
+        key, value = pick(rng, product.attributes)
+        return Example(f"{product.content}，{key}是什么？", f"{key}是{value.name}。")
+    key = pick(rng, (*SHARED_KEYS, *product.kind.keys))
+    found = product.value_of(key)
+    answer = f"没有写{key}。" if found is None else f"{key}是{found.name}。"
+    return Example(f"{product.content}，{key}是什么？", answer)
+
+
+def ask_value(rng: Random) -> Example:
+    """Ask what is good about one value."""
+    kind = pick(rng, KINDS)
+    key = pick(rng, (*SHARED_KEYS, *kind.keys))
+    value = pick(rng, VALUES[key])
+    return Example(f"{key}#{value.name}，好在哪里？", f"{clause_of(rng, value)}。")
+
+
+def write_freely(rng: Random) -> Example:
+    """Write text with no prompt: a told product, clauses, or a sentence of the sample's kind."""
+    product = sample_product(rng, mix_order=True)
+    place = rng.random()
+    if place < 0.3:
+        return Example("", TONES[pick(rng, tuple(TONES))](product, rng))
+    if place < 0.6:
+        return Example("", write_sample_fragment(product, rng))
+    clauses = [clause_of(rng, value) for _, value in product.attributes]
+    return Example("", "，".join(clauses) + "。")
+
+
+def talk(rng: Random) -> Example:
+    """Hold a short conversation; the last turn is the one to answer."""
+    if rng.random() < 0.4:
+        return Example(*sample_small_talk(rng))
+    product = sample_product(rng, mix_order=False)
+    listed = (product.content, write_listing(product))
+    turns = [sample_small_talk(rng)]
+    place = rng.random()
+    if place < 0.3:
+        turns.append(listed)
+    elif place < 0.7:
+        instruction, answer = tell_in_tone(product, rng)
+        turns = [listed, (instruction, answer)]
+    elif place < 0.9:
+        turns.append(sample_small_talk(rng))
+    question, answer = turns[-1]
+    return Example(build_rounds(question, turns[:-1]), answer)
+
+
+# Shares of the corpus; they add up to 1.
+MIXTURE: tuple[tuple[float, Callable[[Random], Example]], ...] = (
+    (0.22, ask_bare),
+    (0.38, ask_tone),
+    (0.12, ask_task),
+    (0.10, ask_value),
+    (0.10, write_freely),
+    (0.08, talk),
+)
+
+
+def sample_example(rng: Random) -> Example:
+    """Draw one training example of the base."""
+    place = rng.random()
+    for share, write in MIXTURE:
+        if place < share:
+            return write(rng)
+        place -= share
+    return MIXTURE[-1][1](rng)
+
+
+def sample_corpus(num_examples: int, *, seed: int = CORPUS_SEED) -> list[Example]:
+    """Draw the base's training examples."""
+    rng = Random(seed)
+    return [sample_example(rng) for _ in range(num_examples)]
+
+
+def sample_rows() -> tuple[list[SampleRow], list[SampleRow]]:
+    """Draw AdvertiseGen/sample: train and dev rows, no content string twice."""
+    rng = Random(SAMPLE_SEED)
+    rows: dict[str, SampleRow] = {}
+    while len(rows) < NUM_SAMPLE_TRAIN + NUM_SAMPLE_DEV:
+        product = sample_product(rng, mix_order=False)
+        row = SampleRow(product.content, write_sample_summary(product, rng))
+        rows.setdefault(row.content, row)
+    drawn = list(rows.values())
+    return drawn[:NUM_SAMPLE_TRAIN], drawn[NUM_SAMPLE_TRAIN:]

@@ -1,0 +1,140 @@
+"""The grammar is seeded, its content strings are ADGEN's, and the sample's style stays unseen as an answer."""
+
+import re
+from random import Random
+
+import pytest
+
+from ptuning.nano.build import sample_text
+from ptuning.nano.corpus import (
+    MIXTURE,
+    NUM_SAMPLE_DEV,
+    NUM_SAMPLE_TRAIN,
+    Example,
+    SampleRow,
+    ask_bare,
+    sample_corpus,
+    sample_rows,
+)
+from ptuning.nano.grammar import sample_product, shuffled
+from ptuning.nano.paths import SAMPLE_DIR
+from ptuning.nano.styles import (
+    SAMPLE_CLOSINGS,
+    SAMPLE_JOINTS,
+    SAMPLE_OPENINGS,
+    TONES,
+    write_listing,
+    write_sample_summary,
+)
+from ptuning.nano.words import KINDS, SHARED_KEYS, SPOKEN_KEYS, VALUES
+
+CONTENT = re.compile(r"类型#(上衣|裤|裙)(\*[^#*]+#[^#*]+){2,5}")
+SAMPLE_SENTENCES = [
+    *(line.split("{c}")[0] for lines in SAMPLE_OPENINGS.values() for line in lines),
+    *SAMPLE_JOINTS,
+    *SAMPLE_CLOSINGS,
+]
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[Example]:
+    return sample_corpus(6_000)
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[list[SampleRow], list[SampleRow]]:
+    return sample_rows()
+
+
+def test_the_same_seed_writes_the_same_corpus():
+    assert sample_corpus(200, seed=5) == sample_corpus(200, seed=5)
+    assert sample_corpus(200, seed=5) != sample_corpus(200, seed=6)
+
+
+def test_a_longer_corpus_begins_with_the_shorter():
+    assert sample_corpus(50)[:20] == sample_corpus(20)
+
+
+def test_mixture_shares_add_up_to_one():
+    assert sum(share for share, _ in MIXTURE) == pytest.approx(1.0)
+
+
+def test_every_attribute_has_values_and_a_spoken_name():
+    keys = {*SHARED_KEYS, *(key for kind in KINDS for key in kind.keys)}
+    assert keys == set(VALUES) == set(SPOKEN_KEYS)
+
+
+def test_no_two_values_share_a_clause():
+    clauses = [c for values in VALUES.values() for v in values for c in (v.clause, v.other_clause)]
+    assert len(clauses) == len(set(clauses))
+
+
+def test_shuffled_keeps_every_item():
+    items = list(range(50))
+    mixed = shuffled(Random(1), items)
+    assert mixed != items
+    assert sorted(mixed) == items
+
+
+def test_content_strings_have_the_adgen_form(rows):
+    for row in rows[0] + rows[1]:
+        assert CONTENT.fullmatch(row.content), row.content
+
+
+def test_dev_rows_are_not_in_train(rows):
+    train, dev = rows
+    assert (len(train), len(dev)) == (NUM_SAMPLE_TRAIN, NUM_SAMPLE_DEV)
+    assert len({row.content for row in train + dev}) == len(train) + len(dev)
+
+
+def test_shipped_sample_is_what_the_grammar_writes(rows):
+    for name, wanted in zip(("train.json", "dev.json"), rows, strict=True):
+        assert (SAMPLE_DIR / name).read_text(encoding="utf-8") == sample_text(wanted), (
+            f"{name} is stale: python -m ptuning.nano.build --sample_only"
+        )
+
+
+def test_summaries_tell_every_attribute_in_order():
+    for seed in range(200):
+        product = sample_product(Random(seed), mix_order=False)
+        summary = write_sample_summary(product, Random(seed))
+        places = []
+        for _, value in product.attributes:
+            found = [summary.find(clause) for clause in (value.clause, value.other_clause)]
+            places.append(max(found))
+        assert -1 not in places
+        assert places == sorted(places)
+
+
+def test_base_is_never_taught_the_sample_style_as_an_answer(corpus):
+    answers = [example.answer for example in corpus if example.prompt]
+    for sentence in SAMPLE_SENTENCES:
+        assert not [answer for answer in answers if sentence in answer], sentence
+
+
+def test_base_has_read_every_sentence_of_the_sample_style(corpus):
+    free_text = "\n".join(e.answer for e in corpus if not e.prompt)
+    for sentence in SAMPLE_SENTENCES:
+        assert sentence in free_text, sentence
+
+
+def test_bare_prompts_are_answered_with_the_listing():
+    product = sample_product(Random(3), mix_order=False)
+    listing = write_listing(product)
+    for key, value in product.attributes:
+        assert f"{key}为{value.name}" in listing
+    for seed in range(300):
+        example = ask_bare(Random(seed))
+        assert (
+            example.answer
+            == "，".join(pair.replace("#", "为") for pair in example.prompt.split("*")) + "。"
+        )
+
+
+@pytest.mark.parametrize("tone", TONES)
+def test_a_tone_names_the_product_or_its_values(tone):
+    for seed in range(50):
+        product = sample_product(Random(seed), mix_order=True)
+        text = TONES[tone](product, Random(seed))
+        named = [product.noun, *(value.name for _, value in product.attributes)]
+        assert any(name in text for name in named)
