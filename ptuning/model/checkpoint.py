@@ -16,6 +16,7 @@ from ptuning.model.checkpoint_files import (
     TensorHeader,
     find_weight_files,
     read_headers,
+    shorten,
 )
 from ptuning.model.checkpoint_layout import (
     EMBEDDING,
@@ -37,8 +38,6 @@ from ptuning.model.checkpoint_layout import (
 from ptuning.model.config import ChatGLMConfig
 
 logger = logging.getLogger(__name__)
-
-NUM_NAMES_SHOWN = 3  # of a list of tensors in an error; the rest is counted
 
 
 @dataclass(frozen=True)
@@ -275,14 +274,3 @@ def _report_unexpected(directory: Path, names: list[str]) -> None:
             directory,
             shorten(unknown),
         )
-
-
-def shorten(names: list[str]) -> str:
-    """List a few names and count the rest.
-
-    >>> shorten(["a", "b", "c", "d", "e"])
-    'a, b, c and 2 more'
-    """
-    rest = len(names) - NUM_NAMES_SHOWN
-    shown = ", ".join(names[:NUM_NAMES_SHOWN])
-    return f"{shown} and {rest} more" if rest > 0 else shown

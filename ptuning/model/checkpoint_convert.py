@@ -67,13 +67,14 @@ def convert_checkpoint(
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
     try:
         temporary.mkdir()
-        _write_weights(temporary, tensors)
         _write_companions(temporary, checkpoint)
+        _write_weights(temporary, tensors)
         if destination.exists():
             destination.rmdir()  # empty, or it would have been refused above
         temporary.rename(destination)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+        if temporary.exists():  # it has its final name when all went well
+            shutil.rmtree(temporary)
     return check_checkpoint(destination)
 
 
@@ -127,6 +128,8 @@ def _write_weights(directory: Path, tensors: dict[str, StoredTensor]) -> None:
                 directory / name,
                 metadata={"format": "pt"},
             )
+            # safetensors makes files that only their owner may read; a model is shared.
+            shutil.copymode(directory / "config.json", directory / name)
             weight_map.update(dict.fromkeys(shard, name))
             bar.update(sum(tensor.num_bytes for tensor in shard.values()))
     if len(shards) > 1:

@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,8 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+NUM_NAMES_SHOWN = 3  # of a list of tensors in an error; the rest is counted
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _GIT_LFS_MAGIC = b"version https://git-lfs"
@@ -173,18 +176,19 @@ def map_bin(file: Path, expected: list[str] | None = None) -> dict[str, Tensor]:
             f"{file} is not in the format torch.save has written since version 1.6: it is "
             f"damaged, so {_COPY_AGAIN}, or very old, so save it again with a current torch."
         )
+    held = f", which should hold {shorten(expected)}" if expected else ""
+    size = f"{file.stat().st_size:,} bytes"
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{file} is cut short at {size}{held}; {_COPY_AGAIN}.")
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} holds more than tensors, which could run code when read, so it is not read; "
-            "get the weights from a source you trust."
+            f"{file} holds more than tensors, which could run code when read, or is damaged, so it "
+            "is not read; copy it again from a source you trust."
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        lost = f" ({expected[0]} and {len(expected) - 1} more tensors)" if expected else ""
-        raise ValueError(
-            f"{file} is cut short at {file.stat().st_size:,} bytes or damaged{lost}; {_COPY_AGAIN}."
-        ) from error
+        raise ValueError(f"{file} is damaged ({size}{held}); {_COPY_AGAIN}.") from error
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise ValueError(
             f"{file} is not a table of tensors (it holds a {type(loaded).__name__}); give a "
@@ -224,3 +228,14 @@ def _first_tensor_cut(file: Path) -> str | None:
             return None  # the header itself is damaged: the caller says so
     cut = [name for name, end in ends.items() if end > size - 8 - length]
     return min(cut, key=ends.__getitem__) if cut else None
+
+
+def shorten(names: list[str]) -> str:
+    """List a few names and count the rest.
+
+    >>> shorten(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    rest = len(names) - NUM_NAMES_SHOWN
+    shown = ", ".join(names[:NUM_NAMES_SHOWN])
+    return f"{shown} and {rest} more" if rest > 0 else shown

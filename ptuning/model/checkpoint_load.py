@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ptuning.model.checkpoint import Checkpoint, read_checkpoint, read_config, shorten
+from ptuning.model.checkpoint import Checkpoint, read_checkpoint, read_config
+from ptuning.model.checkpoint_files import shorten
 from ptuning.model.checkpoint_hub import HUB_ARGUMENTS, find_directory
 from ptuning.model.checkpoint_layout import (
     EMBEDDING,

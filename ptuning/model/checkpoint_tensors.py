@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ptuning.model.checkpoint_files import TensorHeader, map_bin, open_safetensors
 
-# Pages of a mapping stay in memory until it is dropped, so it is renewed after this many bytes have
-# been handed out.
-REMAP_BYTES = 256 * 2**20
+# Pages of a mapping stay in memory until it is dropped, so it is renewed after this many bytes.
+REMAP_BYTES = 64 * 2**20
+# Smaller tensors are copied: a norm or a bias would keep the mapping of its whole file alive.
+COPY_BYTES = 2**20
 
 
 class CheckpointReader:
@@ -32,7 +33,7 @@ class CheckpointReader:
         self._handed_out_bytes = 0
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor as stored, on the CPU, mapped from its file."""
+        """Return a tensor as stored, on the CPU; a large one is mapped from its file."""
         header = self.headers[name]
         with self._lock:
             is_worn = self._handed_out_bytes + header.num_bytes > REMAP_BYTES
@@ -40,7 +41,8 @@ class CheckpointReader:
                 self._map(header.file)
             self._handed_out_bytes += header.num_bytes
             assert self._get is not None, "a file is mapped above"
-            return self._get(name)
+            value = self._get(name)
+            return value.clone() if header.num_bytes < COPY_BYTES else value
 
     def _map(self, file: Path) -> None:
         self.close()
