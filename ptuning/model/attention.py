@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache
 
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.packing import Packing, pack, unpack
 from ptuning.model.prefix_encoder import join_prefix
 from ptuning.model.rotary import Rotation, rotate
 
@@ -21,18 +22,30 @@ class LayerInputs(NamedTuple):
     """What every layer of one forward pass shares."""
 
     rotation: Rotation
-    visible: Tensor | None  # bool (B or 1, 1, S, K), True for visible; None: every key is visible
+    mask: Tensor | None  # (B or 1, 1, S, K), 0 for visible, else very low; None: all are visible
     prefix_dropout: float  # 0 outside training
+    packing: Packing | None  # None: hidden states are (B, S, E); else (1, T, E), rows end to end
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return bool visible (..., K) as summands of the scores: 0, or the lowest number of dtype.
+
+    Rows are stored 16 elements apart, which fused CUDA kernels want; else they copy at every call.
+    """
+    stored = visible.new_empty(*visible.shape[:-1], -(-visible.shape[-1] // 16) * 16, dtype=dtype)
+    mask = stored[..., : visible.shape[-1]]
+    mask.fill_(torch.finfo(dtype).min)
+    return mask.masked_fill_(visible, 0.0)
 
 
 def eager_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, S, D) and the weights (B, H, S, K), step by step in float32."""
     query_scaled = query.float() * query.shape[-1] ** -0.5
     scores = query_scaled @ key.float().transpose(-1, -2)  # (B, H, S, K)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    if mask is not None:
+        scores = scores + mask
     weights = scores.softmax(dim=-1).to(query.dtype)
     return weights @ value, weights
 
@@ -54,9 +67,15 @@ class Attention(nn.Module):
         shared: LayerInputs,
         prefix: Tensor | None,
         past_key_values: Cache | None,
+        only_needed: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output (B, S, E) and the weights (B, H, S, K), None unless eager."""
+        """Return the output, shaped as the input, and the weights (B, H, S, K), None unless eager.
+
+        only_needed leaves out the packed tokens that nobody reads: (1, N, E).
+        """
         fused = self.query_key_value(hidden_states)  # (B, S, 3E)
+        if shared.packing is not None:
+            fused = unpack(fused, shared.packing)
         fused = fused.unflatten(-1, (self.num_heads, -1))  # (B, S, H, 3D)
         query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # (B, H, S, D) each
         query, key = rotate(query, shared.rotation), rotate(key, shared.rotation)
@@ -66,9 +85,12 @@ class Attention(nn.Module):
             key, value = join_prefix(prefix, key, value, dropout=shared.prefix_dropout)
         weights = None
         if self.config._attn_implementation == "eager":
-            output, weights = eager_attention(query, key, value, shared.visible)
+            output, weights = eager_attention(query, key, value, shared.mask)
         else:
             output = functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=shared.visible
+                query, key, value, attn_mask=shared.mask
             )
-        return self.dense(output.transpose(1, 2).flatten(2)), weights  # (B, S, E)
+        output = output.transpose(1, 2).flatten(2)  # (B, S, E)
+        if shared.packing is not None:
+            output = pack(output, shared.packing, only_needed=only_needed)
+        return self.dense(output), weights

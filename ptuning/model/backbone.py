@@ -17,9 +17,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ptuning.model.attention import LayerInputs
+from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.layer import Layer
+from ptuning.model.packing import Packing, find_packing, pack, unpack_needed
 from ptuning.model.positions import Context, find_context, position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder, PrefixTable
 from ptuning.model.rotary import inverse_frequencies, rotation_at
@@ -111,6 +112,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions: bool | None = None,
         inputs_embeds: Tensor | None = None,
         return_dict: bool | None = None,
+        needed: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Return the hidden states (B, S, E) of input_ids (B, S).
 
@@ -118,7 +120,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         mask (B, 1, S, K). position_ids (B, 2, S) override the derived ones. use_prefix=False leaves
         the prefix out of this call; prefix_key_values (L tensors (2, 1 or B, H, P, D)) takes the
         place of the model's own prefix. hidden_states, when asked for, are the L inputs of the
-        layers and then the final output.
+        layers and then the final output. needed, bool (B, S), names the positions that will be
+        read; the others, like padding, may come back as zeros.
         """
         if inputs_embeds is not None:
             raise ValueError(
@@ -130,23 +133,34 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             use_cache = False  # nothing is generated while training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        wants_hidden_states = self._wants("output_hidden_states", output_hidden_states)
+        wants_attentions = self._wants("output_attentions", output_attentions)
+        packing = None
+        if not (wants_hidden_states or _is_filled(past_key_values)):
+            packing = _packing_of(input_ids, attention_mask, needed)
         positions, visible = self._place(input_ids, attention_mask, position_ids, past_key_values)
         prefix = self.prefix_for(use_prefix, prefix_key_values)
-        shared = self._layer_inputs(positions, visible, prefix)
+        shared = self._layer_inputs(positions, visible, prefix, packing)
 
         hidden_states = self.word_embeddings(input_ids)  # (B, S, E)
+        if packing is not None:
+            hidden_states = pack(hidden_states, packing)  # (1, T, E) until the end
         all_hidden_states, all_weights = [], []
         for index, layer in enumerate(self.layers):
             all_hidden_states.append(hidden_states)
             layer_prefix = None if prefix is None else prefix[index]
             hidden_states, weights = layer(
-                hidden_states, shared, layer_prefix, past_key_values=past_key_values
+                hidden_states,
+                shared,
+                layer_prefix,
+                past_key_values=past_key_values,
+                only_needed=index == len(self.layers) - 1,
             )
             all_weights.append(weights)
         hidden_states = self.final_layernorm(hidden_states)
+        if packing is not None:
+            hidden_states = unpack_needed(hidden_states, packing)  # (B, S, E)
         all_hidden_states.append(hidden_states)
-        wants_hidden_states = self._wants("output_hidden_states", output_hidden_states)
-        wants_attentions = self._wants("output_attentions", output_attentions)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
@@ -178,7 +192,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return self.prefix_encoder(self.final_layernorm.weight.dtype)
 
     def _layer_inputs(
-        self, positions: Tensor, visible: Tensor | None, prefix: Sequence[Tensor] | None
+        self,
+        positions: Tensor,
+        visible: Tensor | None,
+        prefix: Sequence[Tensor] | None,
+        packing: Packing | None,
     ) -> LayerInputs:
         """Return what the layers share; every token sees the prefix."""
         if prefix is not None:
@@ -188,7 +206,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         dropout = 0.0
         if self.training and self.prefix_encoder is not None:
             dropout = self.prefix_encoder.dropout
-        return LayerInputs(rotation_at(positions, self.inverse_frequencies), visible, dropout)
+        mask = None
+        if visible is not None:
+            mask = additive_mask(visible, self.final_layernorm.weight.dtype)
+        rotation = rotation_at(positions, self.inverse_frequencies)
+        return LayerInputs(rotation, mask, dropout, packing)
 
     def _check_prefix(self, prefix: Sequence[Tensor], *, num_rows: int) -> None:
         """Refuse prefix keys and values that another model, or another batch, was meant to get."""
@@ -256,6 +278,26 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             mask_token_id=self.config.mask_token_id,
             gmask_token_id=self.config.gmask_token_id,
         )
+
+
+def _is_filled(past_key_values: Cache | None) -> bool:
+    if past_key_values is None:
+        return False
+    length = past_key_values.get_seq_length()
+    return isinstance(length, Tensor) or length > 0
+
+
+def _packing_of(
+    input_ids: Tensor, attention_mask: Tensor | None, needed: Tensor | None
+) -> Packing | None:
+    """Return how to leave padding and unread tokens out; None where there is neither."""
+    if attention_mask is None:
+        return None if needed is None else find_packing(torch.ones_like(input_ids), needed)
+    if _is_ready(attention_mask) or attention_mask.shape != input_ids.shape:
+        return None
+    if needed is None and bool(attention_mask.all()):
+        return None
+    return find_packing(attention_mask, needed)
 
 
 def _is_ready(attention_mask: Tensor | None) -> bool:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ptuning.model.answer_loss import summed_loss
 from ptuning.model.backbone import ChatGLMModel, ChatGLMPreTrainedModel
 from ptuning.model.checkpoint_load import load_pretrained
 from ptuning.model.checkpoint_quantized import prepare_for_config_
@@ -125,6 +126,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         -100, or their sum over num_items_in_batch. logits_to_keep keeps the last n positions, 0 for
         all.
         """
+        targets = needed = None
+        if labels is not None:
+            targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # (B, S), shifted
+            needed = targets != IGNORED_LABEL
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -136,11 +141,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             inputs_embeds=inputs_embeds,
+            needed=needed,
         )
         hidden_states = outputs.last_hidden_state  # (B, S, E)
         logits = loss = None
-        if labels is not None:
-            loss = self.answer_loss(hidden_states, labels, num_items_in_batch)
+        if targets is not None:
+            loss = self.answer_loss(hidden_states, targets, num_items_in_batch)
         elif isinstance(logits_to_keep, int):
             logits = self.lm_head(hidden_states[:, -logits_to_keep:])
         else:
@@ -154,13 +160,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
 
     def answer_loss(
-        self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None
+        self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None = None
     ) -> Tensor:
-        """Return the cross-entropy of the next tokens; the head runs only where a label is."""
-        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # (B, S), shifted
+        """Return the cross-entropy of targets (B, S), -100 where there is none, given (B, S, E)."""
         wanted = targets != IGNORED_LABEL
-        logits = self.lm_head(hidden_states[wanted]).float()  # (number of answer tokens, V)
-        total = functional.cross_entropy(logits, targets[wanted].to(logits.device), reduction="sum")
+        total = summed_loss(
+            hidden_states[wanted], self.lm_head, targets[wanted].to(hidden_states.device)
+        )
         if num_items_in_batch is None:
             return total / wanted.sum()
         if isinstance(num_items_in_batch, Tensor):

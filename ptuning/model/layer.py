@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptuning.model.attention import Attention, LayerInputs
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.packing import take_needed
 
 # sqrt(2 * 28): the published code never passes the layer count to the block, so 28 holds at any
 # depth.
@@ -49,10 +50,18 @@ class Layer(GradientCheckpointingLayer):
         shared: LayerInputs,
         prefix: Tensor | None,
         past_key_values: Cache | None = None,
+        only_needed: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the next hidden states (B, S, E) and the attention weights, None unless eager."""
+        """Return the next hidden states (B, S, E) and the attention weights, None unless eager.
+
+        With a packing the states are (1, T, E); only_needed makes them (1, N, E).
+        """
         normalised = self.input_layernorm(hidden_states)
-        attended, weights = self.attention(normalised, shared, prefix, past_key_values)
+        attended, weights = self.attention(
+            normalised, shared, prefix, past_key_values, only_needed=only_needed
+        )
+        if only_needed and shared.packing is not None:
+            normalised = take_needed(normalised, shared.packing)
         hidden_states = SKIP_SCALE * normalised + attended
         normalised = self.post_attention_layernorm(hidden_states)
         return SKIP_SCALE * normalised + self.mlp(normalised), weights

@@ -1,0 +1,112 @@
+"""Packed rows give what separate rows give: logits, loss, gradient, generated tokens."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import ptuning  # noqa: F401  (registers the model)
+from ptuning.model.packing import find_packing, pack, take_needed, unpack, unpack_needed
+
+LENGTHS = (19, 7, 30, 12)
+
+
+@pytest.fixture
+def model(golden):
+    folder = golden / "chatglm-tiny"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.add_prefix(8).load_state_dict(load_file(folder / "prefix.safetensors"))
+    model.prefix_encoder.dropout = 0.0
+    model.freeze_base()
+    return model
+
+
+def training_rows(model):
+    """Rows of context, <sop>, answer; labels from <sop> on."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in LENGTHS:
+        ids = torch.randint(10, 900, (length,), generator=generator)
+        sop = length // 2
+        ids[sop - 1], ids[sop] = model.config.gmask_token_id, model.config.bos_token_id
+        labels = ids.clone()
+        labels[:sop] = -100
+        rows.append((ids, labels))
+    return rows
+
+
+def batch(rows, side):
+    width = max(LENGTHS)
+    ids = torch.full((len(rows), width), 3)
+    labels = torch.full((len(rows), width), -100)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, (row, row_labels) in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), None)
+        ids[index, place], labels[index, place], mask[index, place] = row, row_labels, 1
+    return ids, labels, mask
+
+
+def loss_and_gradient(model, batches, total):
+    model.train()
+    model.prefix_encoder.zero_grad()
+    loss = 0.0
+    for ids, labels, mask in batches:
+        part = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=total).loss
+        part.backward()
+        loss += part.item()
+    return loss, model.prefix_encoder.embedding.weight.grad.clone()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_packed_batch_has_the_loss_and_gradient_of_its_rows_alone(model, side, checkpointing):
+    rows = training_rows(model)
+    total = sum(int((labels != -100).sum()) for _, labels in rows)
+    alone = [(i[None], lab[None], torch.ones_like(i)[None]) for i, lab in rows]
+    expected_loss, expected = loss_and_gradient(model, alone, total)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, gradient = loss_and_gradient(model, [batch(rows, side)], total)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_of_real_tokens_do_not_depend_on_padding(model, side):
+    model.eval()
+    rows = training_rows(model)
+    ids, _, mask = batch(rows, side)
+    with torch.no_grad():
+        packed = model(ids, attention_mask=mask).logits
+        for index, (row, _) in enumerate(rows):
+            alone = model(row[None]).logits[0]
+            torch.testing.assert_close(packed[index][mask[index].bool()], alone, atol=1e-4, rtol=0)
+
+
+def test_only_real_tokens_reach_the_linear_layers(model):
+    rows = training_rows(model)
+    ids, labels, mask = batch(rows, "right")
+    seen = {}
+    for index, layer in enumerate(model.transformer.layers):
+        layer.mlp.register_forward_hook(
+            lambda _m, inputs, _o, index=index: seen.update({index: inputs[0].shape[:2]})
+        )
+    model.train()(ids, attention_mask=mask, labels=labels)
+    answer_tokens = sum(int((row_labels[1:] != -100).sum()) for _, row_labels in rows)
+    assert seen[0] == (1, sum(LENGTHS))
+    assert seen[26] == (1, sum(LENGTHS))
+    assert seen[27] == (1, answer_tokens)
+
+
+def test_packing_and_unpacking_are_inverse():
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    needed = torch.tensor([[False, True, True], [False, False, True]])
+    grid = torch.randn(2, 3, 4) * mask[..., None]
+    packing = find_packing(mask, needed)
+    packed = pack(grid, packing)
+    assert packed.shape == (1, 4, 4)
+    assert unpack(packed, packing).equal(grid)
+    assert take_needed(packed, packing).equal(pack(grid, packing, only_needed=True))
+    both = (mask.bool() & needed)[..., None]
+    assert unpack_needed(take_needed(packed, packing), packing).equal(grid * both)
