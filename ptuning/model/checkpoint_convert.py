@@ -98,7 +98,7 @@ def _check_room(destination: Path, num_bytes: int) -> None:
 
 
 def split_into_shards(
-    tensors: dict[str, StoredTensor], shard_bytes: int = SHARD_BYTES
+    tensors: dict[str, StoredTensor], shard_bytes: int
 ) -> Iterator[dict[str, StoredTensor]]:
     """Yield the tensors in order, in groups of at most shard_bytes; a larger one is alone."""
     shard: dict[str, StoredTensor] = {}
@@ -114,7 +114,7 @@ def split_into_shards(
 
 
 def _write_weights(directory: Path, tensors: dict[str, StoredTensor]) -> None:
-    shards = list(split_into_shards(tensors))
+    shards = list(split_into_shards(tensors, SHARD_BYTES))
     total_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     weight_map: dict[str, str] = {}
     bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="Writing weights")

@@ -270,7 +270,7 @@ def test_missing_directory_config_and_weights_are_told_apart(golden: Path, tmp_p
 def test_bits_that_contradict_the_stored_ones_are_named(golden: Path, tmp_path: Path) -> None:
     directory = make_quantized(golden, tmp_path / "int4", 4)
     with pytest.raises(
-        ValueError, match="quantization_bit is 8, but the weights in .* are stored with 4 bits"
+        ValueError, match=r"quantization_bit is 8, but the weights in .* are stored with 4 bits"
     ):
         AutoModel.from_pretrained(directory, quantization_bit=8)
     with pytest.raises(ValueError, match="quantization_bit is 5; use 4 or 8"):

@@ -132,7 +132,7 @@ def test_half_quantised_tables_are_refused(golden: Path, tmp_path: Path) -> None
     del tensors["lm_head.weight_scale"]
     torch.save(tensors, directory / "pytorch_model.bin")
     with pytest.raises(
-        ValueError, match="one of transformer.word_embeddings.weight and lm_head.weight as int8"
+        ValueError, match=r"one of transformer.word_embeddings.weight and lm_head.weight as int8"
     ):
         check_checkpoint(directory)
 

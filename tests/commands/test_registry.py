@@ -1,0 +1,88 @@
+import importlib
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ptuning import __main__ as program
+from ptuning.commands.registry import COMMANDS, Command
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_explains_itself(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(command.module)
+    module.add_arguments(ArgumentParser())
+    assert callable(module.run)
+    with pytest.raises(SystemExit, match="0"):
+        program.main([command.name, "--help"])
+    assert command.help in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"{command.name} " in text and command.help in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["convert"], ["export", "a", "b", "--format", "onnx"]]
+)
+def test_wrong_command_lines_exit_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        program.main(arguments)
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "text"),
+    [
+        (ValueError("bad\n  value"), 2, "ptuning convert: bad value\n"),
+        (FileNotFoundError("no file"), 2, "ptuning convert: no file\n"),
+        (KeyboardInterrupt(), 130, "ptuning convert: interrupted.\n"),
+    ],
+)
+def test_user_errors_are_one_line_and_a_status(
+    failure: BaseException,
+    status: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(arguments: Namespace) -> int:
+        raise failure
+
+    module = ModuleType("failing")
+    module.run, module.add_arguments = run, lambda parser: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(program.importlib, "import_module", lambda name: module)
+    assert program.main(["convert"]) == status
+    assert capsys.readouterr().err == text
+
+
+def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("failing")
+    module.run, module.add_arguments = lambda arguments: 1 // 0, lambda parser: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(program.importlib, "import_module", lambda name: module)
+    with pytest.raises(ZeroDivisionError):
+        program.main(["convert"])
+
+
+def test_module_runs_as_a_program(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ptuning", "convert", str(tmp_path / "none"), str(tmp_path / "out")],
+        cwd=Path(__file__).resolve().parents[2],
+        env={"PATH": "", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "is neither a directory nor a model on the hub" in done.stderr

@@ -1,0 +1,78 @@
+"""Hub ids, against a cache as huggingface_hub lays it out on disk; no network is touched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from ptuning.model.checkpoint_hub import find_directory
+from tests.model.published import make_published, make_safetensors
+
+REPOSITORY = "someone/chatglm-6b"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(golden: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "hub" / "models--someone--chatglm-6b"
+    make_published(golden, folder / "snapshots" / COMMIT)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    return tmp_path / "hub"
+
+
+def test_cached_repository_is_found_and_loads(cache: Path) -> None:
+    directory = find_directory(REPOSITORY, cache_dir=cache, local_files_only=True)
+    assert directory == cache / "models--someone--chatglm-6b" / "snapshots" / COMMIT
+    model = AutoModel.from_pretrained(REPOSITORY, cache_dir=cache, local_files_only=True)
+    assert model.config.tie_word_embeddings
+    assert model.name_or_path == REPOSITORY
+
+
+def test_kind_that_the_repository_lacks_is_an_error(cache: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors on the hub"):
+        find_directory(REPOSITORY, cache_dir=cache, local_files_only=True, use_safetensors=True)
+
+
+def test_repository_that_is_not_cached_is_an_error_in_one_line(cache: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match="neither in the hub's cache nor can the hub be reached"
+    ) as error:
+        find_directory("someone/else", cache_dir=cache, local_files_only=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["./output/chatglm", "a/b/c", "no such model!"])
+def test_name_that_cannot_be_a_hub_id_is_a_missing_directory(cache: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="is neither a directory nor a model on the hub"):
+        find_directory(name, cache_dir=cache, local_files_only=True)
+
+
+def test_fetching_asks_for_weights_and_settings_and_never_for_code(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cache / "models--someone--chatglm-6b" / "snapshots" / COMMIT
+    asked: list[str] = []
+
+    def fetch(repository: str, name: str, *, subfolder: str | None, **arguments: object) -> str:
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        assert (repository, subfolder, arguments) == (REPOSITORY, None, {"revision": "v1"})
+        asked.append(name)
+        if not (snapshot / name).is_file():
+            raise LocalEntryNotFoundError(name)
+        return str(snapshot / name)
+
+    monkeypatch.setattr("ptuning.model.checkpoint_hub.hf_hub_download", fetch)
+    assert find_directory(REPOSITORY, revision="v1") == snapshot
+    shards = {f"pytorch_model-{k:05d}-of-00008.bin" for k in range(1, 9)}
+    assert shards <= set(asked)
+    assert not [name for name in asked if name.endswith(".py")]
+
+
+def test_subfolder_of_a_directory(golden: Path, tmp_path: Path) -> None:
+    make_safetensors(golden, tmp_path / "model")
+    model = AutoModel.from_pretrained(tmp_path, subfolder="model", dtype=torch.float32)
+    assert model.dtype == torch.float32
+    assert find_directory(tmp_path, subfolder="model") == tmp_path / "model"
