@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.engine import GreedyEngine
 
 WINDOW_BATCHES = (
     8  # prompts are sorted by length inside so many batches, so results stay near their order
@@ -32,6 +33,11 @@ class Decoding:
     num_beams: int = 1
     top_p: float = 1.0
     temperature: float = 1.0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token is the likeliest one, with no limit on prompt and answer together."""
+        return not self.do_sample and self.num_beams == 1 and self.max_length is None
 
     def to_generation_config(self, model: ChatGLMForConditionalGeneration) -> GenerationConfig:
         """Return transformers' form of it, with the model's token ids."""
@@ -67,31 +73,54 @@ def generate_answers(
     decoding: Decoding,
     use_prefix: bool = True,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield (prompt index, answer tokens without <eop> and padding) as batches finish.
+    """Yield (prompt index, answer tokens without <eop>) as rows finish, near their order.
 
-    Prompts end with [gMASK] <sop>; `pad` makes left-padded input_ids and attention_mask (B, S) of
-    them. Indices come in windows of WINDOW_BATCHES batches.
+    Prompts end with [gMASK] <sop>. Greedy answers come from GreedyEngine, `batch_size` rows at a
+    time; sampling and beams from transformers, for which `pad` makes left-padded input_ids and
+    attention_mask (B, S) of token ids.
     """
     was_training = model.training
     model.eval()
-    config = decoding.to_generation_config(model)
-    window = batch_size * WINDOW_BATCHES
     try:
-        for start in range(0, len(prompts), window):
-            rows = range(start, min(start + window, len(prompts)))
-            by_length = sorted(rows, key=lambda row: -len(prompts[row]))
-            for first in range(0, len(by_length), batch_size):
-                batch = by_length[first : first + batch_size]
-                inputs = pad([prompts[row] for row in batch])
-                output = model.generate(
-                    **{name: value.to(model.device) for name, value in inputs.items()},
-                    generation_config=config,
-                    use_prefix=use_prefix,
-                )
-                answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-                yield from zip(batch, (until_end(a, model) for a in answers), strict=True)
+        if decoding.is_greedy and decoding.max_new_tokens is not None:
+            engine = GreedyEngine(
+                model,
+                prompts,
+                max_rows=batch_size,
+                max_new_tokens=decoding.max_new_tokens,
+                use_prefix=use_prefix,
+            )
+            yield from engine.run()
+        else:
+            yield from _generate_batches(model, prompts, pad, batch_size, decoding, use_prefix)
     finally:
         model.train(was_training)
+
+
+def _generate_batches(
+    model: ChatGLMForConditionalGeneration,
+    prompts: Sequence[Sequence[int]],
+    pad: Callable[[Sequence[Sequence[int]]], Mapping[str, Tensor]],
+    batch_size: int,
+    decoding: Decoding,
+    use_prefix: bool,
+) -> Iterator[tuple[int, list[int]]]:
+    """Answer with transformers' generate, prompts of like length together."""
+    config = decoding.to_generation_config(model)
+    window = batch_size * WINDOW_BATCHES
+    for start in range(0, len(prompts), window):
+        rows = range(start, min(start + window, len(prompts)))
+        by_length = sorted(rows, key=lambda row: -len(prompts[row]))
+        for first in range(0, len(by_length), batch_size):
+            batch = by_length[first : first + batch_size]
+            inputs = pad([prompts[row] for row in batch])
+            output = model.generate(
+                **{name: value.to(model.device) for name, value in inputs.items()},
+                generation_config=config,
+                use_prefix=use_prefix,
+            )
+            answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+            yield from zip(batch, (until_end(a, model) for a in answers), strict=True)
 
 
 def until_end(answer: list[int], model: ChatGLMForConditionalGeneration) -> list[int]:
