@@ -6,7 +6,7 @@ Shapes: B batch, S tokens of this call, K key columns, P prefix, L layers, H hea
 E hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ptuning.model.config import ChatGLMConfig
 from ptuning.model.layer import Layer
 from ptuning.model.packing import Packing, find_packing, pack, unpack_needed
 from ptuning.model.positions import Context, find_context, position_ids, visible_keys
-from ptuning.model.prefix_encoder import PrefixEncoder, PrefixTable
+from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTable
 from ptuning.model.rotary import inverse_frequencies, rotation_at
 
 CONTEXT_ATTRIBUTE = "glm_context"  # where a cache keeps the Context of the rows it holds
@@ -45,9 +45,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"transformer\.prefix_encoder\."]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module: prefix N(0, 1) as published, others N(0, initializer_range)."""
+        """Initialise one module: prefix as published, others N(0, initializer_range)."""
         if isinstance(module, PrefixTable):
             init.normal_(module.weight)
+        elif isinstance(module, PrefixLinear):
+            module.reset_parameters()
         elif isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -79,6 +81,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ChatGLMModel":
+        """Move or cast as asked, but leave the frequencies float32: bfloat16 would bend them."""
+        super()._apply(fn, recurse)
+        exact = inverse_frequencies(self.config.head_dim)
+        self.inverse_frequencies = exact.to(self.inverse_frequencies.device)
+        return self
 
     def new_prefix_encoder(self, prefix_length: int, *, project: bool) -> PrefixEncoder:
         """Build a prefix encoder of this model's sizes; it is not attached."""

@@ -142,6 +142,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             inputs_embeds=inputs_embeds,
             needed=needed,
+            return_dict=True,
         )
         hidden_states = outputs.last_hidden_state  # (B, S, E)
         logits = loss = None
@@ -186,6 +187,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         which the tokenizer appends; ValueError otherwise.
         """
         self._check_prompts(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
+        if self.training and self.transformer.gradient_checkpointing:
+            raise ValueError(
+                "the model is in training mode with gradient checkpointing, which keeps no cache; "
+                "call model.eval() before generate."
+            )
         settings = generation_config or self.generation_config
         chunk_size = kwargs.get("prefill_chunk_size", settings.prefill_chunk_size)
         if chunk_size:

@@ -14,11 +14,16 @@ class PrefixTable(nn.Embedding):
     """The (P, ...) table of prefix entries; its own class because it alone starts from N(0, 1)."""
 
 
+class PrefixLinear(nn.Linear):
+    """A linear layer of the projection; its own class because it starts as torch's own do."""
+
+
 class PrefixEncoder(nn.Module):
     """Trained table of prefix keys and values, with or without a two-layer projection.
 
     State-dict keys are the published ones: `embedding.weight` (P, 2*L*E), or with projection
-    `embedding.weight` (P, E), `trans.0.{weight,bias}` and `trans.2.{weight,bias}`.
+    `embedding.weight` (P, E), `trans.0.{weight,bias}` and `trans.2.{weight,bias}`. They are float32
+    whatever the model around them is. ValueError for a length below 1.
     """
 
     def __init__(
@@ -32,6 +37,8 @@ class PrefixEncoder(nn.Module):
         dropout: float = 0.1,  # the published code's value, on the prefix alone
     ) -> None:
         super().__init__()
+        if prefix_length < 1:
+            raise ValueError(f"prefix_length is {prefix_length}; use 1 or more.")
         self.prefix_length = prefix_length
         self.num_layers = num_layers
         self.num_heads = num_heads
@@ -40,11 +47,15 @@ class PrefixEncoder(nn.Module):
         self.dropout = dropout
         hidden_size = num_heads * head_dim
         table_width = 2 * num_layers * hidden_size
-        self.embedding = PrefixTable(prefix_length, hidden_size if project else table_width)
+        entry_width = hidden_size if project else table_width
+        # A model that loads in half precision is also built in it, so the type is said here.
+        self.embedding = PrefixTable(prefix_length, entry_width, dtype=torch.float32)
         self.trans: nn.Sequential | None = None
         if project:
             self.trans = nn.Sequential(
-                nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, table_width)
+                PrefixLinear(hidden_size, hidden_size, dtype=torch.float32),
+                nn.Tanh(),
+                PrefixLinear(hidden_size, table_width, dtype=torch.float32),
             )
 
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
