@@ -1,0 +1,167 @@
+// Packed int4 / int8 weights to float16, bfloat16 or float32, for the card at hand (compiled by NVRTC, no headers).
+//
+// One thread writes eight neighbouring weights of one row: one 4-byte (int4) or 8-byte (int8) load and one or two
+// 16-byte stores, which is what a memory-bound kernel needs. Rows whose width is not a multiple of eight, or whose
+// addresses are not aligned, take the same arithmetic one weight at a time (`wide` is 0).
+//
+// The product code x scale is exact in float32 (8 and 11 significant bits). It is rounded to float16, as the published
+// numbers are, and that value is then written in the dtype asked for.
+// Int4: the even column is the high nibble, the odd one the low nibble, both signed.
+//
+// The file is also C++: a test compiles it with the host's compiler and walks the same grid on the CPU. Only the two
+// conversions marked DEVICE ASSEMBLY have another body there.
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define ON_DEVICE 1
+#define INLINE static __device__ __forceinline__
+#define KERNEL extern "C" __global__ void
+#else  // the includer has defined KERNEL_INDEX, this thread's index in the whole grid
+#define INLINE static inline
+#define KERNEL extern "C" void
+#endif
+
+#ifdef ON_DEVICE
+#define KERNEL_INDEX ((long long)blockIdx.x * blockDim.x + threadIdx.x)
+#endif
+
+typedef unsigned short bits16;
+typedef unsigned int bits32;
+
+struct alignas(16) Sixteen { bits32 word[4]; };
+struct alignas(8) Eight { bits32 word[2]; };
+union FloatBits { float value; bits32 bits; };
+
+#ifndef ON_DEVICE
+INLINE float power_of_two(int exponent) {
+    FloatBits power;
+    power.bits = (bits32)(exponent + 127) << 23;
+    return power.value;
+}
+#endif
+
+INLINE float half_to_float(bits16 half) {
+#ifdef ON_DEVICE  // DEVICE ASSEMBLY
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
+#else
+    int exponent = (half >> 10) & 31;
+    float fraction = (float)(half & 1023);
+    float magnitude = exponent == 0    ? fraction * power_of_two(-24)
+                      : exponent == 31 ? (fraction == 0 ? __builtin_inff() : __builtin_nanf(""))
+                                       : (1024.0f + fraction) * power_of_two(exponent - 25);
+    return half & 0x8000 ? -magnitude : magnitude;
+#endif
+}
+
+INLINE bits16 float_to_half(float value) {
+#ifdef ON_DEVICE  // DEVICE ASSEMBLY
+    bits16 half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+#else
+    FloatBits input;
+    input.value = value;
+    bits16 sign = (bits16)((input.bits >> 16) & 0x8000);
+    bits32 magnitude = input.bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
+    if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
+    if (magnitude < 0x38800000) {                       // below 2^-14: the float16 result is subnormal
+        // Adding 0.5 leaves a unit of 2^-24 in the last place, so the addition itself rounds to nearest even.
+        FloatBits shifted;
+        shifted.bits = magnitude;
+        shifted.value += 0.5f;
+        return sign | (bits16)(shifted.bits - 0x3f000000);
+    }
+    bits32 odd = (magnitude >> 13) & 1;
+    return sign | (bits16)((magnitude - 0x38000000 + 0x0fff + odd) >> 13);
+#endif
+}
+
+INLINE bits16 float_to_bfloat(float value) {
+    FloatBits input;
+    input.value = value;
+    if ((input.bits & 0x7fffffff) > 0x7f800000) return (bits16)(input.bits >> 16) | 0x40;  // NaN stays NaN
+    return (bits16)((input.bits + 0x7fff + ((input.bits >> 16) & 1)) >> 16);
+}
+
+// Where a weight goes: one instance per dtype of the output.
+struct Half {
+    bits16 bits;
+    INLINE Half of(bits16 half) { return {half}; }
+};
+struct Bfloat {
+    bits16 bits;
+    INLINE Bfloat of(bits16 half) { return {float_to_bfloat(half_to_float(half))}; }
+};
+struct Single {
+    float value;
+    INLINE Single of(bits16 half) { return {half_to_float(half)}; }
+};
+
+// Code of one column of a row that starts at `row`.
+template <int BITS>
+INLINE int code_at(const signed char* row, int column) {
+    if (BITS == 8) return row[column];
+    int byte = row[column / 2];
+    return column % 2 ? (signed char)(byte << 4) >> 4 : byte >> 4;
+}
+
+// The eight codes that begin at an aligned address, from one load.
+template <int BITS>
+INLINE void eight_codes(const signed char* packed, int* codes) {
+    if (BITS == 8) {
+        Eight words = *(const Eight*)packed;
+        for (int i = 0; i < 8; i++) codes[i] = (int)(words.word[i / 4] << (24 - 8 * (i % 4))) >> 24;
+    } else {
+        bits32 word = *(const bits32*)packed;
+        for (int i = 0; i < 4; i++) {
+            codes[2 * i] = (int)(word << (24 - 8 * i)) >> 28;
+            codes[2 * i + 1] = (int)(word << (28 - 8 * i)) >> 28;
+        }
+    }
+}
+
+// Eight weights of T, written as whole 16-byte words.
+template <class T>
+union EightOf {
+    T weights[8];
+    Sixteen words[sizeof(T) / 2];
+};
+
+template <int BITS, class T>
+INLINE void extract(const signed char* packed, const bits16* scale, T* out, long long rows, int columns, int wide) {
+    int groups = (columns + 7) / 8;  // threads per row
+    long long row = KERNEL_INDEX / groups;
+    if (row >= rows) return;
+    int first = (int)(KERNEL_INDEX % groups) * 8;
+    const signed char* packed_row = packed + row * (columns / (8 / BITS));
+    T* out_row = out + row * columns;
+    float row_scale = half_to_float(scale[row]);
+    if (wide) {
+        int codes[8];
+        eight_codes<BITS>(packed_row + first / (8 / BITS), codes);
+        EightOf<T> eight;
+#pragma unroll
+        for (int i = 0; i < 8; i++) eight.weights[i] = T::of(float_to_half((float)codes[i] * row_scale));
+#pragma unroll
+        for (int i = 0; i < (int)(sizeof(T) / 2); i++) ((Sixteen*)(out_row + first))[i] = eight.words[i];
+    } else {
+        int end = first + 8 < columns ? first + 8 : columns;
+        for (int column = first; column < end; column++)
+            out_row[column] = T::of(float_to_half((float)code_at<BITS>(packed_row, column) * row_scale));
+    }
+}
+
+#define DEFINE_KERNEL(name, bits, type)                                                                     \
+    KERNEL name(const signed char* packed, const bits16* scale, type* out, long long rows, int columns,     \
+                int wide) {                                                                                 \
+        extract<bits, type>(packed, scale, out, rows, columns, wide);                                       \
+    }
+
+DEFINE_KERNEL(extract_int4_float16, 4, Half)
+DEFINE_KERNEL(extract_int4_bfloat16, 4, Bfloat)
+DEFINE_KERNEL(extract_int4_float32, 4, Single)
+DEFINE_KERNEL(extract_int8_float16, 8, Half)
+DEFINE_KERNEL(extract_int8_bfloat16, 8, Bfloat)
+DEFINE_KERNEL(extract_int8_float32, 8, Single)
