@@ -83,11 +83,6 @@ class Checkpoint:
     headers: dict[str, TensorHeader]
     summary: CheckpointSummary
 
-    @property
-    def prefix_names(self) -> list[str]:
-        """Names of the tensors that belong to a prefix."""
-        return [name for name in self.headers if name.startswith(PREFIX_KEYS)]
-
 
 def check_checkpoint(directory: str | Path) -> CheckpointSummary:
     """Check the checkpoint in directory by its configuration and headers, and say what it is.
@@ -110,7 +105,7 @@ def read_checkpoint(
         config = read_config(directory)
     headers = read_headers(weight_files)
     bits = _weight_bits(headers, config)
-    embedding_bits = _packed_bits(headers.get(EMBEDDING), config.hidden_size)
+    embedding_bits = _embedding_bits(headers, config)
     expected = _expected_shapes(headers, config, bits)
     prefix_length = _add_prefix(expected, headers, config)
     _check_tensors(directory, headers, expected)
@@ -184,6 +179,19 @@ def _weight_bits(headers: dict[str, TensorHeader], config: ChatGLMConfig) -> int
         raise ValueError(
             f"quantization_bit is {given}, but the weights in {headers[name].file.parent} are "
             f"stored with {bits} bits; leave it out, or give the float16 release."
+        )
+    return bits
+
+
+def _embedding_bits(headers: dict[str, TensorHeader], config: ChatGLMConfig) -> int:
+    """Return the bits of the embedding; ValueError when config.json says otherwise."""
+    bits = _packed_bits(headers.get(EMBEDDING), config.hidden_size)
+    given = config.embedding_quantization_bit
+    if given and given != bits:
+        stored = f"{bits} bits" if bits else "floats"
+        raise ValueError(
+            f"embedding_quantization_bit is {given}, but {EMBEDDING} is stored as {stored}; leave "
+            "it out, and quantise the embedding after loading: --quantize_embeddings."
         )
     return bits
 

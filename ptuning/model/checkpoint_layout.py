@@ -36,8 +36,10 @@ OLDER_NUM_IMAGE_TOKENS = 20_000
 def is_layer_linear(name: str) -> bool:
     """Say whether name is a weight that quantisation touches.
 
-    >>> is_layer_linear("transformer.layers.3.mlp.dense_h_to_4h.weight"),
-    is_layer_linear("lm_head.weight") (True, False)
+    >>> is_layer_linear("transformer.layers.3.mlp.dense_h_to_4h.weight")
+    True
+    >>> is_layer_linear("lm_head.weight")
+    False
     """
     return _LINEAR_WEIGHT.fullmatch(name) is not None
 

@@ -73,7 +73,10 @@ def quantized_when_read(
 
     def compute() -> tuple[Tensor, Tensor]:
         with turn:
-            return _quantize_in_blocks(reader.read(name).to(device), bits)
+            try:
+                return _quantize_in_blocks(reader.read(name).to(device), bits)
+            except ValueError as error:
+                raise ValueError(f"{reader.headers[name].file}: {name}: {error}") from error
 
     shape = reader.headers[name].shape
     pair = SharedResult(compute)

@@ -1,5 +1,6 @@
 """Slim releases as published, their embedding variants, and float weights quantised while they are read."""
 
+import re
 import threading
 from pathlib import Path
 
@@ -177,3 +178,27 @@ def test_blocks_of_rows_give_the_numbers_of_the_whole(
     assert torch.equal(parts["w_scale"][...], scale)
     assert torch.equal(parts["w"][...], packed)
     assert (parts["w"].shape, parts["w_scale"].shape) == ((37, 8), (37,))
+
+
+def test_value_that_cannot_be_quantised_is_named_with_its_tensor(
+    golden: Path, tmp_path: Path
+) -> None:
+    name = "transformer.layers.5.mlp.dense_4h_to_h.weight"
+    tensors = golden_tensors(golden)
+    tensors[name][3, 4] = float("nan")
+    write_companions(tmp_path, golden_config(golden))
+    write_shards(tmp_path, tensors, num_shards=1)
+    with pytest.raises(
+        ValueError, match=rf"pytorch_model\.bin: {re.escape(name)}: row 3 of a weight"
+    ):
+        AutoModel.from_pretrained(tmp_path, quantization_bit=8)
+
+
+def test_embedding_bits_that_contradict_the_stored_ones_are_named(
+    golden: Path, tmp_path: Path
+) -> None:
+    directory = make_quantized(golden, tmp_path, 8)
+    with pytest.raises(
+        ValueError, match=r"embedding_quantization_bit is 8, but .* is stored as floats"
+    ):
+        AutoModel.from_pretrained(directory, embedding_quantization_bit=8)
