@@ -27,6 +27,8 @@ from ptuning.model.quantization.backends.interface import dtype_reason
 
 MAX_MATVEC_ROWS = 4
 MAX_FUSED_ROWS = 256
+# In float32 there are no full-precision tensor cores to feed, and larger tiles outgrow most cards.
+MAX_FUSED_ROWS_FLOAT32 = 16
 # Tiles (BLOCK_N, BLOCK_K, warps, stages) tried once per shape; few, since each one is compiled.
 TILES = ((32, 128, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3))
 TRANSPOSED_TILES = ((128, 32, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3))
@@ -48,6 +50,12 @@ def rows_tile(num_rows: int) -> int:
     (16, 128, 128)
     """
     return min(128, max(16, 1 << (num_rows - 1).bit_length()))
+
+
+def fits_fused(x: Tensor) -> bool:
+    """Return whether converting inside the product pays for these activation rows (M, anything)."""
+    limit = MAX_FUSED_ROWS_FLOAT32 if x.dtype == torch.float32 else MAX_FUSED_ROWS
+    return x.shape[0] <= limit
 
 
 @cache
@@ -126,7 +134,7 @@ class TritonBackend:
         with on_device(x.device):
             if x.shape[0] <= MAX_MATVEC_ROWS:
                 return self._matvec(x, packed, scale, bits)
-            if x.shape[0] > MAX_FUSED_ROWS:
+            if not fits_fused(x):
                 return blockwise_matmul(x, packed.shape[0], tile_extractor(packed, scale, bits))
             product = x.new_empty(x.shape[0], packed.shape[0])
             self._fused("matmul_kernel", TILES, "BLOCK_N", x, packed, scale, product, bits)
@@ -136,7 +144,7 @@ class TritonBackend:
         """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
         num_in = packed.shape[1] * (8 // bits)
         with on_device(grad.device):
-            if grad.shape[0] > MAX_FUSED_ROWS:
+            if not fits_fused(grad):
                 extract = tile_extractor(packed, scale, bits)
                 return blockwise_matmul_transposed(grad, num_in, extract)
             product = grad.new_empty(grad.shape[0], num_in)

@@ -1,0 +1,236 @@
+"""The CUDA source's arithmetic, compiled as C++ and walked on the CPU; NVRTC where there is one; every reason."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ptuning.model.quantization.backends import cpm_backend, nvrtc
+from ptuning.model.quantization.backends.blockwise import (
+    blockwise_matmul,
+    blockwise_matmul_transposed,
+)
+from ptuning.model.quantization.backends.cpm_backend import (
+    KERNEL_SOURCE,
+    CpmBackend,
+    Launch,
+    cuda_path_of_this_process,
+    kernel_extractor,
+    kernel_name,
+    kernel_names,
+    loaded_libraries,
+)
+from ptuning.model.quantization.reference import QuantizedWeight, dequantize_weight
+from tests.model.quantization.conftest import exact_product, product_tolerance
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """kernels.cu compiled by the host's C++ compiler."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler (g++ or clang++)")
+    library = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    driver = Path(__file__).with_name("host_kernels.cpp")
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    source = f'-DKERNEL_SOURCE="{KERNEL_SOURCE}"'
+    subprocess.run([compiler, *options, source, str(driver), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def host_launch(library: ctypes.CDLL, name: str) -> Launch:
+    """Return what KernelFunction would be: it walks grid x block threads on the CPU."""
+
+    def launch(
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        _shared: int,
+        _stream: int,
+        parameters: list[Any],
+    ) -> None:
+        assert grid[1:] == block[1:] == (1, 1)
+        threads = ctypes.c_longlong(grid[0] * block[0])
+        library.walk(getattr(library, name), threads, *parameters)
+
+    return launch
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_byte_with_every_scale_gives_the_reference_weight(
+    host_library: ctypes.CDLL, bits: int, dtype: torch.dtype
+) -> None:
+    """256 bytes x 31,744 scales: all that a finite, non-negative float16 scale can be."""
+    scale = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16)
+    packed = torch.arange(-128, 128).to(torch.int8).repeat(len(scale), 1)  # (rows, 256)
+    block = torch.empty(len(scale), 256 * (8 // bits), dtype=dtype)
+    launch = host_launch(host_library, kernel_name(bits, dtype))
+    kernel_extractor(launch, packed, scale, bits, stream=0)(0, len(scale), block)
+    expected = dequantize_weight(packed, scale, bits, dtype)
+    integers = torch.int32 if dtype == torch.float32 else torch.int16
+    same = block.view(integers) == expected.view(integers)
+    both_zero = (block == 0) & (expected == 0)  # -0 from a rounded negative product, or 0
+    assert bool((same | both_zero).all())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_in", [64, 42])
+def test_blocks_of_rows_aligned_or_not_multiply_as_the_reference(
+    host_library: ctypes.CDLL,
+    make_weight: Callable[..., QuantizedWeight],
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    dtype: torch.dtype,
+    num_in: int,
+) -> None:
+    """64 columns take the 16-byte path, 42 the narrow one; 5 rows a block leave a shorter last block of 37."""
+    monkeypatch.setattr(
+        "ptuning.model.quantization.backends.blockwise.CPU_BLOCK_BYTES", 5 * num_in * dtype.itemsize
+    )
+    weight = make_weight(37, num_in, bits)
+    launch = host_launch(host_library, kernel_name(bits, dtype))
+    extract = kernel_extractor(launch, *weight, bits, stream=0)
+    x, grad = torch.randn(3, num_in).to(dtype), torch.randn(3, 37).to(dtype)
+    forward = blockwise_matmul(x, 37, extract)
+    error = (forward.double() - exact_product(x, weight, bits, transposed=False)).abs()
+    assert bool((error <= product_tolerance(x, weight, bits, transposed=False)).all())
+    backward = blockwise_matmul_transposed(grad, num_in, extract)
+    error = (backward.double() - exact_product(grad, weight, bits, transposed=True)).abs()
+    assert bool((error <= product_tolerance(grad, weight, bits, transposed=True)).all())
+
+
+def test_threads_past_the_last_row_touch_nothing(host_library: ctypes.CDLL) -> None:
+    for name in kernel_names():
+        host_library.walk_one(
+            getattr(host_library, name), ctypes.c_longlong(2 * 3), ctypes.c_longlong(2), 24
+        )
+
+
+def test_nvrtc_compiles_the_source_for_old_new_and_unknown_cards() -> None:
+    try:
+        library = nvrtc.load_nvrtc()
+    except nvrtc.NvrtcError as error:
+        pytest.skip(str(error))
+    supported = nvrtc.supported_architectures(library)
+    source = KERNEL_SOURCE.read_text(encoding="utf-8")
+    for capability in (supported[0], 90):
+        assert nvrtc.compile_for_card(source, "kernels.cu", capability).startswith(b"\x7fELF")
+    portable = nvrtc.compile_for_card(source, "kernels.cu", supported[-1] + 10)
+    assert all(f".entry {name}(".encode() in portable for name in kernel_names())
+    with pytest.raises(nvrtc.NvrtcError, match=r"could not compile wrong.cu [^$]*error: identifier"):
+        nvrtc.compile_for_card("int f() { return x; }", "wrong.cu", 90)
+
+
+def test_a_missing_nvrtc_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "library_candidates", lambda _version: iter(["libnvrtc-absent.so"]))
+    with pytest.raises(nvrtc.NvrtcError, match="pip install nvidia-cuda-nvrtc"):
+        nvrtc.load_nvrtc()
+
+
+def test_a_card_older_than_nvrtc_knows_is_refused() -> None:
+    with pytest.raises(nvrtc.NvrtcError, match=r"capability 7.5 and later; the card has 7.0"):
+        nvrtc.target_option(70, [75, 80])
+
+
+def test_torchs_own_cuda_version_is_tried_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("12", "13"):
+        (tmp_path / f"libnvrtc.so.{version}").touch()
+    monkeypatch.setattr(nvrtc, "library_folders", lambda: iter([tmp_path]))
+    assert list(nvrtc.library_candidates("13.0"))[:2] == [
+        "libnvrtc.so.13",
+        str(tmp_path / "libnvrtc.so.13"),
+    ]
+    assert list(nvrtc.library_candidates("12.8"))[:2] == [
+        "libnvrtc.so.12",
+        str(tmp_path / "libnvrtc.so.12"),
+    ]
+
+
+def test_libraries_are_found_in_a_memory_map() -> None:
+    lines = [
+        "7f0 r-xp 00 08:01 1 /usr/lib/libcuda.so.580.1",
+        "7f1 r-xp 00 08:01 2 /v/nvidia/cu13/lib/libcublasLt.so.13",
+        "7f1 r-xp 00 08:01 3 /v/nvidia/cu13/lib/libcublas.so.13",
+        "7f2 rw-p 00 00:00 0 [heap]",
+    ]
+    assert {name: str(path) for name, path in loaded_libraries("\n".join(lines)).items()} == {
+        "cuda": "/usr/lib/libcuda.so.580.1",
+        "cublasLt": "/v/nvidia/cu13/lib/libcublasLt.so.13",
+    }
+
+
+@pytest.mark.parametrize("before", [None, "/opt/cuda"])
+def test_cuda_path_points_at_the_loaded_libraries_for_a_moment_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str | None
+) -> None:
+    library = tmp_path / "libcudart.so.13"
+    library.write_bytes(b"library")
+    monkeypatch.setattr(nvrtc, "load_nvrtc", lambda: None)
+    monkeypatch.setattr(cpm_backend, "loaded_libraries", lambda _maps: {"cudart": library})
+    if before is None:
+        monkeypatch.delenv("CUDA_PATH", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_PATH", before)
+    with cuda_path_of_this_process():
+        assert (Path(os.environ["CUDA_PATH"]) / "lib64" / "libcudart.so").read_bytes() == b"library"
+    assert os.environ.get("CUDA_PATH") == before
+
+
+@pytest.fixture
+def failing_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exception], None]]:
+    """A function that makes loading the kernels fail on a machine that otherwise looks like a CUDA one."""
+
+    def fail_with(error: Exception) -> None:
+        def load(_capability: int) -> None:
+            raise error
+
+        monkeypatch.setattr(cpm_backend, "load_kernels", load)
+
+    monkeypatch.setattr(cpm_backend, "capability_of", lambda _device: 90)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    CpmBackend._loading_reason.cache_clear()
+    yield fail_with
+    CpmBackend._loading_reason.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            ModuleNotFoundError("x", name="cpm_kernels"),
+            "cpm_kernels is not installed: pip install cpm_kernels",
+        ),
+        (
+            ModuleNotFoundError("x", name="pkg_resources"),
+            "needs pkg_resources: pip install 'setuptools<81'",
+        ),
+        (nvrtc.NvrtcError("libnvrtc was not found"), "NvrtcError: libnvrtc was not found"),
+        (RuntimeError("CUDA Error: invalid image"), "RuntimeError: CUDA Error: invalid image"),
+        (IndexError("list index out of range"), "IndexError: list index out of range"),
+    ],
+)
+def test_each_failure_to_load_is_a_reason(
+    failing_load: Callable[[Exception], None], error: Exception, expected: str
+) -> None:
+    failing_load(error)
+    reason = CpmBackend().unavailable_reason(CUDA, torch.float16, 4)
+    assert reason is not None
+    assert expected in reason
+
+
+def test_it_is_for_cuda_cards_only() -> None:
+    reason = CpmBackend().unavailable_reason(torch.device("cpu"), torch.float16, 4)
+    assert reason == "it needs a CUDA device; the device is cpu"
