@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.prefix_encoder import PrefixEncoder
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "prefix.safetensors"
@@ -54,7 +55,9 @@ class PrefixInfo:
 def base_fingerprint(model: ChatGLMForConditionalGeneration) -> str:
     """Return a short hash of the frozen base, the same in every dtype and at 8 and 4 bits.
 
-    It covers the layer norms and biases, which no quantisation touches, rounded to bfloat16.
+    It covers the layer norms and biases, which no quantisation touches, rounded to bfloat16. That
+    holds for a base stored in float16, as published: float32 values rounded to float16 first may
+    come out one bfloat16 apart.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.base_parameters()):
@@ -136,8 +139,16 @@ def load_prefix(
                 f"{flag} is {expected}, but the prefix at {path} has {found}; leave {flag} out."
             )
     info = read_info(path)
-    _check_base(model, tensors, info, path, allow_other_base)
+    if info is not None and (info.prefix_length, info.prefix_projection) != (length, project):
+        raise ValueError(
+            f"{path} says prefix_length {info.prefix_length}, prefix_projection "
+            f"{info.prefix_projection} in {CONFIG_NAME}, but {WEIGHTS_NAME} has {length}, "
+            f"{project}: they were not written together, so give another checkpoint."
+        )
     encoder = model.transformer.new_prefix_encoder(length, project=project)
+    _check_sizes(model, encoder, tensors, info, path)
+    if not allow_other_base:
+        _check_fingerprint(model, info, path)
     encoder.load_state_dict(tensors)
     model.attach_prefix(encoder)
     return info or PrefixInfo(
@@ -177,21 +188,41 @@ def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
             f"{file} cannot be read as a prefix ({type(error).__name__}): it is damaged, cut "
             "short, or holds more than tensors; copy it again or give another checkpoint."
         ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(
+            f"{file} does not hold named tensors but a {type(loaded).__name__}; give a P-Tuning v2 "
+            "checkpoint."
+        )
     tensors = {}
     for name, value in loaded.items():
         short = name.rpartition("prefix_encoder.")[2]
-        if (
-            "prefix_encoder." in name
-            or short in ("embedding.weight",)
-            or short.startswith("trans.")
-        ):
-            tensors[short] = value.float()
+        if "prefix_encoder." in name or short == "embedding.weight" or short.startswith("trans."):
+            tensors[short] = _checked_tensor(name, value, file)
     if "embedding.weight" not in tensors:
         raise ValueError(
             f"{file} has no prefix ({KEY_PREFIX}embedding.weight); it holds "
             f"{', '.join(sorted(loaded)[:3]) or 'nothing'}...: give a P-Tuning v2 checkpoint."
         )
     return tensors
+
+
+def _checked_tensor(name: str, value: Any, file: Path) -> Tensor:
+    """Return value in float32; ValueError for what cannot be a weight of a prefix."""
+    num_axes = 1 if name.endswith(".bias") else 2
+    if not isinstance(value, Tensor) or value.dim() != num_axes or value.numel() == 0:
+        what = (
+            f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "that is no tensor"
+        )
+        raise ValueError(
+            f"{file} does not hold a prefix: it has {name} {what}, and needed are {num_axes} axes "
+            "with something in them; give a P-Tuning v2 checkpoint."
+        )
+    if not value.isfinite().all():
+        raise ValueError(
+            f"{file} has {name} with entries that are not finite: its training had diverged, so "
+            "give an earlier checkpoint."
+        )
+    return value.float()
 
 
 def prefix_shape(tensors: dict[str, Tensor], path: Path) -> tuple[int, bool]:
@@ -235,24 +266,35 @@ def read_info(path: Path) -> PrefixInfo | None:
         ) from error
 
 
-def _check_base(
+def _check_sizes(
     model: ChatGLMForConditionalGeneration,
+    encoder: PrefixEncoder,
     tensors: dict[str, Tensor],
     info: PrefixInfo | None,
     path: Path,
-    allow_other_base: bool,
 ) -> None:
+    """Refuse tensors that do not fit encoder, which is built for this model."""
     config = model.config
-    width = tensors["trans.2.weight" if "trans.2.weight" in tensors else "embedding.weight"]
-    found = width.shape[0] if "trans.2.weight" in tensors else width.shape[1]
-    needed = 2 * config.num_layers * config.hidden_size
-    if found != needed:
+    sizes = f"{config.num_layers} layers of {config.hidden_size}"
+    for name, value in encoder.state_dict().items():
+        if tensors[name].shape != value.shape:
+            raise ValueError(
+                f"the prefix at {path} has {name} of shape {tuple(tensors[name].shape)}; this base "
+                f"of {sizes} needs {tuple(value.shape)}: it was trained on another model, so load "
+                "that one."
+            )
+    if info is not None and info.num_attention_heads != config.num_attention_heads:
         raise ValueError(
-            f"the prefix at {path} is {found} wide; this base needs {needed} (2 x "
-            f"{config.num_layers} layers x {config.hidden_size}): it was trained on another model, "
-            "so load that one."
+            f"the prefix at {path} is for {info.num_attention_heads} heads; this base of {sizes} "
+            f"has {config.num_attention_heads}: it was trained on another model, so load that one."
         )
-    if info is None or info.base_fingerprint is None or allow_other_base:
+
+
+def _check_fingerprint(
+    model: ChatGLMForConditionalGeneration, info: PrefixInfo | None, path: Path
+) -> None:
+    """Refuse a prefix that says it was trained on another base."""
+    if info is None or info.base_fingerprint is None:
         return
     fingerprint = base_fingerprint(model)
     if info.base_fingerprint != fingerprint:
