@@ -1,0 +1,137 @@
+"""Training speed: this toolkit beside what the published code does, on one model in one run.
+
+    python -m benchmarks.train [--size small] [--dtype float32] [--json FILE]
+
+Both take optimiser steps of 16 rows. `published` pads every row to 128 tokens, takes one row at a
+time, recomputes every layer in the backward pass and forms all logits; `ours` takes the rows as one
+packed batch. Real tokens are those of prompts and answers, padding not counted. Model FLOP
+utilisation counts the useful work alone (docs/performance.md) against a matrix product measured in
+the same run.
+"""
+
+import statistics
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+
+from benchmarks.setting import (
+    MAX_LENGTH,
+    BenchRow,
+    add_common_flags,
+    machine,
+    make_model,
+    make_rows,
+    matmul_flops_per_s,
+    seconds,
+    write_json,
+)
+from ptuning.data.collation import pad_right
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+
+ROWS_PER_STEP = 16
+
+
+def published_step(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -> None:
+    """Accumulate the gradient of rows one by one, padded to 128, all logits in float32."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for row in rows:
+        batch = pad_right([row._asdict()], pad_id=3, pad_to_length=2 * MAX_LENGTH)
+        input_ids = batch["input_ids"].to(model.device)
+        labels = batch["labels"].to(model.device)
+        logits = model(input_ids).logits.float()  # (1, 128, V)
+        loss = functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+        (loss / len(rows)).backward()
+
+
+def our_step(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -> None:
+    """Take the gradient of all rows at once."""
+    model.gradient_checkpointing_disable()
+    batch = pad_right([row._asdict() for row in rows], pad_id=3)
+    model(**{name: value.to(model.device) for name, value in batch.items()}).loss.backward()
+
+
+def useful_flops(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -> float:
+    """Return the FLOPs of one step that cannot be left out: forward and input gradient."""
+    config = model.config
+    layer_weights = 12 * config.hidden_size**2 * config.num_layers
+    prefix_length = model.prefix_encoder.prefix_length if model.prefix_encoder else 0
+    total = 0.0
+    for row in rows:
+        tokens = len(row.input_ids)
+        answers = int((row.labels[1:] != -100).sum())
+        attention = 4 * tokens * (prefix_length + tokens) * config.hidden_size * config.num_layers
+        head = 2 * answers * config.hidden_size * config.vocab_size
+        # Attention's backward pass has four products for the forward's two, linear layers have one.
+        total += 2 * (2 * layer_weights * tokens + head) + 3 * attention
+    return total
+
+
+def time_recipe(
+    step: Callable[[ChatGLMForConditionalGeneration, Sequence[BenchRow]], None],
+    model: ChatGLMForConditionalGeneration,
+    rows: Sequence[BenchRow],
+    flags: Namespace,
+) -> float:
+    """Return the median seconds of a whole optimiser step."""
+    encoder = model.prefix_encoder
+    assert encoder is not None, "make_model attaches one"
+    fused = {"fused": True} if flags.device.startswith("cuda") else {}
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, **fused)
+
+    def whole_step() -> None:
+        step(model, rows)
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model.train()
+    whole_step()
+    return statistics.median(seconds(flags.device, whole_step) for _ in range(flags.steps))
+
+
+def main(argv: list[str]) -> int:
+    """Print the table."""
+    parser = ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    add_common_flags(parser)
+    parser.add_argument("--recipe", choices=("both", "ours", "published"), default="both")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps; the median counts")
+    flags = parser.parse_args(argv)
+    model = make_model(flags)
+    rows = make_rows(flags, model.config, ROWS_PER_STEP)
+    tokens = sum(len(row.input_ids) for row in rows)
+    peak = matmul_flops_per_s(flags)
+    figures: dict[str, object] = {"machine": machine(), "matmul_flops_per_s": peak}
+    sys.stdout.write(
+        f"{machine()}\n{flags.size}, {flags.dtype}, P {flags.prefix}, {tokens} tokens\n"
+    )
+    sys.stdout.write(f"{'':<12}{'s/step':>10}{'tokens/s':>12}{'MFU %':>9}{'peak GiB':>10}\n")
+    speeds = {}
+    for name, step in (("published", published_step), ("ours", our_step)):
+        if flags.recipe not in ("both", name):
+            continue
+        if flags.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        step_time_s = time_recipe(step, model, rows, flags)
+        speeds[name] = tokens / step_time_s
+        use = useful_flops(model, rows) / step_time_s / peak
+        memory = ""
+        if flags.device.startswith("cuda"):
+            memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}"
+        sys.stdout.write(
+            f"{name:<12}{step_time_s:>10.3f}{speeds[name]:>12.1f}{100 * use:>9.1f}{memory:>10}\n"
+        )
+        figures[f"{name}_mfu"] = use
+    figures["real_tokens_per_s"] = speeds.get("ours")
+    figures["published_real_tokens_per_s"] = speeds.get("published")
+    if len(speeds) == 2:
+        figures["ratio"] = speeds["ours"] / speeds["published"]
+        sys.stdout.write(f"ours / published: {figures['ratio']:.2f}\n")
+    write_json(flags, figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
