@@ -1,0 +1,109 @@
+"""A build is repeatable, its rows follow the published layout, and its batches lose nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.nano.build import build_weights, main, replace_folder
+from ptuning.nano.corpus import Example, sample_corpus
+from ptuning.nano.paths import NANO_DIR
+from ptuning.nano.pretrain import NanoSettings, batches_of, new_config, pad_right, rate_at, tokenise
+
+TINY = replace(
+    NanoSettings(),
+    num_examples=96,
+    num_vocabulary_examples=2_000,
+    hidden_size=16,
+    num_layers=1,
+    batch_size=16,
+    warmup_steps=2,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatGLMTokenizer:
+    return ChatGLMTokenizer.from_pretrained(NANO_DIR)
+
+
+def test_two_builds_write_the_same_files(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    losses = []
+    for folder in folders:
+        folder.mkdir()
+        losses.append(build_weights(folder, TINY))
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6  # 96 examples / 16
+    names = sorted(path.name for path in folders[0].iterdir())
+    assert {"config.json", "model.safetensors", "ice_text.model", "tokenizer_config.json"} <= set(
+        names
+    )
+    for name in names:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+def test_weights_too_large_for_the_repository_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("ptuning.nano.build.MAX_WEIGHTS_BYTES", 1_000)
+    with pytest.raises(ValueError, match="hidden_size, num_layers or vocab_size"):
+        build_weights(tmp_path, replace(TINY, num_examples=16))
+
+
+def test_replace_folder_leaves_no_unfinished_file(tmp_path):
+    new, folder = tmp_path / "new", tmp_path / "kept"
+    new.mkdir()
+    folder.mkdir()
+    (new / "a").write_bytes(b"1")
+    (folder / "a").write_bytes(b"0")
+    replace_folder(new, folder)
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("a", b"1")]
+
+
+def test_sample_only_writes_the_sample_and_no_weights(tmp_path):
+    main(["--sample_only", "--sample", str(tmp_path / "s"), "--weights", str(tmp_path / "w")])
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["dev.json", "train.json"]
+    assert not (tmp_path / "w").exists()
+
+
+def test_rows_are_prompt_gmask_sop_answer_eop(tokenizer):
+    (row,) = tokenise([Example("你好", "再见")], tokenizer)
+    expected = tokenizer("你好", "再见")["input_ids"]
+    assert row.ids == expected
+    assert row.ids[row.answer_start] == tokenizer.sop_token_id
+    (free,) = tokenise([Example("", "再见")], tokenizer)
+    assert free.ids[1] == tokenizer.sop_token_id
+    assert free.answer_start == 1
+
+
+def test_labels_begin_at_sop_and_padding_is_hidden(tokenizer):
+    rows = tokenise([Example("你好", "再见"), Example("", "再见")], tokenizer)
+    batch = pad_right(rows, pad_id=3)
+    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape
+    assert batch.attention_mask.sum(dim=1).tolist() == [len(row.ids) for row in rows]
+    start = rows[0].answer_start
+    assert batch.labels[0, :start].tolist() == [-100] * start
+    assert batch.labels[0, start:].tolist() == rows[0].ids[start:]
+    assert batch.input_ids[1, len(rows[1].ids) :].eq(3).all()
+
+
+def test_every_row_is_in_exactly_one_batch(tokenizer):
+    rows = tokenise(sample_corpus(100), tokenizer)
+    batches = batches_of(rows, replace(TINY, batch_size=8))
+    assert sorted(row for batch in batches for row in batch) == sorted(rows)
+    assert max(len(batch) for batch in batches) == 8
+
+
+def test_config_takes_the_ids_from_the_vocabulary(tokenizer):
+    config = new_config(TINY, tokenizer)
+    assert config.bos_token_id == tokenizer.convert_tokens_to_ids("<sop>")
+    assert config.gmask_token_id == tokenizer.convert_tokens_to_ids("[gMASK]")
+    assert config.vocab_size == len(tokenizer)
+
+
+def test_rate_warms_up_and_falls():
+    settings = replace(NanoSettings(), warmup_steps=10)
+    rates = [rate_at(step, 100, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[5] < rates[9]
+    assert rates[99] == pytest.approx(settings.final_share, abs=0.01)
+    assert torch.tensor(rates[10:]).diff().max() < 0

@@ -1,0 +1,90 @@
+"""The shipped weights: small, whole, named like the published ones, and able to list attributes."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ptuning  # noqa: F401  (registers the model with the Auto classes)
+from ptuning.nano.build import MAX_WEIGHTS_BYTES
+from ptuning.nano.corpus import sample_rows
+from ptuning.nano.paths import NANO_DIR
+from ptuning.nano.pretrain import NanoSettings
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(NANO_DIR)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(NANO_DIR, dtype=torch.float32).eval()
+
+
+def answers_to(model, tokenizer, prompts: list[str]) -> list[str]:
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    generated = model.generate(**batch, max_new_tokens=64, do_sample=False)
+    return tokenizer.batch_decode(
+        generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+
+
+def test_weights_fit_the_repository():
+    assert (NANO_DIR / "model.safetensors").stat().st_size <= MAX_WEIGHTS_BYTES
+
+
+def test_tensors_are_float16_under_published_names():
+    with safe_open(NANO_DIR / "model.safetensors", framework="pt") as tensors:
+        names = set(tensors.keys())
+        assert {tensors.get_slice(name).get_dtype() for name in names} == {"F16"}
+    assert "transformer.layers.0.attention.query_key_value.weight" in names
+    assert not [name for name in names if "prefix" in name]
+
+
+def test_config_is_the_settings_and_names_no_place():
+    config = json.loads((NANO_DIR / "config.json").read_text(encoding="utf-8"))
+    settings = NanoSettings()
+    assert config["model_type"] == "chatglm"
+    assert config["hidden_size"] == settings.hidden_size
+    assert config["num_layers"] == settings.num_layers
+    assert config["vocab_size"] == settings.vocab_size
+    assert config["tie_word_embeddings"] is True
+    for path in NANO_DIR.glob("*.json"):
+        values = json.loads(path.read_text(encoding="utf-8")).values()
+        assert not [v for v in values if isinstance(v, str) and v.startswith("/")], path.name
+
+
+def test_tokenizer_and_model_agree_on_the_control_ids(model, tokenizer):
+    assert len(tokenizer) == model.config.vocab_size
+    ids = tokenizer("你好")["input_ids"]
+    assert ids[-2:] == [model.config.gmask_token_id, model.config.bos_token_id]
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
+def test_every_weight_is_finite(model):
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_base_lists_the_attributes_of_a_bare_prompt(model, tokenizer):
+    contents = [row.content for row in sample_rows()[1][:40]]
+    listed = 0
+    for content, answer in zip(contents, answers_to(model, tokenizer, contents), strict=True):
+        pairs = [pair.split("#") for pair in content.split("*")]
+        listed += all(f"{key}为{name}" in answer for key, name in pairs)
+    assert listed >= 36  # nine of ten; measured 40 of 40
+
+
+def test_base_answers_small_talk(model, tokenizer):
+    greeting, name = answers_to(model, tokenizer, ["你好", "who are you?"])
+    assert greeting.startswith("你好")
+    assert "model" in name
+
+
+def test_base_follows_a_tone(model, tokenizer):
+    (answer,) = answers_to(model, tokenizer, ["用正式的语气写：类型#裤*版型#宽松*颜色#白色"])
+    assert answer.startswith("本款裤子")
+    assert "宽松" in answer
+    assert "白色" in answer
