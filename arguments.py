@@ -45,6 +45,10 @@ class ModelArguments:
     quantization_bit: int | None = flag(
         None, "Weight bits of the frozen base, 4 or 8; unset keeps the checkpoint's."
     )
+    quantization_backend: str = flag(
+        "auto",
+        "What runs quantised weights: auto, torch, triton or cpm_kernels; auto says which it took.",
+    )
     config_name: str | None = flag(None, "Configuration to use in place of the base's own.")
     tokenizer_name: str | None = flag(None, "Tokenizer to use in place of the base's own.")
     cache_dir: str | None = flag(

@@ -112,6 +112,7 @@ def run(arguments: Arguments) -> None:
         str(model_flags.model_name_or_path),
         dtype=choose_dtype(training.device, training.base_dtype),
         quantization_bit=model_flags.quantization_bit,
+        quantization_backend=model_flags.quantization_backend,
         **hub,
     )
     give_prefix(model, arguments)
@@ -121,12 +122,14 @@ def run(arguments: Arguments) -> None:
         train(trainer, arguments, resume)
     if training.do_eval:
         validate(trainer)
+    table = ""
     if rows.test is not None and trainer.is_world_process_zero():
         model.to(training.device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
-        predict(model, tokenizer, rows.test, arguments, settings)
-    logger.info(
-        "Done in %.0f s; everything is in %s", time.monotonic() - started, training.output_dir
-    )
+        table = predict(model, tokenizer, rows.test, arguments, settings)
+    seconds = time.monotonic() - started
+    logger.info("Done in %.0f s; everything is in %s", seconds, training.output_dir)
+    if table:
+        logger.info("\n%s", table)
 
 
 def checkpoint_to_go_on_from(arguments: Arguments) -> Path | None:
@@ -317,8 +320,8 @@ def predict(
     rows: GenerationDataset,
     arguments: Arguments,
     settings: RunSettings,
-) -> None:
-    """Answer every row with the prefix and without, score both, print the table."""
+) -> str:
+    """Answer every row with the prefix and without, score both, and return the table."""
     data, training = arguments.data, arguments.training
     output_dir = Path(training.output_dir)
     decoding = PUBLISHED_SAMPLING
@@ -358,8 +361,8 @@ def predict(
         log_history=find_log_history(Path(prefix), output_dir),
     )
     write_report(output_dir / REPORT_NAME, report)
-    logger.info("\n%s\n", format_scores_table(report.base, report.tuned))
     logger.info("Rows side by side: %s", output_dir / REPORT_NAME)
+    return format_scores_table(report.base, report.tuned)
 
 
 def find_log_history(*folders: Path) -> list[dict[str, Any]]:

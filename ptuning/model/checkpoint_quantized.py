@@ -49,9 +49,9 @@ def prepare_for_config_(model: PreTrainedModel) -> None:
 def set_backend_(model: PreTrainedModel, backend: str) -> None:
     """Let every quantised layer of the model run on this back end; ValueError if unknown."""
     from ptuning.model.quantization.linear import QuantizedLinear
-    from ptuning.model.quantization.selection import get_backend
+    from ptuning.model.quantization.selection import check_backend_name
 
-    get_backend(backend)
+    check_backend_name(backend)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.backend = backend

@@ -55,10 +55,23 @@ def load_tokenizer(name_or_path: str, **hub: Any) -> ChatGLMTokenizer:
 
 
 def load_base(
-    name_or_path: str, *, dtype: torch.dtype, quantization_bit: int | None = None, **hub: Any
+    name_or_path: str,
+    *,
+    dtype: torch.dtype,
+    quantization_bit: int | None = None,
+    quantization_backend: str = "auto",
+    **hub: Any,
 ) -> ChatGLMForConditionalGeneration:
-    """Load the weights of a base in dtype; hub holds cache_dir, revision and token."""
+    """Load the weights of a base in dtype; hub holds cache_dir, revision and token.
+
+    quantization_bit 4 or 8 quantises float weights as they are read; None keeps what is stored.
+    """
     check_model_path(name_or_path)
+    if quantization_bit:
+        hub |= {
+            "quantization_bit": quantization_bit,
+            "quantization_backend": quantization_backend,
+        }
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **hub)
     except (OSError, ValueError) as error:
