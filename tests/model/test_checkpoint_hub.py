@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModel
@@ -11,6 +12,12 @@ from tests.model.published import make_published, make_safetensors
 
 REPOSITORY = "someone/chatglm-6b"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers and peft ask the hub about adapters even where the files are here."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
