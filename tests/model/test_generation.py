@@ -153,8 +153,10 @@ def test_prompt_lookup_equals_greedy(
     for prompt in prompts:
         repeated = prompt[:-2] * 3 + [GMASK, SOP]  # something to look up
         inputs = {"input_ids": torch.tensor([repeated])}
-        found = greedy(small, inputs, use_prefix=use_prefix, prompt_lookup_num_tokens=3)
-        assert found == greedy(small, inputs, use_prefix=use_prefix)
+        found = greedy(small, inputs, use_prefix=use_prefix, prompt_lookup_num_tokens=3)[0]
+        # transformers 5.10 may go past max_new_tokens by what it looked up last; 5.23 does not.
+        assert [found[:NEW]] == greedy(small, inputs, use_prefix=use_prefix)
+        assert len(found) <= NEW + 3
 
 
 def test_an_assistant_keeps_to_its_own_prefix(

@@ -141,6 +141,8 @@ def test_join_prefix_places_drops_and_scales() -> None:
     assert torch.equal(joined_values[:, :, :4], prefix[1].expand(5, -1, -1, -1))
     assert torch.equal(joined_keys[:, :, 4:], keys)
     assert torch.equal(joined_values[:, :, 4:], values)
+    in_half = join_prefix(prefix, keys.bfloat16(), values.bfloat16(), dropout=0.0)
+    assert [joined.dtype for joined in in_half] == [torch.bfloat16] * 2, "tokens set the type"
     set_seed(0)
     dropped_keys, dropped_values = join_prefix(prefix, keys, values, dropout=0.5)
     for found, whole in ((dropped_keys, joined_keys), (dropped_values, joined_values)):
