@@ -127,7 +127,9 @@ def test_nvrtc_compiles_the_source_for_old_new_and_unknown_cards() -> None:
         assert nvrtc.compile_for_card(source, "kernels.cu", capability).startswith(b"\x7fELF")
     portable = nvrtc.compile_for_card(source, "kernels.cu", supported[-1] + 10)
     assert all(f".entry {name}(".encode() in portable for name in kernel_names())
-    with pytest.raises(nvrtc.NvrtcError, match=r"could not compile wrong.cu [^$]*error: identifier"):
+    with pytest.raises(
+        nvrtc.NvrtcError, match=r"could not compile wrong.cu [^$]*error: identifier"
+    ):
         nvrtc.compile_for_card("int f() { return x; }", "wrong.cu", 90)
 
 

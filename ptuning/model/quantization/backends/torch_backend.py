@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ptuning.model.quantization.backends.blockwise import (
-    Extract,
     blockwise_matmul,
     blockwise_matmul_transposed,
 )
@@ -45,36 +44,46 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def write_codes(packed: Tensor, bits: int, block: Tensor) -> None:
-    """Fill block (rows, num_in) with the codes of packed; in int4 even columns first."""
-    if bits == 8:
-        block.copy_(packed)
-        return
-    half = packed.shape[1]
-    block[:, :half].copy_(packed >> 4)
-    block[:, half:].copy_((packed << 4).bitwise_right_shift_(4))
+class WeightBlocks:
+    """Writes rows of the float weight into a block; an `Extract` that reuses its scratch memory.
 
-
-def weight_extractor(packed: Tensor, scale: Tensor, bits: int) -> Extract:
-    """Return the function that writes weight rows start..stop, columns as in write_codes.
-
-    The product code x scale is formed in float16 where devices are fast in it, and on a CPU in
-    float32, where it is exact, and then rounded to float16: the same numbers.
+    In int4 a row has its even columns first, then its odd ones. Code x scale is formed in
+    float16 where devices are fast in it, and on a CPU in float32, where it is exact, and then
+    rounded to float16: the same numbers.
     """
-    product_dtype = torch.float32 if packed.device.type == "cpu" else torch.float16
-    factors = scale.to(product_dtype)[:, None]  # (num_out, 1)
 
-    def extract(start: int, stop: int, block: Tensor) -> None:
-        same = block.dtype == product_dtype
-        product = block if same else torch.empty_like(block, dtype=product_dtype)
-        write_codes(packed[start:stop], bits, product)
-        product.mul_(factors[start:stop])
-        if product_dtype != torch.float16:
-            product = product.to(torch.float16)
+    def __init__(self, packed: Tensor, scale: Tensor, bits: int) -> None:
+        self.packed, self.bits = packed, bits
+        self.product_dtype = torch.float32 if packed.device.type == "cpu" else torch.float16
+        self.factors = scale.to(self.product_dtype)[:, None]  # (num_out, 1)
+        self._scratch: dict[torch.dtype, Tensor] = {}
+
+    def __call__(self, start: int, stop: int, block: Tensor) -> None:
+        """Fill block (stop - start, num_in)."""
+        same = block.dtype == self.product_dtype
+        product = block if same else self._scratch_for(self.product_dtype, block.shape)
+        self._write_codes(self.packed[start:stop], product)
+        product.mul_(self.factors[start:stop])
+        if self.product_dtype != torch.float16:
+            product = self._scratch_for(torch.float16, block.shape).copy_(product)
         if product is not block:
             block.copy_(product)
 
-    return extract
+    def _write_codes(self, packed: Tensor, block: Tensor) -> None:
+        if self.bits == 8:
+            block.copy_(packed)
+            return
+        half = packed.shape[1]
+        nibbles = self._scratch_for(torch.int8, packed.shape)
+        block[:, :half].copy_(torch.bitwise_right_shift(packed, 4, out=nibbles))
+        torch.bitwise_left_shift(packed, 4, out=nibbles)
+        block[:, half:].copy_(nibbles.bitwise_right_shift_(4))
+
+    def _scratch_for(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """Return scratch of this shape; the first block asks first and is the largest."""
+        if dtype not in self._scratch:
+            self._scratch[dtype] = torch.empty(shape, dtype=dtype, device=self.packed.device)
+        return self._scratch[dtype][: shape[0]]
 
 
 class TorchBackend:
@@ -89,14 +98,14 @@ class TorchBackend:
     def matmul(self, x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return x (M, num_in) times the transposed weight: (M, num_out), in x's dtype."""
         columns = x if bits == 8 else evens_then_odds(x)  # (M, num_in)
-        extract = weight_extractor(packed, scale, bits)
+        extract = WeightBlocks(packed, scale, bits)
         product = blockwise_matmul(columns.to(working_dtype(x)), packed.shape[0], extract)
         return product.to(x.dtype)
 
     def matmul_transposed(self, grad: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
         num_in = packed.shape[1] * (8 // bits)
-        extract = weight_extractor(packed, scale, bits)
+        extract = WeightBlocks(packed, scale, bits)
         product = blockwise_matmul_transposed(grad.to(working_dtype(grad)), num_in, extract)
         product = product.to(grad.dtype)
         return product if bits == 8 else interleave_halves(product)
