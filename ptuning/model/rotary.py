@@ -24,7 +24,7 @@ def inverse_frequencies(head_dim: int) -> Tensor:
     """Return the D/4 inverse frequencies of one half, float32 values rounded to float16.
 
     >>> inverse_frequencies(16).tolist()
-    [1.0, 0.0999755859375, 0.0099945068359375, 0.0010004043579101562]
+    [1.0, 0.0999755859375, 0.01000213623046875, 0.0010004043579101562]
     """
     half = head_dim // 2
     exponents = torch.arange(0, half, 2, dtype=torch.float32) / half
