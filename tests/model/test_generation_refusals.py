@@ -1,0 +1,114 @@
+"""What decoding cannot do right, and says so instead of answering wrongly."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache
+
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from tests.model.conftest import GMASK
+
+Model = ChatGLMForConditionalGeneration
+
+
+def test_attentions_without_eager_are_refused(small: Model, left_padded: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="attn_implementation='eager'"):
+        small(**left_padded, output_attentions=True)
+
+
+@torch.no_grad()
+def test_a_filled_cache_of_someone_else_needs_positions(
+    small: Model, prompts: list[list[int]]
+) -> None:
+    foreign = DynamicCache()
+    for layer in range(3):
+        foreign.update(torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 16), layer)
+    token = torch.tensor([[31]])
+    with pytest.raises(ValueError, match=r"past_key_values is filled.*give position_ids"):
+        small(token, past_key_values=foreign)
+    positions = torch.tensor([[[4], [3]]])
+    output = small(token, past_key_values=foreign, position_ids=positions)
+    assert output.logits.shape == (1, 1, 64)
+
+
+@torch.no_grad()
+def test_a_cache_of_other_rows_needs_positions(small: Model, prompts: list[list[int]]) -> None:
+    cache = small(torch.tensor(prompts[:1]), use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match=r"not by this model for these rows"):
+        small(torch.tensor([[31], [32]]), past_key_values=cache)
+
+
+def test_a_cache_that_ends_inside_the_context_is_refused(
+    small: Model, prompts: list[list[int]]
+) -> None:
+    """A later turn moves <sop>, and with it what earlier tokens may see: nothing can be reused."""
+    first = small.generate(
+        torch.tensor(prompts[:1]), max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True
+    )
+    answer = first.sequences[0, -2:].tolist()
+    next_turn = torch.tensor([prompts[0][:-2] + answer + prompts[2]])
+    with pytest.raises(ValueError, match=r"past_key_values.*context.*leave past_key_values out"):
+        small.generate(next_turn, past_key_values=first.past_key_values, max_new_tokens=2)
+
+
+def test_a_prompt_without_sop_is_refused(small: Model, prompts: list[list[int]]) -> None:
+    rows = torch.tensor([prompts[0], [5, 6, 7, 8, 9, 10, 11, GMASK]])
+    with pytest.raises(ValueError, match=r"prompt 1 has no <sop> \(id 62\).*add_special_tokens"):
+        small.generate(rows, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"prompt 0 has no <sop>"):
+        small.generate(input_ids=rows[1:], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("positional", "named"),
+    [
+        ((), {"prefill_chunk_size": 4}),
+        ((), {"generation_config": GenerationConfig(prefill_chunk_size=4)}),
+        ((GenerationConfig(prefill_chunk_size=4),), {}),
+    ],
+)
+def test_a_context_in_chunks_is_refused(
+    small: Model, prompts: list[list[int]], positional: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"prefill_chunk_size is 4.*leave it out"):
+        small.generate(torch.tensor(prompts[:1]), *positional, **named)
+
+
+def test_positions_cannot_be_given_to_generate(
+    small: Model, left_padded: dict[str, Tensor]
+) -> None:
+    positions = torch.zeros(4, 2, left_padded["input_ids"].shape[1], dtype=torch.long)
+    with pytest.raises(ValueError, match=r"position_ids are given to generate.*leave them out"):
+        small.generate(**left_padded, position_ids=positions, max_new_tokens=2)
+
+
+def test_embeddings_in_place_of_tokens_are_refused(small: Model) -> None:
+    with pytest.raises(ValueError, match="give input_ids"):
+        small.generate(inputs_embeds=torch.zeros(1, 4, 32), max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_prefix_of_another_model_is_refused(small: Model, prompts: list[list[int]]) -> None:
+    prefix = small.transformer.prefix_for(True)
+    assert prefix is not None
+    tokens = torch.tensor(prompts[:1])
+    with pytest.raises(ValueError, match=r"prefix_key_values has 2 layers.*needs 3"):
+        small(tokens, prefix_key_values=prefix[:2])
+    of_three_rows = [layer.expand(-1, 3, -1, -1, -1) for layer in prefix]
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 2, 5, 16\); needed is .* for 2 rows"):
+        small(tokens.repeat(2, 1), prefix_key_values=of_three_rows)
+
+
+@torch.no_grad()
+def test_a_mask_that_is_not_bool_is_refused(small: Model, prompts: list[list[int]]) -> None:
+    tokens = torch.tensor(prompts[1:2])
+    ready = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    assert small(tokens, attention_mask=ready).logits.shape == (1, 3, 64)
+    with pytest.raises(ValueError, match=r"attention_mask.*float32.*bool"):
+        small(tokens, attention_mask=ready.float())
+    with pytest.raises(ValueError, match=r"attention_mask is \(1, 4\) for input_ids \(1, 3\)"):
+        small(tokens, attention_mask=torch.ones(1, 4))
