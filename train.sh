@@ -31,10 +31,11 @@ fi
 
 if [ "$MODEL" = "$NANO" ]; then
   NAME=${NAME:-adgen-nano}                 # the run's name, under output/
-  PRE_SEQ_LEN=${PRE_SEQ_LEN:-32}           # prefix length in tokens; not a text length
-  LR=${LR:-1e-2}                           # learning rate of the first step; falls linearly to 0
-  MAX_STEPS=${MAX_STEPS:-300}              # optimiser steps
-  SAVE_STEPS=${SAVE_STEPS:-100}            # steps between two checkpoints
+  PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}          # prefix length in tokens; not a text length
+  LR=${LR:-2e-2}                           # learning rate of the first step; falls linearly to 0
+  MAX_STEPS=${MAX_STEPS:-500}              # optimiser steps
+  SAVE_STEPS=${SAVE_STEPS:-250}            # steps between two checkpoints
+  EVAL_STEPS=${EVAL_STEPS:-100}            # steps between two validation losses
   BATCH_SIZE=${BATCH_SIZE:-16}             # rows per forward pass
   ACCUMULATION=${ACCUMULATION:-1}          # forward passes per step
   EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-32}   # rows scored at a time
@@ -44,6 +45,7 @@ else
   LR=${LR:-2e-2}
   MAX_STEPS=${MAX_STEPS:-3000}
   SAVE_STEPS=${SAVE_STEPS:-1000}
+  EVAL_STEPS=${EVAL_STEPS:-1000}
   BATCH_SIZE=${BATCH_SIZE:-1}
   ACCUMULATION=${ACCUMULATION:-16}
   EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}    # published: 1; larger is faster and scores the same
@@ -71,5 +73,6 @@ exec "$PYTHON" main.py \
   --per_device_train_batch_size "$BATCH_SIZE" --gradient_accumulation_steps "$ACCUMULATION" \
   --per_device_eval_batch_size "$EVAL_BATCH_SIZE" --predict_with_generate \
   --max_steps "$MAX_STEPS" --logging_steps "$LOGGING_STEPS" --save_steps "$SAVE_STEPS" \
+  --eval_strategy steps --eval_steps "$EVAL_STEPS" \
   --learning_rate "$LR" \
   ${given_flags[@]+"${given_flags[@]}"} "$@"
