@@ -1,10 +1,21 @@
-"""Fixtures every test may use: where the golden numbers and the shared real data lie."""
+"""What every test may use: the golden numbers, the shared real data, one thread."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: on tensors this small, more only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
