@@ -3,6 +3,7 @@
 Shapes: B batch, S tokens, E hidden size.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
@@ -62,6 +63,6 @@ class Layer(GradientCheckpointingLayer):
         )
         if only_needed and shared.packing is not None:
             normalised = take_needed(normalised, shared.packing)
-        hidden_states = SKIP_SCALE * normalised + attended
+        hidden_states = torch.add(attended, normalised, alpha=SKIP_SCALE)
         normalised = self.post_attention_layernorm(hidden_states)
-        return SKIP_SCALE * normalised + self.mlp(normalised), weights
+        return torch.add(self.mlp(normalised), normalised, alpha=SKIP_SCALE), weights

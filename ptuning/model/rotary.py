@@ -7,7 +7,7 @@ Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; GLM's use of it in Cha
 Shapes: B batch, S tokens, H heads, D width of a head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,13 +40,28 @@ def rotation_at(position_ids: Tensor, frequencies: Tensor) -> Rotation:
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Return x (B, H, S, D) rotated, in the same shape and dtype; the arithmetic is float32."""
+    rotated: Tensor = _Rotate.apply(x, rotation.cos, rotation.sin)
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation; its backward pass is the rotation back, so only the angles are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, sign=1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad_outputs[0], cos, sin, sign=-1.0), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
     quarters = x.unflatten(-1, (2, 2, -1))  # (B, H, S, 2, 2, D/4)
     first, second = quarters.unbind(-2)
-    rotated = torch.stack(
-        (
-            first * rotation.cos - second * rotation.sin,
-            second * rotation.cos + first * rotation.sin,
-        ),
-        dim=-2,
-    )
+    rotated = torch.empty(quarters.shape, dtype=torch.float32, device=x.device)
+    torch.mul(first, cos, out=rotated[..., 0, :]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=rotated[..., 1, :]).addcmul_(first, sin, value=sign)
     return rotated.flatten(-3).to(x.dtype)  # (B, H, S, D)
