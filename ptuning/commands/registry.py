@@ -22,4 +22,9 @@ COMMANDS = (
         "Write a trained prefix in a form that other programs read",
         "ptuning.commands.export",
     ),
+    Command(
+        "doctor",
+        "Show versions, devices and back ends, and what each command would pick",
+        "ptuning.commands.doctor",
+    ),
 )
