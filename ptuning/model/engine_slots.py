@@ -1,0 +1,85 @@
+"""Keys and values of the rows being decoded, in slots that grow and shrink with the work.
+
+A slot holds real tokens from column 0 on. Memory follows the rows in use: it grows by at least half
+or to what is needed, shrinks when three quarters lie idle, and is given back when nothing is left.
+Shapes: H heads, D head width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+
+FEWEST_SLOTS, FEWEST_COLUMNS = 4, 64  # below this, memory is not worth moving tensors for
+IDLE_SHARE = 4  # shrink when a quarter or less is in use
+
+
+class Slots:
+    """Keys and values of every layer, (slots, H, capacity, D) each."""
+
+    def __init__(
+        self, model: ChatGLMForConditionalGeneration, num_slots: int = 0, capacity: int = 0
+    ) -> None:
+        config = model.config
+        self.num_slots, self.capacity = num_slots, capacity
+        self._heads = (config.num_attention_heads, config.head_dim)
+        self._like = model.transformer.final_layernorm.weight
+        self.keys = [self._allocate() for _ in range(config.num_layers)]
+        self.values = [self._allocate() for _ in range(config.num_layers)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(stored.nbytes for stored in (*self.keys, *self.values))
+
+    def fill(self, slots: Sequence[int], cache: DynamicCache, length: int) -> None:
+        """Copy prompts' keys and values, cached as (B, H, length, D), into slots."""
+        layers: Any = cache.layers  # typed as any kind of cache layer; these hold keys and values
+        for layer_index, layer in enumerate(layers):
+            self.keys[layer_index][slots, :, :length] = layer.keys
+            self.values[layer_index][slots, :, :length] = layer.values
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` columns of one slot to another."""
+        for stored in (*self.keys, *self.values):
+            stored[target, :, :length] = stored[source, :, :length]
+
+    def make_room(self, num_rows: int, columns: int, *, most_rows: int, most_columns: int) -> None:
+        """Hold at least num_rows of `columns`; grow ahead of need, never past the most."""
+        num_slots, capacity = self.num_slots, self.capacity
+        if num_rows > num_slots:
+            num_slots = max(num_rows, min(most_rows, max(2 * num_slots, FEWEST_SLOTS)))
+        if columns > capacity:
+            ahead = max(capacity * 3 // 2, FEWEST_COLUMNS)
+            capacity = max(columns, min(most_columns, ahead))
+        self._resize(num_slots, capacity)
+
+    def give_back(self, num_rows: int, columns: int) -> None:
+        """Shrink to about twice what num_rows of `columns` need, once three quarters are idle."""
+        if num_rows == 0:
+            self._resize(0, 0)
+            return
+        num_slots, capacity = self.num_slots, self.capacity
+        if num_rows * IDLE_SHARE <= num_slots > FEWEST_SLOTS:
+            num_slots = max(2 * num_rows, FEWEST_SLOTS)
+        if columns * IDLE_SHARE <= capacity > FEWEST_COLUMNS:
+            capacity = max(2 * columns, FEWEST_COLUMNS)
+        self._resize(num_slots, capacity)
+
+    def _allocate(self) -> Tensor:
+        heads, width = self._heads
+        return self._like.new_zeros(self.num_slots, heads, self.capacity, width)
+
+    def _resize(self, num_slots: int, capacity: int) -> None:
+        """Give every layer its new size, one after the other, keeping what fits."""
+        if (num_slots, capacity) == (self.num_slots, self.capacity):
+            return
+        rows, columns = min(num_slots, self.num_slots), min(capacity, self.capacity)
+        self.num_slots, self.capacity = num_slots, capacity
+        for stored in (self.keys, self.values):
+            for index, old in enumerate(stored):
+                stored[index] = self._allocate()
+                stored[index][:rows, :, :columns] = old[:rows, :, :columns]
