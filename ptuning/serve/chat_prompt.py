@@ -1,0 +1,101 @@
+"""A question and its history to a prompt of the right length, by the builder of evaluation.
+
+What is too long loses its oldest turns first. The question is cut only where it alone is too long,
+exactly as evaluation cuts it, and whatever was left out is said.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ptuning.data.formatting import Example, build_rounds, to_example
+from ptuning.data.tokenization import to_generation_batch
+from ptuning.data.tokenizer import ChatGLMTokenizer
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What was left out of a prompt, in numbers and in words."""
+
+    dropped_turns: int
+    question_cut: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """Token ids that end in [gMASK] <sop>, and what had to be left out of them, if anything."""
+
+    input_ids: list[int]
+    notice: Notice | None
+
+
+def build_chat_prompt(
+    tokenizer: ChatGLMTokenizer,
+    query: str,
+    history: Sequence[tuple[str, str]] = (),
+    *,
+    max_source_length: int,
+    source_prefix: str = "",
+    system: str = "",
+) -> ChatPrompt:
+    """Return the prompt in at most max_source_length tokens, [gMASK] and <sop> included.
+
+    system stands before the first question that is kept.
+    """
+    input_ids: list[int] = []
+    for dropped in range(len(history) + 1):
+        example = _to_example(query, history[dropped:], source_prefix, system, bool(history))
+        prompts, cuts = to_generation_batch(
+            tokenizer, [example], max_source_length=max_source_length
+        )
+        kept_all = not cuts[0]
+        input_ids = prompts[0]
+        if kept_all:
+            return ChatPrompt(input_ids, _notice(dropped, False, max_source_length))
+        if dropped < len(history) and history:
+            continue
+    return ChatPrompt(input_ids, _notice(len(history), True, max_source_length))
+
+
+def _to_example(
+    query: str,
+    history: Sequence[tuple[str, str]],
+    source_prefix: str,
+    system: str,
+    has_rounds: bool,
+) -> Example:
+    """Build the example of evaluation; a chat that lost its turns stays a chat, in rounds."""
+    turns = [*history, (query, "")]
+    if system:
+        turns[0] = (f"{system}\n{turns[0][0]}", turns[0][1])
+    row: Mapping[str, Any] = {"query": turns[-1][0], "history": turns[:-1]}
+    example = to_example(
+        row,
+        prompt_column="query",
+        response_column=None,
+        history_column="history",
+        source_prefix=source_prefix,
+        for_training=False,
+    )
+    if has_rounds and not example.has_rounds:
+        example = example._replace(
+            prompt=source_prefix + build_rounds(turns[-1][0]), has_rounds=True
+        )
+    return example
+
+
+def _notice(dropped: int, question_cut: bool, limit: int) -> Notice | None:
+    if not dropped and not question_cut:
+        return None
+    said = []
+    if dropped:
+        said.append(
+            f"the oldest {dropped} turns were left out"
+            if dropped > 1
+            else "the oldest turn was left out"
+        )
+    if question_cut:
+        said.append("the end of the question was cut off")
+    text = f"The prompt may have {limit} tokens: {' and '.join(said)}."
+    return Notice(dropped, question_cut, text)

@@ -1,0 +1,44 @@
+"""A session on the nano model with prefixes that change what it says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptuning
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.nano.paths import NANO_DIR
+from ptuning.serve.session import Session
+
+ADGEN = {"max_source_length": 64, "max_target_length": 24, "source_prefix": ""}
+
+
+@pytest.fixture(scope="session")
+def nano() -> ChatGLMForConditionalGeneration:
+    return ChatGLMForConditionalGeneration.from_pretrained(NANO_DIR, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def prefix_dirs(tmp_path_factory, nano) -> dict[str, Path]:
+    """Four prefixes of different lengths, saved as training saves them."""
+    made = {}
+    for seed, name in enumerate(("adgen", "other", "short", "chatty")):
+        torch.manual_seed(seed)
+        encoder = nano.add_prefix((8, 5, 1, 12)[seed])
+        with torch.no_grad():
+            encoder.embedding.weight.mul_(3.0)  # random, so it has to be loud to be heard
+        made[name] = tmp_path_factory.mktemp("prefixes") / name
+        settings = ADGEN if name == "adgen" else {"max_source_length": 100, "max_target_length": 40}
+        ptuning.save_prefix(nano, made[name], step=3, settings=settings)
+        nano.remove_prefix()
+    return made
+
+
+@pytest.fixture(scope="session")
+def session(prefix_dirs) -> Iterator[Session]:
+    with Session.load(NANO_DIR, device="cpu") as loaded:
+        for name, path in prefix_dirs.items():
+            loaded.add_prefix(name, path)
+        yield loaded
+        assert loaded.scheduler.num_rows == loaded.scheduler.num_waiting == 0
