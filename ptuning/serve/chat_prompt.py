@@ -4,6 +4,7 @@ What is too long loses its oldest turns first. The question is cut only where it
 exactly as evaluation cuts it, and whatever was left out is said.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,19 +44,18 @@ def build_chat_prompt(
 
     system stands before the first question that is kept.
     """
-    input_ids: list[int] = []
-    for dropped in range(len(history) + 1):
+
+    def encode(dropped: int) -> tuple[list[int], bool]:
         example = _to_example(query, history[dropped:], source_prefix, system, bool(history))
         prompts, cuts = to_generation_batch(
             tokenizer, [example], max_source_length=max_source_length
         )
-        kept_all = not cuts[0]
-        input_ids = prompts[0]
-        if kept_all:
-            return ChatPrompt(input_ids, _notice(dropped, False, max_source_length))
-        if dropped < len(history) and history:
-            continue
-    return ChatPrompt(input_ids, _notice(len(history), True, max_source_length))
+        return prompts[0], cuts[0]
+
+    # Fewer turns are never more tokens, so halving finds the fewest to drop.
+    dropped = bisect_left(range(len(history)), True, key=lambda start: not encode(start)[1])
+    input_ids, question_cut = encode(dropped)
+    return ChatPrompt(input_ids, _notice(dropped, question_cut, max_source_length))
 
 
 def _to_example(

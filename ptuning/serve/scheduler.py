@@ -15,6 +15,10 @@ class QueueFullError(RuntimeError):
     """More requests wait than are allowed to."""
 
 
+class SessionClosedError(RuntimeError):
+    """Nothing is answered any more."""
+
+
 class EngineError(RuntimeError):
     """The computation of a request failed; the cause is attached."""
 
@@ -22,7 +26,7 @@ class EngineError(RuntimeError):
 class Ticket:
     """One request on its way; its tokens may be read from any thread."""
 
-    def __init__(self, row: Row, on_progress: Callable[[], None] | None) -> None:
+    def __init__(self, row: Row, on_progress: Callable[[bool], None] | None) -> None:
         self.row = row
         self.error: BaseException | None = None
         self._on_progress = on_progress
@@ -59,7 +63,7 @@ class Ticket:
             self._finish_reason = "cancelled" if error is not None else self.row.finish_reason
             self._changed.notify_all()
         if self._on_progress is not None:
-            self._on_progress()
+            self._on_progress(self._finish_reason is not None)
 
 
 class Scheduler:
@@ -88,15 +92,15 @@ class Scheduler:
         """Requests being decoded now."""
         return len(self.engine.rows)
 
-    def submit(self, request: Request, on_progress: Callable[[], None] | None = None) -> Ticket:
-        """Queue a request; on_progress is called in the engine's thread after each change.
+    def submit(self, request: Request, on_progress: Callable[[bool], None] | None = None) -> Ticket:
+        """Queue a request; on_progress(finished) is called in the engine's thread.
 
         QueueFullError when too many wait.
         """
         ticket = Ticket(self.engine.new_row(request), on_progress)
         with self._wake:
             if self._is_closed:
-                raise RuntimeError("the session is closed; load a new one.")
+                raise SessionClosedError("the session is closed; load a new one.")
             self._check_queue()
             self._inbox.append(ticket)
             self._num_unfinished += 1

@@ -16,6 +16,7 @@ from typing import Any, Self, TypedDict, Unpack
 
 import torch
 
+from ptuning.data.tokenization import SHORTEST
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine import Engine
@@ -179,7 +180,7 @@ class Session:
         max_source_length: int | None = None,
         num_logprobs: int | None = None,
         on_notice: Callable[[Notice], None] | None = None,
-        on_progress: Callable[[], None] | None = None,
+        on_progress: Callable[[bool], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Answer:
         """Start an answer and return it as an iterator of text pieces.
@@ -187,7 +188,7 @@ class Session:
         prefix names one, None or "base" is the untouched model. strength scales what the prefix's
         keys draw in the softmax (0 is the base, 1 as trained); blend (name, w) shows another prefix
         with weight w beside this one with weight 1 - w. on_notice is told when the history or the
-        question was too long; on_progress is called in the engine's thread after each token.
+        question was too long; on_progress(finished) is called by the engine's thread at each token.
         """
         settings = {} if _is_base(prefix) else self.find_prefix(str(prefix)).info.settings
         new_tokens, source_length = self._lengths(settings, max_new_tokens, max_source_length)
@@ -244,14 +245,14 @@ class Session:
     ) -> tuple[int, int]:
         """Return the longest answer and prompt: as asked, else as trained, else what fits."""
         context = self.model.config.max_sequence_length
-        for name, value in (
-            ("max_new_tokens", max_new_tokens),
-            ("max_source_length", max_source_length),
+        for name, value, least in (
+            ("max_new_tokens", max_new_tokens, 1),
+            ("max_source_length", max_source_length, SHORTEST),
         ):
-            if value is not None and not 1 <= value <= context - 4:
+            if value is not None and not least <= value <= context - SHORTEST:
                 raise ValueError(
                     f"{name} is {value}; the model reads and writes {context} tokens together, so "
-                    f"use 1 to {context - 4}."
+                    f"use {least} to {context - SHORTEST}."
                 )
         new_tokens = max_new_tokens or settings.get("max_target_length") or BASE_NEW_TOKENS
         room = context - new_tokens

@@ -1,0 +1,46 @@
+"""Running the HTTP API: one process, one session, until Ctrl-C."""
+
+import logging
+
+import uvicorn
+from fastapi import FastAPI
+
+from ptuning.serve.addresses import is_loopback
+
+GRACE_S = 3  # for answers that are on their way at Ctrl-C
+
+logger = logging.getLogger(__name__)
+
+
+def check_address(host: str, api_key: str | None) -> None:
+    """Refuse to serve other machines without a key."""
+    if api_key is not None and not api_key.strip():
+        raise ValueError("--api_key is empty; give some letters, or leave it out on 127.0.0.1.")
+    if api_key is None and not is_loopback(host):
+        raise ValueError(
+            f"--host is {host}, which other machines can reach; add --api_key SECRET, or use "
+            "--host 127.0.0.1."
+        )
+
+
+def make_server(app: FastAPI, *, host: str, port: int) -> uvicorn.Server:
+    """Return a server that is not running yet."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+        lifespan="off",
+    )
+    return uvicorn.Server(config)
+
+
+def serve(app: FastAPI, *, host: str, port: int) -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    logger.info("Serving on http://%s:%d/v1 (Ctrl-C ends it)", host, port)
+    try:
+        make_server(app, host=host, port=port).run()
+    except KeyboardInterrupt:  # uvicorn has shut down and passes the signal on
+        logger.info("Stopped.")
