@@ -107,7 +107,7 @@ def test_the_published_command_lines_run(base, files):
         --overwrite_output_dir --max_source_length 64 --max_target_length 16
         --per_device_train_batch_size 1 --per_device_eval_batch_size 1
         --gradient_accumulation_steps 16 --predict_with_generate --max_steps 3 --logging_steps 10
-        --save_steps 1000 --learning_rate 2e-2 --pre_seq_len 8
+        --save_steps 1000 --learning_rate 2e-2 --pre_seq_len 8 --quantization_bit 4
     """
     assert main(train.split()) == 0
     checkpoint = files / "output" / "adgen-chatglm-6b-pt-8-2e-2" / "checkpoint-3"
@@ -118,7 +118,7 @@ def test_the_published_command_lines_run(base, files):
         --model_name_or_path {base} --ptuning_checkpoint {checkpoint}
         --output_dir {files}/output/scores --overwrite_output_dir
         --max_source_length 64 --max_target_length 16 --per_device_eval_batch_size 1
-        --predict_with_generate --pre_seq_len 8
+        --predict_with_generate --pre_seq_len 8 --quantization_bit 4
     """
     assert main(evaluate.split()) == 0
     written = (files / "output" / "scores" / "generated_predictions.txt").read_text("utf-8")
