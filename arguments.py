@@ -49,6 +49,9 @@ class ModelArguments:
         "auto",
         "What runs quantised weights: auto, torch, triton or cpm_kernels; auto says which it took.",
     )
+    quantize_embeddings: bool = flag(
+        False, "Hold the word embedding, and an output head equal to it, in int8 too."
+    )
     config_name: str | None = flag(None, "Configuration to use in place of the base's own.")
     tokenizer_name: str | None = flag(None, "Tokenizer to use in place of the base's own.")
     cache_dir: str | None = flag(

@@ -113,6 +113,7 @@ def run(arguments: Arguments) -> None:
         dtype=choose_dtype(training.device, training.base_dtype),
         quantization_bit=model_flags.quantization_bit,
         quantization_backend=model_flags.quantization_backend,
+        quantize_embeddings=model_flags.quantize_embeddings,
         **hub,
     )
     give_prefix(model, arguments)

@@ -19,6 +19,7 @@ FLAGS = {
     "fp16": ["--fp16"],
     "int8": ["--quantization_bit", "8"],
     "int4": ["--quantization_bit", "4"],
+    "int4 with its embedding": ["--quantization_bit", "4", "--quantize_embeddings"],
 }
 NUM_TOKENS, NUM_LAYERS, HIDDEN_SIZE = 4, 2, 32  # of the prefix and of tests.tiny's base
 STEPS = 4

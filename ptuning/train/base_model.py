@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.quantization.conversion import quantize_embeddings_
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,13 @@ def load_base(
     dtype: torch.dtype,
     quantization_bit: int | None = None,
     quantization_backend: str = "auto",
+    quantize_embeddings: bool = False,
     **hub: Any,
 ) -> ChatGLMForConditionalGeneration:
     """Load the weights of a base in dtype; hub holds cache_dir, revision and token.
 
     quantization_bit 4 or 8 quantises float weights as they are read; None keeps what is stored.
+    quantize_embeddings makes the embedding int8 unless it is stored quantised.
     """
     check_model_path(name_or_path)
     if quantization_bit:
@@ -80,6 +83,8 @@ def load_base(
         raise BaseModelError(
             f"{name_or_path} is a {type(model).__name__}, not a first-generation ChatGLM."
         )
+    if quantize_embeddings and not model.config.embedding_quantization_bit:
+        quantize_embeddings_(model, backend=quantization_backend)
     return model
 
 
