@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine_prefill import read_prompts
-from ptuning.model.engine_row import Request, Row, group_by_shares
+from ptuning.model.engine_row import Request, Row, split_by_size
 from ptuning.model.engine_slots import Slots
 from ptuning.model.engine_step import decode_step
 from ptuning.model.sampling import choose_tokens, logprobs_of
 from ptuning.model.shared_prefix import LayerPrefix, SharedPrefix, mix_prefixes
 
-JOIN_SHARE = 4  # waiting rows join when a quarter of the slots is free: prompts are read together
+JOIN_SHARE = 4  # rows join when a quarter as many as decode can: prompts are read together
 MOST_CELLS = 16384  # padded tokens in one pass over prompts: 8 rows of ChatGLM-6B's full context
 
 
@@ -33,14 +33,19 @@ class Engine:
         model: ChatGLMForConditionalGeneration,
         *,
         max_rows: int,
-        join_share: int = JOIN_SHARE,
+        patience: int | None = None,
     ) -> None:
-        """Take an eval-mode model; max_rows as join_share lets each free slot be taken at once."""
+        """Take an eval-mode model.
+
+        A row that could join waits for others to join with, at most patience steps; None waits for
+        a quarter of the rows that decode.
+        """
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; use 1 or more.")
         self.model = model
         self.max_rows = max_rows
-        self.join_share = join_share
+        self.patience = patience
+        self._steps_waited = 0
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []  # row i decodes in slot i
         self.slots = Slots(model)
@@ -88,11 +93,10 @@ class Engine:
 
         Each got a token or its finish_reason, and finished ones have left.
         """
-        free = self.max_rows - len(self.rows)
-        may_join = len(self.waiting) <= free or free * self.join_share >= self.max_rows
-        if self.waiting and free and may_join:
-            moved = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-            for group in group_by_shares(moved, most_cells=MOST_CELLS):
+        joining = self._count_joining()
+        if joining:
+            moved = [self.waiting.popleft() for _ in range(joining)]
+            for group in split_by_size(moved, most_cells=MOST_CELLS):
                 self._join(group)
         elif self.rows:
             moved = list(self.rows)
@@ -103,10 +107,23 @@ class Engine:
         self._leave()
         return moved
 
+    def _count_joining(self) -> int:
+        """Return how many waiting rows join now: as many as fit, or none yet."""
+        fitting = min(self.max_rows - len(self.rows), len(self.waiting))
+        if not fitting:
+            return 0
+        self._steps_waited += 1
+        is_late = self.patience is not None and self._steps_waited > self.patience
+        if fitting * JOIN_SHARE < len(self.rows) and not is_late:
+            return 0
+        self._steps_waited = 0
+        return fitting
+
     def _join(self, rows: list[Row]) -> None:
-        """Read the prompts of rows that see the same prefixes and choose their first tokens."""
+        """Read the prompts of new rows and choose their first tokens."""
         prompts = [row.prompt for row in rows]
-        read = read_prompts(self.model.transformer, prompts, rows[0].request.shares)
+        shares = [row.request.shares for row in rows]
+        read = read_prompts(self.model.transformer, prompts, shares)
         width = max(len(prompt) for prompt in prompts)
         first_slot = len(self.rows)
         self._make_room([*self.rows, *rows], width)

@@ -1,8 +1,9 @@
-"""Reading prompts for the decoding engine: one packed pass over rows that see the same prefixes.
+"""Reading prompts for the decoding engine: one packed pass over rows, each with its own prefixes.
 
-The layers are those of `ChatGLMModel`; what differs from its forward pass is that prefixes have
-weights, which stand in the mask.
-Shapes: B rows, S tokens of the longest, K = P + S keys, P prefix, H heads, D head width, E hidden.
+The layers are those of `ChatGLMModel`; what differs from its forward pass is that rows have
+prefixes of their own, with weights that stand in the mask.
+Shapes: B rows, S tokens of the longest, W columns of the widest prefixes, K = W + S keys, P prefix,
+H heads, D head width, E hidden.
 """
 
 from collections.abc import Sequence
@@ -10,15 +11,14 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 
 from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.packing import Packing, find_packing, pack, unpack_needed
+from ptuning.model.packing import find_packing, pack, unpack_needed
 from ptuning.model.positions import Context, position_ids, visible_keys
 from ptuning.model.rotary import rotation_at
-from ptuning.model.shared_prefix import Shares
+from ptuning.model.shared_prefix import PrefixGroup, Shares, count_columns, group_by_prefix
 
 
 class ReadPrompts(NamedTuple):
@@ -30,9 +30,9 @@ class ReadPrompts(NamedTuple):
 
 
 def read_prompts(
-    transformer: ChatGLMModel, prompts: Sequence[Sequence[int]], shares: Shares
+    transformer: ChatGLMModel, prompts: Sequence[Sequence[int]], shares: Sequence[Shares]
 ) -> ReadPrompts:
-    """Read prompts that all see the same prefixes."""
+    """Read prompts, each of which sees its own shares."""
     device = transformer.final_layernorm.weight.device
     width = max(len(prompt) for prompt in prompts)
     pad_id = cast(int, transformer.config.pad_token_id)
@@ -43,15 +43,17 @@ def read_prompts(
     real = (columns < lengths[:, None]).long()  # (B, S)
     context = transformer.find_context(input_ids, real)
     packing = find_packing(real, columns == lengths[:, None] - 1)
-    inputs = _layer_inputs(transformer, context, real, shares, packing)
-    prefix = _join_shares(shares)
+    groups = group_by_prefix(shares, device)
+    rotation = rotation_at(position_ids(context, 0, width), transformer.inverse_frequencies)
+    dtype = transformer.final_layernorm.weight.dtype
+    inputs = LayerInputs(rotation, _mask_of(context, real, groups, dtype), 0.0, packing)
     cache = DynamicCache()
     states = pack(transformer.word_embeddings(input_ids), packing)  # (1, T, E)
     for index, layer in enumerate(transformer.layers):
         states, _ = layer(
             states,
             inputs,
-            None if prefix is None else prefix[index],
+            _prefixes_of_rows(groups, index, len(prompts)),
             past_key_values=cache,
             only_needed=index == len(transformer.layers) - 1,
         )
@@ -60,29 +62,37 @@ def read_prompts(
     return ReadPrompts(cache, context, last)
 
 
-def _layer_inputs(
-    transformer: ChatGLMModel, context: Context, real: Tensor, shares: Shares, packing: Packing
-) -> LayerInputs:
-    """Return positions and mask; a prefix's log-weight stands in its columns of the mask."""
-    width = real.shape[1]
+def _mask_of(
+    context: Context, real: Tensor, groups: Sequence[PrefixGroup], dtype: torch.dtype
+) -> Tensor:
+    """Return the mask (B, 1, S, K): in the prefixes' columns stand the rows' log-weights."""
+    num_rows, width = real.shape
     visible = visible_keys(context.end, real, 0, width, width)  # (B, 1, S, S)
-    visible = functional.pad(visible, (sum(share.prefix.length for share in shares), 0), value=True)
-    mask = additive_mask(visible, transformer.final_layernorm.weight.dtype)  # (B, 1, S, K)
-    start = 0
-    for share in shares:
-        end = start + share.prefix.length
-        if share.log_weight != 0.0:
-            mask[..., start:end] = share.log_weight
-        start = end
-    rotation = rotation_at(position_ids(context, 0, width), transformer.inverse_frequencies)
-    return LayerInputs(rotation, mask, 0.0, packing)
+    before = visible.new_zeros(num_rows, 1, width, count_columns(groups))
+    for group in groups:
+        rows = slice(None) if group.rows is None else group.rows
+        before[rows, :, :, group.columns] = True
+    mask = additive_mask(torch.cat((before, visible), dim=3), dtype)
+    for group in groups:
+        if group.log_weights is not None:
+            rows = slice(None) if group.rows is None else group.rows
+            mask[rows, :, :, group.columns] = group.log_weights.unsqueeze(1).to(dtype)
+    return mask
 
 
-def _join_shares(shares: Shares) -> Sequence[Tensor] | None:
-    """Return every layer's prefixes side by side, (2, 1, H, P, D) each; None for the base."""
-    if not shares:
+def _prefixes_of_rows(groups: Sequence[PrefixGroup], layer: int, num_rows: int) -> Tensor | None:
+    """Return one layer's prefixes, (2, B, H, W, D) for as long as the layer is computed.
+
+    Rows that all see one prefix share it, (2, 1, H, P, D); None when nobody has any.
+    """
+    if not groups:
         return None
-    if len(shares) == 1:
-        return shares[0].prefix.key_values
-    layers = zip(*(share.prefix.key_values for share in shares), strict=True)
-    return [torch.cat(layer, dim=3) for layer in layers]
+    first = groups[0].prefix.key_values[layer]
+    if len(groups) == 1 and groups[0].rows is None:
+        return first
+    heads, head_dim = first.shape[2], first.shape[4]
+    joined = first.new_zeros(2, num_rows, heads, count_columns(groups), head_dim)
+    for group in groups:
+        rows = slice(None) if group.rows is None else group.rows
+        joined[:, rows, :, group.columns] = group.prefix.key_values[layer]
+    return joined

@@ -86,20 +86,16 @@ class Row:
             self.finish_reason = "length"
 
 
-def group_by_shares(rows: Sequence[Row], *, most_cells: int) -> Iterator[list[Row]]:
-    """Yield rows that see the same prefixes together, at most most_cells padded tokens at a time.
+def split_by_size(rows: Sequence[Row], *, most_cells: int) -> Iterator[list[Row]]:
+    """Yield rows in groups of at most most_cells tokens, padding counted, or of one row.
 
     Rows come longest first, so that prompts of like length share a pass.
     """
-    kinds: dict[tuple[tuple[int, float], ...], list[Row]] = {}
-    for row in rows:
-        kind = tuple((id(share.prefix), share.log_weight) for share in row.request.shares)
-        kinds.setdefault(kind, []).append(row)
-    for same in kinds.values():
-        group: list[Row] = []
-        for row in sorted(same, key=lambda row: -len(row.prompt)):
-            if group and (len(group) + 1) * len(group[0].prompt) > most_cells:
-                yield group
-                group = []
-            group.append(row)
+    group: list[Row] = []
+    for row in sorted(rows, key=lambda row: -len(row.prompt)):
+        if group and (len(group) + 1) * len(group[0].prompt) > most_cells:
+            yield group
+            group = []
+        group.append(row)
+    if group:
         yield group

@@ -1,7 +1,8 @@
 """Keys and values of the rows being decoded, in slots that grow and shrink with the work.
 
 A slot holds real tokens from column 0 on. Memory follows the rows in use: it grows by at least half
-or to what is needed, shrinks when three quarters lie idle, and is given back when nothing is left.
+or to what is needed (at once to what may be needed, where that is little), shrinks when three
+quarters lie idle, and is given back when nothing is left.
 Shapes: H heads, D head width.
 """
 
@@ -14,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 
 FEWEST_SLOTS, FEWEST_COLUMNS = 4, 64  # below this, memory is not worth moving tensors for
+SMALL_BYTES = 64 * 2**20  # up to this, all that the rows can ever need is taken at once
 IDLE_SHARE = 4  # shrink when a quarter or less is in use
 
 
@@ -54,6 +56,8 @@ class Slots:
             num_slots = max(num_rows, min(most_rows, max(2 * num_slots, FEWEST_SLOTS)))
         if columns > capacity:
             ahead = max(capacity * 3 // 2, FEWEST_COLUMNS)
+            if num_slots * most_columns * self._column_bytes <= SMALL_BYTES:
+                ahead = most_columns
             capacity = max(columns, min(most_columns, ahead))
         self._resize(num_slots, capacity)
 
@@ -65,9 +69,15 @@ class Slots:
         num_slots, capacity = self.num_slots, self.capacity
         if num_rows * IDLE_SHARE <= num_slots > FEWEST_SLOTS:
             num_slots = max(2 * num_rows, FEWEST_SLOTS)
-        if columns * IDLE_SHARE <= capacity > FEWEST_COLUMNS:
+        is_small = num_slots * capacity * self._column_bytes <= SMALL_BYTES
+        if columns * IDLE_SHARE <= capacity > FEWEST_COLUMNS and not is_small:
             capacity = max(2 * columns, FEWEST_COLUMNS)
         self._resize(num_slots, capacity)
+
+    @property
+    def _column_bytes(self) -> int:
+        heads, width = self._heads
+        return 2 * len(self.keys) * heads * width * self._like.element_size()
 
     def _allocate(self) -> Tensor:
         heads, width = self._heads

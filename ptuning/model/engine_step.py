@@ -17,16 +17,13 @@ from ptuning.model.engine_row import Row
 from ptuning.model.engine_slots import Slots
 from ptuning.model.layer import SKIP_SCALE, Layer
 from ptuning.model.rotary import Rotation, rotate, rotation_at
-from ptuning.model.shared_prefix import LayerPrefix, SharedPrefix
-
-
-class PrefixGroup(NamedTuple):
-    """The rows that see one prefix, and the first of its columns among the W."""
-
-    prefix: SharedPrefix
-    first_column: int
-    rows: Tensor | None  # (G,) places in the batch; None for all of them
-    log_weights: Tensor | None  # (G, 1, 1); None when all are 0
+from ptuning.model.shared_prefix import (
+    LayerPrefix,
+    PrefixGroup,
+    count_columns,
+    group_by_prefix,
+    rows_of,
+)
 
 
 class Step(NamedTuple):
@@ -68,31 +65,9 @@ def _plan_step(transformer: ChatGLMModel, rows: Sequence[Row], device: torch.dev
     mask = torch.zeros(beyond.shape, device=device)
     mask.masked_fill_(beyond, torch.finfo(torch.float32).min)
     rotation = rotation_at(positions, transformer.inverse_frequencies)
-    groups = group_by_prefix(rows, device)
-    width = max((group.first_column + group.prefix.length for group in groups), default=0)
+    groups = group_by_prefix([row.request.shares for row in rows], device)
     places = torch.arange(len(rows), device=device)
-    return Step(places, columns, rotation, mask.unsqueeze(1), groups, width)
-
-
-def group_by_prefix(rows: Sequence[Row], device: torch.device) -> list[PrefixGroup]:
-    """Gather the rows of each prefix, once for each column that it starts at."""
-    members: dict[tuple[SharedPrefix, int], list[tuple[int, float]]] = {}
-    for place, row in enumerate(rows):
-        column = 0
-        for prefix, log_weight in row.request.shares:
-            members.setdefault((prefix, column), []).append((place, log_weight))
-            column += prefix.length
-    groups = []
-    for (prefix, column), found in members.items():
-        places, weights = zip(*found, strict=True)
-        indices = None
-        if len(places) < len(rows):
-            indices = torch.tensor(places, device=device)
-        log_weights = None
-        if any(weights):
-            log_weights = torch.tensor(weights, device=device).view(-1, 1, 1)
-        groups.append(PrefixGroup(prefix, column, indices, log_weights))
-    return groups
+    return Step(places, columns, rotation, mask.unsqueeze(1), groups, count_columns(groups))
 
 
 def _attend(
@@ -120,8 +95,7 @@ def _attend(
     own = weights[..., step.prefix_columns :].unsqueeze(2) @ values[:num_rows, :, :num_columns]
     output = own.squeeze(2)  # (R, H, D)
     for group, prefix in zip(step.groups, prefixes, strict=True):
-        drawn = weights[..., group.first_column : group.first_column + group.prefix.length]
-        drawn = _rows_of(group, drawn).transpose(0, 1)  # (H, G, P)
+        drawn = rows_of(group, weights[..., group.columns]).transpose(0, 1)  # (H, G, P)
         shared = (drawn @ prefix.values).transpose(0, 1)  # (G, H, D)
         if group.rows is None:
             output = output + shared
@@ -139,18 +113,12 @@ def _with_prefix_scores(
     joined = scores.new_full(shape, torch.finfo(scores.dtype).min)
     joined[..., width:] = scores
     for group, prefix in zip(step.groups, prefixes, strict=True):
-        by_head = _rows_of(group, query).transpose(0, 1)  # (H, G, D)
+        by_head = rows_of(group, query).transpose(0, 1)  # (H, G, D)
         found = (by_head @ prefix.keys.float().transpose(-1, -2)).transpose(0, 1)  # (G, H, P)
         if group.log_weights is not None:
             found = found + group.log_weights
-        first, end = group.first_column, group.first_column + group.prefix.length
         if group.rows is None:
-            joined[..., first:end] = found
+            joined[..., group.columns] = found
         else:
-            joined[group.rows, :, first:end] = found
+            joined[group.rows, :, group.columns] = found
     return joined
-
-
-def _rows_of(group: PrefixGroup, tensor: Tensor) -> Tensor:
-    """Return the group's rows of a tensor (R, ...)."""
-    return tensor if group.rows is None else tensor.index_select(0, group.rows)

@@ -33,6 +33,7 @@ from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
 BASE_NAME = "base"  # the untouched model, where a name is asked for
 PREFIX_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_ROWS = 32  # decoded together; more wait
+JOIN_PATIENCE = 3  # steps that a request may wait for others to be read together with
 BASE_NEW_TOKENS = 512  # longest answer without a prefix that says another length
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Session:
         self.tokenizer = tokenizer
         self.model.remove_prefix()
         self.scheduler = Scheduler(
-            Engine(model, max_rows=max_rows, join_share=max_rows), max_queue=max_queue
+            Engine(model, max_rows=max_rows, patience=JOIN_PATIENCE), max_queue=max_queue
         )
         self._prefixes: dict[str, LoadedPrefix] = {}
         self._loading = threading.Lock()

@@ -85,7 +85,7 @@ def test_rows_join_and_are_cancelled_at_any_time(model, prefixes):
     prompts = random_prompts(model, 24, seed=2)
     expected = [generate(model, p, prefixes[i % 4], 12) for i, p in enumerate(prompts)]
     rng = random.Random(0)
-    engine = Engine(model, max_rows=5, join_share=5)
+    engine = Engine(model, max_rows=5, patience=1)
     rows, cancelled = [], set()
     while len(rows) < len(prompts) or not engine.is_idle:
         if len(rows) < len(prompts) and rng.random() < 0.5:
