@@ -27,4 +27,19 @@ COMMANDS = (
         "Show versions, devices and back ends, and what each command would pick",
         "ptuning.commands.doctor",
     ),
+    Command(
+        "chat",
+        "Talk to a trained prefix, or to the base, in the terminal or a pipe",
+        "ptuning.commands.chat",
+    ),
+    Command(
+        "serve",
+        "Serve any number of prefixes on one base over OpenAI's HTTP API",
+        "ptuning.commands.serve",
+    ),
+    Command(
+        "web",
+        "Open a page to talk to a prefix and the base, side by side",
+        "ptuning.commands.web",
+    ),
 )

@@ -68,12 +68,8 @@ class Answer(Iterator[str]):
         if self._cancel is not None and self._cancel.is_set():
             self.close()
         num_tokens, finish_reason = self._ticket.progress()
-        answer = self._ticket.row.answer
-        pieces = []
-        for place in range(self._stream.num_tokens, num_tokens):
-            pieces.append(self._stream.add(answer[place]))
-            if self._stream.stopped:
-                break
+        new_tokens = self._ticket.row.answer[self._stream.num_tokens : num_tokens]
+        pieces = [self._stream.add(new_tokens)] if new_tokens else []
         if self._stream.stopped:
             self._stop_computing(self._ticket)
             self.finish_reason = "stop"

@@ -1,6 +1,7 @@
 """Running the HTTP API: one process, one session, until Ctrl-C."""
 
 import logging
+import sys
 
 import uvicorn
 from fastapi import FastAPI
@@ -8,6 +9,9 @@ from fastapi import FastAPI
 from ptuning.serve.addresses import is_loopback
 
 GRACE_S = 3  # for answers that are on their way at Ctrl-C
+# The engine's thread gives the interpreter up at every operation, and with Python's 5 ms it gets it
+# back too late while requests come in: 32 clients of the nano model got a quarter fewer tokens.
+SWITCH_INTERVAL_S = 0.0005
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,7 @@ def make_server(app: FastAPI, *, host: str, port: int) -> uvicorn.Server:
 
 def serve(app: FastAPI, *, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     logger.info("Serving on http://%s:%d/v1 (Ctrl-C ends it)", host, port)
     try:
         make_server(app, host=host, port=port).run()

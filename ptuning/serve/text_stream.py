@@ -34,12 +34,18 @@ class TextStream:
         self._anchor: int | None = None  # last token before the window
         self._window: list[int] = []
 
-    def add(self, token_id: int) -> str:
-        """Take one more token and return the text that is certain now, often none."""
-        if self.stopped:
-            return ""
-        self.num_tokens += 1
-        self._window.append(token_id)
+    def add(self, token_ids: Sequence[int]) -> str:
+        """Take more tokens and return the text that is certain now, often none.
+
+        With stop strings they are taken one by one, so that `num_tokens` says where they ended.
+        """
+        if not self._stop:
+            return self._add(token_ids)
+        return "".join(self._add([token]) for token in token_ids if not self.stopped)
+
+    def _add(self, token_ids: Sequence[int]) -> str:
+        self.num_tokens += len(token_ids)
+        self._window.extend(token_ids)
         text = self._settled + self._window_text()
         piece = self._give(self._certain(text), is_whole=False)
         self._settle(text)

@@ -28,9 +28,12 @@ def tokenizer(request):
 
 def streamed(tokenizer, ids, **options):
     stream = TextStream(tokenizer, **options)
-    pieces = [stream.add(token) for token in ids]
+    pieces = [stream.add([token]) for token in ids]
     pieces.append(stream.finish())
     assert "".join(pieces) == stream.text
+    at_once = TextStream(tokenizer, **options)
+    assert at_once.add(ids) + at_once.finish() == stream.text
+    assert at_once.num_tokens == stream.num_tokens
     return pieces, stream
 
 
@@ -81,7 +84,9 @@ def test_decoding_stays_cheap_however_long_the_answer(tokenizer, monkeypatch):
         return decode(token_ids, **options)
 
     monkeypatch.setattr(tokenizer, "decode", watched)
-    streamed(tokenizer, ids)
+    stream = TextStream(tokenizer)
+    for token in ids:
+        stream.add([token])
     assert longest <= 20
 
 
