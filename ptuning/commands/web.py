@@ -1,0 +1,54 @@
+"""`python -m ptuning web`: the demo page, on this machine alone unless a password is set."""
+
+import argparse
+import importlib.util
+import logging
+import os
+
+from ptuning.serve.defaults import choose_served
+from ptuning.serve.model_arguments import add_model_arguments, loading_options
+from ptuning.serve.web_access import check_address
+
+PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument(
+        "--password",
+        metavar="SECRET",
+        help="asked of every visitor; needed for any address but this machine's own. Unset: the "
+        f"variable {PASSWORD_VARIABLE}",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load, then show the page until Ctrl-C."""
+    password = arguments.password
+    if password is None:
+        password = os.environ.get(PASSWORD_VARIABLE)
+    check_address(arguments.host, password)
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError(
+            "gradio is not installed; type: bash web_demo.sh, which brings it, or: "
+            "pip install 'chatglm-ptuning[web]'"
+        )
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio looks whether it is up
+    from ptuning.serve.session import Session  # heavy, and not needed to parse a command line
+    from ptuning.serve.web import build_page, launch
+    from ptuning.serve.web_talk import WebTalk
+
+    served = choose_served(arguments.model, arguments.prefix)
+    with Session.load(served.model, **loading_options(arguments)) as session:
+        for name, path in served.prefixes.items():
+            session.add_prefix(name, path)
+        blocks = build_page(WebTalk(session))
+        logger.info("Opening http://%s:%d (Ctrl-C ends it)", arguments.host, arguments.port)
+        launch(blocks, host=arguments.host, port=arguments.port, password=password, wait=True)
+    return 0
