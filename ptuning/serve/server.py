@@ -10,7 +10,7 @@ from ptuning.serve.addresses import is_loopback
 
 GRACE_S = 3  # for answers that are on their way at Ctrl-C
 # The engine's thread gives the interpreter up at every operation, and with Python's 5 ms it gets it
-# back too late while requests come in: 32 clients of the nano model got a quarter fewer tokens.
+# back too late while requests come in: 32 clients of the nano model got an eighth fewer tokens.
 SWITCH_INTERVAL_S = 0.0005
 
 logger = logging.getLogger(__name__)

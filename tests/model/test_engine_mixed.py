@@ -234,3 +234,25 @@ def test_requests_that_cannot_be_decoded_are_refused():
         mix_prefixes([(None, -1.0)])
     with pytest.raises(ValueError, match="weight nan"):
         mix_prefixes([(None, float("nan"))])
+
+
+def test_half_precision_decodes_every_mixture(golden):
+    half = AutoModelForCausalLM.from_pretrained(
+        golden / "chatglm-tiny", dtype=torch.bfloat16
+    ).eval()
+    made = []
+    for length in (4, 6):
+        torch.manual_seed(length)
+        encoder = half.transformer.new_prefix_encoder(length, project=False)
+        with torch.no_grad():
+            made.append(SharedPrefix(encoder(torch.bfloat16)))
+    engine = Engine(half, max_rows=8)
+    mixtures = [(), shares_of(made[0]), shares_of(made[1], 0.5)]
+    mixtures.append(mix_prefixes([(made[0], 0.3), (made[1], 0.7)]))
+    rows = [
+        engine.add(Request(prompt, 6, mixtures[i % 4], end_ids=NEVER, num_logprobs=1))
+        for i, prompt in enumerate(random_prompts(half, 8))
+    ]
+    run(engine)
+    assert all(len(row.answer) == 6 for row in rows)
+    assert all(one.logprob <= 0 for row in rows for one in row.logprobs)  # no NaN
