@@ -49,6 +49,7 @@ class Controls(NamedTuple):
     clear: gr.Button
     status: gr.Markdown
     rows: gr.Dataframe
+    add_row: gr.Button
     sampling: tuple[gr.Slider, gr.Slider, gr.Slider, gr.Checkbox]
     panes: gr.State
 
@@ -248,6 +249,7 @@ def _lay_out(talk: WebTalk) -> Controls:
             label="改动会写入输入框 · Edits are written into the question",
             elem_id="rows",
         )
+        add_row = gr.Button("添加属性 Add an attribute", size="sm", elem_id="add-row")
     sampling = _lay_out_sampling(talk, models[0])
     return Controls(
         model,
@@ -261,6 +263,7 @@ def _lay_out(talk: WebTalk) -> Controls:
         clear,
         status,
         rows,
+        add_row,
         sampling,
         gr.State(EMPTY),
     )
@@ -344,6 +347,7 @@ def _bind(page: Page, controls: Controls) -> None:
         **quiet,
     )
     c.question.change(show_rows, [c.question, c.rows], c.rows, queue=False, **quiet)
+    c.add_row.click(lambda rows: [*rows, ["", ""]], c.rows, c.rows, queue=False, **quiet)
     c.rows.input(show_question, c.rows, c.question, queue=False, **quiet)
 
 
