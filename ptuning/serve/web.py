@@ -177,21 +177,27 @@ def launch(blocks: gr.Blocks, *, host: str, port: int, password: str | None, wai
         return secrets.compare_digest(given.encode(), str(password).encode())
 
     blocks.queue(default_concurrency_limit=SIMULTANEOUS)
-    _, address, _ = blocks.launch(
-        server_name=host,
-        server_port=port,
-        auth=None if password is None else is_known,
-        auth_message="任意用户名，加上密码。 Any user name, and the password.",
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        ssr_mode=False,
-        enable_monitoring=False,
-        footer_links=[],
-        theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
-        css_paths=STYLE,
-        head=ESCAPE_STOPS,
-    )
+    try:
+        _, address, _ = blocks.launch(
+            server_name=host,
+            server_port=port,
+            auth=None if password is None else is_known,
+            auth_message="任意用户名，加上密码。 Any user name, and the password.",
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            enable_monitoring=False,
+            footer_links=[],
+            theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
+            css_paths=STYLE,
+            head=ESCAPE_STOPS,
+        )
+    except OSError as error:
+        raise OSError(
+            f"{host}:{port} cannot be listened on, most likely because something does so already; "
+            "give another with --port."
+        ) from error
     if wait:
         blocks.block_thread()
     return str(address)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -154,6 +155,16 @@ def test_password_is_asked_for(session):
         blocks.close()
 
 
+def test_a_port_that_is_taken_is_named(session):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        blocks = web.build_page(WebTalk(session))
+        with pytest.raises(OSError, match=f"127.0.0.1:{port}.*--port"):
+            web.launch(blocks, host="127.0.0.1", port=port, password=None, wait=False)
+
+
 def log_in(port: int, password: str) -> int:
     form = urllib.parse.urlencode({"username": "anyone", "password": password}).encode()
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/login", data=form) as answer:
@@ -196,10 +207,19 @@ def browser_page(session, monkeypatch):
     blocks.close()
 
 
+RECORD_ANSWERS = """() => {
+  window.shown = [];
+  new MutationObserver(() => {
+    const text = document.querySelector("#chat [data-testid=bot]")?.innerText.trim();
+    if (text && text !== window.shown.at(-1)) window.shown.push(text);
+  }).observe(document.querySelector("#chat"), {childList: true, subtree: true, characterData: true});
+}"""
+
+
 def send(page, question):
     page.locator("#question textarea").fill(question)
     page.keyboard.press("Enter")
-    page.wait_for_selector("#stop:not([disabled])")
+    expect_line(page, "")  # emptied with the first piece of the answer
 
 
 def wait_for_end(page):
@@ -218,20 +238,22 @@ def test_page_streams_stops_switches_compares_and_clears(browser_page, session):
         name: session.chat("类型#裤", prefix=name, max_new_tokens=24).read()
         for name in ("adgen", "base")
     }
+    page.evaluate(RECORD_ANSWERS)
     send(page, "类型#裤")
-    page.wait_for_function(
-        "whole => { const t = document.querySelector('#chat [data-testid=bot]')?.innerText.trim();"
-        " return t && t.length < whole }",
-        arg=len(expected["adgen"]),
-    )
     wait_for_end(page)
     assert answers(page) == [expected["adgen"]]
+    on_the_way = [
+        text for text in page.evaluate("window.shown") if text not in ("…", expected["adgen"])
+    ]
+    assert len(on_the_way) >= 2
+    assert all(expected["adgen"].startswith(text) for text in on_the_way)
     assert page.locator("#question textarea").input_value() == ""
 
     page.locator("#model input").click()
     page.get_by_role("option", name="chatty").click()
-    page.wait_for_function("document.querySelector('#chat label').innerText.includes('chatty')")
-    page.wait_for_function("document.querySelector('#max-tokens input').value == '40'")
+    page.wait_for_function("document.querySelector('#chat').innerText.startsWith('chatty')")
+    page.locator("#sampling button").first.click()
+    page.wait_for_function("document.querySelector('#max-tokens input')?.value == '40'")
     send(page, "你好")
     page.wait_for_function(
         "document.querySelectorAll('#chat [data-testid=bot]')[1]?.innerText.length > 3"
@@ -246,7 +268,7 @@ def test_page_streams_stops_switches_compares_and_clears(browser_page, session):
     page.wait_for_function("!document.querySelector('#chat [data-testid=bot]')")
     page.locator("#model input").click()
     page.get_by_role("option", name="adgen").click()
-    page.wait_for_function("document.querySelector('#max-tokens input').value == '24'")
+    page.wait_for_function("document.querySelector('#max-tokens input')?.value == '24'")
     page.locator("#compare input").check()
     page.wait_for_selector("#other-chat")
     send(page, "类型#裤")
@@ -264,13 +286,27 @@ def test_attribute_editor_and_line_follow_each_other(browser_page):
     page.set_default_timeout(15_000)
     line = page.locator("#question textarea")
     line.fill("类型#裙*颜色#红色")
-    cells = page.locator("#rows tbody td")
-    page.wait_for_function("document.querySelector('#rows tbody').innerText.includes('红色')")
-    assert [text.strip() for text in cells.all_inner_texts()][-4:] == ["类型", "裙", "颜色", "红色"]
-    cells.last.dblclick()
+    wait = "text => document.querySelector('#rows [role=grid], #rows').innerText.includes(text)"
+    page.wait_for_function(wait, arg="红色")
+    cells = page.locator("#rows [role=gridcell]")
+    assert [text.strip() for text in cells.all_inner_texts()] == ["类型", "裙", "颜色", "红色"]
+    type_into(page, cells.nth(3), "蓝色")
+    expect_line(page, "类型#裙*颜色#蓝色")
+    page.locator("#add-row").click()
+    page.wait_for_selector("[data-testid=cell-2-0]")
+    type_into(page, page.locator("[data-testid=cell-2-0]"), "版型")
+    type_into(page, page.locator("[data-testid=cell-2-1]"), "修身")
+    expect_line(page, "类型#裙*颜色#蓝色*版型#修身")
+
+
+def type_into(page, cell, text):
+    cell.dblclick()
     page.keyboard.press("Control+A")
-    page.keyboard.type("蓝色")
+    page.keyboard.type(text)
     page.keyboard.press("Enter")
+
+
+def expect_line(page, text):
     page.wait_for_function(
-        "document.querySelector('#question textarea').value == '类型#裙*颜色#蓝色'"
+        "text => document.querySelector('#question textarea').value == text", arg=text
     )
