@@ -235,27 +235,9 @@ def _lay_out(talk: WebTalk) -> Controls:
             elem_id="question",
             scale=1,
         )
-    with gr.Row(elem_id="buttons"):
-        send = gr.Button("发送 Send", variant="primary", elem_id="send", min_width=80)
-        stop = gr.Button(
-            "停止 Stop", variant="stop", interactive=False, elem_id="stop", min_width=80
-        )
-        regenerate = gr.Button("重新生成 Regenerate", elem_id="regenerate", min_width=80)
-        clear = gr.Button("清空 Clear", elem_id="clear", min_width=80)
+    send, stop, regenerate, clear = _lay_out_buttons()
     gr.Examples(EXAMPLES, inputs=question, label="示例 Examples", elem_id="examples")
-    with gr.Accordion("属性编辑 Attribute editor", open=True, elem_id="attributes"):
-        rows = gr.Dataframe(
-            headers=HEADERS,
-            value=[list(row) for row in parse_attributes(EXAMPLES[0]) or ()],
-            datatype="str",
-            type="array",
-            column_count=2,
-            interactive=True,
-            wrap=True,
-            label="改动会写入输入框 · Edits are written into the question",
-            elem_id="rows",
-        )
-        add_row = gr.Button("添加属性 Add an attribute", size="sm", elem_id="add-row")
+    rows, add_row = _lay_out_editor()
     sampling = _lay_out_sampling(talk, models[0])
     return Controls(
         model,
@@ -273,6 +255,36 @@ def _lay_out(talk: WebTalk) -> Controls:
         sampling,
         gr.State(EMPTY),
     )
+
+
+def _lay_out_buttons() -> tuple[gr.Button, gr.Button, gr.Button, gr.Button]:
+    """Place send, stop, regenerate and clear."""
+    with gr.Row(elem_id="buttons"):
+        send = gr.Button("发送 Send", variant="primary", elem_id="send", min_width=80)
+        stop = gr.Button(
+            "停止 Stop", variant="stop", interactive=False, elem_id="stop", min_width=80
+        )
+        regenerate = gr.Button("重新生成 Regenerate", elem_id="regenerate", min_width=80)
+        clear = gr.Button("清空 Clear", elem_id="clear", min_width=80)
+    return send, stop, regenerate, clear
+
+
+def _lay_out_editor() -> tuple[gr.Dataframe, gr.Button]:
+    """Place the attribute table, filled with the first example."""
+    with gr.Accordion("属性编辑 Attribute editor", open=True, elem_id="attributes"):
+        rows = gr.Dataframe(
+            headers=HEADERS,
+            value=[list(row) for row in parse_attributes(EXAMPLES[0]) or ()],
+            datatype="str",
+            type="array",
+            column_count=2,
+            interactive=True,
+            wrap=True,
+            label="改动会写入输入框 · Edits are written into the question",
+            elem_id="rows",
+        )
+        add_row = gr.Button("添加属性 Add an attribute", size="sm", elem_id="add-row")
+    return rows, add_row
 
 
 def _chat(label: str, name: str, visible: bool) -> gr.Chatbot:

@@ -1,18 +1,15 @@
 """The web demo: its events without a browser, who may reach it, and once in a real browser."""
 
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from ptuning.__main__ import main
 from ptuning.commands import web as web_command
 from ptuning.serve.web_access import check_address
 from ptuning.serve.web_talk import EMPTY, WebTalk
@@ -23,7 +20,6 @@ gr = pytest.importorskip("gradio", reason="needs the extra `web`", exc_type=Impo
 from ptuning.serve import web  # noqa: E402
 from scripts.screenshots import BROWSER_FLAGS, free_port  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 VISITOR = SimpleNamespace(session_hash="one")
 GREEDY = (0.0, 1.0, 24, False)
 
@@ -124,20 +120,10 @@ def test_this_machine_needs_no_password():
 @pytest.mark.parametrize(
     "arguments", [["--host", "0.0.0.0"], ["--password", " "], ["--host", "example.org"]]
 )
-def test_an_open_address_without_a_password_is_refused_in_one_line(arguments):
-    environment = {**os.environ}
-    environment.pop(web_command.PASSWORD_VARIABLE, None)
-    result = subprocess.run(
-        [sys.executable, "-m", "ptuning", "web", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+def test_an_open_address_without_a_password_is_refused_in_one_line(arguments, monkeypatch, capsys):
+    monkeypatch.delenv(web_command.PASSWORD_VARIABLE, raising=False)
+    assert main(["web", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ptuning web: --")
 
 
