@@ -250,7 +250,7 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _unknown(given: list[str]) -> str:
-    names = [text.lstrip("-").split("=")[0] for text in given]
+    names = [text.lstrip("-").split("=")[0] for text in given if text.startswith("--")] or given
     hints = []
     for name in names:
         close = difflib.get_close_matches(name, _flag_names(), n=1)
@@ -261,7 +261,10 @@ def _unknown(given: list[str]) -> str:
 def _check(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     """Check flags against each other."""
     if not (training.do_train or training.do_eval or training.do_predict):
-        raise UsageError("nothing to do: add --do_train, --do_eval or --do_predict.")
+        raise UsageError(
+            "nothing to do: add --do_train, --do_eval or --do_predict and their files, or type "
+            "bash train.sh; python main.py --help lists all flags."
+        )
     if not model.model_name_or_path:
         raise UsageError(
             "--model_name_or_path is missing; give a directory or hub id, such as "

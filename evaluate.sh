@@ -10,6 +10,7 @@ source scripts/settings.sh
 
 if [ -n "${PREFIX:-}" ]; then
   PREFIX=$(input_path "${PREFIX%/}")
+  [ ! -f "$PREFIX" ] || die "PREFIX=$PREFIX is a file; give the folder it lies in: PREFIX=$(dirname "$PREFIX")"
   [ -d "$PREFIX" ] || die "PREFIX=$PREFIX is no directory; give a run's output directory or one of its checkpoint-N."
 else
   # ls fails where a pattern matches nothing; what it found is still printed.

@@ -5,9 +5,10 @@ before anything heavy is loaded. Exit codes: 0 done, 2 cannot start as asked, 13
 """
 
 import logging
-import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -35,12 +36,23 @@ from ptuning.evaluate.report import ReportData, write_report
 from ptuning.evaluate.table import format_scores_table
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import PUBLISHED_SAMPLING, Decoding
-from ptuning.model.prefix_artefact import PrefixInfo, find_weights, read_info
+from ptuning.model.prefix_artefact import (
+    PrefixInfo,
+    prefix_shape,
+    read_info,
+    read_prefix_tensors,
+)
 from ptuning.prediction import AnswerRun
 from ptuning.train.base_model import BaseModelError, choose_dtype, load_base, load_tokenizer
 from ptuning.train.curve import CurveCallback
-from ptuning.train.run_directory import checkpoint_to_resume, checkpoints, remove_checkpoints
-from ptuning.train.settings import RunSettings, resolve_settings
+from ptuning.train.run_directory import (
+    OutputDirectoryError,
+    checkpoint_to_resume,
+    checkpoints,
+    make_output_dir,
+    remove_checkpoints,
+)
+from ptuning.train.settings import RunSettings, resolve_settings, steps_line
 from trainer_seq2seq import Seq2SeqTrainer
 
 CURVE_NAME = "loss_curve.png"
@@ -63,7 +75,13 @@ def main(argv: list[str]) -> int:
     try:
         arguments = parse_arguments(argv)
         run(arguments)
-    except (UsageError, DataError, BaseModelError, FileNotFoundError) as error:
+    except (
+        UsageError,
+        DataError,
+        BaseModelError,
+        OutputDirectoryError,
+        FileNotFoundError,
+    ) as error:
         print(f"main.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -107,6 +125,7 @@ def run(arguments: Arguments) -> None:
         model_flags.tokenizer_name or str(model_flags.model_name_or_path), **hub
     )
     rows = load_rows(arguments, settings, tokenizer)
+    make_output_dir(Path(training.output_dir))
     set_seed(training.seed)
     model = load_base(
         str(model_flags.model_name_or_path),
@@ -151,13 +170,25 @@ def checkpoint_to_go_on_from(arguments: Arguments) -> Path | None:
     return None
 
 
+@contextmanager
+def files_named_as(flag: str) -> Iterator[None]:
+    """Say which flag named the file that a DataError is about."""
+    try:
+        yield
+    except DataError as error:
+        raise UsageError(f"{flag}: {error}") from error
+
+
 def remembered_prefix(checkpoint: str | None) -> PrefixInfo | None:
     """Read what the given prefix says of itself; None without one, or for a published file."""
     if checkpoint is None:
         return None
     try:
-        find_weights(Path(checkpoint))
-        return read_info(Path(checkpoint))
+        path = Path(checkpoint)
+        prefix_shape(
+            read_prefix_tensors(path), path
+        )  # a damaged one is found before the base loads
+        return read_info(path)
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(f"--ptuning_checkpoint: {error}") from error
 
@@ -172,34 +203,35 @@ def load_rows(arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTok
     }
     train_rows = validation = test = None
     if training.do_train:
-        train_rows, summary = load_training_dataset(
-            Path(str(data.train_file)),
-            tokenizer,
-            max_rows=data.max_train_samples,
-            **common,
-            **cached,
-        )
+        with files_named_as("--train_file"):
+            path = Path(str(data.train_file))
+            limit = data.max_train_samples
+            train_rows, summary = load_training_dataset(
+                path, tokenizer, max_rows=limit, **common, **cached
+            )
         print_summary("Training", data.train_file, summary.lines())
-        logger.info(steps_line(len(train_rows), training))
+        rows_per_step = training.per_device_train_batch_size * training.world_size
+        rows_per_step *= training.gradient_accumulation_steps
+        epochs, steps = training.num_train_epochs, training.max_steps
+        logger.info(steps_line(len(train_rows), rows_per_step, epochs, max_steps=steps))
     if training.do_eval or (training.do_train and training.eval_strategy != IntervalStrategy.NO):
         if data.validation_file is None:
             raise UsageError(
                 f"--eval_strategy is {training.eval_strategy}; give --validation_file too."
             )
-        validation, summary = load_training_dataset(
-            Path(data.validation_file),
-            tokenizer,
-            max_rows=data.max_eval_samples,
-            **common,
-            **cached,
-        )
+        with files_named_as("--validation_file"):
+            path = Path(data.validation_file)
+            limit = data.max_eval_samples
+            validation, summary = load_training_dataset(
+                path, tokenizer, max_rows=limit, **common, **cached
+            )
         print_summary("Validation", data.validation_file, summary.lines())
     if training.do_predict:
         file = str(data.test_file or data.validation_file)
         del common["max_target_length"]  # answers to compare with are cut by AnswerRun
-        test, summary = load_generation_dataset(
-            Path(file), tokenizer, max_rows=data.max_predict_samples, **common
-        )
+        with files_named_as("--test_file" if data.test_file else "--validation_file"):
+            limit = data.max_predict_samples
+            test, summary = load_generation_dataset(Path(file), tokenizer, max_rows=limit, **common)
         print_summary("Prediction", file, summary.lines())
     return Rows(train_rows, validation, test)
 
@@ -209,25 +241,6 @@ def print_summary(part: str, file: str | None, lines: list[str]) -> None:
     logger.info("%s rows: %s", part, file)
     for line in lines:
         logger.info("  %s", line)
-
-
-def steps_line(num_rows: int, training: Any) -> str:
-    """Say how long an epoch is, and how much of the data the run will see."""
-    rows_per_step = (
-        training.per_device_train_batch_size
-        * training.gradient_accumulation_steps
-        * training.world_size
-    )
-    steps = math.ceil(num_rows / rows_per_step)
-    total = (
-        training.max_steps
-        if training.max_steps > 0
-        else math.ceil(steps * training.num_train_epochs)
-    )
-    return (
-        f"  {steps} steps of {rows_per_step} rows per epoch; "
-        f"this run takes {total} steps, {total / steps:.2f} epochs"
-    )
 
 
 def give_prefix(model: ChatGLMForConditionalGeneration, arguments: Arguments) -> None:
@@ -285,6 +298,10 @@ def train(trainer: Seq2SeqTrainer, arguments: Arguments, resume: Path | None) ->
     """Train, then leave the final prefix, its state and the curve in the output directory."""
     training = arguments.training
     output_dir = Path(training.output_dir)
+    if resume is not None:
+        logger.info("Going on from %s", resume)
+    elif training.resume_from_checkpoint:
+        logger.info("%s holds no whole checkpoint to go on from: starting anew", output_dir)
     if resume is None and training.overwrite_output_dir:
         removed = remove_checkpoints(output_dir)
         if removed:

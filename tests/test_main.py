@@ -346,3 +346,36 @@ def test_contradicting_the_prefix_is_an_error_that_names_both(base, files, capsy
     error = capsys.readouterr().err
     assert "--pre_seq_len is 8" in error
     assert "has 4" in error
+
+
+def test_an_output_folder_that_cannot_be_made_is_told_before_the_model_is_loaded(
+    base, files, monkeypatch, capsys
+):
+    monkeypatch.setattr(main_module, "load_base", lambda *_a, **_o: pytest.fail("was loaded"))
+    (files / "out").write_text("a file")
+    assert main(train_flags(base, files)) == 2
+    error = capsys.readouterr().err
+    assert "--output_dir" in error
+    assert "cannot be written" in error
+
+
+def test_a_damaged_prefix_is_told_before_the_model_is_loaded(base, files, monkeypatch, capsys):
+    assert main(train_flags(base, files)) == 0
+    whole = (files / "out" / "prefix.safetensors").read_bytes()
+    (files / "out" / "prefix.safetensors").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(main_module, "load_base", lambda *_a, **_o: pytest.fail("was loaded"))
+    flags = ["--do_predict", "--test_file", str(files / "dev.json")]
+    flags += ["--model_name_or_path", str(base), "--output_dir", str(files / "scores")]
+    assert main([*flags, "--ptuning_checkpoint", str(files / "out")]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_resuming_where_there_is_nothing_says_that_it_starts_anew(base, files, caplog):
+    with caplog.at_level("INFO"):
+        assert main(train_flags(base, files, "--resume_from_checkpoint", "auto")) == 0
+    assert "starting anew" in caplog.text
+
+
+def test_a_data_error_names_the_flag_of_the_file(base, files, capsys):
+    assert main(train_flags(base, files, "--train_file", "nowhere.json")) == 2
+    assert "--train_file: nowhere.json" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def check_model_path(name_or_path: str) -> None:
                 "published files."
             )
         return
-    looks_like_hub_id = name_or_path.count("/") <= 1 and not name_or_path.startswith(
+    looks_like_hub_id = name_or_path.count("/") == 1 and not name_or_path.startswith(
         (".", "/", "~")
     )
     if not looks_like_hub_id or path.exists():

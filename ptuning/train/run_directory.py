@@ -4,9 +4,29 @@ import re
 import shutil
 from pathlib import Path
 
+from ptuning.atomic_file import write_atomically
+
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Written last by the trainer and by save_prefix: a checkpoint without them was cut short.
 NEEDED_FILES = ("trainer_state.json", "prefix_config.json", "prefix.safetensors")
+
+
+class OutputDirectoryError(ValueError):
+    """The output directory cannot be used."""
+
+
+def make_output_dir(directory: Path) -> None:
+    """Make the output directory and see that it can be written, before anything heavy is loaded."""
+    probe = directory / ".can_be_written"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        raise OutputDirectoryError(
+            f"--output_dir is {directory}, which cannot be written ({error.strerror}); give "
+            "another folder."
+        ) from error
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 the defaults.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,3 +44,17 @@ def resolve_settings(typed: Mapping[str, Any], remembered: Mapping[str, Any]) ->
         if value is not None:
             values[name] = value
     return RunSettings(**values)
+
+
+def steps_line(num_rows: int, rows_per_step: int, epochs: float, *, max_steps: int) -> str:
+    """Say how long an epoch is and how much of the data a run sees; max_steps above 0 decides.
+
+    >>> steps_line(114599, 16, 3.0, max_steps=3000)
+    '  7163 steps of 16 rows per epoch; this run takes 3000 steps, 0.42 epochs'
+    """
+    steps = math.ceil(num_rows / rows_per_step)
+    total = max_steps if max_steps > 0 else math.ceil(steps * epochs)
+    return (
+        f"  {steps} steps of {rows_per_step} rows per epoch; "
+        f"this run takes {total} steps, {total / steps:.2f} epochs"
+    )

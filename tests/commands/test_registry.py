@@ -85,4 +85,4 @@ def test_module_runs_as_a_program(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "is neither a directory nor a model on the hub" in done.stderr
+    assert "which does not exist; give the folder of a checkpoint" in done.stderr
