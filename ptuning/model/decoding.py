@@ -14,9 +14,8 @@ from transformers import GenerationConfig
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine import GreedyEngine
 
-WINDOW_BATCHES = (
-    8  # prompts are sorted by length inside so many batches, so results stay near their order
-)
+# Prompts are sorted by length inside so many batches, so results stay near their order.
+WINDOW_BATCHES = 8
 
 
 @dataclass(frozen=True)
