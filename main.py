@@ -7,27 +7,19 @@ before anything heavy is loaded. Exit codes: 0 done, 2 cannot start as asked, 13
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy
 
-import ptuning
+import ptuning  # noqa: F401  # registers the model and its tokenizer with transformers
 from arguments import Arguments, UsageError, parse_arguments
 from ptuning.data.collation import pad_right
-from ptuning.data.dataset import (
-    GenerationDataset,
-    TokenDataset,
-    load_generation_dataset,
-    load_training_dataset,
-)
+from ptuning.data.dataset import GenerationDataset
 from ptuning.data.reading import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.evaluate.loss_curve import draw_loss_curve
@@ -45,6 +37,7 @@ from ptuning.model.prefix_artefact import (
 from ptuning.prediction import AnswerRun
 from ptuning.train.base_model import BaseModelError, choose_dtype, load_base, load_tokenizer
 from ptuning.train.curve import CurveCallback
+from ptuning.train.rows import Rows, load_rows
 from ptuning.train.run_directory import (
     OutputDirectoryError,
     checkpoint_to_resume,
@@ -52,21 +45,14 @@ from ptuning.train.run_directory import (
     make_output_dir,
     remove_checkpoints,
 )
-from ptuning.train.settings import RunSettings, resolve_settings, steps_line
+from ptuning.train.settings import RunSettings, resolve_settings
+from ptuning.train.tuning import PrefixTuning, Tuning
 from trainer_seq2seq import Seq2SeqTrainer
 
 CURVE_NAME = "loss_curve.png"
 REPORT_NAME = "report.html"
 
 logger = logging.getLogger("main")
-
-
-class Rows(NamedTuple):
-    """The tokenised rows of a run; None where a part was not asked for."""
-
-    train: TokenDataset | None
-    validation: TokenDataset | None
-    test: GenerationDataset | None
 
 
 def main(argv: list[str]) -> int:
@@ -135,9 +121,9 @@ def run(arguments: Arguments) -> None:
         quantize_embeddings=model_flags.quantize_embeddings,
         **hub,
     )
-    give_prefix(model, arguments)
-    model.freeze_base()
-    trainer = make_trainer(model, tokenizer, rows, arguments, settings)
+    tuning = PrefixTuning(model_flags)
+    tuning.attach(model)
+    trainer = make_trainer(model, tokenizer, rows, arguments, settings, tuning)
     if training.do_train:
         train(trainer, arguments, resume)
     if training.do_eval:
@@ -170,15 +156,6 @@ def checkpoint_to_go_on_from(arguments: Arguments) -> Path | None:
     return None
 
 
-@contextmanager
-def files_named_as(flag: str) -> Iterator[None]:
-    """Say which flag named the file that a DataError is about."""
-    try:
-        yield
-    except DataError as error:
-        raise UsageError(f"{flag}: {error}") from error
-
-
 def remembered_prefix(checkpoint: str | None) -> PrefixInfo | None:
     """Read what the given prefix says of itself; None without one, or for a published file."""
     if checkpoint is None:
@@ -193,81 +170,13 @@ def remembered_prefix(checkpoint: str | None) -> PrefixInfo | None:
         raise UsageError(f"--ptuning_checkpoint: {error}") from error
 
 
-def load_rows(arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTokenizer) -> Rows:
-    """Tokenise the files that this run needs and print what became of their rows."""
-    data, training = arguments.data, arguments.training
-    common = settings.to_dict()
-    cached: dict[str, Any] = {
-        "overwrite_cache": data.overwrite_cache,
-        "cache_dir": Path(data.token_cache_dir) if data.token_cache_dir else None,
-    }
-    train_rows = validation = test = None
-    if training.do_train:
-        with files_named_as("--train_file"):
-            path = Path(str(data.train_file))
-            limit = data.max_train_samples
-            train_rows, summary = load_training_dataset(
-                path, tokenizer, max_rows=limit, **common, **cached
-            )
-        print_summary("Training", data.train_file, summary.lines())
-        rows_per_step = training.per_device_train_batch_size * training.world_size
-        rows_per_step *= training.gradient_accumulation_steps
-        epochs, steps = training.num_train_epochs, training.max_steps
-        logger.info(steps_line(len(train_rows), rows_per_step, epochs, max_steps=steps))
-    if training.do_eval or (training.do_train and training.eval_strategy != IntervalStrategy.NO):
-        if data.validation_file is None:
-            raise UsageError(
-                f"--eval_strategy is {training.eval_strategy}; give --validation_file too."
-            )
-        with files_named_as("--validation_file"):
-            path = Path(data.validation_file)
-            limit = data.max_eval_samples
-            validation, summary = load_training_dataset(
-                path, tokenizer, max_rows=limit, **common, **cached
-            )
-        print_summary("Validation", data.validation_file, summary.lines())
-    if training.do_predict:
-        file = str(data.test_file or data.validation_file)
-        del common["max_target_length"]  # answers to compare with are cut by AnswerRun
-        with files_named_as("--test_file" if data.test_file else "--validation_file"):
-            limit = data.max_predict_samples
-            test, summary = load_generation_dataset(Path(file), tokenizer, max_rows=limit, **common)
-        print_summary("Prediction", file, summary.lines())
-    return Rows(train_rows, validation, test)
-
-
-def print_summary(part: str, file: str | None, lines: list[str]) -> None:
-    """Print what became of a file's rows."""
-    logger.info("%s rows: %s", part, file)
-    for line in lines:
-        logger.info("  %s", line)
-
-
-def give_prefix(model: ChatGLMForConditionalGeneration, arguments: Arguments) -> None:
-    """Attach the prefix to start from, or a fresh one."""
-    flags = arguments.model
-    if flags.ptuning_checkpoint is None:
-        model.add_prefix(int(flags.pre_seq_len or 0), project=bool(flags.prefix_projection))
-        return
-    try:
-        info = ptuning.load_prefix(
-            model,
-            flags.ptuning_checkpoint,
-            expected_length=flags.pre_seq_len,
-            expected_projection=flags.prefix_projection,
-        )
-    except (ValueError, FileNotFoundError) as error:
-        raise UsageError(f"--ptuning_checkpoint: {error}") from error
-    step = "" if info.step is None else f", step {info.step}"
-    logger.info("Prefix %s: %d tokens%s", flags.ptuning_checkpoint, info.prefix_length, step)
-
-
 def make_trainer(
     model: ChatGLMForConditionalGeneration,
     tokenizer: ChatGLMTokenizer,
     rows: Rows,
     arguments: Arguments,
     settings: RunSettings,
+    tuning: Tuning,
 ) -> Seq2SeqTrainer:
     """Join model, rows and flags in a trainer."""
     data, training = arguments.data, arguments.training
@@ -290,7 +199,8 @@ def make_trainer(
         train_dataset=rows.train,
         eval_dataset=rows.validation,
         callbacks=callbacks,
-        prefix_settings=settings.to_dict(),
+        tuning=tuning,
+        row_settings=settings.to_dict(),
     )
 
 
@@ -306,15 +216,9 @@ def train(trainer: Seq2SeqTrainer, arguments: Arguments, resume: Path | None) ->
         removed = remove_checkpoints(output_dir)
         if removed:
             logger.info("Removed %d checkpoints of an earlier run in %s", removed, output_dir)
-    encoder = trainer.chatglm.prefix_encoder
-    assert encoder is not None, "give_prefix ran before"
-    trained = sum(p.numel() for p in encoder.parameters())
-    frozen = sum(p.numel() for _, p in trainer.chatglm.base_parameters())
     logger.info(
-        "Training a prefix of %d tokens, %s parameters; %s of the base stay frozen in %s on %s",
-        encoder.prefix_length,
-        f"{trained:,}",
-        f"{frozen:,}",
+        "Training %s in %s on %s",
+        trainer.tuning.describe(trainer.chatglm),
         str(trainer.chatglm.dtype).removeprefix("torch."),
         training.device,
     )

@@ -1,8 +1,9 @@
-"""transformers' own Seq2SeqTrainer, with checkpoints of the prefix alone and a validation loss by
-tokens.
+"""transformers' own Seq2SeqTrainer, with checkpoints of what is trained alone and a validation loss
+by tokens.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,21 +13,23 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_utils import EvalLoopOutput
 
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import load_prefix, save_prefix
+from ptuning.train.tuning import TrainedState, Tuning, newest_metrics
 
 
 class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
-    """Trains the prefix of a frozen ChatGLM.
+    """Trains what `tuning` attached to a ChatGLM.
 
-    A checkpoint is a prefix artefact (`prefix.safetensors`, `prefix_config.json`) beside
-    transformers' optimiser, scheduler, random and trainer state. `prefix_settings` is written into
-    every artefact.
+    A checkpoint is what `tuning` writes, a prefix artefact for P-Tuning, beside transformers'
+    optimiser, scheduler, random and trainer state. `row_settings` is written into every artefact.
     """
 
-    def __init__(self, *args: Any, prefix_settings: Mapping[str, Any], **kwargs: Any) -> None:
-        """Take transformers' arguments and the settings that an artefact remembers."""
+    def __init__(
+        self, *args: Any, tuning: Tuning, row_settings: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        """Take transformers' arguments, what is trained, and the settings an artefact remembers."""
         super().__init__(*args, **kwargs)
-        self.prefix_settings = dict(prefix_settings)
+        self.tuning = tuning
+        self.row_settings = dict(row_settings)
 
     @property
     def chatglm(self) -> ChatGLMForConditionalGeneration:
@@ -36,40 +39,20 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Write the prefix and nothing of the base."""
-        metrics = {
-            name: float(value)
-            for entry in self.state.log_history
-            for name, value in entry.items()
-            if name in ("loss", "eval_loss", "epoch")
-        }  # the newest of each
-        save_prefix(
-            self.chatglm,
-            output_dir or str(self.args.output_dir),
-            step=self.state.global_step,
-            metrics=metrics,
-            settings=self.prefix_settings,
+        """Write what is trained and nothing of the frozen base."""
+        state = TrainedState(
+            self.state.global_step, newest_metrics(self.state.log_history), self.row_settings
         )
+        self.tuning.save(self.chatglm, Path(output_dir or str(self.args.output_dir)), state)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Put the checkpoint's prefix values into the prefix that the optimiser holds."""
-        encoder = self.chatglm.prefix_encoder
-        assert encoder is not None, "a trained model has a prefix"
-        load_prefix(
-            self.chatglm,
-            resume_from_checkpoint,
-            expected_length=encoder.prefix_length,
-            expected_projection=encoder.project,
-        )
-        loaded = self.chatglm.prefix_encoder
-        assert loaded is not None, "load_prefix attaches one"
-        encoder.load_state_dict(loaded.state_dict())
-        self.chatglm.attach_prefix(encoder)
+        """Put the checkpoint's values into the parameters that the optimiser holds."""
+        self.tuning.restore(self.chatglm, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """Go back to the prefix with the best validation loss."""
+        """Go back to the checkpoint with the best validation loss."""
         best = self.state.best_model_checkpoint
         assert best is not None, "transformers calls this only when it has a best checkpoint"
         self._load_from_checkpoint(best)

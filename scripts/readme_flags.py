@@ -1,4 +1,4 @@
-"""Write README.md's table of flags from arguments.py: `python -m scripts.readme_flags`.
+"""Write README.md's table of flags from ptuning/train/flags.py: `python -m scripts.readme_flags`.
 
 README_zh.md has the same table with Chinese text, written by hand; tests/test_readme.py checks that
 it names the same flags with the same defaults.

@@ -37,7 +37,7 @@ ALLOWED = {
         "ptuning.serve",
     },
     "ptuning.__main__": {"ptuning.commands"},
-    "arguments": {"ptuning.train"},  # old command lines are translated before they are parsed
+    "arguments": {"ptuning.train"},
     "trainer_seq2seq": {"ptuning.model", "ptuning.train"},
     "main": {"ptuning", "arguments", "trainer_seq2seq", *(f"ptuning.{room}" for room in ROOMS)},
 }

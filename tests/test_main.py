@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import main as main_module
 from main import main
+from ptuning.train.tuning import PrefixTuning
 from tests.tiny import make_base, rows, write_rows
 
 
@@ -196,13 +197,13 @@ def test_the_validation_loss_does_not_depend_on_the_batch(base, files):
 
 
 def test_one_row_eight_times_gives_the_loss_of_eight_rows_once(base, files, monkeypatch):
-    give_prefix = main_module.give_prefix
+    attach = PrefixTuning.attach
 
-    def without_dropout(model, arguments):
-        give_prefix(model, arguments)
+    def without_dropout(tuning, model):
+        attach(tuning, model)
         model.prefix_encoder.dropout = 0.0  # draws another mask for another batch shape
 
-    monkeypatch.setattr(main_module, "give_prefix", without_dropout)
+    monkeypatch.setattr(PrefixTuning, "attach", without_dropout)
     runs = []
     for rows_per_batch, batches in (("1", "8"), ("8", "1")):
         flags = train_flags(base, files, "--overwrite_output_dir")

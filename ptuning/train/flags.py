@@ -1,0 +1,323 @@
+"""Every flag once: name, type, default, help with unit, and the checks that need no file.
+
+Flag names are the published ones and every old command line is accepted: a renamed flag is
+translated, a flag that has lost its meaning is accepted and named once
+(`ptuning.train.legacy_flags`). None means "not given"; what stands in its place is written in the
+help.
+"""
+
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+from ptuning.train.legacy_flags import translate_flags, translate_keys
+
+RECIPES = ("corrected", "published")
+
+
+def flag(default: Any, help_text: str) -> Any:
+    """Declare one flag with its help."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """Which base, which prefix."""
+
+    model_name_or_path: str | None = flag(None, "Directory of the base model, or its hub id.")
+    ptuning_checkpoint: str | None = flag(
+        None, "Prefix to start from or to score: a directory, pytorch_model.bin or .safetensors."
+    )
+    pre_seq_len: int | None = flag(
+        None,
+        "Prefix length in prefix tokens, not in text; unset with a checkpoint reads it from there.",
+    )
+    prefix_projection: bool | None = flag(
+        None,
+        "Train the prefix through a two-layer projection; unset with a checkpoint reads it from "
+        "there.",
+    )
+    quantization_bit: int | None = flag(
+        None, "Weight bits of the frozen base, 4 or 8; unset keeps the checkpoint's."
+    )
+    quantization_backend: str = flag(
+        "auto",
+        "What runs quantised weights: auto, torch, triton or cpm_kernels; auto says which it took.",
+    )
+    quantize_embeddings: bool = flag(
+        False, "Hold the word embedding, and an output head equal to it, in int8 too."
+    )
+    config_name: str | None = flag(None, "Configuration to use in place of the base's own.")
+    tokenizer_name: str | None = flag(None, "Tokenizer to use in place of the base's own.")
+    cache_dir: str | None = flag(
+        None, "Folder for files fetched from a hub; unset is transformers' own."
+    )
+    model_revision: str = flag("main", "Branch, tag or commit of a hub model.")
+    use_auth_token: bool = flag(False, "Use the token of `hf auth login` for a private hub model.")
+    use_fast_tokenizer: bool = flag(
+        True, "Accepted from old command lines; there is one tokenizer."
+    )
+    resize_position_embeddings: bool | None = flag(
+        None, "Accepted from old command lines; rotary positions need no resizing."
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows, which columns, how long."""
+
+    train_file: str | None = flag(
+        None, "Training rows: .json (array or one object a line), .jsonl or .csv."
+    )
+    validation_file: str | None = flag(
+        None, "Rows for the validation loss, and to score without --test_file."
+    )
+    test_file: str | None = flag(None, "Rows to answer and score with --do_predict.")
+    prompt_column: str | None = flag(
+        None, "Column of the prompt; unset is the prefix's own, else content."
+    )
+    response_column: str | None = flag(
+        None, "Column of the answer; unset is the prefix's own, else summary."
+    )
+    history_column: str | None = flag(
+        None, "Column of earlier [question, answer] turns; unset for none."
+    )
+    source_prefix: str | None = flag(None, "Text put before every prompt.")
+    max_source_length: int | None = flag(
+        None,
+        "Longest prompt in tokens, [gMASK] <sop> included; unset is the prefix's own, else 1024.",
+    )
+    max_target_length: int | None = flag(
+        None, "Longest answer in tokens; unset is the prefix's own, else 128."
+    )
+    val_max_target_length: int | None = flag(
+        None, "Longest generated answer in tokens; unset is max_target_length."
+    )
+    recipe: str = flag(
+        "corrected",
+        "'corrected', or 'published' for the old treatment of empty histories, long prompts, cut "
+        "answers and "
+        "sampled scores.",
+    )
+    max_train_samples: int | None = flag(
+        None, "Use the first so many training rows; unset for all."
+    )
+    max_eval_samples: int | None = flag(
+        None, "Use the first so many validation rows; unset for all."
+    )
+    max_predict_samples: int | None = flag(None, "Answer the first so many rows; unset for all.")
+    num_beams: int | None = flag(None, "Beams while predicting; unset is 1, greedy.")
+    compare_base: bool = flag(True, "Also answer with the prefix off and score both.")
+    overwrite_cache: bool = flag(False, "Tokenise again even if the same rows are in the cache.")
+    token_cache_dir: str | None = flag(
+        None, "Folder of the token cache; unset is $PTUNING_CACHE, else ~/.cache/ptuning/tokens."
+    )
+    pad_to_max_length: bool = flag(
+        False,
+        "Pad every batch to max_source_length + max_target_length; for comparisons, it only costs "
+        "time.",
+    )
+    ignore_pad_token_for_loss: bool = flag(
+        True, "Accepted from old command lines; padding never has a loss."
+    )
+    preprocessing_num_workers: int | None = flag(
+        None, "Accepted from old command lines; tokenising uses every core by itself."
+    )
+    lang: str | None = flag(None, "Accepted from old command lines; it never had an effect.")
+    dataset_name: str | None = flag(None, "Not supported: give the rows as --train_file.")
+    dataset_config_name: str | None = flag(None, "Not supported: give the rows as --train_file.")
+    forced_bos_token: str | None = flag(
+        None, "Accepted from old command lines; ChatGLM answers begin with <sop>."
+    )
+
+
+@dataclass
+class TrainingArguments(Seq2SeqTrainingArguments):
+    """transformers' own flags, with the defaults of this toolkit and four flags more."""
+
+    output_dir: str = flag("", "Folder for checkpoints, predictions and the report.")
+    overwrite_output_dir: bool = flag(
+        False, "Replace the checkpoints of an earlier run in output_dir."
+    )
+    early_stopping_patience: int | None = flag(
+        None, "Stop after so many validations without a better loss; unset never does."
+    )
+    report_to: str = flag("none", "Where to log besides the screen: none, tensorboard, ...")
+    save_total_limit: int | None = flag(None, "Keep at most so many checkpoints; unset for all.")
+    remove_unused_columns: bool = flag(False, "Kept false: rows are already token ids.")
+
+    def __post_init__(self) -> None:
+        """Take --bf16 and --fp16 as the frozen base's dtype: no autocast is needed around it."""
+        if self.bf16 and self.fp16:
+            raise ValueError(
+                "--bf16 and --fp16 are both given; the frozen base has one dtype, so keep one."
+            )
+        self.base_dtype: str | None = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
+        self.bf16 = self.fp16 = False
+        super().__post_init__()
+        if self.device.type != "cuda":
+            self.dataloader_pin_memory = False  # it only helps copies to a CUDA device
+
+
+class Arguments(NamedTuple):
+    """Everything a run was asked for, and what is to be said about old flags."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    notices: tuple[str, ...]
+
+
+class UsageError(ValueError):
+    """A run that cannot start as asked; its text says what was given, what is needed and what to
+    type.
+    """
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Read flags, or one JSON file of them, and check what needs no file; UsageError otherwise.
+
+    `--help` leaves through argparse, with status 0.
+    """
+    parser = make_parser()
+    try:
+        if len(argv) == 1 and argv[0].endswith(".json"):
+            values, notices = translate_keys(_read_json(Path(argv[0])))
+            unknown = sorted(set(values) - _flag_names())
+            if unknown:
+                raise UsageError(f"{argv[0]} has {_unknown(unknown)}")
+            model, data, training = parser.parse_dict(values)
+        else:
+            given, notices = translate_flags(argv)
+            *parsed, unknown = parser.parse_args_into_dataclasses(
+                given, return_remaining_strings=True
+            )
+            if unknown:
+                raise UsageError(_unknown(unknown))
+            model, data, training = parsed
+    except UsageError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    _check(model, data, training)
+    return Arguments(model, data, training, tuple(notices))
+
+
+class FlagParser(HfArgumentParser):
+    """The parser of every flag; its complaints are UsageErrors without the usage's 200 lines."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse in one line."""
+        raise UsageError(f"{message}; python main.py --help lists all flags.")
+
+
+def make_parser() -> FlagParser:
+    """Return the parser of every flag."""
+    parts: Any = (ModelArguments, DataArguments, TrainingArguments)
+    return FlagParser(
+        parts,
+        prog="main.py",
+        description="Train a P-Tuning v2 prefix for ChatGLM-6B, validate it, score its answers.",
+        allow_abbrev=False,
+    )
+
+
+def _flag_names() -> set[str]:
+    return {
+        f.name for part in (ModelArguments, DataArguments, TrainingArguments) for f in fields(part)
+    }
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(
+            f"{path}: {error.strerror}; give a JSON file of flags, or flags."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a JSON file of flags ({error}).") from error
+    if not isinstance(values, dict):
+        raise UsageError(
+            f'{path}: holds a {type(values).__name__}; needed is {{"flag": value, ...}}.'
+        )
+    return values
+
+
+def _unknown(given: list[str]) -> str:
+    names = [text.lstrip("-").split("=")[0] for text in given if text.startswith("--")] or given
+    hints = []
+    for name in names:
+        close = difflib.get_close_matches(name, _flag_names(), n=1)
+        hints.append(f"--{name}" + (f" (did you mean --{close[0]}?)" if close else ""))
+    return f"unknown flags: {', '.join(hints)}; python main.py --help lists all."
+
+
+def _check(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+    """Check flags against each other."""
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise UsageError(
+            "nothing to do: add --do_train, --do_eval or --do_predict and their files, or type "
+            "bash train.sh; python main.py --help lists all flags."
+        )
+    if not model.model_name_or_path:
+        raise UsageError(
+            "--model_name_or_path is missing; give a directory or hub id, such as "
+            "THUDM/chatglm-6b or "
+            "ptuning/nano/weights."
+        )
+    if not training.output_dir:
+        raise UsageError("--output_dir is missing; give a folder for the results.")
+    if data.recipe not in RECIPES:
+        raise UsageError(f"--recipe is {data.recipe}; use {' or '.join(RECIPES)}.")
+    if data.dataset_name:
+        raise UsageError(
+            f"--dataset_name is {data.dataset_name}; hub data sets are not read: save the rows as "
+            f"a file and give "
+            "it as --train_file."
+        )
+    if model.pre_seq_len is None and model.ptuning_checkpoint is None:
+        needed = (
+            "--pre_seq_len 128 to train a new prefix"
+            if training.do_train
+            else "--ptuning_checkpoint DIR"
+        )
+        raise UsageError(f"no prefix: give {needed}; full fine-tuning is not supported yet.")
+    if model.quantization_bit not in (None, 0, 4, 8):
+        raise UsageError(
+            f"--quantization_bit is {model.quantization_bit}; use 4 or 8, or leave it out."
+        )
+    if training.early_stopping_patience is not None and not training.load_best_model_at_end:
+        raise UsageError(
+            "--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps."
+        )
+    for name, value, lowest in (
+        ("pre_seq_len", model.pre_seq_len, 1),
+        ("max_source_length", data.max_source_length, 3),
+        ("max_target_length", data.max_target_length, 3),
+        ("max_train_samples", data.max_train_samples, 1),
+        ("max_eval_samples", data.max_eval_samples, 1),
+        ("max_predict_samples", data.max_predict_samples, 1),
+    ):
+        if value is not None and value < lowest:
+            raise UsageError(f"--{name} is {value}; use {lowest} or more.")
+    for needed, wanted, file in (
+        ("--train_file", training.do_train, data.train_file),
+        ("--validation_file", training.do_eval, data.validation_file),
+        (
+            "--test_file or --validation_file",
+            training.do_predict,
+            data.test_file or data.validation_file,
+        ),
+    ):
+        if wanted and not file:
+            raise UsageError(f"{needed} is missing; give a .json, .jsonl or .csv file of rows.")
+
+
+if __name__ == "__main__":
+    sys.exit("arguments.py holds the flags of main.py; run: python main.py --help")

@@ -1,0 +1,109 @@
+"""The tokenised rows of a run: which files it needs, and what became of their rows."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers.trainer_utils import IntervalStrategy
+
+from ptuning.data.dataset import (
+    GenerationDataset,
+    TokenDataset,
+    load_generation_dataset,
+    load_training_dataset,
+)
+from ptuning.data.reading import DataError
+from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.train.flags import Arguments, UsageError
+from ptuning.train.settings import RunSettings, steps_line
+
+logger = logging.getLogger("main")
+
+
+class Rows(NamedTuple):
+    """The tokenised rows of a run; None where a part was not asked for."""
+
+    train: TokenDataset | None
+    validation: TokenDataset | None
+    test: GenerationDataset | None
+
+
+def load_rows(arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTokenizer) -> Rows:
+    """Tokenise the files that this run needs and print what became of their rows.
+
+    UsageError, with the flag that named the file, for one that cannot be read.
+    """
+    data, training = arguments.data, arguments.training
+    train_rows = validation = test = None
+    if training.do_train:
+        train_rows = _training_rows("Training", "--train_file", arguments, settings, tokenizer)
+        rows_per_step = training.per_device_train_batch_size * training.world_size
+        rows_per_step *= training.gradient_accumulation_steps
+        epochs, steps = training.num_train_epochs, training.max_steps
+        logger.info(steps_line(len(train_rows), rows_per_step, epochs, max_steps=steps))
+    if training.do_eval or (training.do_train and training.eval_strategy != IntervalStrategy.NO):
+        if data.validation_file is None:
+            raise UsageError(
+                f"--eval_strategy is {training.eval_strategy}; give --validation_file too."
+            )
+        validation = _training_rows(
+            "Validation", "--validation_file", arguments, settings, tokenizer
+        )
+    if training.do_predict:
+        test = _test_rows(arguments, settings, tokenizer)
+    return Rows(train_rows, validation, test)
+
+
+def _training_rows(
+    part: str,
+    flag: str,
+    arguments: Arguments,
+    settings: RunSettings,
+    tokenizer: ChatGLMTokenizer,
+) -> TokenDataset:
+    data = arguments.data
+    is_training = flag == "--train_file"
+    file = str(data.train_file if is_training else data.validation_file)
+    with files_named_as(flag):
+        rows, summary = load_training_dataset(
+            Path(file),
+            tokenizer,
+            max_rows=data.max_train_samples if is_training else data.max_eval_samples,
+            overwrite_cache=data.overwrite_cache,
+            cache_dir=Path(data.token_cache_dir) if data.token_cache_dir else None,
+            **settings.to_dict(),
+        )
+    _print_summary(part, file, summary.lines())
+    return rows
+
+
+def _test_rows(
+    arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTokenizer
+) -> GenerationDataset:
+    data = arguments.data
+    file = str(data.test_file or data.validation_file)
+    common: dict[str, Any] = settings.to_dict()
+    del common["max_target_length"]  # answers to compare with are cut by AnswerRun
+    with files_named_as("--test_file" if data.test_file else "--validation_file"):
+        rows, summary = load_generation_dataset(
+            Path(file), tokenizer, max_rows=data.max_predict_samples, **common
+        )
+    _print_summary("Prediction", file, summary.lines())
+    return rows
+
+
+@contextmanager
+def files_named_as(flag: str) -> Iterator[None]:
+    """Say which flag named the file that a DataError is about."""
+    try:
+        yield
+    except DataError as error:
+        raise UsageError(f"{flag}: {error}") from error
+
+
+def _print_summary(part: str, file: str, lines: list[str]) -> None:
+    logger.info("%s rows: %s", part, file)
+    for line in lines:
+        logger.info("  %s", line)

@@ -1,0 +1,118 @@
+"""What a run trains, and how that is attached, written and read back.
+
+The trainer and main.py know a Tuning only; P-Tuning v2's prefix is the first of them.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.prefix_artefact import load_prefix, save_prefix
+from ptuning.train.flags import ModelArguments, UsageError
+
+logger = logging.getLogger("main")
+
+
+class TrainedState(NamedTuple):
+    """What an artefact remembers of the run: step, newest figures, and how rows became tokens."""
+
+    step: int
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+
+
+class Tuning(Protocol):
+    """One way of tuning the base."""
+
+    def attach(self, model: ChatGLMForConditionalGeneration) -> None:
+        """Give model what is trained, fresh or from a checkpoint, and freeze everything else.
+
+        UsageError when the checkpoint does not fit.
+        """
+
+    def describe(self, model: ChatGLMForConditionalGeneration) -> str:
+        """Say in one line what is trained and what stays frozen."""
+
+    def save(
+        self, model: ChatGLMForConditionalGeneration, directory: Path, state: TrainedState
+    ) -> None:
+        """Write what is trained, and nothing of the frozen base, to directory."""
+
+    def restore(self, model: ChatGLMForConditionalGeneration, directory: Path) -> None:
+        """Put the values of a checkpoint into the parameters that the optimiser holds."""
+
+
+class PrefixTuning:
+    """P-Tuning v2: a prefix of keys and values in every layer, the base frozen."""
+
+    def __init__(self, flags: ModelArguments) -> None:
+        """Take --pre_seq_len, --prefix_projection and --ptuning_checkpoint."""
+        self.flags = flags
+
+    def attach(self, model: ChatGLMForConditionalGeneration) -> None:
+        """Attach the prefix to start from, or a fresh one; freeze the base."""
+        flags = self.flags
+        if flags.ptuning_checkpoint is None:
+            model.add_prefix(int(flags.pre_seq_len or 0), project=bool(flags.prefix_projection))
+        else:
+            self._load(model, flags.ptuning_checkpoint)
+        model.freeze_base()
+
+    def _load(self, model: ChatGLMForConditionalGeneration, checkpoint: str) -> None:
+        try:
+            info = load_prefix(
+                model,
+                checkpoint,
+                expected_length=self.flags.pre_seq_len,
+                expected_projection=self.flags.prefix_projection,
+            )
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(f"--ptuning_checkpoint: {error}") from error
+        step = "" if info.step is None else f", step {info.step}"
+        logger.info("Prefix %s: %d tokens%s", checkpoint, info.prefix_length, step)
+
+    def describe(self, model: ChatGLMForConditionalGeneration) -> str:
+        """Count prefix tokens, trained and frozen parameters."""
+        encoder = model.prefix_encoder
+        assert encoder is not None, "attach ran before"
+        trained = sum(p.numel() for p in encoder.parameters())
+        frozen = sum(p.numel() for _, p in model.base_parameters())
+        return (
+            f"a prefix of {encoder.prefix_length} tokens, {trained:,} parameters; {frozen:,} of "
+            f"the base stay frozen"
+        )
+
+    def save(
+        self, model: ChatGLMForConditionalGeneration, directory: Path, state: TrainedState
+    ) -> None:
+        """Write a prefix artefact."""
+        save_prefix(
+            model, directory, step=state.step, metrics=state.metrics, settings=state.settings
+        )
+
+    def restore(self, model: ChatGLMForConditionalGeneration, directory: Path) -> None:
+        """Put the checkpoint's values into the prefix that is attached."""
+        encoder = model.prefix_encoder
+        assert encoder is not None, "attach ran before"
+        load_prefix(
+            model,
+            directory,
+            expected_length=encoder.prefix_length,
+            expected_projection=encoder.project,
+        )
+        loaded = model.prefix_encoder
+        assert loaded is not None, "load_prefix attaches one"
+        encoder.load_state_dict(loaded.state_dict())
+        model.attach_prefix(encoder)
+
+
+def newest_metrics(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the newest loss, eval_loss and epoch of a trainer's log."""
+    return {
+        name: float(value)
+        for entry in log_history
+        for name, value in entry.items()
+        if name in ("loss", "eval_loss", "epoch")
+    }
