@@ -1,60 +1,28 @@
-"""Take the pictures of docs/web-demo.md in a real browser:  python scripts/screenshots.py
+"""Take the pictures of docs/:  python -m scripts.screenshots [--prefix NAME=DIRECTORY]
 
-Needs playwright and a Chromium (`--browser`). The answers are greedy, so the pictures show the same
-text each time; without `--prefix` they show what `bash web_demo.sh` would.
+The web demo, the terminal chat and the API, each run for real with a trained prefix, such as
+`bash train.sh` makes. Needs playwright, a Chromium (`--browser`), the openai package and curl. The
+answers are greedy, so the pictures show the same text each time.
 """
 
 import argparse
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
-ROOT = Path(__file__).resolve().parents[1]
-START_S = 120  # loading, on a slow machine
+from ptuning.serve.defaults import find_newest_prefix
+from scripts.local_server import ROOT, free_port, running
+from scripts.terminal_sessions import record_api, record_chat, to_page
+
 DESKTOP = {"width": 1120, "height": 900}
 PHONE = {"width": 390, "height": 844}
 QUESTION = "类型#裤*版型#宽松*风格#简约*裤型#阔腿裤"
+OTHER_QUESTION = "类型#裙*颜色#红色*版型#修身*裙长#长裙"
+CHAT = [
+    *("/prefix", QUESTION, "/clear", OTHER_QUESTION),
+    *("/base", "/clear", OTHER_QUESTION, "/help", "/quit"),
+]
 BROWSER_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def running_demo(arguments: list[str]) -> Iterator[str]:
-    """Start the demo in a process of its own and yield its address once it answers."""
-    port = free_port()
-    command = [sys.executable, "-m", "ptuning", "web", "--port", str(port), *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as demo:
-        try:
-            address = f"http://127.0.0.1:{port}"
-            _wait_for(address, demo)
-            yield address
-        finally:
-            demo.terminate()
-
-
-def _wait_for(address: str, demo: "subprocess.Popen[bytes]") -> None:
-    deadline_s = time.monotonic() + START_S
-    while demo.poll() is None and time.monotonic() < deadline_s:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except URLError:
-            time.sleep(0.2)
-    raise SystemExit(f"The demo did not start; type: {sys.executable} -m ptuning web")
 
 
 def find_browser(given: str | None) -> str:
@@ -75,38 +43,62 @@ def ask(page: Any, question: str) -> None:
     page.wait_for_selector("#stop:disabled", state="attached")
 
 
-def take_pictures(address: str, browser_path: str, folder: Path) -> None:
+def take_web_pictures(browser: Any, address: str, folder: Path) -> None:
     """Write web-compare.png and web-phone.png."""
-    from playwright.sync_api import sync_playwright  # not needed to parse a command line
+    for name, size in (("web-compare", DESKTOP), ("web-phone", PHONE)):
+        page = browser.new_page(viewport=size, device_scale_factor=1, locale="en-US")
+        page.goto(address)
+        page.wait_for_selector("#question textarea")
+        if name == "web-compare":
+            page.locator("#compare input").check()
+            page.wait_for_selector("#other-chat")
+        ask(page, QUESTION)
+        page.locator("#question textarea").blur()
+        page.wait_for_timeout(500)  # the last scroll and fade
+        page.screenshot(path=folder / f"{name}.png", full_page=name == "web-compare")
+        page.close()
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=BROWSER_FLAGS)
-        for name, size in (("web-compare", DESKTOP), ("web-phone", PHONE)):
-            page = browser.new_page(viewport=size, device_scale_factor=1, locale="en-US")
-            page.goto(address)
-            page.wait_for_selector("#question textarea")
-            if name == "web-compare":
-                page.locator("#compare input").check()
-                page.wait_for_selector("#other-chat")
-            ask(page, QUESTION)
-            page.locator("#question textarea").blur()
-            page.wait_for_timeout(500)  # the last scroll and fade
-            page.screenshot(path=folder / f"{name}.png", full_page=name == "web-compare")
-            page.close()
-        browser.close()
+
+def take_terminal_picture(browser: Any, title: str, session: str, file: Path) -> None:
+    """Write a session as the picture of a terminal."""
+    page = browser.new_page(viewport=DESKTOP, device_scale_factor=1)
+    page.set_content(to_page(title, session))
+    page.locator("#terminal").screenshot(path=file)
+    page.close()
+
+
+def choose_prefix(given: str | None) -> str:
+    """Return NAME=DIRECTORY: what is given, else the newest under output/ as `adgen`."""
+    if given is not None:
+        return given
+    newest = find_newest_prefix(ROOT / "output")
+    if newest is None:
+        raise SystemExit("Found no trained prefix under output/; type: bash train.sh")
+    return f"adgen={newest.relative_to(ROOT)}"
 
 
 def main() -> None:
-    """Start the demo, take the pictures, end it."""
+    """Run the three faces one after the other and take their pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prefix", metavar="NAME=DIRECTORY", help="shown; unset: the newest")
     parser.add_argument("--browser", help="path of a Chromium; unset: the one on PATH")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images")
     given = parser.parse_args()
-    browser_path = find_browser(given.browser)
+    browser_path, prefix = find_browser(given.browser), choose_prefix(given.prefix)
+    from playwright.sync_api import sync_playwright  # not needed to parse a command line
+
     given.output.mkdir(parents=True, exist_ok=True)
-    with running_demo(["--prefix", given.prefix] if given.prefix else []) as address:
-        take_pictures(address, browser_path, given.output)
+    sessions = {
+        "terminal-chat": record_chat(prefix, CHAT),
+        "api": record_api(prefix, QUESTION),
+    }
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=BROWSER_FLAGS)
+        for name, session in sessions.items():
+            take_terminal_picture(browser, "Terminal", session, given.output / f"{name}.png")
+        with running(["web", "--prefix", prefix], port=free_port()) as address:
+            take_web_pictures(browser, address, given.output)
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from tests.serve.slow_engine import slow_down
 gr = pytest.importorskip("gradio", reason="needs the extra `web`", exc_type=ImportError)
 
 from ptuning.serve import web  # noqa: E402
-from scripts.screenshots import BROWSER_FLAGS, free_port  # noqa: E402
+from scripts.local_server import free_port  # noqa: E402
+from scripts.screenshots import BROWSER_FLAGS  # noqa: E402
 
 VISITOR = SimpleNamespace(session_hash="one")
 GREEDY = (0.0, 1.0, 24, False)
