@@ -1,0 +1,186 @@
+"""Step 1a of 4: the text of a data file to rows as they stand, or `file:line: what is wrong`.
+
+JSON may be one array or one object per line (ADGEN's .json files are the latter). A fault is
+yielded and not raised, so that a caller may stop there or go on with the other lines.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+JSON_SUFFIXES = (".json", ".jsonl")
+CSV_SUFFIX = ".csv"
+# Keeps numbers as they were written, so that 1.50 stays "1.50".
+DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+
+
+class DataError(ValueError):
+    """A fault in a data file; its text is `file:line: what is wrong, what is needed`."""
+
+    def __init__(self, path: Path | str, line: int | None, message: str) -> None:
+        """Keep the place beside the message; line is None when the whole file is meant."""
+        self.path = Path(path)
+        self.line = line
+        place = f"{path}:{line}" if line is not None else f"{path}"
+        super().__init__(f"{place}: {message}")
+
+
+class Row(NamedTuple):
+    """One checked row: its line in the file, and its columns as text (a history as pairs)."""
+
+    line: int
+    columns: dict[str, Any]
+
+
+def iterate_rows(path: Path, text: str) -> Iterator[Row | DataError]:
+    """Yield each row of a file's text as it stands, with the line it begins on, or what is wrong.
+
+    After a fault the rows of the other lines follow; only an array that is broken ends there.
+    """
+    if path.suffix.lower() == CSV_SUFFIX:
+        return _read_csv(path, text)
+    if text.lstrip().startswith("["):
+        return _read_array(path, text)
+    return _read_lines(path, text)
+
+
+def _read_lines(path: Path, text: str) -> Iterator[Row | DataError]:
+    """Yield one object per line; blank lines are skipped."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                item: Row | DataError = Row(
+                    number, _as_object(path, number, _parse_line(path, number, line))
+                )
+            except DataError as error:
+                item = error
+            yield item
+
+
+def _parse_line(path: Path, number: int, line: str) -> Any:
+    return parse_json(
+        line,
+        lambda problem: DataError(
+            path,
+            number,
+            f"broken JSON: {problem}; write one whole object per line, or one array of objects.",
+        ),
+    )
+
+
+def _read_array(path: Path, text: str) -> Iterator[Row | DataError]:
+    """Yield the objects of one JSON array, element by element, so that a fault has a line."""
+    try:
+        yield from _read_elements(path, text)
+    except DataError as error:  # where the next element begins is not known any more
+        yield error
+
+
+def _read_elements(path: Path, text: str) -> Iterator[Row | DataError]:
+    """Yield the elements of an array; raise DataError where it is no array any more."""
+    index, line = _skip_blank(text, text.index("[") + 1), 1
+    counted = 0  # the lines of text[:counted] are in `line`
+    closed = text[index : index + 1] == "]"
+    while not closed:
+        line += text.count("\n", counted, index)
+        counted = index
+        try:
+            value, index = DECODER.raw_decode(text, index)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                path,
+                error.lineno,
+                f"broken JSON in the row that begins on line {line}: {error.msg} at column "
+                f"{error.colno}; write an array of objects.",
+            ) from error
+        except RecursionError as error:
+            raise DataError(path, line, "nested too deeply; write an array of objects.") from error
+        yield Row(line, value) if isinstance(value, dict) else _not_an_object(path, line, value)
+        index = _skip_blank(text, index)
+        separator = text[index : index + 1]
+        if separator not in (",", "]") or not separator:
+            number = text.count("\n", 0, index) + 1
+            raise DataError(path, number, "broken JSON: a comma or ] is due between or after rows.")
+        closed = separator == "]"
+        if not closed:
+            index = _skip_blank(text, index + 1)
+    end = _skip_blank(text, index + 1)
+    if end != len(text):
+        number = text.count("\n", 0, end) + 1
+        raise DataError(path, number, "text after the end of the array; write one array only.")
+
+
+def _skip_blank(text: str, index: int) -> int:
+    while index < len(text) and text[index] in " \t\r\n":
+        index += 1
+    return index
+
+
+def _read_csv(path: Path, text: str) -> Iterator[Row | DataError]:
+    """Yield the rows of a comma-separated file under the names of its first line."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield DataError(
+                path,
+                number,
+                f"broken CSV: {error}; put quotes around fields with commas or quotes.",
+            )
+            if header is None:
+                return  # no names, no columns
+            continue
+        if not fields:
+            continue
+        if header is None:
+            header = fields
+        elif len(fields) != len(header):
+            yield DataError(
+                path,
+                number,
+                f"{len(fields)} fields, but the first line names {len(header)}; put quotes around "
+                "fields with commas.",
+            )
+        else:
+            yield Row(number, dict(zip(header, fields, strict=True)))
+
+
+def parse_json(text: str, to_error: Callable[[str], DataError]) -> Any:
+    """Decode one JSON value, numbers as their digits; raise to_error(what is wrong)."""
+    try:
+        return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise to_error(f"{error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise to_error("nested too deeply") from error
+
+
+def _as_object(path: Path, line: int, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise _not_an_object(path, line, value)
+
+
+def _not_an_object(path: Path, line: int, value: Any) -> DataError:
+    return DataError(
+        path,
+        line,
+        f'a row must be an object such as {{"content": "...", "summary": "..."}}, and this is '
+        f"{kind_of(value)}.",
+    )
+
+
+def kind_of(value: Any) -> str:
+    """Name a JSON value's kind in words."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", dict: "an object", list: "a list", str: "a string or a number"}
+    return names[type(value)]
