@@ -60,7 +60,13 @@ def base_fingerprint(model: ChatGLMForConditionalGeneration) -> str:
     come out one bfloat16 apart.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.base_parameters()):
+    # LoRA wraps a linear, whose bias is then called base_layer.bias.
+    named = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.base_parameters()
+        if "lora_" not in name
+    }
+    for name, parameter in sorted(named.items()):
         if "layernorm" in name or name.endswith(".bias"):
             digest.update(name.encode())
             digest.update(

@@ -1,0 +1,239 @@
+"""LoRA adapters on a ChatGLM: given, written, read, put aside; the peft library does the layers.
+
+The model stays a ChatGLMForConditionalGeneration whose chosen linears are peft's, so that the
+decoding engine and `generate` work unchanged. A directory holds `adapter_model.safetensors` and
+`adapter_config.json` as peft reads them, and tuning_config.json with what the run was.
+peft is imported when an adapter is asked for, never before.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ptuning.atomic_file import write_atomically
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.prefix_artefact import base_fingerprint
+from ptuning.model.quantization.linear import QuantizedLinear
+from ptuning.model.tuned import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    LORA,
+    TunedInfo,
+    check_base,
+    read_tuned_info,
+    write_tuned_info,
+)
+
+# The linears of a layer; the first is peft's own choice for ChatGLM.
+TARGET_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+DEFAULT_TARGETS = TARGET_MODULES[:1]
+ADAPTER = "default"  # the name inside the model; it is not stored
+STORED_PREFIX = "base_model.model."  # peft wraps a model twice and stores names as seen from there
+
+
+def load_peft() -> ModuleType:
+    """Import the peft library; ValueError says how to install it."""
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"LoRA needs the peft library ({error.name} is not installed); type: "
+            "pip install 'chatglm-ptuning[lora]'"
+        ) from error
+    return peft
+
+
+def check_targets(target_modules: Sequence[str]) -> None:
+    """Refuse names that are not a layer's linears (ValueError)."""
+    unknown = [name for name in target_modules if name not in TARGET_MODULES]
+    if unknown or not target_modules:
+        raise ValueError(
+            f"LoRA's target modules are {' '.join(target_modules) or 'none'}; give one or more of "
+            f"{', '.join(TARGET_MODULES)}."
+        )
+
+
+def add_adapter(
+    model: ChatGLMForConditionalGeneration,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = DEFAULT_TARGETS,
+) -> None:
+    """Give model a fresh float32 adapter and freeze everything else.
+
+    Each target linear's output gains alpha / rank x B(A(x)), with A (rank, in_features) random and
+    B (out_features, rank) zero, so that the model's answers are the base's until it is trained.
+    ValueError for names that are not a layer's linears, and for a model that has an adapter.
+    """
+    check_targets(target_modules)
+    config = load_peft().LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+    )
+    _inject(model, config)
+
+
+def _inject(model: ChatGLMForConditionalGeneration, config: Any) -> None:
+    """Put peft's layers around the linears that config names, frozen or quantised ones alike."""
+    peft = load_peft()
+    if has_adapter(model):
+        raise ValueError("this model has a LoRA adapter already; load the base anew for another.")
+    from ptuning.model.quantization.lora_linear import QuantizedLoraLinear  # needs peft
+
+    config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
+    peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for parameter in adapter_parameters(model).values():
+        parameter.data = parameter.data.float()  # like the prefix, whatever the base is
+
+
+def has_adapter(model: ChatGLMForConditionalGeneration) -> bool:
+    """Say whether model has an adapter."""
+    return any(".lora_A." in name for name, _ in model.named_parameters())
+
+
+def adapter_parameters(model: ChatGLMForConditionalGeneration) -> dict[str, nn.Parameter]:
+    """Return the adapter's parameters by the names they are stored under."""
+    return {
+        stored_name(name): value
+        for name, value in model.named_parameters()
+        if "lora_" in name and f".{ADAPTER}" in name
+    }
+
+
+def stored_name(name: str) -> str:
+    """Return peft's name for an adapter parameter of the model.
+
+    >>> stored_name("transformer.layers.0.attention.dense.lora_A.default.weight")
+    'base_model.model.transformer.layers.0.attention.dense.lora_A.weight'
+    """
+    return STORED_PREFIX + name.replace(f".{ADAPTER}", "")
+
+
+def save_adapter(
+    model: ChatGLMForConditionalGeneration,
+    directory: str | Path,
+    info: TunedInfo,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter to directory, its description last.
+
+    tensors are the model's by name where they were gathered from several processes; None takes the
+    model's own. ValueError when the model has no adapter.
+    """
+    directory = Path(directory)
+    values: dict[str, Tensor] = dict(adapter_parameters(model))
+    if not values:
+        raise ValueError("this model has no adapter to save; give it one with add_adapter.")
+    if tensors is not None:
+        values = {stored_name(k): v for k, v in tensors.items() if stored_name(k) in values}
+    stored = {name: value.detach().float().cpu().contiguous() for name, value in values.items()}
+    write_atomically(directory / ADAPTER_WEIGHTS_NAME, save(stored, metadata={"format": "pt"}))
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.inference_mode = True  # as peft stores it: whoever loads it is not training
+    config.save_pretrained(directory)
+    write_tuned_info(directory, info)
+
+
+def load_adapter(
+    model: ChatGLMForConditionalGeneration, directory: str | Path, *, trainable: bool = False
+) -> TunedInfo:
+    """Attach the adapter in directory to its base and return its description.
+
+    trainable keeps its dropout and lets gradients flow to it; else it is frozen. ValueError when it
+    was made for another base or is damaged; FileNotFoundError when there is none.
+    """
+    directory = Path(directory)
+    info = read_tuned_info(directory)
+    if not isinstance(info, TunedInfo) or info.tuning != LORA:
+        raise ValueError(f"{directory} holds no LoRA adapter ({ADAPTER_CONFIG_NAME}).")
+    check_base(info, base_fingerprint(model), directory)
+    tensors = read_adapter_tensors(directory)
+    config = load_peft().LoraConfig.from_pretrained(str(directory))
+    config.inference_mode = not trainable
+    _inject(model, config)
+    fill_adapter(model, tensors, directory)
+    return info
+
+
+def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
+    """Return the stored tensors; ValueError for a damaged file or entries that are not finite."""
+    file = directory / ADAPTER_WEIGHTS_NAME
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{directory} has {ADAPTER_CONFIG_NAME} but no {ADAPTER_WEIGHTS_NAME}; copy it again."
+        )
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}): it is damaged or cut short; copy it again or give "
+            "another checkpoint."
+        ) from error
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{file} has {name} with entries that are not finite: its training had diverged, "
+                "so give an earlier checkpoint."
+            )
+    return tensors
+
+
+@torch.no_grad()
+def fill_adapter(
+    model: ChatGLMForConditionalGeneration, tensors: Mapping[str, Tensor], directory: Path
+) -> None:
+    """Copy stored values into the adapter that is attached; ValueError where they do not fit."""
+    parameters = adapter_parameters(model)
+    if parameters.keys() != tensors.keys():
+        odd = sorted(parameters.keys() ^ tensors.keys())
+        raise ValueError(
+            f"the adapter at {directory} has {len(tensors)} tensors where this model needs "
+            f"{len(parameters)} (first difference: {odd[0]}); it was made for other modules or "
+            "another model."
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(
+                f"the adapter at {directory} has {name} of shape {tuple(tensors[name].shape)}; "
+                f"this model needs {tuple(parameter.shape)}: it was trained on another model or "
+                "with another rank."
+            )
+        parameter.copy_(tensors[name])
+
+
+@contextmanager
+def without_adapter(model: ChatGLMForConditionalGeneration) -> Iterator[None]:
+    """Answer as the untouched base inside the block; the adapter is on again after it."""
+    layers = _adapter_layers(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _adapter_layers(model: ChatGLMForConditionalGeneration) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,0 +1,148 @@
+"""What a training run left in a directory: a prefix, a LoRA adapter, or a whole model.
+
+`kind_of` tells them apart. A prefix describes itself in prefix_config.json
+(`ptuning.model.prefix_artefact`); an adapter and a whole model do in tuning_config.json, which is
+written last.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ptuning.atomic_file import write_atomically
+from ptuning.model import prefix_artefact
+from ptuning.model.checkpoint_files import find_weight_files, read_headers
+
+PTUNING, LORA, FULL = "ptuning", "lora", "full"
+TUNINGS = (PTUNING, LORA, FULL)
+FORMAT_VERSION = 1
+INFO_NAME = "tuning_config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"  # peft's names
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+# What names the kind of a directory; a run that writes one kind takes the others' away.
+MARKS = {
+    PTUNING: (prefix_artefact.CONFIG_NAME, prefix_artefact.WEIGHTS_NAME),
+    LORA: (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME),
+    FULL: (),
+}
+
+
+@dataclass(frozen=True)
+class TunedInfo:
+    """What an adapter or a whole model was made from; the contents of tuning_config.json.
+
+    base_fingerprint is that of the base before training, None where it is not known (an adapter
+    that peft itself wrote). `settings` holds the prompt columns, lengths and recipe of the run;
+    `metrics` its newest figures.
+    """
+
+    tuning: str
+    base_model_name_or_path: str = ""
+    base_fingerprint: str | None = None
+    trained_parameters: int | None = None
+    step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def kind_of(path: str | Path) -> str:
+    """Return what a directory or file holds: "ptuning", "lora" or "full".
+
+    A published P-Tuning directory has a config.json too, so there the names of the stored tensors
+    decide. FileNotFoundError for a path with none of the three, ValueError for PEFT's other kinds
+    of adapters and for damaged weights.
+    """
+    path = Path(path)
+    if path.is_file() or any((path / name).is_file() for name in MARKS[PTUNING]):
+        return PTUNING
+    if (path / ADAPTER_CONFIG_NAME).is_file():
+        kind = _read_json(path / ADAPTER_CONFIG_NAME).get("peft_type")
+        if kind != "LORA":
+            raise ValueError(
+                f"{path} holds PEFT's kind of adapter {kind}; LORA is read, and a prefix in the "
+                "form that training wrote it: give that directory."
+            )
+        return LORA
+    if not (path / "config.json").is_file():
+        if (path / prefix_artefact.PUBLISHED_NAME).is_file():
+            return PTUNING
+        what = "has" if path.is_dir() else "does not exist, so it has"
+        raise FileNotFoundError(
+            f"{path} {what} no prefix ({prefix_artefact.CONFIG_NAME}), no LoRA adapter "
+            f"({ADAPTER_CONFIG_NAME}) and no whole model (config.json); give a directory written "
+            "by training (output/.../checkpoint-N)."
+        )
+    names = read_headers(find_weight_files(path))
+    return PTUNING if any("prefix_encoder." in name for name in names) else FULL
+
+
+def read_tuned_info(path: str | Path) -> TunedInfo | prefix_artefact.PrefixInfo | None:
+    """Return what the directory or file at path says of itself, None where it says nothing."""
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == PTUNING:
+        return prefix_artefact.read_info(path)
+    if (path / INFO_NAME).is_file():
+        return _read_info(path / INFO_NAME)
+    if kind == LORA:  # written by peft alone
+        base = _read_json(path / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        return TunedInfo(LORA, base_model_name_or_path=str(base or ""))
+    return None
+
+
+def _read_info(file: Path) -> TunedInfo:
+    values = _read_json(file)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format_version {version}; this version reads {FORMAT_VERSION}: update the "
+            "toolkit."
+        )
+    known = {f.name for f in fields(TunedInfo)}
+    try:
+        return TunedInfo(**{name: value for name, value in values.items() if name in known})
+    except TypeError as error:
+        raise ValueError(
+            f"{file} does not describe a tuned model ({error}); restore it from the run."
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); restore it from the run.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}; restore it from the run.")
+    return values
+
+
+def write_tuned_info(directory: Path, info: TunedInfo) -> None:
+    """Write tuning_config.json, which makes the directory complete; take other kinds' marks away.
+
+    Call it after the weights are in place.
+    """
+    remove_other_marks(directory, info.tuning)
+    text = json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n"
+    write_atomically(directory / INFO_NAME, text.encode())
+
+
+def remove_other_marks(directory: Path, kind: str) -> None:
+    """Delete what would make directory be taken for another kind than it holds now."""
+    others = [name for other, names in MARKS.items() if other != kind for name in names]
+    if kind == PTUNING:
+        others.append(INFO_NAME)
+    for name in others:
+        (directory / name).unlink(missing_ok=True)
+
+
+def check_base(info: TunedInfo, fingerprint: str, path: Path) -> None:
+    """Refuse an adapter trained on another base than the one of this fingerprint (ValueError)."""
+    if info.base_fingerprint is not None and info.base_fingerprint != fingerprint:
+        raise ValueError(
+            f"the adapter at {path} was trained on {info.base_model_name_or_path or 'a base'} "
+            f"(fingerprint {info.base_fingerprint[:8]}), but this base has {fingerprint[:8]}; load "
+            "the base it was trained on."
+        )
