@@ -1,4 +1,4 @@
-"""Train a prefix, validate it, answer with it: reads the flags and joins the parts.
+"""Tune a model, validate it, answer with it: reads the flags and joins the parts.
 
 The order is flags, rows, tokens, then the model, so that whatever a user can get wrong is said
 before anything heavy is loaded. Exit codes: 0 done, 2 cannot start as asked, 130 stopped by Ctrl-C.
@@ -26,16 +26,14 @@ from ptuning.evaluate.loss_curve import draw_loss_curve
 from ptuning.evaluate.loss_history import load_log_history
 from ptuning.evaluate.report import ReportData, write_report
 from ptuning.evaluate.table import format_scores_table
+from ptuning.model.adapter import read_adapter_tensors
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import PUBLISHED_SAMPLING, Decoding
-from ptuning.model.prefix_artefact import (
-    PrefixInfo,
-    prefix_shape,
-    read_info,
-    read_prefix_tensors,
-)
+from ptuning.model.prefix_artefact import PrefixInfo, prefix_shape, read_prefix_tensors
+from ptuning.model.tuned import LORA, PTUNING, TunedInfo, kind_of, read_tuned_info
 from ptuning.prediction import AnswerRun
 from ptuning.train.base_model import BaseModelError, choose_dtype, load_base, load_tokenizer
+from ptuning.train.choose_tuning import choose_tuning
 from ptuning.train.curve import CurveCallback
 from ptuning.train.rows import Rows, load_rows
 from ptuning.train.run_directory import (
@@ -46,7 +44,7 @@ from ptuning.train.run_directory import (
     remove_checkpoints,
 )
 from ptuning.train.settings import RunSettings, resolve_settings
-from ptuning.train.tuning import PrefixTuning, Tuning
+from ptuning.train.tuning import Tuning
 from trainer_seq2seq import Seq2SeqTrainer
 
 CURVE_NAME = "loss_curve.png"
@@ -100,28 +98,27 @@ def run(arguments: Arguments) -> None:
         logger.info(notice)
     model_flags, training = arguments.model, arguments.training
     resume = checkpoint_to_go_on_from(arguments)
-    remembered = remembered_prefix(model_flags.ptuning_checkpoint)
-    settings = resolve_settings(vars(arguments.data), remembered.settings if remembered else {})
     hub = {
         "cache_dir": model_flags.cache_dir,
         "revision": model_flags.model_revision,
         "token": True if model_flags.use_auth_token else None,
     }
-    tokenizer = load_tokenizer(
-        model_flags.tokenizer_name or str(model_flags.model_name_or_path), **hub
-    )
+    tuning = choose_tuning(arguments, hub)
+    remembered = remembered_info(tuning.checkpoint)
+    settings = resolve_settings(vars(arguments.data), remembered.settings if remembered else {})
+    tokenizer = load_tokenizer(model_flags.tokenizer_name or tuning.weights, **hub)
     rows = load_rows(arguments, settings, tokenizer)
     make_output_dir(Path(training.output_dir))
     set_seed(training.seed)
+    dtype = choose_dtype(training.device, training.base_dtype)
     model = load_base(
-        str(model_flags.model_name_or_path),
-        dtype=choose_dtype(training.device, training.base_dtype),
+        tuning.weights,
+        dtype=tuning.load_dtype(dtype),
         quantization_bit=model_flags.quantization_bit,
         quantization_backend=model_flags.quantization_backend,
         quantize_embeddings=model_flags.quantize_embeddings,
         **hub,
     )
-    tuning = PrefixTuning(model_flags)
     tuning.attach(model)
     trainer = make_trainer(model, tokenizer, rows, arguments, settings, tuning)
     if training.do_train:
@@ -131,7 +128,9 @@ def run(arguments: Arguments) -> None:
     table = ""
     if rows.test is not None and trainer.is_world_process_zero():
         model.to(training.device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
-        table = predict(model, tokenizer, rows.test, arguments, settings)
+        if model.dtype != dtype:
+            model.to(dtype)
+        table = predict(model, tokenizer, rows.test, arguments, settings, tuning)
     seconds = time.monotonic() - started
     logger.info("Done in %.0f s; everything is in %s", seconds, training.output_dir)
     if table:
@@ -156,16 +155,21 @@ def checkpoint_to_go_on_from(arguments: Arguments) -> Path | None:
     return None
 
 
-def remembered_prefix(checkpoint: str | None) -> PrefixInfo | None:
-    """Read what the given prefix says of itself; None without one, or for a published file."""
+def remembered_info(checkpoint: str | None) -> PrefixInfo | TunedInfo | None:
+    """Read what a checkpoint says of itself; None without one, or where it says nothing.
+
+    A damaged prefix or adapter is found here, before the base loads.
+    """
     if checkpoint is None:
         return None
     try:
         path = Path(checkpoint)
-        prefix_shape(
-            read_prefix_tensors(path), path
-        )  # a damaged one is found before the base loads
-        return read_info(path)
+        kind = kind_of(path)
+        if kind == PTUNING:
+            prefix_shape(read_prefix_tensors(path), path)
+        elif kind == LORA:
+            read_adapter_tensors(path)
+        return read_tuned_info(path)
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(f"--ptuning_checkpoint: {error}") from error
 
@@ -205,7 +209,7 @@ def make_trainer(
 
 
 def train(trainer: Seq2SeqTrainer, arguments: Arguments, resume: Path | None) -> None:
-    """Train, then leave the final prefix, its state and the curve in the output directory."""
+    """Train, then leave what was trained, its state and the curve in the output directory."""
     training = arguments.training
     output_dir = Path(training.output_dir)
     if resume is not None:
@@ -242,8 +246,9 @@ def predict(
     rows: GenerationDataset,
     arguments: Arguments,
     settings: RunSettings,
+    tuning: Tuning,
 ) -> str:
-    """Answer every row with the prefix and without, score both, and return the table."""
+    """Answer every row tuned and with the untouched base, score both, and return the table."""
     data, training = arguments.data, arguments.training
     output_dir = Path(training.output_dir)
     decoding = PUBLISHED_SAMPLING
@@ -263,24 +268,25 @@ def predict(
         decoding=decoding,
         seed=training.seed,
     )
-    tuned = answer.with_prefix()
-    base = answer.without_prefix() if data.compare_base else None
+    tuned = answer.tuned()
+    base = None
+    if data.compare_base and tuning.base is not None:
+        with tuning.untuned(model) as untouched:
+            base = answer.base(untouched)
     answer.write_results(tuned, base)
-    prefix = arguments.model.ptuning_checkpoint
-    if training.do_train or prefix is None:
-        prefix = str(output_dir)
-    info = read_info(Path(prefix))
+    scored = str(output_dir) if training.do_train else tuning.checkpoint or tuning.weights
+    info = read_tuned_info(scored)
     report = ReportData(
         title="ChatGLM P-Tuning v2",
         made_at=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         model=str(arguments.model.model_name_or_path),
-        prefix=prefix,
+        prefix=scored,
         step=info.step if info else None,
         tuned=tuned.means,
         base=base.means if base else None,
         rows=answer.report_rows(tuned, base),
         settings=settings.to_dict() | asdict(decoding),
-        log_history=find_log_history(Path(prefix), output_dir),
+        log_history=find_log_history(Path(scored), output_dir),
     )
     write_report(output_dir / REPORT_NAME, report)
     logger.info("Rows side by side: %s", output_dir / REPORT_NAME)

@@ -1,5 +1,5 @@
-"""Answer the rows of a data set with the prefix and without, score as rows finish, and gather the
-report.
+"""Answer the rows of a data set, tuned and with the untouched base, score as rows finish, and
+gather the report.
 
 It joins decoding (`ptuning.model`) and scoring (`ptuning.evaluate`), which do not know each other.
 """
@@ -66,43 +66,43 @@ class AnswerRun:
     decoding: Decoding
     seed: int
 
-    def with_prefix(self) -> Answers:
-        """Answer with the prefix: an unfinished file of the same run is continued, a finished one
-        made anew.
+    def tuned(self) -> Answers:
+        """Answer with the model as it is: an unfinished file of the same run is continued, a
+        finished one made anew.
         """
-        return self._answer(
-            self.output_dir / PREDICTIONS_NAME, use_prefix=True, reuse_finished=False
-        )
+        path = self.output_dir / PREDICTIONS_NAME
+        return self._answer(self.model, path, is_tuned=True)
 
-    def without_prefix(self) -> Answers:
+    def base(self, untouched: ChatGLMForConditionalGeneration) -> Answers:
         """Answer with the untouched base; finished rows of an earlier run with the same base are
         used again.
         """
-        return self._answer(
-            self.output_dir / BASE_PREDICTIONS_NAME, use_prefix=False, reuse_finished=True
-        )
+        path = self.output_dir / BASE_PREDICTIONS_NAME
+        return self._answer(untouched, path, is_tuned=False)
 
-    def _answer(self, path: Path, *, use_prefix: bool, reuse_finished: bool) -> Answers:
+    def _answer(
+        self, model: ChatGLMForConditionalGeneration, path: Path, *, is_tuned: bool
+    ) -> Answers:
         started = time.monotonic()
         set_seed(self.seed)
         texts: list[str] = [""] * len(self.rows)
         scores = {}
-        with PredictionFile(path, fingerprint=self._fingerprint(use_prefix=use_prefix)) as file:
-            if len(file.finished) == len(self.rows) and not reuse_finished:
+        fingerprint = self._fingerprint(model, is_tuned=is_tuned)
+        with PredictionFile(path, fingerprint=fingerprint) as file:
+            if len(file.finished) == len(self.rows) and is_tuned:
                 file.restart()
             first = len(file.finished)
-            description = "answering with the prefix" if use_prefix else "answering with the base"
+            description = "answering, tuned" if is_tuned else "answering with the base"
             bar = tqdm(total=len(self.rows), initial=first, desc=description, unit="row")
             for index, row in enumerate(file.finished):
                 texts[index] = row.prediction
                 scores[index] = score_pair(row.prediction, row.label)
             for offset, token_ids in generate_answers(
-                self.model,
+                model,
                 [row.input_ids for row in self.rows.rows[first:]],
                 pad=partial(pad_left, pad_id=self.tokenizer.pad_token_id),
                 batch_size=self.batch_size,
                 decoding=self.decoding,
-                use_prefix=use_prefix,
             ):
                 index = first + offset
                 texts[index] = self._text_of(token_ids)
@@ -124,28 +124,23 @@ class AnswerRun:
     def _text_of(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    def _fingerprint(self, *, use_prefix: bool) -> str:
+    def _fingerprint(self, model: ChatGLMForConditionalGeneration, *, is_tuned: bool) -> str:
         """Return a hash of everything that shapes an answer; sampled answers are never taken up
         again.
         """
         digest = hashlib.sha256()
-        parts: list[Any] = [
-            base_fingerprint(self.model),
-            str(self.model.dtype),
-            asdict(self.decoding),
-        ]
+        parts: list[Any] = [base_fingerprint(model), str(model.dtype), asdict(self.decoding)]
         if self.decoding.do_sample:
             parts.append(time.time_ns())
-        encoder = self.model.prefix_encoder
-        if use_prefix and encoder is not None:
-            for value in encoder.state_dict().values():
-                digest.update(value.detach().float().cpu().numpy().tobytes())
+        trained = [value for value in model.parameters() if is_tuned and value.requires_grad]
+        for value in trained:
+            digest.update(value.detach().float().cpu().numpy().tobytes())
         prompts = [row.input_ids for row in self.rows.rows]
         digest.update(json.dumps([parts, prompts, self.labels]).encode())
         return digest.hexdigest()
 
     def write_results(self, tuned: Answers, base: Answers | None) -> None:
-        """Write predict_results.json, the base's figures beside the prefix's."""
+        """Write predict_results.json, the base's figures beside the tuned ones."""
         metrics = tuned.means.by_published_name("predict")
         metrics["predict_runtime"] = round(tuned.runtime_s, 3)
         if base is not None:

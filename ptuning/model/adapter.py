@@ -56,8 +56,8 @@ def check_targets(target_modules: Sequence[str]) -> None:
     unknown = [name for name in target_modules if name not in TARGET_MODULES]
     if unknown or not target_modules:
         raise ValueError(
-            f"LoRA's target modules are {' '.join(target_modules) or 'none'}; give one or more of "
-            f"{', '.join(TARGET_MODULES)}."
+            f"--lora_target_modules is {','.join(target_modules) or 'empty'}; give one or more of "
+            f"{', '.join(TARGET_MODULES)}, separated by commas."
         )
 
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+from ptuning.model.tuned import FULL
 from ptuning.train.legacy_flags import translate_flags, translate_keys
+from ptuning.train.tuning_flags import check_tuning, find_tuning, with_tuning
 
 RECIPES = ("corrected", "published")
 
@@ -27,11 +29,13 @@ def flag(default: Any, help_text: str) -> Any:
 
 @dataclass
 class ModelArguments:
-    """Which base, which prefix."""
+    """Which base, and what is tuned in it."""
 
     model_name_or_path: str | None = flag(None, "Directory of the base model, or its hub id.")
     ptuning_checkpoint: str | None = flag(
-        None, "Prefix to start from or to score: a directory, pytorch_model.bin or .safetensors."
+        None,
+        "What to start from or to score: a directory of any way of tuning, or a prefix's "
+        "pytorch_model.bin or .safetensors.",
     )
     pre_seq_len: int | None = flag(
         None,
@@ -41,6 +45,18 @@ class ModelArguments:
         None,
         "Train the prefix through a two-layer projection; unset with a checkpoint reads it from "
         "there.",
+    )
+    lora_rank: int | None = flag(None, "Rank of a new LoRA adapter; unset is 8.")
+    lora_alpha: float | None = flag(
+        None, "LoRA's scale: B A is weighed with alpha / rank; unset is 16."
+    )
+    lora_dropout: float | None = flag(
+        None, "Dropout on LoRA's input in training, 0 to 1; unset is 0.1."
+    )
+    lora_target_modules: str | None = flag(
+        None,
+        "Linears that get LoRA, separated by commas: query_key_value, dense, dense_h_to_4h, "
+        "dense_4h_to_h; unset is query_key_value.",
     )
     quantization_bit: int | None = flag(
         None, "Weight bits of the frozen base, 4 or 8; unset keeps the checkpoint's."
@@ -138,8 +154,13 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
-    """transformers' own flags, with the defaults of this toolkit and four flags more."""
+    """transformers' own flags, with the defaults of this toolkit and some flags more."""
 
+    tuning: str | None = flag(
+        None,
+        "What is trained: ptuning (a prefix), lora (an adapter) or full (the whole model); unset: "
+        "what --ptuning_checkpoint holds, a prefix with --pre_seq_len, the model with --deepspeed.",
+    )
     output_dir: str = flag("", "Folder for checkpoints, predictions and the report.")
     overwrite_output_dir: bool = flag(
         False, "Replace the checkpoints of an earlier run in output_dir."
@@ -152,13 +173,18 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     remove_unused_columns: bool = flag(False, "Kept false: rows are already token ids.")
 
     def __post_init__(self) -> None:
-        """Take --bf16 and --fp16 as the frozen base's dtype: no autocast is needed around it."""
+        """Take --bf16 and --fp16 as the frozen base's dtype: no autocast is needed around it.
+
+        The whole model is trained in float32, so there they are accelerate's or DeepSpeed's mixed
+        precision, and the dtype of the answers.
+        """
         if self.bf16 and self.fp16:
             raise ValueError(
                 "--bf16 and --fp16 are both given; the frozen base has one dtype, so keep one."
             )
         self.base_dtype: str | None = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
-        self.bf16 = self.fp16 = False
+        if self.tuning != FULL:
+            self.bf16 = self.fp16 = False
         super().__post_init__()
         if self.device.type != "cuda":
             self.dataloader_pin_memory = False  # it only helps copies to a CUDA device
@@ -191,20 +217,21 @@ def parse_arguments(argv: list[str]) -> Arguments:
             unknown = sorted(set(values) - _flag_names())
             if unknown:
                 raise UsageError(f"{argv[0]} has {_unknown(unknown)}")
-            model, data, training = parser.parse_dict(values)
+            model, data, training = parser.parse_dict(values | {"tuning": find_tuning(values)})
         else:
             given, notices = translate_flags(argv)
             *parsed, unknown = parser.parse_args_into_dataclasses(
-                given, return_remaining_strings=True
+                with_tuning(given), return_remaining_strings=True
             )
             if unknown:
                 raise UsageError(_unknown(unknown))
             model, data, training = parsed
+        _check(model, data, training)
+        check_tuning(model, training)
     except UsageError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
-    _check(model, data, training)
     return Arguments(model, data, training, tuple(notices))
 
 
@@ -222,7 +249,7 @@ def make_parser() -> FlagParser:
     return FlagParser(
         parts,
         prog="main.py",
-        description="Train a P-Tuning v2 prefix for ChatGLM-6B, validate it, score its answers.",
+        description="Tune ChatGLM-6B (P-Tuning v2, LoRA or whole), validate it, score its answers.",
         allow_abbrev=False,
     )
 
@@ -281,13 +308,6 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
             f"a file and give "
             "it as --train_file."
         )
-    if model.pre_seq_len is None and model.ptuning_checkpoint is None:
-        needed = (
-            "--pre_seq_len 128 to train a new prefix"
-            if training.do_train
-            else "--ptuning_checkpoint DIR"
-        )
-        raise UsageError(f"no prefix: give {needed}; full fine-tuning is not supported yet.")
     if model.quantization_bit not in (None, 0, 4, 8):
         raise UsageError(
             f"--quantization_bit is {model.quantization_bit}; use 4 or 8, or leave it out."

@@ -1,30 +1,56 @@
 """What a run trains, and how that is attached, written and read back.
 
-The trainer and main.py know a Tuning only; P-Tuning v2's prefix is the first of them.
+The trainer and main.py know a Tuning only. P-Tuning v2's prefix is here; `ptuning.train.lora` and
+`ptuning.train.full` hold the two others, `ptuning.train.choose_tuning` picks one.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
+from torch import Tensor
+
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.prefix_artefact import load_prefix, save_prefix
+from ptuning.model.tuned import PTUNING, remove_other_marks
 from ptuning.train.flags import ModelArguments, UsageError
 
 logger = logging.getLogger("main")
 
 
 class TrainedState(NamedTuple):
-    """What an artefact remembers of the run: step, newest figures, and how rows became tokens."""
+    """What an artefact remembers of the run: step, newest figures, and how rows became tokens.
+
+    tensors are the model's by name where a launcher gathered them from several processes
+    (DeepSpeed, FSDP); None: the model holds its own.
+    """
 
     step: int
     metrics: dict[str, float]
     settings: dict[str, Any]
+    tensors: Mapping[str, Tensor] | None = None
 
 
 class Tuning(Protocol):
     """One way of tuning the base."""
+
+    @property
+    def weights(self) -> str:
+        """Directory or hub id that the model is loaded from."""
+
+    @property
+    def checkpoint(self) -> str | None:
+        """What training starts from or what is scored, besides the base; None for a fresh one."""
+
+    @property
+    def base(self) -> str | None:
+        """The untouched base to compare with; None when it is not known."""
+
+    def load_dtype(self, answering: torch.dtype) -> torch.dtype:
+        """Return the dtype to load the model in, given the one that it answers in."""
 
     def attach(self, model: ChatGLMForConditionalGeneration) -> None:
         """Give model what is trained, fresh or from a checkpoint, and freeze everything else.
@@ -43,6 +69,11 @@ class Tuning(Protocol):
     def restore(self, model: ChatGLMForConditionalGeneration, directory: Path) -> None:
         """Put the values of a checkpoint into the parameters that the optimiser holds."""
 
+    def untuned(
+        self, model: ChatGLMForConditionalGeneration
+    ) -> AbstractContextManager[ChatGLMForConditionalGeneration]:
+        """Give the untouched base to answer with inside a block; model is as before after it."""
+
 
 class PrefixTuning:
     """P-Tuning v2: a prefix of keys and values in every layer, the base frozen."""
@@ -50,6 +81,13 @@ class PrefixTuning:
     def __init__(self, flags: ModelArguments) -> None:
         """Take --pre_seq_len, --prefix_projection and --ptuning_checkpoint."""
         self.flags = flags
+        self.weights = str(flags.model_name_or_path)
+        self.base: str | None = self.weights
+        self.checkpoint = flags.ptuning_checkpoint
+
+    def load_dtype(self, answering: torch.dtype) -> torch.dtype:
+        """Return the frozen base's dtype; the prefix is float32 in any case."""
+        return answering
 
     def attach(self, model: ChatGLMForConditionalGeneration) -> None:
         """Attach the prefix to start from, or a fresh one; freeze the base."""
@@ -91,6 +129,7 @@ class PrefixTuning:
         save_prefix(
             model, directory, step=state.step, metrics=state.metrics, settings=state.settings
         )
+        remove_other_marks(directory, PTUNING)
 
     def restore(self, model: ChatGLMForConditionalGeneration, directory: Path) -> None:
         """Put the checkpoint's values into the prefix that is attached."""
@@ -106,6 +145,19 @@ class PrefixTuning:
         assert loaded is not None, "load_prefix attaches one"
         encoder.load_state_dict(loaded.state_dict())
         model.attach_prefix(encoder)
+
+    @contextmanager
+    def untuned(
+        self, model: ChatGLMForConditionalGeneration
+    ) -> Iterator[ChatGLMForConditionalGeneration]:
+        """Take the prefix off inside the block."""
+        encoder = model.prefix_encoder
+        assert encoder is not None, "attach ran before"
+        model.remove_prefix()
+        try:
+            yield model
+        finally:
+            model.attach_prefix(encoder)
 
 
 def newest_metrics(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

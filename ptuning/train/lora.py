@@ -1,0 +1,114 @@
+"""LoRA: low-rank products beside a layer's linears, trained through the peft library; base frozen.
+
+The adapter is float32 whatever the base is, and the base may be quantised.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ptuning.model.adapter import (
+    DEFAULT_TARGETS,
+    adapter_parameters,
+    add_adapter,
+    fill_adapter,
+    load_adapter,
+    load_peft,
+    read_adapter_tensors,
+    save_adapter,
+    without_adapter,
+)
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.prefix_artefact import base_fingerprint
+from ptuning.model.tuned import LORA, TunedInfo, kind_of
+from ptuning.train.flags import ModelArguments, UsageError
+from ptuning.train.tuning import TrainedState
+
+RANK, ALPHA, DROPOUT = 8, 16.0, 0.1  # what unset flags mean; flags.py says so
+
+logger = logging.getLogger("main")
+
+
+class LoraTuning:
+    """An adapter in the chosen linears of every layer, the base frozen."""
+
+    def __init__(self, flags: ModelArguments) -> None:
+        """Take the --lora flags and --ptuning_checkpoint; UsageError without the peft library."""
+        self.flags = flags
+        self.weights = str(flags.model_name_or_path)
+        self.base: str | None = self.weights
+        self.checkpoint = flags.ptuning_checkpoint
+        self.fingerprint: str | None = None
+        try:
+            load_peft()
+        except ValueError as error:
+            raise UsageError(f"--tuning is lora: {error}") from error
+
+    def load_dtype(self, answering: torch.dtype) -> torch.dtype:
+        """Return the frozen base's dtype; the adapter is float32 in any case."""
+        return answering
+
+    def attach(self, model: ChatGLMForConditionalGeneration) -> None:
+        """Attach the adapter to start from, or a fresh one; freeze the base."""
+        flags = self.flags
+        self.fingerprint = base_fingerprint(model)
+        if self.checkpoint is not None:
+            try:
+                info = load_adapter(model, self.checkpoint, trainable=True)
+            except (ValueError, FileNotFoundError) as error:
+                raise UsageError(f"--ptuning_checkpoint: {error}") from error
+            step = "" if info.step is None else f", step {info.step}"
+            logger.info("Adapter %s%s", self.checkpoint, step)
+            return
+        targets = flags.lora_target_modules
+        add_adapter(
+            model,
+            rank=RANK if flags.lora_rank is None else flags.lora_rank,
+            alpha=ALPHA if flags.lora_alpha is None else flags.lora_alpha,
+            dropout=DROPOUT if flags.lora_dropout is None else flags.lora_dropout,
+            target_modules=DEFAULT_TARGETS if targets is None else targets.split(","),
+        )
+
+    def describe(self, model: ChatGLMForConditionalGeneration) -> str:
+        """Count trained and frozen parameters."""
+        adapter = adapter_parameters(model)
+        trained = sum(p.numel() for p in adapter.values())
+        frozen = sum(p.numel() for p in model.parameters()) - trained
+        config = model.peft_config["default"]
+        return (
+            f"a LoRA adapter of rank {config.r} on {', '.join(sorted(config.target_modules))}, "
+            f"{trained:,} parameters; {frozen:,} of the base stay frozen"
+        )
+
+    def save(
+        self, model: ChatGLMForConditionalGeneration, directory: Path, state: TrainedState
+    ) -> None:
+        """Write an adapter directory that peft reads too."""
+        info = TunedInfo(
+            LORA,
+            base_model_name_or_path=self.weights,
+            base_fingerprint=self.fingerprint,
+            trained_parameters=sum(p.numel() for p in adapter_parameters(model).values()),
+            step=state.step,
+            metrics=state.metrics,
+            settings=state.settings,
+        )
+        save_adapter(model, directory, info, state.tensors)
+
+    def restore(self, model: ChatGLMForConditionalGeneration, directory: Path) -> None:
+        """Put the checkpoint's values into the adapter that is attached."""
+        kind = kind_of(directory)
+        if kind != LORA:
+            raise UsageError(f"{directory} is of the kind {kind}, and --tuning is lora.")
+        fill_adapter(model, read_adapter_tensors(directory), directory)
+
+    @contextmanager
+    def untuned(
+        self, model: ChatGLMForConditionalGeneration
+    ) -> Iterator[ChatGLMForConditionalGeneration]:
+        """Switch the adapter off inside the block."""
+        with without_adapter(model):
+            yield model
