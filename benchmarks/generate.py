@@ -1,4 +1,4 @@
-"""Generation speed: real-length rows answered in one batch that rows leave and join, and one at a time.
+"""Generation speed: real-length rows in one batch that rows leave and join, and one at a time.
 
     python -m benchmarks.generate [--size small] [--threads 2] [--json FILE]
 
@@ -34,7 +34,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import PUBLISHED_SAMPLING
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request, Row
-from ptuning.model.shared_prefix import Shares, SharedPrefix, mix_prefixes
+from ptuning.model.shared_prefix import SharedPrefix, Shares, mix_prefixes
 
 NO_END: frozenset[int] = frozenset()  # every row goes to its budget
 BANDWIDTH_BYTES = 2**29  # of the tensor that is read to measure the device: far above any cache
@@ -216,9 +216,9 @@ def parse(argv: list[str]) -> Namespace:
         default=list(RECIPES),
         help="what to measure; unset measures all",
     )
-    parser.add_argument("--rows", type=int, default=256, help="rows answered in the batch")
+    parser.add_argument("--rows", type=int, default=320, help="rows answered in the batch")
     parser.add_argument("--single_rows", type=int, default=8, help="rows answered one at a time")
-    parser.add_argument("--batch_size", type=int, default=64, help="rows decoded at a time")
+    parser.add_argument("--batch_size", type=int, default=128, help="rows decoded at a time")
     flags = parser.parse_args(argv)
     for name in ("rows", "single_rows", "batch_size"):
         if getattr(flags, name) < 1:
@@ -232,8 +232,8 @@ def main(argv: list[str]) -> int:
     model = make_model(flags).eval()
     bandwidth = memory_gb_per_s(flags.device)
     sys.stdout.write(
-        f"{machine()}\n{flags.size}, {flags.dtype}, P {flags.prefix}, up to {flags.batch_size} rows "
-        f"at a time; the device reads {bandwidth:.1f} GB/s\n"
+        f"{machine()}\n{flags.size}, {flags.dtype}, P {flags.prefix}, up to {flags.batch_size} "
+        f"rows at a time; the device reads {bandwidth:.1f} GB/s\n"
         f"{'':<12}{'rows':>6}{'tokens':>9}{'s':>9}{'tokens/s':>11}{'decode GB/s':>20}\n"
     )
     speeds = measure(flags, model)

@@ -23,6 +23,7 @@ from ptuning.model.shared_prefix import LayerPrefix, SharedPrefix, mix_prefixes
 
 JOIN_SHARE = 4  # rows join when a quarter as many as decode can: prompts are read together
 MOST_CELLS = 16384  # padded tokens in one pass over prompts: 8 rows of ChatGLM-6B's full context
+MOST_CELLS_CPU = 1024  # products are at full speed, and nothing is too large for malloc to reuse
 
 
 class Engine:
@@ -96,7 +97,8 @@ class Engine:
         joining = self._count_joining()
         if joining:
             moved = [self.waiting.popleft() for _ in range(joining)]
-            for group in split_by_size(moved, most_cells=MOST_CELLS):
+            on_cpu = self.model.device.type == "cpu"
+            for group in split_by_size(moved, most_cells=MOST_CELLS_CPU if on_cpu else MOST_CELLS):
                 self._join(group)
         elif self.rows:
             moved = list(self.rows)

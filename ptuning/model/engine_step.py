@@ -81,16 +81,17 @@ def _attend(
     """Return the attention output (R, E) of one new token in each row."""
     num_rows, num_columns = len(step.columns), step.mask.shape[-1]
     fused = layer.attention.query_key_value(normalised)
-    fused = fused.unflatten(-1, (layer.attention.num_heads, -1)).unsqueeze(2)  # (R, H, 1, 3D)
-    query, key, value = fused.chunk(3, dim=-1)
-    query, key = rotate(query, step.rotation), rotate(key, step.rotation)
-    keys[step.places, :, step.columns] = key[:, :, 0]
-    values[step.places, :, step.columns] = value[:, :, 0]
+    fused = fused.unflatten(-1, (layer.attention.num_heads, 3, -1))  # (R, H, 3, D)
+    # Query and key lie where rotate expects two tokens, and turn alike: one call for both.
+    query, key = rotate(fused[:, :, :2], step.rotation).unbind(2)  # (R, H, D) each
+    value = fused[:, :, 2]
+    keys[step.places, :, step.columns] = key
+    values[step.places, :, step.columns] = value
     own_keys = keys[:num_rows, :, :num_columns].float()  # (R, H, C, D)
-    query = query.float() * query.shape[-1] ** -0.5  # (R, H, 1, D)
-    scores = (query @ own_keys.transpose(-1, -2)).squeeze(2) + step.mask  # (R, H, C)
+    query = query.float() * query.shape[-1] ** -0.5
+    scores = (query.unsqueeze(2) @ own_keys.transpose(-1, -2)).squeeze(2) + step.mask  # (R, H, C)
     if prefixes:
-        scores = _with_prefix_scores(scores, query.squeeze(2), prefixes, step)
+        scores = _with_prefix_scores(scores, query, prefixes, step)
     weights = scores.softmax(dim=-1).to(value.dtype)  # (R, H, W + C)
     own = weights[..., step.prefix_columns :].unsqueeze(2) @ values[:num_rows, :, :num_columns]
     output = own.squeeze(2)  # (R, H, D)
