@@ -18,13 +18,8 @@ from transformers import set_seed
 from ptuning.data.collation import pad_left
 from ptuning.data.dataset import GenerationDataset
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.evaluate.metrics import (
-    CorpusScores,
-    PairScores,
-    is_blank,
-    mean_scores,
-    score_pair,
-)
+from ptuning.evaluate.background_scores import BackgroundScores
+from ptuning.evaluate.metrics import CorpusScores, PairScores, is_blank, mean_scores
 from ptuning.evaluate.predictions import (
     PREDICTIONS_NAME,
     RESULTS_NAME,
@@ -86,9 +81,8 @@ class AnswerRun:
         started = time.monotonic()
         set_seed(self.seed)
         texts: list[str] = [""] * len(self.rows)
-        scores = {}
         fingerprint = self._fingerprint(model, is_tuned=is_tuned)
-        with PredictionFile(path, fingerprint=fingerprint) as file:
+        with BackgroundScores() as scores, PredictionFile(path, fingerprint=fingerprint) as file:
             if len(file.finished) == len(self.rows) and is_tuned:
                 file.restart()
             first = len(file.finished)
@@ -96,7 +90,7 @@ class AnswerRun:
             bar = tqdm(total=len(self.rows), initial=first, desc=description, unit="row")
             for index, row in enumerate(file.finished):
                 texts[index] = row.prediction
-                scores[index] = score_pair(row.prediction, row.label)
+                scores.add(index, row.prediction, row.label)
             for offset, token_ids in generate_answers(
                 model,
                 [row.input_ids for row in self.rows.rows[first:]],
@@ -107,10 +101,10 @@ class AnswerRun:
                 index = first + offset
                 texts[index] = self._text_of(token_ids)
                 file.add(index, self.labels[index], texts[index])
-                scores[index] = score_pair(texts[index], self.labels[index])
+                scores.add(index, texts[index], self.labels[index])
                 bar.update()
             bar.close()
-        return Answers(texts, [scores[i] for i in range(len(texts))], time.monotonic() - started)
+            return Answers(texts, scores.in_row_order(), time.monotonic() - started)
 
     @cached_property
     def labels(self) -> list[str]:
