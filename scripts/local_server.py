@@ -1,5 +1,6 @@
 """A command of `python -m ptuning` that listens, in a process of its own, ended with the block."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -25,15 +26,25 @@ def free_port() -> int:
 
 @contextmanager
 def running(
-    arguments: Sequence[str], *, port: int, page: str = "", said: IO[bytes] | None = None
+    arguments: Sequence[str],
+    *,
+    port: int,
+    page: str = "",
+    said: IO[bytes] | None = None,
+    folder: Path = ROOT,
 ) -> Iterator[str]:
     """Start `python -m ptuning ARGUMENTS --port PORT` and yield its address once it answers.
 
     It has started when its page (such as /health) can be read. What it says on stderr goes to the
-    file `said`; None drops it.
+    file `said`; None drops it. folder is where it runs, so where it looks for output/.
     """
     command = [sys.executable, "-m", "ptuning", *arguments, "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=said or subprocess.DEVNULL) as server:
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=said or subprocess.DEVNULL,
+    ) as server:
         try:
             address = f"http://127.0.0.1:{port}"
             _wait_for(address + page, server, command)

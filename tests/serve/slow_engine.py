@@ -9,13 +9,13 @@ from ptuning.serve.session import Session
 STEP_S = 0.03
 
 
-def slow_down(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def slow_down(session: Session, monkeypatch: pytest.MonkeyPatch, *, step_s: float = STEP_S) -> None:
     """Make every decoding step of this session last a little."""
     engine = session.scheduler.engine
     fast_step = engine.step
 
     def step():
-        time.sleep(STEP_S)
+        time.sleep(step_s)
         return fast_step()
 
     monkeypatch.setattr(engine, "step", step)

@@ -1,6 +1,5 @@
-"""The web demo: its events without a browser, who may reach it, and once in a real browser."""
+"""The web demo without a browser: its events, and who may reach it."""
 
-import shutil
 import socket
 import urllib.error
 import urllib.parse
@@ -13,13 +12,11 @@ from ptuning.__main__ import main
 from ptuning.commands import web as web_command
 from ptuning.serve.web_access import check_address
 from ptuning.serve.web_talk import EMPTY, WebTalk
-from tests.serve.slow_engine import slow_down
 
 gr = pytest.importorskip("gradio", reason="needs the extra `web`", exc_type=ImportError)
 
 from ptuning.serve import web  # noqa: E402
 from scripts.local_server import free_port  # noqa: E402
-from scripts.screenshots import BROWSER_FLAGS  # noqa: E402
 
 VISITOR = SimpleNamespace(session_hash="one")
 GREEDY = (0.0, 1.0, 24, False)
@@ -156,144 +153,3 @@ def log_in(port: int, password: str) -> int:
     form = urllib.parse.urlencode({"username": "anyone", "password": password}).encode()
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/login", data=form) as answer:
         return answer.status
-
-
-# In a browser
-
-
-@pytest.fixture
-def browser_page(session, monkeypatch):
-    """A page of the running demo, with all that its console and network saw."""
-    playwright_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium on PATH")
-    slow_down(session, monkeypatch)
-    port = free_port()
-    blocks = web.build_page(WebTalk(session))
-    address = web.launch(blocks, host="127.0.0.1", port=port, password=None, wait=False)
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_FLAGS)
-        page = browser.new_page(viewport={"width": 390, "height": 844})
-        complaints: list[str] = []
-        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None
-                if request.url.startswith((address, "data:", "blob:"))
-                else complaints.append(request.url)
-            ),
-        )
-        page.goto(address)
-        page.wait_for_selector("#question textarea")
-        yield page
-        assert complaints == []
-        browser.close()
-    blocks.close()
-
-
-RECORD_ANSWERS = """() => {
-  window.shown = [];
-  new MutationObserver(() => {
-    const text = document.querySelector("#chat [data-testid=bot]")?.innerText.trim();
-    if (text && text !== window.shown.at(-1)) window.shown.push(text);
-  }).observe(document.querySelector("#chat"), {childList: true, subtree: true, characterData: true});
-}"""
-
-
-def send(page, question):
-    page.locator("#question textarea").fill(question)
-    page.keyboard.press("Enter")
-    expect_line(page, "")  # emptied with the first piece of the answer
-
-
-def wait_for_end(page):
-    page.wait_for_selector("#stop[disabled]", state="attached")
-
-
-def answers(page, chat="#chat"):
-    return page.locator(f"{chat} [data-testid=bot]").all_inner_texts()
-
-
-@pytest.mark.browser
-def test_page_streams_stops_switches_compares_and_clears(browser_page, session):
-    page = browser_page
-    page.set_default_timeout(15_000)
-    expected = {
-        name: session.chat("类型#裤", prefix=name, max_new_tokens=24).read()
-        for name in ("adgen", "base")
-    }
-    page.evaluate(RECORD_ANSWERS)
-    send(page, "类型#裤")
-    wait_for_end(page)
-    assert answers(page) == [expected["adgen"]]
-    on_the_way = [
-        text for text in page.evaluate("window.shown") if text not in ("…", expected["adgen"])
-    ]
-    assert len(on_the_way) >= 2
-    assert all(expected["adgen"].startswith(text) for text in on_the_way)
-    assert page.locator("#question textarea").input_value() == ""
-
-    page.locator("#model input").click()
-    page.get_by_role("option", name="chatty").click()
-    page.wait_for_function("document.querySelector('#chat').innerText.startsWith('chatty')")
-    page.locator("#sampling button").first.click()
-    page.wait_for_function("document.querySelector('#max-tokens input')?.value == '40'")
-    send(page, "你好")
-    page.wait_for_function(
-        "document.querySelectorAll('#chat [data-testid=bot]')[1]?.innerText.length > 3"
-    )
-    page.keyboard.press("Escape")
-    wait_for_end(page)
-    page.wait_for_function("document.querySelector('#status').innerText.includes('stopped')")
-    stopped = answers(page)[1]
-    assert session.chat("你好", prefix="chatty").read().startswith(stopped)
-
-    page.locator("#clear").click()
-    page.wait_for_function("!document.querySelector('#chat [data-testid=bot]')")
-    page.locator("#model input").click()
-    page.get_by_role("option", name="adgen").click()
-    page.wait_for_function("document.querySelector('#max-tokens input')?.value == '24'")
-    page.locator("#compare input").check()
-    page.wait_for_selector("#other-chat")
-    send(page, "类型#裤")
-    wait_for_end(page)
-    assert (answers(page), answers(page, "#other-chat")) == (
-        [expected["adgen"]],
-        [expected["base"]],
-    )
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-
-@pytest.mark.browser
-def test_attribute_editor_and_line_follow_each_other(browser_page):
-    page = browser_page
-    page.set_default_timeout(15_000)
-    line = page.locator("#question textarea")
-    line.fill("类型#裙*颜色#红色")
-    wait = "text => document.querySelector('#rows [role=grid], #rows').innerText.includes(text)"
-    page.wait_for_function(wait, arg="红色")
-    cells = page.locator("#rows [role=gridcell]")
-    assert [text.strip() for text in cells.all_inner_texts()] == ["类型", "裙", "颜色", "红色"]
-    type_into(page, cells.nth(3), "蓝色")
-    expect_line(page, "类型#裙*颜色#蓝色")
-    page.locator("#add-row").click()
-    page.wait_for_selector("[data-testid=cell-2-0]")
-    type_into(page, page.locator("[data-testid=cell-2-0]"), "版型")
-    type_into(page, page.locator("[data-testid=cell-2-1]"), "修身")
-    expect_line(page, "类型#裙*颜色#蓝色*版型#修身")
-
-
-def type_into(page, cell, text):
-    cell.dblclick()
-    page.keyboard.press("Control+A")
-    page.keyboard.type(text)
-    page.keyboard.press("Enter")
-
-
-def expect_line(page, text):
-    page.wait_for_function(
-        "text => document.querySelector('#question textarea').value == text", arg=text
-    )
