@@ -225,3 +225,21 @@ def test_lock_keeps_what_cpm_kernels_needs() -> None:
     (setuptools,) = [item for item in map(Requirement, cuda) if item.name == "setuptools"]
     assert setuptools.specifier.contains(pins("requirements.lock")["setuptools"])
     assert "cpm-kernels" not in pins("requirements.lock"), "it needs a CUDA driver to be imported"
+
+
+def test_web_and_browser_locks_pin_a_version_inside_every_range() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    web_pins, browser_pins = pins("requirements-web.lock"), pins("requirements-browser.lock")
+    for ranges, pinned in ((extras["web"], web_pins), (extras["browser"], browser_pins)):
+        assert ranges
+        for requirement in map(Requirement, ranges):
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), str(
+                requirement
+            )
+    others = pins("requirements.lock") | pins("requirements-dev.lock")
+    assert set(web_pins) & set(others) == {"pillow"}, "gradio needs another pillow, and no more"
+    assert not set(browser_pins) & (set(web_pins) | set(others))
+    lines = (ROOT / "requirements-browser.lock").read_text(encoding="utf-8").splitlines()
+    assert "-r requirements-web.lock" in lines
