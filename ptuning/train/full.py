@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class FullTuning:
                 self.fingerprint = info.base_fingerprint
                 self.base = self.base or info.base_model_name_or_path or None
 
+    @cached_property
+    def tokenizer(self) -> ChatGLMTokenizer:
+        """The tokenizer that is written beside the weights."""
+        return load_tokenizer(self.flags.tokenizer_name or self.weights, **self.hub)
+
     def load_dtype(self, answering: torch.dtype) -> torch.dtype:
         """Return float32 to train in, else the dtype that the model answers in."""
         return torch.float32 if self.trains else answering
@@ -97,9 +103,7 @@ class FullTuning:
         tensors = None if state.tensors is None else dict(state.tensors)
         try:
             model.save_pretrained(unfinished, state_dict=tensors)
-            name = self.flags.tokenizer_name or self.weights
-            tokenizer: ChatGLMTokenizer = load_tokenizer(name, **self.hub)
-            tokenizer.save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
             _move_into_place(unfinished, directory)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -152,7 +156,9 @@ def _move_into_place(source: Path, directory: Path) -> None:
     them.
     """
     files = [path for path in source.iterdir() if path.is_file()]
+    mode = (source / "config.json").stat().st_mode  # safetensors writes files for their owner only
     for path in files:
+        path.chmod(mode)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     (directory / INFO_NAME).unlink(missing_ok=True)  # not a whole artefact from here on
