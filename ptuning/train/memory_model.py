@@ -1,0 +1,302 @@
+"""What a run holds in memory, term by term, from sizes alone: no tensor is made.
+
+The terms of a layer are the tensors that its backward pass needs, so they follow
+`ptuning.model.layer`, `attention` and `packed_attention`; tests/train/test_memory_model.py counts
+them in a real pass. All figures are bytes.
+Letters: B rows, S tokens of the longest row, T tokens of all rows, N answer tokens, P prefix, L
+layers, H heads, E hidden size, I inner size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ptuning.model.answer_loss import CHUNK_ELEMENTS
+from ptuning.model.config import ChatGLMConfig
+
+FLOAT32 = 4  # bytes; prefix, optimiser and softmax are float32 whatever the base is
+SCALE_BYTES = 2  # of a quantised weight's row, float16
+ADAM_BYTES = 2 * FLOAT32  # two running means for each trained parameter
+# Float logits beside each other while the loss of a chunk is formed: themselves and the
+# exponentials that logsumexp makes of them.
+LOGIT_COPIES = 2
+# Widths of E, per token, that a layer's backward pass holds beside what the forward pass kept: the
+# gradients on both sides of the inner activation (2 I) and those around it.
+BACKWARD_WIDTHS = 4
+FORWARD_WIDTHS = 4  # the same in a forward pass that keeps nothing: query, key, value and a sum
+PREFILL_TOKENS_CPU, PREFILL_TOKENS = 1024, 16384  # `ptuning.model.engine` reads so many at once
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model's sizes and how it is stored; bits are 0 where weights are in the base's dtype."""
+
+    num_layers: int
+    hidden_size: int
+    inner_size: int
+    num_heads: int
+    vocab_size: int
+    dtype_bytes: int
+    weight_bits: int = 0
+    embedding_bits: int = 0
+    prefix_length: int = 0
+    projects_prefix: bool = False
+    tuning: str = "ptuning"  # or "lora", "full"
+    lora_rank: int = 8
+    lora_targets: tuple[str, ...] = ("query_key_value",)
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """A layer's linear maps, (rows, columns) of each weight."""
+        hidden, inner = self.hidden_size, self.inner_size
+        return {
+            "query_key_value": (3 * hidden, hidden),
+            "dense": (hidden, hidden),
+            "dense_h_to_4h": (inner, hidden),
+            "dense_4h_to_h": (hidden, inner),
+        }
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of all layers' linear maps, biases left out."""
+        return self.num_layers * sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def prefix_entries(self) -> int:
+        """Keys and values of the prefix in all layers."""
+        return self.prefix_length * 2 * self.num_layers * self.hidden_size
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        if self.tuning == "full":
+            small = sum(rows for rows, _ in self.linears.values()) + 4 * self.hidden_size
+            embedding = self.vocab_size * self.hidden_size
+            return self.layer_weights + self.num_layers * small + embedding + 2 * self.hidden_size
+        if self.tuning == "lora":
+            widths = (sum(self.linears[name]) for name in self.lora_targets)
+            return self.num_layers * self.lora_rank * sum(widths)
+        if not self.projects_prefix:
+            return self.prefix_entries
+        hidden, width = self.hidden_size, 2 * self.num_layers * self.hidden_size
+        return self.prefix_length * hidden + hidden * hidden + hidden + (hidden + 1) * width
+
+
+def size_of(config: ChatGLMConfig, *, dtype_bytes: int, **how: object) -> ModelSize:
+    """Return the sizes in a config.json; how holds ModelSize's other fields."""
+    return ModelSize(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        inner_size=config.inner_hidden_size,
+        num_heads=config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        dtype_bytes=dtype_bytes,
+        **how,  # type: ignore[arg-type]
+    )
+
+
+class Batch(NamedTuple):
+    """The tokens of one forward pass."""
+
+    lengths: tuple[int, ...]  # of each row
+    answer_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens of all rows, padding not counted."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """What a training step holds at its peak, in bytes."""
+
+    weights: int
+    trained: int  # trained parameters outside the base, and the prefix in the base's dtype
+    optimizer: int  # its state, and the gradients
+    activations: int
+    logits: int  # of one chunk, with its gradient
+    working: int  # what else one operation needs for a moment
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(self.parts().values())
+
+    @property
+    def of_step(self) -> int:
+        """What comes on top of the loaded model."""
+        return self.total - self.weights - self.trained
+
+    def parts(self) -> dict[str, int]:
+        """Return the terms by the names they are printed with."""
+        return {
+            "weights": self.weights,
+            "trained": self.trained,
+            "optimiser": self.optimizer,
+            "activations": self.activations,
+            "logits chunk": self.logits,
+            "working space": self.working,
+        }
+
+
+def weight_bytes(size: ModelSize) -> int:
+    """Return the base's weights; the output head repeats the embedding and is held once."""
+    per_layer = 4 * size.hidden_size * size.dtype_bytes  # two norms
+    for rows, columns in size.linears.values():
+        per_layer += _stored(rows, columns, size.weight_bits, size.dtype_bytes)
+        per_layer += rows * size.dtype_bytes  # bias
+    embedding = _stored(size.vocab_size, size.hidden_size, size.embedding_bits, size.dtype_bytes)
+    return size.num_layers * per_layer + embedding + 2 * size.hidden_size * size.dtype_bytes
+
+
+def _stored(rows: int, columns: int, bits: int, dtype_bytes: int) -> int:
+    if not bits:
+        return rows * columns * dtype_bytes
+    return rows * columns * bits // 8 + rows * SCALE_BYTES
+
+
+def layer_bytes(size: ModelSize, batch: Batch, *, on_cpu: bool, is_first: bool = False) -> int:
+    """Return what one layer keeps for its backward pass.
+
+    is_first: the input of a frozen model's first layer needs no gradient, so its norm keeps none.
+    """
+    tokens, rows, unit = batch.tokens, len(batch.lengths), size.dtype_bytes
+    hidden, prefix = size.hidden_size, size.prefix_length
+    inputs = (1 if is_first and size.tuning != "full" else 2) * tokens * hidden  # of the two norms
+    inner = tokens * size.inner_size  # the activation's input
+    extra = 0
+    if size.tuning == "full":  # every linear keeps its input for its weight's gradient
+        inner += tokens * size.inner_size
+        inputs += 3 * tokens * hidden
+    elif size.tuning == "lora":  # each adapter keeps its input after dropout, and the mask
+        widths = sum(size.linears[name][1] for name in size.lora_targets)
+        inputs += tokens * widths
+        extra += tokens * widths
+    mask = 2 * rows * prefix * hidden if prefix else 0  # of the prefix's dropout, one byte each
+    if on_cpu:  # row by row: keys and values behind the prefix, softmax weights, rotated queries
+        joined = 2 * (rows * prefix + tokens) * hidden
+        weights = size.num_heads * sum(length * (prefix + length) for length in batch.lengths)
+        attention = 2 * tokens * hidden + joined + weights  # queries and keys are one tensor
+    else:  # fused, on the padded grid: queries, output, keys and values behind the prefix
+        longest = max(batch.lengths)
+        attention = 2 * rows * longest * hidden + 2 * rows * (prefix + longest) * hidden
+        extra += rows * size.num_heads * longest * FLOAT32  # the softmax's normalisers
+    return unit * (inputs + inner + attention) + mask + extra
+
+
+def activation_bytes(
+    size: ModelSize, batch: Batch, *, on_cpu: bool, recomputed_layers: int = 0
+) -> int:
+    """Return what all layers keep; the first `recomputed_layers` keep their input alone."""
+    num_kept = size.num_layers - recomputed_layers
+    kept = num_kept * layer_bytes(size, batch, on_cpu=on_cpu)
+    if num_kept == size.num_layers:
+        kept += layer_bytes(size, batch, on_cpu=on_cpu, is_first=True)
+        kept -= layer_bytes(size, batch, on_cpu=on_cpu)
+    if num_kept:
+        kept -= _left_out_of_last_layer(size, batch)
+    return kept + recomputed_layers * batch.tokens * size.hidden_size * size.dtype_bytes
+
+
+def _left_out_of_last_layer(size: ModelSize, batch: Batch) -> int:
+    """Return what the last layer spares: after attention it goes on with answer tokens only."""
+    unread = batch.tokens - batch.answer_tokens
+    return unread * (size.hidden_size + size.inner_size) * size.dtype_bytes
+
+
+def logits_bytes(size: ModelSize, batch: Batch) -> int:
+    """Return the float logits of one chunk and what its loss forms beside them."""
+    num_tokens = batch.answer_tokens
+    if size.tuning != "full" and not size.embedding_bits:
+        num_tokens = min(num_tokens, max(1, CHUNK_ELEMENTS // size.vocab_size))
+    half = size.dtype_bytes if size.dtype_bytes < FLOAT32 else 0
+    return num_tokens * size.vocab_size * (LOGIT_COPIES * FLOAT32 + half)
+
+
+def training_memory(
+    size: ModelSize,
+    batch: Batch,
+    *,
+    on_cpu: bool,
+    recomputed_layers: int = 0,
+    accumulates: bool = False,
+) -> TrainingMemory:
+    """Return what a training step of one batch holds at its largest.
+
+    accumulates: gradients of earlier batches are still there (--gradient_accumulation_steps).
+    The peak is the largest of three moments: the loss, when all activations stand; the recomputing
+    of a layer, when kept layers are gone; and the optimiser's step, when all are.
+    """
+    unit = size.dtype_bytes
+    is_full = size.tuning == "full"
+    in_use = size.prefix_entries * unit if size.prefix_length else 0
+    trained = (0 if is_full else size.trained * FLOAT32) + in_use
+    gradients, state = size.trained * FLOAT32, size.trained * ADAM_BYTES
+    widths = BACKWARD_WIDTHS * size.hidden_size + 2 * size.inner_size
+    backward = batch.tokens * widths * unit
+    kept = activation_bytes(size, batch, on_cpu=on_cpu, recomputed_layers=recomputed_layers)
+    logits = logits_bytes(size, batch)
+    recomputing = 0
+    if recomputed_layers:
+        recomputing = recomputed_layers * batch.tokens * size.hidden_size * unit
+        recomputing += layer_bytes(size, batch, on_cpu=on_cpu) + backward
+    pending = gradients if accumulates or is_full else 0
+    # The prefix's gradient is gathered layer by layer, joined, and made float32.
+    joining = 0 if is_full else 2 * in_use + gradients
+    stepping = gradients + (size.trained * FLOAT32 if on_cpu else 0)  # one temporary on the CPU
+    peak = max(kept + max(logits, backward) + pending, recomputing + pending, joining, stepping)
+    activations = min(kept, peak)
+    shown_logits = min(logits, peak - activations)
+    working = max(0, peak - activations - shown_logits - pending)
+    return TrainingMemory(
+        weight_bytes(size), trained, state + pending, activations, shown_logits, working
+    )
+
+
+def cache_bytes(size: ModelSize, num_rows: int, columns: int) -> int:
+    """Return the keys and values of rows being answered, `columns` tokens each."""
+    return num_rows * columns * 2 * size.num_layers * size.hidden_size * size.dtype_bytes
+
+
+@dataclass(frozen=True)
+class AnsweringMemory:
+    """What answering holds at its peak, in bytes."""
+
+    weights: int
+    trained: int  # the prefix, float32 and in the base's dtype
+    cache: int
+    working: int  # reading prompts, or the logits of a step
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.weights + self.trained + self.cache + self.working
+
+
+def answering_memory(
+    size: ModelSize, prompt_lengths: Sequence[int], *, num_rows: int, new_tokens: int, on_cpu: bool
+) -> AnsweringMemory:
+    """Return what answering prompts holds, at most num_rows of them at a time.
+
+    new_tokens is the longest answer.
+    """
+    unit, hidden = size.dtype_bytes, size.hidden_size
+    num_rows = min(num_rows, len(prompt_lengths))
+    longest = max(prompt_lengths)
+    cells = PREFILL_TOKENS_CPU if on_cpu else PREFILL_TOKENS
+    read_at_once = max(longest, min(cells, num_rows * longest))
+    rows_at_once = -(-read_at_once // longest)
+    reading = read_at_once * (FORWARD_WIDTHS * hidden + 2 * size.inner_size) * unit
+    # Keys and values of the prompts are copied into their slots once all layers have been read.
+    reading += cache_bytes(size, 1, read_at_once)
+    reading += 2 * rows_at_once * (size.prefix_length + longest) * hidden * unit
+    choosing = num_rows * size.vocab_size * unit
+    prefix = size.prefix_entries * unit if size.prefix_length else 0
+    trained = 0 if size.tuning == "full" else size.trained * FLOAT32
+    return AnsweringMemory(
+        weight_bytes(size),
+        trained + prefix,
+        cache_bytes(size, num_rows, longest + new_tokens),
+        max(reading, choosing),
+    )

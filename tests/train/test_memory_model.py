@@ -1,0 +1,132 @@
+"""The arithmetic of memory is held to what a real training pass keeps."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.config import ChatGLMConfig
+from ptuning.model.quantization.conversion import quantize_model_
+from ptuning.train.memory_model import (
+    Batch,
+    ModelSize,
+    activation_bytes,
+    answering_memory,
+    cache_bytes,
+    size_of,
+    training_memory,
+    weight_bytes,
+)
+
+PROMPTS, ANSWERS = (30, 21, 9), (40, 33, 50)
+LENGTHS = tuple(p + a for p, a in zip(PROMPTS, ANSWERS, strict=True))
+BATCH = Batch(LENGTHS, sum(ANSWERS))
+SIZES = {"vocab_size": 256, "hidden_size": 128, "num_attention_heads": 4, "inner_hidden_size": 512}
+IDS = {"bos_token_id": 252, "eos_token_id": 253, "mask_token_id": 254, "gmask_token_id": 255}
+
+
+def build(
+    dtype: torch.dtype, *, num_layers: int = 3, **changes: int
+) -> ChatGLMForConditionalGeneration:
+    torch.manual_seed(0)
+    config = ChatGLMConfig(**SIZES | IDS | changes, num_layers=num_layers, tie_word_embeddings=True)
+    model = ChatGLMForConditionalGeneration(config).to(dtype)
+    model.add_prefix(16)
+    model.freeze_base()
+    return model.train()
+
+
+def make_batch() -> dict[str, Tensor]:
+    ids = torch.randint(10, 200, (len(LENGTHS), max(LENGTHS)))
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        ids[row, prompt - 1], ids[row, prompt] = IDS["gmask_token_id"], IDS["bos_token_id"]
+        labels[row, prompt:length] = ids[row, prompt:length]
+        mask[row, :length] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def kept_bytes(model: ChatGLMForConditionalGeneration, run: Callable[[], object]) -> int:
+    """Count what autograd keeps of a pass, each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+    held = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+            held.append(storage)  # so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(storages.values())
+
+
+def size_in(model: ChatGLMForConditionalGeneration, **how: object) -> ModelSize:
+    return size_of(model.config, dtype_bytes=model.dtype.itemsize, prefix_length=16, **how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_keeps_what_the_arithmetic_says(dtype: torch.dtype) -> None:
+    """Two depths, so that what is kept once (the loss, the mask, the angles) drops out."""
+    batch = make_batch()
+    kept, expected = [], []
+    for num_layers in (3, 5):
+        model = build(dtype, num_layers=num_layers)
+        kept.append(kept_bytes(model, lambda model=model: model(**batch).loss))
+        expected.append(activation_bytes(size_in(model), BATCH, on_cpu=True))
+    assert kept[1] - kept[0] == pytest.approx(expected[1] - expected[0], rel=0.02)
+    assert expected[0] == pytest.approx(kept[0], rel=0.1)
+
+
+@pytest.mark.parametrize("bits", [0, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_counted_to_the_byte(dtype: torch.dtype, bits: int) -> None:
+    model = build(dtype)
+    if bits:
+        quantize_model_(model, bits)
+    parameters = {p.data_ptr(): p.nbytes for _, p in model.base_parameters()}
+    assert weight_bytes(size_in(model, weight_bits=bits)) == sum(parameters.values())
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_trained_parameters_are_counted(project: bool) -> None:
+    model = build(torch.float32)
+    model.add_prefix(16, project=project)
+    assert model.prefix_encoder is not None
+    found = sum(p.numel() for p in model.prefix_encoder.parameters())
+    assert size_in(model, projects_prefix=project).trained == found
+    everything = sum(p.numel() for _, p in model.base_parameters())
+    assert size_in(model, tuning="full").trained == everything
+
+
+def test_recomputing_layers_saves_until_the_recomputed_one_is_the_peak() -> None:
+    size = size_in(build(torch.float32, num_layers=8))
+    totals = [
+        training_memory(size, BATCH, on_cpu=True, recomputed_layers=n).total for n in range(9)
+    ]
+    assert totals[:6] == sorted(totals[:6], reverse=True)
+    assert min(totals) < 0.7 * totals[0]
+
+
+def test_the_published_size_in_int4_holds_what_was_measured_on_a_processor() -> None:
+    """docs/memory.md: 4.97 GB of weights in float32, 3.89 GB in bfloat16."""
+    for dtype_bytes, gigabytes in ((4, 4.97), (2, 3.89)):
+        size = size_of(ChatGLMConfig(), dtype_bytes=dtype_bytes, weight_bits=4, prefix_length=128)
+        assert weight_bytes(size) / 1e9 == pytest.approx(gigabytes, abs=0.01)
+
+
+def test_a_cache_grows_with_rows_and_columns_and_answering_holds_it() -> None:
+    size = size_of(ChatGLMConfig(), dtype_bytes=2, prefix_length=128)
+    assert cache_bytes(size, 1, 1) == 2 * 28 * 4096 * 2
+    few = answering_memory(size, [64] * 100, num_rows=8, new_tokens=64, on_cpu=False)
+    many = answering_memory(size, [64] * 100, num_rows=64, new_tokens=64, on_cpu=False)
+    assert many.cache == 8 * few.cache == cache_bytes(size, 64, 128)
+    assert (
+        answering_memory(size, [64], num_rows=8, new_tokens=64, on_cpu=False).cache
+        == few.cache // 8
+    )
