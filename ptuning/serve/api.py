@@ -127,7 +127,7 @@ class Api:
                     yield event(reply.chunk(piece, logprobs=logprobs))
             if answer.finish_reason == "cancelled":
                 raise SessionClosedError("the server is shutting down.")
-            yield event(reply.chunk(None, finish_reason=answer.finish_reason))
+            yield event(reply.end_chunk(answer))
             if body.stream_options is not None and body.stream_options.include_usage:
                 yield event(reply.usage_chunk(answer))
             yield b"data: [DONE]\n\n"

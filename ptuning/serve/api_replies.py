@@ -68,6 +68,10 @@ class Reply:
             choice["text"] = text or ""
         return {**self.head, "object": self._chunk_object, "choices": [choice]}
 
+    def end_chunk(self, answer: Answer) -> dict[str, Any]:
+        """Return the piece that says how a stream ended, and what was left out of the prompt."""
+        return self.chunk(None, finish_reason=answer.finish_reason) | notices_of(answer)
+
     def usage_chunk(self, answer: Answer) -> dict[str, Any]:
         """Return the last piece of a stream whose client asked for the counts."""
         head = {**self.head, "object": self._chunk_object}

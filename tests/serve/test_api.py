@@ -52,6 +52,24 @@ def test_a_chat_is_the_session_s_answer(api, session, model):
     assert reply.usage.completion_tokens == answer.usage.completion_tokens
 
 
+def test_what_was_left_out_of_a_prompt_is_said_whole_and_streamed(api):
+    words = "The prompt may have 64 tokens: the end of the question was cut off."
+    asked = {"model": "adgen", "messages": [{"role": "user", "content": "类型#裤" * 40}]}
+    assert api.chat.completions.create(**asked).model_extra == {"notices": [words]}
+    usage = {"include_usage": True}
+    chunks = list(api.chat.completions.create(**asked, stream=True, stream_options=usage))
+    assert [chunk.model_extra for chunk in chunks[-2:]] == [{"notices": [words]}, {}]
+    assert chunks[-2].choices[0].finish_reason is not None
+    assert not any(chunk.model_extra for chunk in chunks[:-2])
+
+    prompt = {"model": "adgen", "prompt": "类型#裤" * 40, "stream": True}
+    *pieces, end = api.completions.create(**prompt)
+    assert end.model_extra == {"notices": [words]}
+    assert not any(piece.model_extra for piece in pieces)
+    *_, end = api.completions.create(**prompt | {"prompt": "你好"})
+    assert not end.model_extra, "nothing was left out"
+
+
 def test_history_and_system_reach_the_prompt(api, session):
     history = [("你好", "你好！")]
     messages = [
