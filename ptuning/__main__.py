@@ -13,15 +13,32 @@ from collections.abc import Sequence
 
 from ptuning.commands.registry import COMMANDS
 
+WHAT = "Tools for ChatGLM-6B checkpoints, prefixes and data."
+
+
+def overview() -> str:
+    """Return what there is to type, every command in a line, and where to read more."""
+    head = f"{WHAT} Type: python -m ptuning COMMAND ..."
+    more = "python -m ptuning COMMAND --help explains one. Training: bash train.sh"
+    return "\n".join([head, "", *_command_lines(), "", more]) + "\n"
+
+
+def _command_lines() -> list[str]:
+    width = max(len(command.name) for command in COMMANDS) + 2
+    return [f"  {command.name:<{width}}{command.help}" for command in COMMANDS]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; argv is sys.argv[1:] unless given."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        sys.stderr.write(overview())
+        return 2
     parser = argparse.ArgumentParser(
         prog="python -m ptuning",
-        description="Tools for ChatGLM-6B checkpoints, prefixes and data.",
+        description=WHAT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(["commands:", *(f"  {c.name:<10}{c.help}" for c in COMMANDS)]),
+        epilog="\n".join(["commands:", *_command_lines()]),
     )
     names = {command.name: command for command in COMMANDS}
     parser.add_argument("command", choices=names, metavar="COMMAND", help="what to do, see below")

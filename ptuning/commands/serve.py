@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)} is not installed; type: pip install 'chatglm-ptuning[serve]'"
+            f"not installed: {', '.join(missing)}; type: python -m pip install {' '.join(missing)}"
         )
     from ptuning.serve.api import build_app  # heavy, and not needed to parse a command line
     from ptuning.serve.server import check_address, serve

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
             "gradio is not installed; type: bash web_demo.sh, which brings it, or: "
-            "pip install 'chatglm-ptuning[web]'"
+            "python -m pip install 'gradio>=6,<7'"
         )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio looks whether it is up

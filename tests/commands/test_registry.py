@@ -30,8 +30,20 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"{command.name} " in text and command.help in text for command in COMMANDS)
 
 
+def test_no_command_gets_one_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = [" ".join(line.split()) for line in said.err.splitlines()]
+    assert [line for line in lines if line in {f"{c.name} {c.help}" for c in COMMANDS}] == [
+        f"{c.name} {c.help}" for c in COMMANDS
+    ]
+    assert all(len(line) <= 100 for line in said.err.splitlines())
+    assert "python -m ptuning COMMAND --help" in said.err
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["convert"], ["export", "a", "b", "--format", "onnx"]]
+    "arguments", [["fly"], ["convert"], ["export", "a", "b", "--format", "onnx"]]
 )
 def test_wrong_command_lines_exit_with_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
