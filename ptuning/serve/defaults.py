@@ -1,25 +1,42 @@
-"""What is served when nothing is named: the newest local prefix, else the nano model alone."""
+"""What is served when nothing is named: what was tuned last here, else the nano model alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ptuning.model.prefix_artefact import CONFIG_NAME, read_info
+from ptuning.model.prefix_artefact import CONFIG_NAME
+from ptuning.model.tuned import INFO_NAME
 from ptuning.nano.paths import NANO_DIR
+from ptuning.serve.tuned_model import base_of
 
 NEWEST_NAME = "newest"
 
 
 class Served(NamedTuple):
-    """A base (directory or hub id) and prefixes by name."""
+    """A model (directory or hub id; an adapter's directory too) and prefixes by name."""
 
     model: str
     prefixes: dict[str, Path]
 
 
 def find_newest_prefix(output: Path = Path("output")) -> Path | None:
-    """Return the prefix written last under output, as evaluate.sh finds it; None without one."""
-    found = [*output.glob(f"*/{CONFIG_NAME}"), *output.glob(f"*/checkpoint-*/{CONFIG_NAME}")]
+    """Return the prefix written last under output, None without one."""
+    return _newest(output, CONFIG_NAME)
+
+
+def find_newest(output: Path = Path("output")) -> Path | None:
+    """Return what was tuned last under output, as evaluate.sh finds it: a prefix, an adapter or a
+    whole model; None without any.
+    """
+    return _newest(output, CONFIG_NAME, INFO_NAME)
+
+
+def _newest(output: Path, *names: str) -> Path | None:
+    found = [
+        file
+        for name in names
+        for file in (*output.glob(f"*/{name}"), *output.glob(f"*/checkpoint-*/{name}"))
+    ]
     return max(found, key=lambda file: file.stat().st_mtime).parent if found else None
 
 
@@ -45,30 +62,17 @@ def parse_prefixes(given: Sequence[str]) -> dict[str, Path]:
 def choose_served(
     model: str | None, prefixes: Sequence[str] = (), *, output: Path = Path("output")
 ) -> Served:
-    """Fill in what is not named: the newest local prefix, and the base of the first prefix.
+    """Fill in what is not named: what was tuned last here, and the base of the first prefix.
 
     A model without prefixes is served alone.
     """
     named = parse_prefixes(prefixes)
     if not named and model is None:
-        newest = find_newest_prefix(output)
-        if newest is not None:
+        newest = find_newest(output)
+        if newest is not None and (newest / CONFIG_NAME).is_file():
             named = {NEWEST_NAME: newest}
+        elif newest is not None:
+            model = str(newest)
     if model is None and named:
-        model = _base_of(next(iter(named.values())))
+        model = base_of(next(iter(named.values())))
     return Served(model or str(NANO_DIR), named)
-
-
-def _base_of(prefix: Path) -> str:
-    """Return the base that a prefix says it was trained on."""
-    info = read_info(prefix)
-    if info is None or not info.base_model_name_or_path:
-        raise ValueError(
-            f"the prefix at {prefix} does not name its base model (no {CONFIG_NAME}, or an empty "
-            "name); give it with --model."
-        )
-    base = info.base_model_name_or_path
-    checkout = NANO_DIR.parents[2]
-    if not Path(base).is_dir() and (checkout / base / "config.json").is_file():
-        return str(checkout / base)  # trained by train.sh, which runs in the checkout
-    return base

@@ -12,12 +12,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=DIRECTORY",
         help="a trained prefix and the name it is asked for by; may be given many times. Unset, "
-        "with --model unset too: the newest under output/, else the nano model alone",
+        "with --model unset too: what was tuned last under output/, else the nano model alone",
     )
     parser.add_argument(
         "--model",
         metavar="DIRECTORY",
-        help="base model, a directory or hub id; unset: what the first prefix was trained on",
+        help="base model, a directory or hub id, or the directory of a LoRA adapter or of a model "
+        "that was tuned whole; unset: what the first prefix was trained on",
     )
     parser.add_argument("--device", help="such as cpu or cuda:1; unset: a CUDA device if any")
     parser.add_argument(

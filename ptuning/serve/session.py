@@ -18,19 +18,22 @@ import torch
 
 from ptuning.data.tokenization import SHORTEST
 from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.model.adapter import load_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request
 from ptuning.model.prefix_artefact import PrefixInfo, load_prefix
 from ptuning.model.sampling import Sampling
 from ptuning.model.shared_prefix import SharedPrefix, Shares, mix_prefixes
+from ptuning.model.tuned import LORA, TunedInfo
 from ptuning.serve.answer import Answer
 from ptuning.serve.chat_prompt import Notice, build_chat_prompt
 from ptuning.serve.scheduler import Scheduler
 from ptuning.serve.text_stream import TextStream
+from ptuning.serve.tuned_model import find_model, refuse_other_kinds
 from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
 
-BASE_NAME = "base"  # the untouched model, where a name is asked for
+BASE_NAME = "base"  # the model without a prefix, where a name is asked for
 PREFIX_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_ROWS = 32  # decoded together; more wait
 JOIN_PATIENCE = 3  # steps that a request may wait for others to be read together with
@@ -77,9 +80,14 @@ class Session:
         *,
         max_rows: int = MAX_ROWS,
         max_queue: int | None = None,
+        tuned: TunedInfo | None = None,
     ) -> None:
-        """Take over a model; a prefix attached to it is detached."""
+        """Take over a model; a prefix attached to it is detached.
+
+        tuned says how the model itself was tuned (LoRA or whole), None for an untouched base.
+        """
         self.model = model.eval()
+        self.tuned = tuned
         self.tokenizer = tokenizer
         self.model.remove_prefix()
         self.scheduler = Scheduler(
@@ -99,8 +107,10 @@ class Session:
         max_rows: int = MAX_ROWS,
         max_queue: int | None = None,
     ) -> Self:
-        """Load the base from a directory or hub id.
+        """Load the base from a directory or hub id, or what LoRA or full fine-tuning wrote.
 
+        Such a model answers wherever the base is asked for, as it was trained; an adapter is put on
+        the base that it names.
         device None takes a CUDA device if there is one. dtype (float32, float16, bfloat16) None is
         float32 on the CPU and half precision elsewhere, as in evaluation; quantization_bit 4 or 8
         quantises the weights as they are read.
@@ -108,13 +118,16 @@ class Session:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
-        name = str(model_name_or_path)
-        tokenizer = load_tokenizer(name)
+        named = find_model(str(model_name_or_path))
+        tokenizer = load_tokenizer(named.weights)
         model = load_base(
-            name, dtype=choose_dtype(device, dtype), quantization_bit=quantization_bit
+            named.weights, dtype=choose_dtype(device, dtype), quantization_bit=quantization_bit
         )
         model.to(device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
-        return cls(model, tokenizer, max_rows=max_rows, max_queue=max_queue)
+        if named.adapter is not None:
+            load_adapter(model, named.adapter)
+            logger.info("Adapter %s on %s: every answer is its own", named.adapter, named.weights)
+        return cls(model, tokenizer, max_rows=max_rows, max_queue=max_queue, tuned=named.info)
 
     # Prefixes
 
@@ -131,6 +144,12 @@ class Session:
             raise ValueError(
                 f"{name!r} cannot name a prefix; use letters, digits, '.', '_' and '-', 64 at "
                 f"most, and not {BASE_NAME!r}, which is the untouched model."
+            )
+        refuse_other_kinds(Path(path))
+        if self.tuned is not None and self.tuned.tuning == LORA and not allow_other_base:
+            raise ValueError(
+                f"the prefix at {path} cannot be added: this session's base has a LoRA adapter, "
+                "and a prefix is trained on the untouched base; serve it from another session."
             )
         with self._loading:
             if name in self._prefixes:
@@ -163,6 +182,15 @@ class Session:
             )
         return self._prefixes[name]
 
+    def settings_of(self, name: str | None) -> Mapping[str, Any]:
+        """Return the lengths and columns that a prefix, or the tuned model, was trained with.
+
+        Empty for an untouched base. UnknownPrefixError for other names.
+        """
+        if _is_base(name):
+            return {} if self.tuned is None else self.tuned.settings
+        return self.find_prefix(str(name)).info.settings
+
     # Answers
 
     def chat(
@@ -186,12 +214,12 @@ class Session:
     ) -> Answer:
         """Start an answer and return it as an iterator of text pieces.
 
-        prefix names one, None or "base" is the untouched model. strength scales what the prefix's
+        prefix names one, None or "base" is the model without any. strength scales what the prefix's
         keys draw in the softmax (0 is the base, 1 as trained); blend (name, w) shows another prefix
         with weight w beside this one with weight 1 - w. on_notice is told when the history or the
         question was too long; on_progress(finished) is called by the engine's thread at each token.
         """
-        settings = {} if _is_base(prefix) else self.find_prefix(str(prefix)).info.settings
+        settings = self.settings_of(prefix)
         new_tokens, source_length = self._lengths(settings, max_new_tokens, max_source_length)
         prompt = build_chat_prompt(
             self.tokenizer,

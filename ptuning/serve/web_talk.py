@@ -53,15 +53,14 @@ class WebTalk:
 
     def is_trained_on_chats(self, model: str) -> bool:
         """Tell whether a model has seen earlier turns: the base has, a prefix may have."""
-        if model == BASE_NAME:
+        settings = self.session.settings_of(model)
+        if model == BASE_NAME and not settings:
             return True
-        return self.session.find_prefix(model).info.settings.get("history_column") is not None
+        return settings.get("history_column") is not None
 
     def trained_length(self, model: str) -> int:
         """Return the longest answer a model was trained to give, in tokens."""
-        if model == BASE_NAME:
-            return BASE_NEW_TOKENS
-        settings = self.session.find_prefix(model).info.settings
+        settings = self.session.settings_of(model)
         return int(settings.get("max_target_length") or BASE_NEW_TOKENS)
 
     def stop(self, visitor: str) -> None:

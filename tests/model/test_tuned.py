@@ -53,7 +53,7 @@ def test_a_published_prefix_is_one_beside_its_config_or_without(build_small, tmp
 
 
 def test_a_folder_with_none_of_them_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no prefix .*no LoRA adapter"):
+    with pytest.raises(FileNotFoundError, match=r"has no prefix .*no LoRA adapter"):
         kind_of(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         kind_of(tmp_path / "nowhere")
