@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Score a prefix again:  bash evaluate.sh   the newest under output/;  PREFIX=output/.../checkpoint-1000 names one.
+# Score what was trained again:  bash evaluate.sh   the newest under output/;  PREFIX=output/.../checkpoint-1000 names one.
+# A prefix, a LoRA adapter or a whole model: main.py finds out which it is.
 # Every value below can be given from outside; further flags go to main.py.
 # A path in a variable is taken from your folder if it exists there, else from this one; OUTPUT_DIR from yours.
 set -euo pipefail
@@ -14,13 +15,18 @@ if [ -n "${PREFIX:-}" ]; then
   [ -d "$PREFIX" ] || die "PREFIX=$PREFIX is no directory; give a run's output directory or one of its checkpoint-N."
 else
   # ls fails where a pattern matches nothing; what it found is still printed.
-  newest=$(ls -t output/*/prefix_config.json output/*/checkpoint-*/prefix_config.json 2>/dev/null | head -n 1) || true
+  newest=$(ls -t output/*/{prefix,tuning}_config.json output/*/checkpoint-*/{prefix,tuning}_config.json 2>/dev/null |
+    head -n 1) || true
   [ -n "$newest" ] || die "There is no prefix under $PWD/output yet. Type: bash train.sh" \
     "or name one: PREFIX=/path/to/prefix bash evaluate.sh"
-  PREFIX=${newest%/prefix_config.json}
-  echo "Newest prefix: $PREFIX" >&2
+  PREFIX=${newest%/*}
+  echo "Newest: $PREFIX" >&2
 fi
-if [ -z "${MODEL:-}" ] && [ ! -f "$PREFIX/prefix_config.json" ]; then
+about=
+for name in prefix_config.json tuning_config.json adapter_config.json; do
+  if [ -z "$about" ] && [ -f "$PREFIX/$name" ]; then about=$PREFIX/$name; fi
+done
+if [ -z "${MODEL:-}" ] && [ -z "$about" ]; then
   die "$PREFIX has no prefix_config.json to name the base model (the published code writes none)." \
     "Name it: MODEL=THUDM/chatglm-6b PREFIX=$PREFIX bash evaluate.sh"
 fi
@@ -30,15 +36,15 @@ if [ -z "${MODEL:-}" ]; then
   MODEL=$("$PYTHON" -c '
 import json, sys
 with open(sys.argv[1], encoding="utf-8") as file:
-    sys.stdout.write(json.load(file).get("base_model_name_or_path", ""))' "$PREFIX/prefix_config.json")
-  [ -n "$MODEL" ] || die "$PREFIX/prefix_config.json names no base model; add MODEL=... before the command."
+    sys.stdout.write(json.load(file).get("base_model_name_or_path") or "")' "$about")
+  [ -n "$MODEL" ] || die "$about names no base model; add MODEL=... before the command."
 fi
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}              # rows scored at a time
-if [ ! -f "$PREFIX/prefix_config.json" ]; then
+if [ -z "$about" ]; then
   MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}       # the published lengths, for a published checkpoint
   MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}
 fi
-# Empty: what the prefix was trained with, which it remembers.
+# Empty: what it was trained with, which it remembers.
 give --max_source_length "${MAX_SOURCE_LENGTH:-}"  # tokens of the prompt, with [gMASK] and <sop>
 give --max_target_length "${MAX_TARGET_LENGTH:-}"  # tokens of the answer
 give --prompt_column "${PROMPT_COLUMN:-}"          # field of a row: what is asked

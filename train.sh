@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Train a prefix, score it against the untouched base, end with a table:  bash train.sh
+# TUNING=lora bash train.sh trains a LoRA adapter, TUNING=full the whole model (docs/tuning.md).
 # Every value below can be given from outside; further flags go to main.py:
 #     MODEL=THUDM/chatglm-6b PRE_SEQ_LEN=64 bash train.sh --seed 7
 #     bash train.sh --resume_from_checkpoint auto     # go on after Ctrl-C
@@ -29,10 +30,20 @@ print("cuda" if torch.cuda.is_available() else f"No CUDA device for torch {torch
   fi
 fi
 
+TUNING=${TUNING:-ptuning}                  # what is trained: ptuning, lora or full
+case $TUNING in
+  ptuning | lora | full) ;;
+  *) die "TUNING is $TUNING; use ptuning (a prefix), lora (an adapter) or full (the whole model)." ;;
+esac
+# Learning rate of the first step, falling linearly to 0: for a prefix, for an adapter, for the whole model.
+rate() {
+  case $TUNING in ptuning) printf %s "$1" ;; lora) printf %s "$2" ;; full) printf %s "$3" ;; esac
+}
+
 if [ "$MODEL" = "$NANO" ]; then
   NAME=${NAME:-adgen-nano}                 # the run's name, under output/
   PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}          # prefix length in tokens; not a text length
-  LR=${LR:-2e-2}                           # learning rate of the first step; falls linearly to 0
+  LR=${LR:-$(rate 2e-2 1e-2 1e-3)}
   MAX_STEPS=${MAX_STEPS:-400}              # optimiser steps
   SAVE_STEPS=${SAVE_STEPS:-200}            # steps between two checkpoints
   EVAL_STEPS=${EVAL_STEPS:-100}            # steps between two validation losses
@@ -42,7 +53,7 @@ if [ "$MODEL" = "$NANO" ]; then
 else
   NAME=${NAME:-adgen-chatglm-6b}           # from here on the published settings
   PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}
-  LR=${LR:-2e-2}
+  LR=${LR:-$(rate 2e-2 2e-4 1e-4)}          # published for a prefix and for the whole model
   MAX_STEPS=${MAX_STEPS:-3000}
   SAVE_STEPS=${SAVE_STEPS:-1000}
   EVAL_STEPS=${EVAL_STEPS:-1000}
@@ -60,15 +71,21 @@ give --quantization_bit "${QUANTIZATION_BIT:-}" # 4 or 8; empty: the base as it 
 if [ -n "${OUTPUT_DIR:-}" ]; then
   OUTPUT_DIR=$(output_path "$OUTPUT_DIR")
 else
-  OUTPUT_DIR=output/$NAME-pt-$PRE_SEQ_LEN-$LR
+  case $TUNING in
+    ptuning) OUTPUT_DIR=output/$NAME-pt-$PRE_SEQ_LEN-$LR ;;
+    lora) OUTPUT_DIR=output/$NAME-lora-$LR ;;
+    full) OUTPUT_DIR=output/$NAME-ft-$LR ;;
+  esac
 fi
+tuning=(--tuning "$TUNING")
+if [ "$TUNING" = ptuning ]; then tuning=(--pre_seq_len "$PRE_SEQ_LEN"); fi
 
 exec "$PYTHON" main.py \
   --do_train --do_eval --do_predict \
   --train_file "$TRAIN_FILE" --validation_file "$DEV_FILE" --test_file "$DEV_FILE" \
   --prompt_column "$PROMPT_COLUMN" --response_column "$RESPONSE_COLUMN" \
   --max_source_length "$MAX_SOURCE_LENGTH" --max_target_length "$MAX_TARGET_LENGTH" \
-  --model_name_or_path "$MODEL" --pre_seq_len "$PRE_SEQ_LEN" \
+  --model_name_or_path "$MODEL" "${tuning[@]}" \
   --output_dir "$OUTPUT_DIR" --overwrite_output_dir \
   --per_device_train_batch_size "$BATCH_SIZE" --gradient_accumulation_steps "$ACCUMULATION" \
   --per_device_eval_batch_size "$EVAL_BATCH_SIZE" --predict_with_generate \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A page to talk to a trained prefix, to the base, or to both side by side:  bash web_demo.sh   opens 127.0.0.1:7860.
-#     PREFIX=output/run bash web_demo.sh     this prefix; unset: the newest under output/, else the nano model alone
+#     PREFIX=output/run bash web_demo.sh     this prefix, adapter or model; unset: the newest under output/
 #     bash web_demo.sh --port 8080 --prefix adgen=output/run --prefix other=output/other      further flags: --help
 #     bash web_demo.sh --host 0.0.0.0 --password SECRET       for other machines
 # PREFIX is taken from your folder if it exists there, else from this one; paths in flags from this one.
@@ -12,7 +12,11 @@ source scripts/setup.sh
 if [ -n "${PREFIX:-}" ]; then
   PREFIX=$(input_path "${PREFIX%/}")
   [ -d "$PREFIX" ] || die "PREFIX=$PREFIX is no directory; give a run's output directory or one of its checkpoint-N."
-  set -- --prefix "prefix=$PREFIX" "$@"
+  if [ -f "$PREFIX/tuning_config.json" ]; then  # an adapter or a whole model, which answers in the base's place
+    set -- --model "$PREFIX" "$@"
+  else
+    set -- --prefix "prefix=$PREFIX" "$@"
+  fi
 fi
 if [ -n "${MODEL:-}" ]; then set -- --model "$(input_path "$MODEL")" "$@"; fi
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,56 @@ def test_chat_training_without_data_says_what_to_type(checkout: Path) -> None:
     assert "TRAIN_FILE=chat/train.json DEV_FILE=chat/dev.json" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("tuning", "rate", "folder"),
+    [("lora", "2e-4", "adgen-chatglm-6b-lora-2e-4"), ("full", "1e-4", "adgen-chatglm-6b-ft-1e-4")],
+)
+def test_other_ways_of_tuning_have_their_rate_and_folder(
+    checkout: Path, tuning: str, rate: str, folder: str
+) -> None:
+    given = flags(run(checkout / "train.sh", TUNING=tuning))
+    assert given["--tuning"] == tuning
+    assert given["--learning_rate"] == rate
+    assert given["--output_dir"] == f"output/{folder}"
+    assert "--pre_seq_len" not in given
+    assert "TUNING is qlora" in run(checkout / "train.sh", TUNING="qlora").stderr
+
+
+def test_deepspeed_starts_one_process_per_gpu_with_the_published_settings(
+    checkout: Path, tmp_path: Path
+) -> None:
+    body = 'case "$*" in *find_spec*|*scripts/environment*|*sys.version*) ;; *) printf "%s\\n" "$@" ;; esac'
+    python = write_command(
+        tmp_path / "all-there", f"{body}\necho visible=${{CUDA_VISIBLE_DEVICES-all}}"
+    )
+    result = run(checkout / "ds_train_finetune.sh", "--seed", "7", PYTHON=python, NUM_GPUS="4")
+    given = result.stdout.split()
+    start = given.index("torch.distributed.run")
+    assert given[start : start + 5] == [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "4",
+        "main.py",
+    ]
+    pairs = dict(pairwise(given))
+    assert pairs["--deepspeed"] == "deepspeed.json"
+    assert pairs["--tuning"] == "full"
+    assert pairs["--learning_rate"] == "1e-4"
+    assert pairs["--max_steps"] == "5000"
+    assert pairs["--output_dir"] == "output/adgen-chatglm-6b-ft-1e-4"
+    assert "--fp16" in given
+    assert given[-3:] == ["--seed", "7", "visible=all"]
+
+
+def test_deepspeed_that_is_missing_is_named(checkout: Path, tmp_path: Path) -> None:
+    body = 'case "$*" in *find_spec*) exit 1 ;; esac'
+    python = write_command(tmp_path / "lacking", body)
+    result = run(checkout / "ds_train_finetune.sh", PYTHON=python, NUM_GPUS="4")
+    assert result.returncode == 1
+    assert "pip install deepspeed" in result.stderr
+
+
 # evaluate.sh
 
 
@@ -229,7 +280,22 @@ def test_evaluation_takes_the_newest_prefix_and_its_base(checkout: Path) -> None
     assert given["--model_name_or_path"] == "/models/基座"
     assert "--do_train" not in given
     assert "--max_source_length" not in given, "the prefix remembers its own"
-    assert "Newest prefix: output/new one/checkpoint-20" in result.stderr
+    assert "Newest: output/new one/checkpoint-20" in result.stderr
+
+
+def test_evaluation_takes_an_adapter_or_a_whole_model_too(checkout: Path) -> None:
+    write_prefix(checkout / "output" / "old", "THUDM/chatglm-6b", age_s=100)
+    newest = checkout / "output" / "lora"
+    newest.mkdir()
+    (newest / "tuning_config.json").write_text(
+        '{"base_model_name_or_path": "/models/base"}', encoding="utf-8"
+    )
+    given = flags(run(checkout / "evaluate.sh"))
+    assert given["--ptuning_checkpoint"] == str(newest.relative_to(checkout))
+    assert given["--model_name_or_path"] == "/models/base"
+    (newest / "tuning_config.json").rename(newest / "adapter_config.json")  # written by peft alone
+    given = flags(run(checkout / "evaluate.sh", PREFIX=str(newest)))
+    assert given["--model_name_or_path"] == "/models/base"
 
 
 def test_evaluation_of_a_named_prefix(checkout: Path, tmp_path: Path) -> None:

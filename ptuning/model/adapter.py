@@ -46,7 +46,7 @@ def load_peft() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"LoRA needs the peft library ({error.name} is not installed); type: "
-            "pip install 'chatglm-ptuning[lora]'"
+            "python -m pip install 'peft>=0.21'"
         ) from error
     return peft
 

@@ -254,7 +254,7 @@ def test_merging_into_packed_weights_is_refused(build_small):
 
 def test_without_the_library_the_error_says_what_to_install(build_small, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"pip install 'chatglm-ptuning\[lora\]'"):
+    with pytest.raises(ValueError, match="pip install 'peft>="):
         add_adapter(build_small(), rank=2, alpha=4)
 
 
