@@ -23,6 +23,11 @@ COMMANDS = (
         "ptuning.commands.export",
     ),
     Command(
+        "data",
+        "Check data files before training: faults, repeats, overlaps, lengths",
+        "ptuning.commands.data",
+    ),
+    Command(
         "doctor",
         "Show versions, devices and back ends, and what each command would pick",
         "ptuning.commands.doctor",

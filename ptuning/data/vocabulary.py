@@ -121,6 +121,15 @@ def has_piece(pieces: sentencepiece.SentencePieceProcessor, name: str) -> bool:
     return bool(pieces.id_to_piece(pieces.piece_to_id(name)) == name)
 
 
+def is_byte_piece(name: str) -> bool:
+    """Say whether a piece stands for one byte of a character that has no piece of its own.
+
+    >>> is_byte_piece("<0xE4>"), is_byte_piece("<n>")
+    (True, False)
+    """
+    return _BYTE_PIECE.fullmatch(name) is not None
+
+
 def control_indices(pieces: sentencepiece.SentencePieceProcessor) -> list[int]:
     """Return the places of all control pieces, those that text never yields."""
     return [index for index in range(len(pieces)) if pieces.is_control(index)]
@@ -213,7 +222,7 @@ def _reorder_pieces(model: bytes) -> bytes:
         else:
             others.append(record)
     fixed = {*LEADING_PIECES, *TRAILING_PIECES}
-    byte_names = [name for name in records if _BYTE_PIECE.fullmatch(name)]
+    byte_names = [name for name in records if is_byte_piece(name)]
     ordinary = [name for name in records if name not in fixed and name not in set(byte_names)]
     order = [*LEADING_PIECES, *ordinary, *TRAILING_PIECES, *byte_names]
     return b"".join([*(records[name] for name in order), *others])

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ptuning.data.reading import DataError, Rows, read_rows
+from ptuning.data.parsing import DataError, iterate_rows
+from ptuning.data.reading import Rows, read_rows
 
 ROWS = [{"content": "类型#裤", "summary": "宽松"}, {"content": "类型#裙", "summary": "修身"}]
 
@@ -199,6 +200,7 @@ def test_a_turn_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("a.csv", "content,summary\n", ":", "no rows"),
         ("a.csv", "content,summary\na,b\na,b,c\n", ":3:", "3 fields, but the first line names 2"),
         ("a.csv", 'content,summary\n"a,b\n', ":2:", "broken CSV"),
+        ("a.csv", '"content"x,summary\na,b\nc,d\n', ":1:", "broken CSV"),
         ("a.json", '{"content": ["a"], "summary": "b"}', ":1:", 'field "content" is a list'),
         ("a.json", '{"content": "a", "summary": {}}', ":1:", 'field "summary" is an object'),
         ("a.json", '{"content": "a", "summary": true}', ":1:", "is true or false"),
@@ -227,6 +229,21 @@ def test_a_missing_column_names_those_there_and_the_flag(tmp_path: Path) -> None
         read(path, prompt_column="question")
     with pytest.raises(DataError, match="--history_column"):
         read(path, prompt_column="question", response_column="answer", history_column="history")
+
+
+def test_a_missing_column_names_the_one_that_was_probably_meant(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", as_lines([{"Contents": "a", "summary": "b"}]))
+    with pytest.raises(DataError, match='Was "Contents" meant'):
+        read(path)
+
+
+def test_faults_do_not_end_the_rows_of_other_lines(tmp_path: Path) -> None:
+    text = as_lines([ROWS[0]]) + "{\n" + as_lines([ROWS[1]])
+    items = list(iterate_rows(tmp_path / "a.json", text))
+    assert [item.line for item in items] == [1, 2, 3]
+    assert [isinstance(item, DataError) for item in items] == [False, True, False]
+    items = list(iterate_rows(tmp_path / "a.csv", "content,summary\na,b,c\n" + 'd,"e"f\ng,h\n'))
+    assert [isinstance(item, DataError) for item in items] == [True, True, False]
 
 
 def test_gbk_is_recognised_with_the_command_that_converts_it(tmp_path: Path) -> None:

@@ -1,0 +1,199 @@
+"""`python -m ptuning data check FILE ...`: what is in data files, what is wrong, what to do.
+
+Light until it runs: a wrong command line is refused before the tokenizer is loaded.
+"""
+
+import argparse
+import io
+import json
+import logging
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptuning.atomic_file import write_atomically
+from ptuning.evaluate.length_histogram import (
+    Lengths,
+    Limit,
+    check_picture_name,
+    draw_length_histogram,
+)
+from ptuning.nano.paths import NANO_DIR
+
+if TYPE_CHECKING:
+    from ptuning.data.check_report import FileReport, Limits, PairReport
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PICTURE = Path("output/data-check.png")
+NO_PICTURE = "none"
+SHORTEST = 3  # tokens of a limit: one of text beside two control tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the actions on data, of which there is one."""
+    from ptuning.data.check_findings import NOTICES, PROBLEMS
+
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check",
+        help="report rows, encodings, repeats, overlaps, odd text and lengths of files",
+        description="Report what is in data files, what is wrong with it and what to do.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(
+            [
+                "problems, on which --strict exits with 1:",
+                *(f"  {kind:<20}{words}" for kind, words in PROBLEMS.items()),
+                "",
+                "notices, on which it does not:",
+                *(f"  {kind:<20}{words}" for kind, words in NOTICES.items()),
+                "",
+                "exit status: 2 when a file cannot be read at all, with --strict 1 when there is",
+                "a problem, else 0.",
+            ]
+        ),
+    )
+    check.add_argument("files", nargs="+", metavar="FILE", type=Path, help=".json, .jsonl or .csv")
+    check.add_argument("--strict", action="store_true", help="exit with 1 when there is a problem")
+    _add_reading_arguments(check)
+    check.add_argument(
+        "--picture",
+        metavar="FILE",
+        help=f"length histograms, .png or .svg; unset is {DEFAULT_PICTURE}, "
+        f"{NO_PICTURE} draws nothing",
+    )
+    check.add_argument("--json", type=Path, metavar="FILE", help="write everything found here")
+
+
+def _add_reading_arguments(check: argparse.ArgumentParser) -> None:
+    """Add the flags of main.py that say how rows become tokens."""
+    check.add_argument("--prompt_column", default="content", help="column of the prompt: content")
+    check.add_argument("--response_column", default="summary", help="column of the answer: summary")
+    check.add_argument("--history_column", help="column of earlier turns; unset for none")
+    check.add_argument(
+        "--max_source_length", type=int, default=64, help="longest prompt in tokens: 64"
+    )
+    check.add_argument(
+        "--max_target_length", type=int, default=64, help="longest answer in tokens: 64"
+    )
+    check.add_argument(
+        "--model_name_or_path",
+        metavar="MODEL",
+        help="base whose tokenizer counts, directory or hub id; unset is the embedded nano model",
+    )
+    check.add_argument("--tokenizer_name", metavar="MODEL", help="tokenizer in place of the base's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, write the report and return 0, 1 or 2 as --help says."""
+    from ptuning.data.check_report import Limits, as_values
+
+    for flag in ("max_source_length", "max_target_length"):
+        if getattr(arguments, flag) < SHORTEST:
+            raise ValueError(f"--{flag} is {getattr(arguments, flag)}; use {SHORTEST} or more.")
+    if arguments.picture not in (None, NO_PICTURE):
+        check_picture_name(Path(arguments.picture))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may not fit the terminal
+        sys.stdout.reconfigure(errors="backslashreplace")
+    limits = Limits(arguments.max_source_length, arguments.max_target_length)
+    tokenizer_name = arguments.tokenizer_name or arguments.model_name_or_path
+    if tokenizer_name is None:
+        sys.stdout.write(
+            "Tokens are those of the embedded nano model; name your base for its own: "
+            "--model_name_or_path MODEL\n\n"
+        )
+    files, pairs = _check_all(arguments, limits, tokenizer_name or str(NANO_DIR))
+    _write_picture(arguments.picture, files, limits)
+    if arguments.json is not None:
+        values = as_values(files, pairs, limits, tokenizer_name or "nano")
+        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+        # half of a surrogate pair in a column's name becomes its escape, which JSON has too
+        write_atomically(arguments.json, text.encode("utf-8", "backslashreplace"))
+        sys.stdout.write(f"findings: {arguments.json}\n")
+    return _conclude(files, pairs, is_strict=arguments.strict)
+
+
+def _check_all(
+    arguments: argparse.Namespace, limits: "Limits", tokenizer_name: str
+) -> tuple[list["FileReport"], list["PairReport"]]:
+    """Check each file and each pair of files, and print each part when it is known."""
+    from ptuning.data.check import Encoder, check_file
+    from ptuning.data.check_counts import Columns
+    from ptuning.data.check_findings import find_between, find_in_file
+    from ptuning.data.check_report import FileReport, PairReport, file_as_text, pair_as_text
+    from ptuning.train.base_model import load_tokenizer
+
+    encoder = Encoder.of(load_tokenizer(tokenizer_name))
+    columns = Columns(arguments.prompt_column, arguments.response_column, arguments.history_column)
+    files = []
+    for path in arguments.files:
+        counts = check_file(path, encoder, columns)
+        report = FileReport(counts, find_in_file(counts, **limits._asdict()))
+        files.append(report)
+        sys.stdout.write(file_as_text(report, limits) + "\n")
+        sys.stdout.flush()
+    pairs = []
+    usable = [report.counts for report in files if report.counts.num_used]
+    for first, second in combinations(usable, 2):
+        findings = find_between(first, second)
+        pairs.append(PairReport(str(first.path), str(second.path), findings))
+        sys.stdout.write(pair_as_text(pairs[-1]) + "\n")
+    return files, pairs
+
+
+def _write_picture(given: str | None, files: list["FileReport"], limits: "Limits") -> None:
+    """Draw the lengths; a default place that cannot be written is announced and done without."""
+    from ptuning.data.check_lengths import ANSWER_RESERVE, PROMPT_RESERVE
+
+    lengths = [
+        Lengths(name, report.counts.prompt_lengths.tolist(), report.counts.answer_lengths.tolist())
+        for name, report in zip(_short_names(files), files, strict=True)
+        if report.counts.num_used
+    ]
+    if given == NO_PICTURE or not lengths:
+        return
+    path = DEFAULT_PICTURE if given is None else Path(given)
+    source, target = limits
+    try:
+        draw_length_histogram(
+            lengths,
+            path,
+            prompt_limit=Limit("--max_source_length", source, source - PROMPT_RESERVE),
+            answer_limit=Limit("--max_target_length", target, target - ANSWER_RESERVE),
+        )
+    except OSError as error:
+        if given is not None:
+            raise
+        logger.warning("no picture: %s (%s); name one with --picture FILE", path, error.strerror)
+        return
+    sys.stdout.write(f"picture:  {path}\n")
+
+
+def _short_names(files: list["FileReport"]) -> list[str]:
+    """Return the files' names, or whole paths where two have the same name."""
+    names = [report.counts.path.name for report in files]
+    if len(set(names)) < len(names):
+        names = [str(report.counts.path) for report in files]
+    return names
+
+
+def _conclude(files: list["FileReport"], pairs: list["PairReport"], *, is_strict: bool) -> int:
+    """Print the totals; return the exit status."""
+    from ptuning.data.check_findings import count_problems
+
+    findings = [finding for report in files for finding in report.findings]
+    findings += [finding for pair in pairs for finding in pair.findings]
+    num_problems = count_problems(findings)
+    num_unreadable = sum(report.counts.unreadable is not None for report in files)
+    status = 2 if num_unreadable else int(is_strict and num_problems > 0)
+    unreadable = f" ({num_unreadable} cannot be read)" if num_unreadable else ""
+    sys.stdout.write(
+        f"{_plural(len(files), 'file')}{unreadable}, {_plural(num_problems, 'problem')}, "
+        f"{_plural(len(findings) - num_problems, 'notice')}\n"
+    )
+    return status
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
