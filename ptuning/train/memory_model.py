@@ -24,6 +24,7 @@ LOGIT_COPIES = 2
 # gradients on both sides of the inner activation (2 I) and those around it.
 BACKWARD_WIDTHS = 4
 FORWARD_WIDTHS = 4  # the same in a forward pass that keeps nothing: query, key, value and a sum
+HEAP_BLOCK = 32 * 2**20  # glibc keeps freed blocks up to this size for itself
 PREFILL_TOKENS_CPU, PREFILL_TOKENS = 1024, 16384  # `ptuning.model.engine` reads so many at once
 
 
@@ -241,6 +242,10 @@ def training_memory(
     if recomputed_layers:
         recomputing = recomputed_layers * batch.tokens * size.hidden_size * unit
         recomputing += layer_bytes(size, batch, on_cpu=on_cpu) + backward
+        if on_cpu and batch.tokens * size.inner_size * unit <= HEAP_BLOCK:
+            # Freed blocks of one pass lie where the next cannot use them: about a layer's worth.
+            kept += layer_bytes(size, batch, on_cpu=on_cpu)
+            recomputing += layer_bytes(size, batch, on_cpu=on_cpu)
     pending = gradients if accumulates or is_full else 0
     # The prefix's gradient is gathered layer by layer, joined, and made float32.
     joining = 0 if is_full else 2 * in_use + gradients

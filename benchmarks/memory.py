@@ -1,0 +1,233 @@
+"""Peak memory of training and answering, measured, beside what `python -m ptuning plan` predicts.
+
+    python -m benchmarks.memory [--cases small-float32 small-int4 ...] [--json FILE]
+
+Every figure comes from a process of its own, which builds a random model, then takes two training
+steps of a packed batch, or answers the rows. On a CPU the measure is the largest resident set while
+that goes on, Python and its libraries included, which the prediction takes from the same process
+before the model is built; on CUDA it is what torch's allocator handed out.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from benchmarks.setting import (
+    MAX_LENGTH,
+    SIZES,
+    BenchRow,
+    add_common_flags,
+    machine,
+    make_model,
+    make_rows,
+    write_json,
+)
+from ptuning.data.collation import pad_right
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.engine import GreedyEngine
+from ptuning.model.quantization.conversion import quantize_model_
+from ptuning.train.memory_model import (
+    Batch,
+    answering_memory,
+    size_of,
+    training_memory,
+)
+from ptuning.train.recomputing import recompute_layers
+
+MORE_SIZES = {  # name -> layers, hidden size, heads, vocabulary
+    "nano": (4, 192, 4, 1700),
+    "wide": (8, 2048, 16, 16384),
+}
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 there forgets the peak so far
+PEAK_LINE = "VmHWM:"  # of /proc/self/status, in KiB
+
+
+class Case(NamedTuple):
+    """One line of the table; bits 0 leaves the weights in dtype."""
+
+    size: str
+    dtype: str
+    bits: int
+    rows: int
+    work: str  # "train", "recompute" (every layer) or "answer"
+
+    @property
+    def name(self) -> str:
+        """What --cases takes."""
+        return f"{self.size}-{f'int{self.bits}-' if self.bits else ''}{self.dtype}"
+
+
+CASES = tuple(
+    Case(size, dtype, bits, rows, work)
+    for size, dtype, bits, rows in (
+        ("nano", "float32", 0, 16),
+        ("small", "float32", 0, 16),
+        ("small", "bfloat16", 0, 16),
+        ("small", "float32", 8, 16),
+        ("small", "float32", 4, 16),
+        ("wide", "float32", 0, 4),
+        ("wide", "bfloat16", 0, 4),
+    )
+    for work in ("train", "recompute", "answer")
+)
+
+
+class Result(NamedTuple):
+    """Bytes; base is the process before the model was built, 0 on CUDA."""
+
+    base: int
+    predicted: int
+    measured: int
+
+
+def resident_bytes(device: str) -> int:
+    """Return what this process holds now; 0 on CUDA, where only the device's memory counts."""
+    return 0 if device.startswith("cuda") else int(psutil.Process().memory_info().rss)
+
+
+def forget_peak(device: str) -> None:
+    """Give freed memory back to the system and start a new peak."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return
+    if not CLEAR_REFS.exists():
+        raise OSError(
+            f"{CLEAR_REFS} is not there: peaks on a CPU are measured on Linux only; use --device "
+            "cuda."
+        )
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR_REFS.write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: str) -> int:
+    """Return the peak since forget_peak."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(PEAK_LINE):
+            return int(line.removeprefix(PEAK_LINE).split()[0]) * 1024
+    raise OSError(f"/proc/self/status has no {PEAK_LINE}")
+
+
+def train(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -> None:
+    """Take two optimiser steps, so that the second finds the optimiser's state."""
+    encoder = model.prefix_encoder
+    assert encoder is not None, "make_model attaches one"
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
+    batch = pad_right([row._asdict() for row in rows], pad_id=3)
+    for _ in range(2):
+        model(**{name: value.to(model.device) for name, value in batch.items()}).loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def answer(model: ChatGLMForConditionalGeneration, prompts: Sequence[Sequence[int]]) -> None:
+    """Answer all prompts at once."""
+    engine = GreedyEngine(
+        model, prompts, max_rows=len(prompts), max_new_tokens=MAX_LENGTH, use_prefix=True
+    )
+    for _ in engine.run():
+        pass
+
+
+def measure(case: Case, flags: Namespace) -> Result:
+    """Build the case's model in this process, predict, then work and read the peak."""
+    SIZES.update(MORE_SIZES)
+    on_cpu = not flags.device.startswith("cuda")
+    flags.size, flags.dtype = case.size, case.dtype
+    base = resident_bytes(flags.device)
+    model = make_model(flags)
+    if case.bits:
+        quantize_model_(model, case.bits, progress=False)
+    built = resident_bytes(flags.device)
+    rows = make_rows(flags, model.config, case.rows)
+    base += max(0, resident_bytes(flags.device) - built)  # the tokenizer, as plan has it loaded
+    prompts = [row.input_ids[: int((row.labels == -100).sum()) + 1].tolist() for row in rows]
+    size = size_of(
+        model.config,
+        dtype_bytes=model.dtype.itemsize,
+        weight_bits=case.bits,
+        prefix_length=flags.prefix,
+    )
+    forget_peak(flags.device)
+    if case.work == "answer":
+        predicted = answering_memory(
+            size,
+            [len(prompt) for prompt in prompts],
+            num_rows=len(prompts),
+            new_tokens=MAX_LENGTH,
+            on_cpu=on_cpu,
+        ).total
+        answer(model.eval(), prompts)
+    else:
+        recomputed = size.num_layers if case.work == "recompute" else 0
+        recompute_layers(model, recomputed)
+        answers = sum(int((row.labels[1:] != -100).sum()) for row in rows)
+        batch = Batch(tuple(len(row.input_ids) for row in rows), answers)
+        predicted = training_memory(size, batch, on_cpu=on_cpu, recomputed_layers=recomputed).total
+        train(model.train(), rows)
+    return Result(base, base + predicted, peak_bytes(flags.device))
+
+
+def in_own_process(case: Case, flags: Namespace) -> Result:
+    """Measure in a fresh process, whose peak is that of this case alone."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, case, flags).result()
+
+
+def parse(argv: list[str]) -> Namespace:
+    """Read the flags; unknown cases are refused with the list of all."""
+    parser = ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    add_common_flags(parser)
+    names = list(dict.fromkeys(case.name for case in CASES))
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--work", nargs="+", choices=("train", "recompute", "answer"), default=["train", "answer"]
+    )
+    flags = parser.parse_args(argv)
+    if flags.size != "small" or flags.dtype != "float32":
+        parser.error("--size and --dtype are parts of a case's name here; use --cases.")
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    """Print the table, a line as soon as it is measured."""
+    flags = parse(argv)
+    sys.stdout.write(
+        f"{machine()}\nGB of 10**9; {flags.device}, prefix {flags.prefix}\n{'':<20}{'work':<11}"
+        f"{'rows':>5}{'process':>9}{'predicted':>11}{'measured':>10}{'error %':>9}\n"
+    )
+    lines = []
+    for case in CASES:
+        if case.name not in flags.cases or case.work not in flags.work:
+            continue
+        result = in_own_process(case, flags)
+        error = result.predicted / result.measured - 1
+        base, predicted, measured = (value / 1e9 for value in result)
+        sys.stdout.write(
+            f"{case.name:<20}{case.work:<11}{case.rows:>5}{base:>9.2f}{predicted:>11.2f}"
+            f"{measured:>10.2f}{100 * error:>+9.1f}\n"
+        )
+        sys.stdout.flush()
+        lines.append({**case._asdict(), **result._asdict(), "error": error})
+    worst = max((abs(line["error"]) for line in lines), default=0.0)
+    sys.stdout.write(f"largest error: {worst:.1%}\n")
+    write_json(flags, {"machine": machine(), "cases": lines, "largest_error": worst})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
