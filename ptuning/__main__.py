@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"python -m ptuning {command.name}", description=f"{command.help}."
     )
     module.add_arguments(own)
-    given = own.parse_args(arguments[1:])
+    if command.takes_main_flags and not {"-h", "--help"} & set(arguments[1:2]):
+        given = argparse.Namespace(flags=arguments[1:])
+    else:
+        given = own.parse_args(arguments[1:])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return module.run(given)

@@ -4,11 +4,15 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """A command's name on the command line, one line of help, and the module that does it."""
+    """A command's name on the command line, one line of help, and the module that does it.
+
+    takes_main_flags: whatever is typed behind it is handed to the module as it is, in `flags`.
+    """
 
     name: str
     help: str
     module: str
+    takes_main_flags: bool = False
 
 
 COMMANDS = (
@@ -26,6 +30,12 @@ COMMANDS = (
         "data",
         "Check data files before training: faults, repeats, overlaps, lengths",
         "ptuning.commands.data",
+    ),
+    Command(
+        "plan",
+        "Say what a run of main.py will take, before any weight is loaded",
+        "ptuning.commands.plan",
+        takes_main_flags=True,
     ),
     Command(
         "doctor",

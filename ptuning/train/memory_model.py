@@ -276,7 +276,16 @@ class AnsweringMemory:
     @property
     def total(self) -> int:
         """The peak."""
-        return self.weights + self.trained + self.cache + self.working
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Return the terms by the names they are printed with."""
+        return {
+            "weights": self.weights,
+            "trained": self.trained,
+            "cache": self.cache,
+            "working space": self.working,
+        }
 
 
 def answering_memory(
