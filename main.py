@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 import ptuning  # noqa: F401  # registers the model and its tokenizer with transformers
 from arguments import Arguments, UsageError, parse_arguments
 from ptuning.data.collation import pad_right
-from ptuning.data.dataset import GenerationDataset
+from ptuning.data.dataset import GenerationDataset, TokenDataset
 from ptuning.data.reading import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.evaluate.loss_curve import draw_loss_curve
@@ -35,6 +35,7 @@ from ptuning.prediction import AnswerRun
 from ptuning.train.base_model import BaseModelError, choose_dtype, load_base, load_tokenizer
 from ptuning.train.choose_tuning import choose_tuning
 from ptuning.train.curve import CurveCallback
+from ptuning.train.recompute_run import recompute_as_asked
 from ptuning.train.rows import Rows, load_rows
 from ptuning.train.run_directory import (
     OutputDirectoryError,
@@ -226,6 +227,9 @@ def train(trainer: Seq2SeqTrainer, arguments: Arguments, resume: Path | None) ->
         str(trainer.chatglm.dtype).removeprefix("torch."),
         training.device,
     )
+    assert isinstance(trainer.train_dataset, TokenDataset), "load_rows made it"
+    choice = recompute_as_asked(trainer.chatglm, arguments.model, training, trainer.train_dataset)
+    logger.info(choice.describe())
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)

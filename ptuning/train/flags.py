@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from ptuning.model.tuned import FULL
 from ptuning.train.legacy_flags import translate_flags, translate_keys
+from ptuning.train.recomputing_flags import take_recomputing
 from ptuning.train.tuning_flags import check_tuning, find_tuning, with_tuning
 
 RECIPES = ("corrected", "published")
@@ -168,6 +169,18 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int | None = flag(
         None, "Stop after so many validations without a better loss; unset never does."
     )
+    gradient_checkpointing: str = field(  # type: ignore[assignment]  # a switch in transformers
+        default="auto",
+        metadata={
+            "help": "Compute layers again in the backward pass, to save memory: auto (as many as "
+            "the free memory asks for), true or false.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
+    checkpoint_layers: int | None = flag(
+        None, "Compute so many layers again; unset is auto's choice, or all with true."
+    )
     report_to: str = flag("none", "Where to log besides the screen: none, tensorboard, ...")
     save_total_limit: int | None = flag(None, "Keep at most so many checkpoints; unset for all.")
     remove_unused_columns: bool = flag(False, "Kept false: rows are already token ids.")
@@ -182,6 +195,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 "--bf16 and --fp16 are both given; the frozen base has one dtype, so keep one."
             )
+        self.recomputing, self.recomputing_options = take_recomputing(self)
         self.base_dtype: str | None = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
         if self.tuning != FULL:
             self.bf16 = self.fp16 = False
@@ -318,6 +332,7 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
         )
     for name, value, lowest in (
         ("pre_seq_len", model.pre_seq_len, 1),
+        ("checkpoint_layers", training.checkpoint_layers, 0),
         ("max_source_length", data.max_source_length, 3),
         ("max_target_length", data.max_target_length, 3),
         ("max_train_samples", data.max_train_samples, 1),

@@ -1,0 +1,115 @@
+"""The plan of a run: its numbers come from the rows and the configuration, no weight is read."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ptuning.__main__ import main
+from ptuning.commands import plan
+from ptuning.model.config import ChatGLMConfig
+from ptuning.nano.paths import NANO_DIR
+from ptuning.train.memory_model import Batch, size_of
+from ptuning.train.plan import RunShape, advise_training, answering_flops, training_flops
+
+NUM_ROWS = 40
+
+
+@pytest.fixture
+def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a run on the nano model's configuration and tokenizer, without its weights."""
+    monkeypatch.setenv("PTUNING_CACHE", str(tmp_path / "cache"))
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in NANO_DIR.iterdir():
+        if "safetensors" not in file.name:
+            (base / file.name).write_bytes(file.read_bytes())
+    rows = [
+        {"content": "类型#裤", "summary": "这条裤子很好看。" * (1 + n % 3)} for n in range(NUM_ROWS)
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return [
+        "--do_train", "--do_predict", "--train_file", str(file), "--test_file", str(file),
+        "--model_name_or_path", str(base), "--pre_seq_len", "16", "--output_dir",
+        str(tmp_path / "out"), "--per_device_train_batch_size", "8", "--max_steps", "10",
+        "--use_cpu",
+    ]  # fmt: skip
+
+
+def test_a_run_that_fits_is_planned_without_weights(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *flags]) == 0
+    text = capsys.readouterr().out
+    assert "steps      10, 5 an epoch: 2.00 epochs" in text
+    assert "no layer is recomputed" in text
+    assert f"{NUM_ROWS} prompts of" in text
+    assert text.endswith("Fits.\n")
+
+
+def test_a_run_that_does_not_fit_names_settings_with_their_numbers_and_ends_with_3(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 6_000_000)
+    assert main(["plan", *flags]) == plan.NOT_FITTING == 3
+    text = capsys.readouterr().out
+    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 2" in text
+    assert "GB  --quantization_bit 4" in text
+    assert "Does not fit" in text
+
+
+def test_wrong_flags_are_one_line_and_help_names_the_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", "--do_train", "--nonsense"]) == 2
+    assert capsys.readouterr().err.startswith("ptuning plan: unknown flags: --nonsense")
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert "python -m ptuning plan" in capsys.readouterr().out
+
+
+def test_useful_work_is_that_of_the_written_arithmetic() -> None:
+    """docs/performance.md: 2NT forward and 2NT back, attention three times, the head twice."""
+    size = size_of(ChatGLMConfig(), dtype_bytes=2, prefix_length=128)
+    weights = 12 * 4096**2 * 28
+    assert size.layer_weights == weights
+    attention = 3 * 4 * 100 * (128 + 100) * 4096 * 28
+    head = 2 * 2 * 60 * 4096 * 130528
+    flops = training_flops(size, num_rows=1, tokens=100, answer_tokens=60)
+    assert flops == pytest.approx(4 * weights * 100 + attention + head)
+    again = training_flops(size, num_rows=1, tokens=100, answer_tokens=60, recomputed_layers=14)
+    assert again - flops == pytest.approx((2 * weights * 100 + attention / 3) / 2)
+    answering = answering_flops(size, prompt_tokens=40, new_tokens=60)
+    assert answering == 2 * weights * 100 + 2 * 60 * 4096 * 130528
+
+
+def test_advice_needs_less_and_what_fits_comes_first() -> None:
+    size = size_of(ChatGLMConfig(), dtype_bytes=2, prefix_length=128)
+    shape = RunShape(16, 1, 1, 3.0, 0, 0, 8, 64)
+    lengths, contexts = np.full(100, 128), np.full(100, 64)
+    available = 12 * 10**9
+    advice = advise_training(size, lengths, contexts, shape, on_cpu=False, available=available)
+    fitting = [one.needed <= 0.9 * available for one in advice]
+    assert fitting == sorted(fitting, reverse=True)
+    assert {one.flags for one in advice} >= {
+        "--gradient_checkpointing true",
+        "--quantization_bit 4",
+    }
+
+
+@pytest.mark.gpu
+def test_a_step_on_cuda_peaks_where_it_is_predicted() -> None:
+    from benchmarks.memory import CASES, measure, parse
+
+    assert torch.cuda.is_available()
+    for case in CASES:
+        if case.size == "wide":
+            result = measure(case, parse(["--device", "cuda"]))
+            assert result.predicted == pytest.approx(result.measured, rel=0.15), case
+
+
+def test_a_batch_counts_its_tokens() -> None:
+    assert Batch((5, 9), 6).tokens == 14
