@@ -56,11 +56,10 @@ def main() -> int:
     flags = parser.parse_args()
     outcomes = {way: run(way, flags) for way in WAYS}
     base = base_scores(flags.output / "full")
-    print(f"{flags.steps} steps of {flags.batch_size} rows of AdvertiseGen/sample; {machine()}\n")
-    print(table(outcomes, base))
-    write_json(
-        flags, {way: outcome._asdict() for way, outcome in outcomes.items()} | {"base": base}
-    )
+    setting = f"{flags.steps} steps of {flags.batch_size} rows of AdvertiseGen/sample; {machine()}"
+    sys.stdout.write(f"{setting}\n\n{table(outcomes, base)}\n")
+    figures: dict[str, object] = {way: outcome._asdict() for way, outcome in outcomes.items()}
+    write_json(flags, figures | {"base": base})
     return 0
 
 
