@@ -1,14 +1,14 @@
 """Tune a model, validate it, answer with it: reads the flags and joins the parts.
 
 The order is flags, rows, tokens, then the model, so that whatever a user can get wrong is said
-before anything heavy is loaded. Exit codes: 0 done, 2 cannot start as asked, 130 stopped by Ctrl-C.
+before anything heavy is loaded. Exit codes: 0 done, and those in `ptuning.train.endings`.
 """
 
 import logging
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,39 @@ from transformers.trainer import TRAINER_STATE_NAME
 import ptuning  # noqa: F401  # registers the model and its tokenizer with transformers
 from arguments import Arguments, UsageError, parse_arguments
 from ptuning.data.collation import pad_right
-from ptuning.data.dataset import GenerationDataset, TokenDataset
-from ptuning.data.reading import DataError
+from ptuning.data.dataset import TokenDataset
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.evaluate.loss_curve import draw_loss_curve
 from ptuning.evaluate.loss_history import load_log_history
 from ptuning.evaluate.report import ReportData, write_report
+from ptuning.evaluate.retention import Retention
 from ptuning.evaluate.table import format_scores_table
 from ptuning.model.adapter import read_adapter_tensors
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import PUBLISHED_SAMPLING, Decoding
 from ptuning.model.prefix_artefact import PrefixInfo, prefix_shape, read_prefix_tensors
 from ptuning.model.tuned import LORA, PTUNING, TunedInfo, kind_of, read_tuned_info
-from ptuning.prediction import AnswerRun
-from ptuning.train.base_model import BaseModelError, choose_dtype, load_base, load_tokenizer
+from ptuning.prediction import AnswerRun, Answers
+from ptuning.retention import RetentionRun
+from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
 from ptuning.train.choose_tuning import choose_tuning
 from ptuning.train.curve import CurveCallback
+from ptuning.train.endings import ending_of, memory_settings
+from ptuning.train.memory_errors import memory_explained
 from ptuning.train.recompute_run import recompute_as_asked
+from ptuning.train.resume_checks import check_same_run, fingerprint_rows
+from ptuning.train.resuming_trainer import rows_per_step
 from ptuning.train.rows import Rows, load_rows
 from ptuning.train.run_directory import (
-    OutputDirectoryError,
     checkpoint_to_resume,
     checkpoints,
     make_output_dir,
     remove_checkpoints,
+    sweep,
 )
+from ptuning.train.run_lock import RunLock
 from ptuning.train.settings import RunSettings, resolve_settings
+from ptuning.train.signals import StopRequest
 from ptuning.train.tuning import Tuning
 from trainer_seq2seq import Seq2SeqTrainer
 
@@ -57,85 +64,86 @@ logger = logging.getLogger("main")
 def main(argv: list[str]) -> int:
     """Run as asked and return the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    arguments = None
     try:
-        arguments = parse_arguments(argv)
-        run(arguments)
-    except (
-        UsageError,
-        DataError,
-        BaseModelError,
-        OutputDirectoryError,
-        FileNotFoundError,
-    ) as error:
-        print(f"main.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nmain.py: stopped. {how_to_go_on(argv)}", file=sys.stderr)
-        return 130
+        with StopRequest() as stop:
+            arguments = parse_arguments(argv)
+            run(arguments, stop)
+    except BaseException as error:
+        ending = ending_of(error, arguments)
+        if ending is None:
+            raise
+        print(f"main.py: {ending.text}", file=sys.stderr)
+        return ending.exit_code
     return 0
 
 
-def how_to_go_on(argv: list[str]) -> str:
-    """Say what a stopped run left and what to type."""
-    flags = dict(pairwise(argv))
-    left = checkpoints(Path(flags.get("--output_dir", "")))
-    if left and "--do_train" in argv:
-        return (
-            f"{left[-1]} is whole: type the same command with --resume_from_checkpoint auto to go "
-            "on from there."
-        )
-    if "--do_predict" in argv and "--do_train" not in argv:
-        return "Rows answered so far are kept: type the same command to go on."
-    return (
-        "No checkpoint was written yet: type the same command to start again, with a lower "
-        "--save_steps if wanted."
-    )
-
-
-def run(arguments: Arguments) -> None:
-    """Read the rows, load the model, then train, validate and answer, as far as asked."""
+def run(arguments: Arguments, stop: StopRequest) -> None:
+    """Read the rows, then work on them in an output directory that no other run writes to."""
     started = time.monotonic()
     for notice in arguments.notices:
         logger.info(notice)
     model_flags, training = arguments.model, arguments.training
-    resume = checkpoint_to_go_on_from(arguments)
+    checkpoint_to_go_on_from(arguments)  # refuses; what is there is looked at again under the lock
     hub = {
         "cache_dir": model_flags.cache_dir,
         "revision": model_flags.model_revision,
         "token": True if model_flags.use_auth_token else None,
     }
     tuning = choose_tuning(arguments, hub)
-    remembered = remembered_info(tuning.checkpoint)
+    remembered = remembered_info(tuning.checkpoint, model_flags.start_flag)
     settings = resolve_settings(vars(arguments.data), remembered.settings if remembered else {})
     tokenizer = load_tokenizer(model_flags.tokenizer_name or tuning.weights, **hub)
     rows = load_rows(arguments, settings, tokenizer)
-    make_output_dir(Path(training.output_dir))
+    output_dir = Path(training.output_dir)
+    make_output_dir(output_dir)
+    with RunLock(output_dir) if training.process_index == 0 else nullcontext():
+        table = work(arguments, stop, hub, tuning, tokenizer, rows, settings)
+    seconds = time.monotonic() - started
+    logger.info("Done in %.0f s; everything is in %s", seconds, output_dir)
+    if table:
+        logger.info("\n%s", table)
+
+
+def work(
+    arguments: Arguments,
+    stop: StopRequest,
+    hub: dict[str, Any],
+    tuning: Tuning,
+    tokenizer: ChatGLMTokenizer,
+    rows: Rows,
+    settings: RunSettings,
+) -> str:
+    """Load the model, then train, validate and answer, as far as asked; return the scores' table.
+
+    "" without scores.
+    """
+    model_flags, training = arguments.model, arguments.training
+    resume = resume_under_lock(arguments, rows)
     set_seed(training.seed)
     dtype = choose_dtype(training.device, training.base_dtype)
-    model = load_base(
-        tuning.weights,
-        dtype=tuning.load_dtype(dtype),
-        quantization_bit=model_flags.quantization_bit,
-        quantization_backend=model_flags.quantization_backend,
-        quantize_embeddings=model_flags.quantize_embeddings,
-        **hub,
-    )
-    tuning.attach(model)
-    trainer = make_trainer(model, tokenizer, rows, arguments, settings, tuning)
+    with memory_explained("loading the base", memory_settings(arguments)):
+        model = load_base(
+            tuning.weights,
+            dtype=tuning.load_dtype(dtype),
+            quantization_bit=model_flags.quantization_bit,
+            quantization_backend=model_flags.quantization_backend,
+            quantize_embeddings=model_flags.quantize_embeddings,
+            **hub,
+        )
+        tuning.attach(model)
+        trainer = make_trainer(model, tokenizer, rows, arguments, settings, tuning, stop)
     if training.do_train:
         train(trainer, arguments, resume)
     if training.do_eval:
         validate(trainer)
-    table = ""
-    if rows.test is not None and trainer.is_world_process_zero():
+    if rows.test is None or not trainer.is_world_process_zero():
+        return ""
+    with memory_explained("answering", memory_settings(arguments)):
         model.to(training.device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
         if model.dtype != dtype:
-            model.to(dtype)
-        table = predict(model, tokenizer, rows.test, arguments, settings, tuning)
-    seconds = time.monotonic() - started
-    logger.info("Done in %.0f s; everything is in %s", seconds, training.output_dir)
-    if table:
-        logger.info("\n%s", table)
+            model.to(dtype)  # type: ignore[arg-type]
+        return predict(model, tokenizer, rows, arguments, settings, tuning)
 
 
 def checkpoint_to_go_on_from(arguments: Arguments) -> Path | None:
@@ -156,8 +164,28 @@ def checkpoint_to_go_on_from(arguments: Arguments) -> Path | None:
     return None
 
 
-def remembered_info(checkpoint: str | None) -> PrefixInfo | TunedInfo | None:
-    """Read what a checkpoint says of itself; None without one, or where it says nothing.
+def resume_under_lock(arguments: Arguments, rows: Rows) -> Path | None:
+    """Clear away what a killed run left and return the checkpoint to resume, if it is this run's.
+
+    The main process clears before the others look.
+    """
+    training = arguments.training
+    with training.main_process_first(local=False):
+        if training.process_index == 0:
+            sweep(Path(training.output_dir))
+        resume = checkpoint_to_go_on_from(arguments)
+    if resume is not None:
+        check_same_run(
+            resume,
+            rows=fingerprint_rows(rows.train),
+            rows_per_step=rows_per_step(training),
+            processes=training.world_size,
+        )
+    return resume
+
+
+def remembered_info(checkpoint: str | None, flag: str) -> PrefixInfo | TunedInfo | None:
+    """Read what the checkpoint of a flag says of itself; None without one, or when it says nothing.
 
     A damaged prefix or adapter is found here, before the base loads.
     """
@@ -172,7 +200,7 @@ def remembered_info(checkpoint: str | None) -> PrefixInfo | TunedInfo | None:
             read_adapter_tensors(path)
         return read_tuned_info(path)
     except (FileNotFoundError, ValueError) as error:
-        raise UsageError(f"--ptuning_checkpoint: {error}") from error
+        raise UsageError(f"{flag}: {error}") from error
 
 
 def make_trainer(
@@ -182,6 +210,7 @@ def make_trainer(
     arguments: Arguments,
     settings: RunSettings,
     tuning: Tuning,
+    stop: StopRequest,
 ) -> Seq2SeqTrainer:
     """Join model, rows and flags in a trainer."""
     data, training = arguments.data, arguments.training
@@ -206,6 +235,10 @@ def make_trainer(
         callbacks=callbacks,
         tuning=tuning,
         row_settings=settings.to_dict(),
+        decode=lambda ids: str(tokenizer.decode(ids)),
+        max_bad_steps=training.max_bad_steps,
+        rows_fingerprint=fingerprint_rows(rows.train),
+        stop=stop,
     )
 
 
@@ -218,7 +251,7 @@ def train(trainer: Seq2SeqTrainer, arguments: Arguments, resume: Path | None) ->
     elif training.resume_from_checkpoint:
         logger.info("%s holds no whole checkpoint to go on from: starting anew", output_dir)
     if resume is None and training.overwrite_output_dir:
-        removed = remove_checkpoints(output_dir)
+        removed = remove_checkpoints(output_dir) if trainer.args.should_save else 0
         if removed:
             logger.info("Removed %d checkpoints of an earlier run in %s", removed, output_dir)
     logger.info(
@@ -230,7 +263,8 @@ def train(trainer: Seq2SeqTrainer, arguments: Arguments, resume: Path | None) ->
     assert isinstance(trainer.train_dataset, TokenDataset), "load_rows made it"
     choice = recompute_as_asked(trainer.chatglm, arguments.model, training, trainer.train_dataset)
     logger.info(choice.describe())
-    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with trainer.stop.deferred():
+        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -247,12 +281,13 @@ def validate(trainer: Seq2SeqTrainer) -> None:
 def predict(
     model: ChatGLMForConditionalGeneration,
     tokenizer: ChatGLMTokenizer,
-    rows: GenerationDataset,
+    rows: Rows,
     arguments: Arguments,
     settings: RunSettings,
     tuning: Tuning,
 ) -> str:
     """Answer every row tuned and with the untouched base, score both, and return the table."""
+    assert rows.test is not None, "work asks for nothing otherwise"
     data, training = arguments.data, arguments.training
     output_dir = Path(training.output_dir)
     decoding = PUBLISHED_SAMPLING
@@ -265,19 +300,19 @@ def predict(
     answer = AnswerRun(
         model=model,
         tokenizer=tokenizer,
-        rows=rows,
+        rows=rows.test,
         output_dir=output_dir,
         max_target_length=settings.max_target_length,
         batch_size=training.per_device_eval_batch_size,
         decoding=decoding,
         seed=training.seed,
     )
+    general = None
+    if rows.general is not None:
+        general = RetentionRun(rows.general, tokenizer, batch_size=answer.batch_size)
     tuned = answer.tuned()
-    base = None
-    if data.compare_base and tuning.base is not None:
-        with tuning.untuned(model) as untouched:
-            base = answer.base(untouched)
-    answer.write_results(tuned, base)
+    base, retention = ask_base(answer, general, tuning, answers_rows=data.compare_base)
+    answer.write_results(tuned, base, retention)
     scored = str(output_dir) if training.do_train else tuning.checkpoint or tuning.weights
     info = read_tuned_info(scored)
     report = ReportData(
@@ -288,6 +323,7 @@ def predict(
         step=info.step if info else None,
         tuned=tuned.means,
         base=base.means if base else None,
+        retention=retention,
         rows=answer.report_rows(tuned, base),
         settings=settings.to_dict() | asdict(decoding),
         log_history=find_log_history(Path(scored), output_dir),
@@ -295,6 +331,28 @@ def predict(
     write_report(output_dir / REPORT_NAME, report)
     logger.info("Rows side by side: %s", output_dir / REPORT_NAME)
     return format_scores_table(report.base, report.tuned)
+
+
+def ask_base(
+    answer: AnswerRun, general: RetentionRun | None, tuning: Tuning, *, answers_rows: bool
+) -> tuple[Answers | None, Retention | None]:
+    """Return the untouched base's answers to the rows, and what tuning changed in general ones.
+
+    None for what was not asked for, or when the base is not known.
+    """
+    if tuning.base is None or not (answers_rows or general):
+        return None, None
+    base = known = None
+    with tuning.untuned(answer.model) as untouched:
+        if answers_rows:
+            base = answer.base(untouched)
+        if general is not None:
+            known = general.ask_base(untouched)
+    if general is None or known is None:
+        return base, None
+    retention = general.compare(answer.model, known)
+    logger.info(retention.line())
+    return base, retention
 
 
 def find_log_history(*folders: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,12 @@
-"""transformers' own Seq2SeqTrainer, with checkpoints of what is trained alone and a validation loss
-by tokens.
+"""transformers' own Seq2SeqTrainer, with checkpoints that are whole or not there, a resume that is
+exact, guards around every step, and a validation loss by tokens.
+
+What a run writes besides: `ptuning.train.checkpointing` and `run_state`; what it skips and why it
+stops: `guards`, `memory_errors`, `signals`. Written against transformers 5.10 to 5.23.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +17,38 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_utils import EvalLoopOutput
 
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
+from ptuning.train.guards import BAD_BATCH_NAME, fault_in
+from ptuning.train.memory_errors import MemorySettings, memory_explained, recomputes
+from ptuning.train.resuming_trainer import ResumingTrainer
+from ptuning.train.step_guard import BadStepsError, StepGuard, correct_mean
 from ptuning.train.tuning import TrainedState, Tuning, newest_metrics
 
 
-class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
+class Seq2SeqTrainer(ResumingTrainer):
     """Trains what `tuning` attached to a ChatGLM.
 
     A checkpoint is what `tuning` writes, a prefix artefact for P-Tuning, beside transformers'
-    optimiser, scheduler, random and trainer state. `row_settings` is written into every artefact.
+    optimiser, scheduler, random and trainer state and our run state. `row_settings` is written into
+    every artefact, `rows_fingerprint` into every checkpoint. `decode` turns ids to text for people.
     """
 
     def __init__(
-        self, *args: Any, tuning: Tuning, row_settings: Mapping[str, Any], **kwargs: Any
+        self,
+        *args: Any,
+        tuning: Tuning,
+        row_settings: Mapping[str, Any],
+        decode: Callable[[list[int]], str],
+        max_bad_steps: int = 5,
+        **kwargs: Any,
     ) -> None:
-        """Take transformers' arguments, what is trained, and the settings an artefact remembers."""
+        """Take transformers' arguments and ours; max_bad_steps 0 skips for ever."""
         super().__init__(*args, **kwargs)
         self.tuning = tuning
         self.row_settings = dict(row_settings)
+        self.decode = decode
+        self.args.logging_nan_inf_filter = False  # the guard does it, with one look per step
+        self._guard = StepGuard(max_in_a_row=max_bad_steps)
+        self._counted: tuple[Any, int] = (None, 0)  # a dataset and its answer tokens
 
     @property
     def chatglm(self) -> ChatGLMForConditionalGeneration:
@@ -39,9 +58,14 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Write what is trained and nothing of the frozen base."""
+        """Write what is trained and nothing of the frozen base; the main process alone writes."""
+        if not self.args.should_save:
+            return
         state = TrainedState(
-            self.state.global_step, newest_metrics(self.state.log_history), self.row_settings
+            self.state.global_step,
+            newest_metrics(self.state.log_history),
+            self.row_settings,
+            state_dict,
         )
         self.tuning.save(self.chatglm, Path(output_dir or str(self.args.output_dir)), state)
 
@@ -81,7 +105,7 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         into one by tokens.
         """
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
+        with self._memory_explained("validating", inputs), torch.no_grad():
             loss = model(**inputs, num_items_in_batch=inputs["input_ids"].shape[0]).loss
         return loss.detach(), None, None
 
@@ -102,6 +126,97 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         dataset: Any = dataloader.dataset
         name = f"{metric_key_prefix}_loss"
         if output.metrics and name in output.metrics and output.num_samples:
-            tokens = sum(int((row["labels"] != IGNORED_LABEL).sum()) for row in dataset)
-            output.metrics[name] *= output.num_samples / tokens
+            if self._counted[0] is not dataset:  # counted once, not at every validation
+                tokens = sum(int((row["labels"] != IGNORED_LABEL).sum()) for row in dataset)
+                self._counted = (dataset, tokens)
+            output.metrics[name] *= output.num_samples / self._counted[1]
         return output
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train; OutOfMemoryStop, DiskError, BadStepsError and Stopped say what to type."""
+        with memory_explained("training", self._memory_settings()):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Compute one micro-batch's gradient, and keep loss and batch until the step is judged."""
+        self._guard.begin(self._tr_loss)
+        with self._memory_explained("training", inputs):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._guard.add(inputs, loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient norm, and see to it that a step that cannot be right is not taken."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        loss, norm = self._agree_on(self._guard.values(grad_norm))
+        fault = fault_in(loss, norm)
+        if fault is None:
+            self.run_state.skipped_in_a_row = 0
+        elif self._is_ours(loss):
+            step = self.state.global_step + 1
+            if self._guard.refuse(model, self._tr_loss, fault, self.run_state, step=step):
+                raise BadStepsError(self._explain_bad_steps((loss, norm), step))
+        self._guard.clear()
+        return grad_norm
+
+    def _is_ours(self, loss: float) -> bool:
+        """Tell whether no loss scaler is at work: one finds its scale by overflowing gradients."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler is None or fault_in(loss, 1.0) is not None
+
+    def _agree_on(self, values: Tensor) -> tuple[float, float]:
+        """Return loss and gradient norm, and note a wish to stop, the same in every process."""
+        if self.args.world_size > 1:
+            wish = values.new_tensor([float(self.stop.requested is not None)])
+            values = self.accelerator.reduce(torch.cat([values, wish]), reduction="sum")
+            loss, norm, wishes = values.tolist()
+            self.agreed_to_stop = wishes > 0
+            return loss, norm / self.args.world_size
+        loss, norm = values.tolist()
+        return loss, norm
+
+    def _explain_bad_steps(self, values: tuple[float, float], step: int) -> str:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return self._guard.explain(
+            self.chatglm,
+            Path(str(self.args.output_dir)) / BAD_BATCH_NAME.format(rank=rank),
+            values=values,
+            dtype=self.chatglm.dtype,
+            learning_rate=float(self.args.learning_rate),
+            log_history=self.state.log_history,
+            decode=self.decode,
+            step=step,
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with every mean over the steps that were taken, and the others counted."""
+        if "loss" in logs:
+            correct_mean(logs, self.run_state, step=self.state.global_step)
+        if "train_loss" in logs and self._knows_all_losses:
+            taken = max(self.state.global_step - self.run_state.skipped, 1)
+            logs["train_loss"] = self._total_loss_scalar / taken
+            logs["skipped_steps"] = self.run_state.skipped
+        super().log(logs, start_time)
+
+    def _memory_settings(self) -> MemorySettings:
+        return MemorySettings(
+            device=self.args.device,
+            train_batch=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            eval_batch=self.args.per_device_eval_batch_size,
+            checkpointing=recomputes(self.args),
+            quantization_bit=getattr(self.chatglm.config, "quantization_bit", None),
+        )
+
+    def _memory_explained(
+        self, phase: str, batch: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        rows, tokens = batch["input_ids"].shape
+        return memory_explained(phase, self._memory_settings(), (rows, tokens))

@@ -77,10 +77,12 @@ def test_a_short_run_trains_validates_answers_and_lists_these_files(base, files,
         "trainer_state.json",
     ]
     assert sorted(path.name for path in (out / "checkpoint-4").iterdir()) == [
+        "checkpoint.json",
         "optimizer.pt",
         "prefix.safetensors",
         "prefix_config.json",
         "rng_state.pth",
+        "run_state.json",
         "scheduler.pt",
         "trainer_state.json",
     ]

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # raise it when the preprocessing gives other tokens for the same settings
+FORMAT_VERSION = 2  # raise it when the preprocessing gives other tokens for the same settings
 
 
 class TokenArrays(NamedTuple):

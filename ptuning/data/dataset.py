@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,6 +212,8 @@ def load_training_dataset(
     encoded: list[TokenizedExample] = []
     for chunk in _in_chunks(examples, f"tokenising {path.name}", show_progress):
         encoded += to_training_batch(tokenizer, chunk, **lengths, recipe=recipe)
+    rows, examples, encoded = _with_answers(rows, examples, encoded, response_column)
+    _require_rows(path, rows)
     summary = _summarise_training(str(path), rows, examples, encoded, tokenizer, lengths)
     arrays = _to_arrays(encoded)
     save_tokens(cached_file, arrays, _to_notes(summary))
@@ -289,6 +292,19 @@ def _require_rows(path: Path, rows: Rows) -> None:
         raise DataError(
             path, None, f"no row is left of {rows.num_read}: {reasons}; fill those fields."
         )
+
+
+def _with_answers(
+    rows: Rows, examples: list[Example], encoded: list[TokenizedExample], column: str
+) -> tuple[Rows, list[Example], list[TokenizedExample]]:
+    """Drop, with a count, the rows whose answer has no token, as one of zero-width spaces has."""
+    has_answer = [row.answer_cut or len(row.input_ids) - row.context_length > 2 for row in encoded]
+    if all(has_answer):
+        return rows, examples, encoded
+    reason = f'no token in "{column}"'  # nothing between <sop> and <eop>
+    dropped = {**rows.dropped, reason: has_answer.count(False)}
+    kept = Rows(list(compress(rows.kept, has_answer)), rows.num_read, dropped)
+    return kept, list(compress(examples, has_answer)), list(compress(encoded, has_answer))
 
 
 def _in_chunks(examples: list[Example], title: str, visible: bool) -> Iterator[list[Example]]:

@@ -1,11 +1,14 @@
 """Keep the picture of the loss curve up to date while a run goes on."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger("main")
 
 DRAW_EVERY_S = 30.0  # drawing takes about half a second
 
@@ -36,5 +39,8 @@ class CurveCallback(TrainerCallback):
             self._draw_now(state)
 
     def _draw_now(self, state: TrainerState) -> None:
-        self.draw(state.log_history, self.path)
+        try:
+            self.draw(state.log_history, self.path)
+        except OSError as error:  # a picture is not worth a run
+            logger.warning("%s cannot be written (%s); the run goes on", self.path, error.strerror)
         self._drawn_at = time.monotonic()

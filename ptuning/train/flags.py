@@ -16,7 +16,9 @@ from typing import Any, NamedTuple, NoReturn
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from ptuning.model.tuned import FULL
+from ptuning.train.forgetting_flags import GeneralArguments, StartArguments, check_forgetting
 from ptuning.train.legacy_flags import translate_flags, translate_keys
+from ptuning.train.presets import preset_values, with_preset
 from ptuning.train.recomputing_flags import take_recomputing
 from ptuning.train.tuning_flags import check_tuning, find_tuning, with_tuning
 
@@ -29,7 +31,7 @@ def flag(default: Any, help_text: str) -> Any:
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(StartArguments):
     """Which base, and what is tuned in it."""
 
     model_name_or_path: str | None = flag(None, "Directory of the base model, or its hub id.")
@@ -37,6 +39,11 @@ class ModelArguments:
         None,
         "What to start from or to score: a directory of any way of tuning, or a prefix's "
         "pytorch_model.bin or .safetensors.",
+    )
+    init_from: str | None = flag(
+        None,
+        "Start a new training from what an old one learned, with a fresh optimiser and schedule: "
+        "what --ptuning_checkpoint takes.",
     )
     pre_seq_len: int | None = flag(
         None,
@@ -83,9 +90,14 @@ class ModelArguments:
         None, "Accepted from old command lines; rotary positions need no resizing."
     )
 
+    @property
+    def start_flag(self) -> str:
+        """The flag that named what training starts from, or what is scored."""
+        return "--ptuning_checkpoint" if self.init_from is None else "--init_from"
+
 
 @dataclass
-class DataArguments:
+class DataArguments(GeneralArguments):
     """Which rows, which columns, how long."""
 
     train_file: str | None = flag(
@@ -169,6 +181,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int | None = flag(
         None, "Stop after so many validations without a better loss; unset never does."
     )
+    max_bad_steps: int = flag(
+        5,
+        "Stop after so many steps in a row whose loss or gradient is not finite or exactly 0; each "
+        "is skipped. 0 never stops.",
+    )
     gradient_checkpointing: str = field(  # type: ignore[assignment]  # a switch in transformers
         default="auto",
         metadata={
@@ -231,9 +248,12 @@ def parse_arguments(argv: list[str]) -> Arguments:
             unknown = sorted(set(values) - _flag_names())
             if unknown:
                 raise UsageError(f"{argv[0]} has {_unknown(unknown)}")
-            model, data, training = parser.parse_dict(values | {"tuning": find_tuning(values)})
+            added, presets = preset_values(values)
+            values |= {**added, "tuning": find_tuning(values)}
+            model, data, training = parser.parse_dict(values)
         else:
             given, notices = translate_flags(argv)
+            given, presets = with_preset(given)
             *parsed, unknown = parser.parse_args_into_dataclasses(
                 with_tuning(given), return_remaining_strings=True
             )
@@ -241,12 +261,14 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 raise UsageError(_unknown(unknown))
             model, data, training = parsed
         _check(model, data, training)
+        _check_start(model, training)
         check_tuning(model, training)
+        check_forgetting(model, data, training)
     except UsageError:
         raise
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
-    return Arguments(model, data, training, tuple(notices))
+    return Arguments(model, data, training, (*notices, *presets))
 
 
 class FlagParser(HfArgumentParser):
@@ -299,6 +321,23 @@ def _unknown(given: list[str]) -> str:
     return f"unknown flags: {', '.join(hints)}; python main.py --help lists all."
 
 
+def _check_start(model: ModelArguments, training: TrainingArguments) -> None:
+    """Make --init_from what training starts from; with --do_train both flags do the same."""
+    if model.init_from is None:
+        return
+    if model.ptuning_checkpoint is not None:
+        raise UsageError(
+            f"--init_from is {model.init_from} and --ptuning_checkpoint is "
+            f"{model.ptuning_checkpoint}; training starts from one of them, so leave one out."
+        )
+    if not training.do_train:
+        raise UsageError(
+            f"--init_from is {model.init_from} without --do_train; to score it, name it with "
+            "--ptuning_checkpoint."
+        )
+    model.ptuning_checkpoint = model.init_from
+
+
 def _check(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     """Check flags against each other."""
     if not (training.do_train or training.do_eval or training.do_predict):
@@ -338,6 +377,7 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
         ("max_train_samples", data.max_train_samples, 1),
         ("max_eval_samples", data.max_eval_samples, 1),
         ("max_predict_samples", data.max_predict_samples, 1),
+        ("max_bad_steps", training.max_bad_steps, 0),
     ):
         if value is not None and value < lowest:
             raise UsageError(f"--{name} is {value}; use {lowest} or more.")

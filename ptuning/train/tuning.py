@@ -93,7 +93,11 @@ class PrefixTuning:
         """Attach the prefix to start from, or a fresh one; freeze the base."""
         flags = self.flags
         if flags.ptuning_checkpoint is None:
-            model.add_prefix(int(flags.pre_seq_len or 0), project=bool(flags.prefix_projection))
+            encoder = model.add_prefix(
+                int(flags.pre_seq_len or 0), project=bool(flags.prefix_projection)
+            )
+            if flags.prefix_init_std is not None:
+                encoder.scale_entries(flags.prefix_init_std)
         else:
             self._load(model, flags.ptuning_checkpoint)
         model.freeze_base()
@@ -107,7 +111,7 @@ class PrefixTuning:
                 expected_projection=self.flags.prefix_projection,
             )
         except (ValueError, FileNotFoundError) as error:
-            raise UsageError(f"--ptuning_checkpoint: {error}") from error
+            raise UsageError(f"{self.flags.start_flag}: {error}") from error
         step = "" if info.step is None else f", step {info.step}"
         logger.info("Prefix %s: %d tokens%s", checkpoint, info.prefix_length, step)
 

@@ -48,7 +48,7 @@ def find_tuning(values: Mapping[str, Any]) -> str | None:
     """
     if values.get("tuning") is not None:
         return str(values["tuning"])
-    checkpoint = values.get("ptuning_checkpoint")
+    checkpoint = values.get("ptuning_checkpoint") or values.get("init_from")
     if checkpoint is not None:
         # One that is not there is told where the prefix is read.
         return kind_of(checkpoint) if Path(checkpoint).exists() else PTUNING

@@ -1,0 +1,132 @@
+"""Why steps cannot be used: the fault, the likely cause from evidence, the batch for a person."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptuning.atomic_file import write_atomically
+
+IGNORED_LABEL = -100
+BAD_BATCH_NAME = "bad_batch{rank}.txt"  # rank: "" for one process, else _0, _1, ...
+RISING = 1.5  # a logged loss this many times the lowest one has got away
+LARGE_WEIGHT = 100.0  # prefixes start from N(0, 1) and stay near it; 128 x 229,376 draws reach 6
+
+Batch = Mapping[str, Any]
+
+
+def fault_in(loss: float, grad_norm: float) -> str | None:
+    """Say what is wrong with a step; None for one to take.
+
+    >>> fault_in(2.0, 0.5), fault_in(float("nan"), 0.5), fault_in(2.0, 0.0)
+    (None, 'the loss is nan', 'the gradient is exactly 0')
+    """
+    for name, value in (("loss", loss), ("gradient", grad_norm)):
+        if not math.isfinite(value):
+            return f"the {name} is {value}"
+        if value == 0:
+            return f"the {name} is exactly 0"
+    return None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known when a run is stopped by its bad steps."""
+
+    loss: float
+    grad_norm: float
+    num_labels: int  # answer tokens in the last batch
+    dtype: str  # of the base, "float16"
+    base_is_finite: bool
+    largest_weight: float  # of what is trained; nan where one is
+    learning_rate: float
+    logged_losses: Sequence[float]
+
+
+def likely_cause(evidence: Evidence) -> str:
+    """Name the most likely cause and what to type, from the evidence alone."""
+    if evidence.num_labels == 0:
+        return (
+            "every label of the batch is masked (-100), so there is no answer to learn; look at "
+            "the rows in --train_file and at --response_column"
+        )
+    if not evidence.base_is_finite:
+        return (
+            "the base itself holds weights that are not finite; load it with --bf16 true, or "
+            "download it again"
+        )
+    lower = evidence.learning_rate / 10
+    losses = [loss for loss in evidence.logged_losses if math.isfinite(loss)]
+    rose = len(losses) > 1 and losses[-1] > RISING * min(losses)
+    grew = not evidence.largest_weight <= LARGE_WEIGHT
+    if rose or grew:
+        signs = []
+        if rose:
+            signs.append(f"the loss rose from {min(losses):.4g} to {losses[-1]:.4g}")
+        if grew:
+            signs.append(f"the largest trained weight is {evidence.largest_weight:.4g}")
+        return (
+            f"the learning rate is too high ({' and '.join(signs)}); start anew with "
+            f"--learning_rate {lower:.1g}"
+        )
+    if evidence.dtype == "float16":
+        is_zero = evidence.loss == 0 or evidence.grad_norm == 0
+        what = "what is below 6e-8 becomes 0" if is_zero else "what is above 65504 overflows"
+        return f"the base computes in float16, where {what}; use --bf16 true in place of --fp16"
+    return (
+        f"nothing stands out: the base is finite in {evidence.dtype} and the loss had not risen; "
+        f"look at the batch, and try --learning_rate {lower:.1g}"
+    )
+
+
+def gather_evidence(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    values: tuple[float, float],
+    dtype: torch.dtype,
+    learning_rate: float,
+    log_history: Sequence[Mapping[str, Any]],
+) -> Evidence:
+    """Look at the weights and labels once; values are the last loss and gradient norm."""
+    parameters = list(model.parameters())
+    frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point()]
+    largest = [p.detach().abs().max().item() for p in parameters if p.requires_grad and p.numel()]
+    is_nan = any(math.isnan(value) for value in largest)  # max() would pass over it
+    return Evidence(
+        loss=values[0],
+        grad_norm=values[1],
+        num_labels=sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches),
+        dtype=str(dtype).removeprefix("torch."),
+        base_is_finite=all(bool(p.isfinite().all()) for p in frozen),
+        largest_weight=math.nan if is_nan else max(largest, default=0.0),
+        learning_rate=learning_rate,
+        logged_losses=[float(entry["loss"]) for entry in log_history if "loss" in entry],
+    )
+
+
+def write_bad_batch(
+    path: Path, batches: Sequence[Batch], headline: str, decode: Callable[[list[int]], str]
+) -> None:
+    """Write the rows of the batches as text and ids, for a person to read."""
+    lines = [headline, ""]
+    rows = [
+        (ids.tolist(), labels.tolist())
+        for batch in batches
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+    for number, (ids, labels) in enumerate(rows, start=1):
+        answer = [label for label in labels if label != IGNORED_LABEL]
+        lines += [
+            f"row {number} of {len(rows)}: {len(ids)} tokens with padding, {len(answer)} labels",
+            f"  text:   {decode(ids)!r}",
+            f"  answer: {decode(answer)!r}",
+            f"  ids:    {ids}",
+            f"  labels: {labels}",
+            "",
+        ]
+    write_atomically(path, "\n".join(lines).encode("utf-8", "backslashreplace"))

@@ -1,0 +1,95 @@
+"""Ctrl-C and SIGTERM: at once where nothing can be lost, after the running step where it can.
+
+A run that trains defers them: the first asks for a checkpoint and an end after the step, a Ctrl-C
+after it stops at once. Everywhere else the first one stops.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTICE = (
+    "\n{name}: a checkpoint is written after this step (or validation), then the run stops; "
+    "Ctrl-C now stops at once, without it.\n"
+)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; `saved` tells whether a checkpoint was written for it."""
+
+    def __init__(self, signum: int, *, saved: bool = False) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+        self.saved = saved
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell calls an end by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signum
+
+
+class StopRequest:
+    """Takes over both signals while it is entered; other threads than the main one get nothing."""
+
+    def __init__(self) -> None:
+        self.requested: int | None = None  # the first signal that was deferred
+        self._is_deferring = False
+        self._owner = os.getpid()
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        """Install the handlers; outside the main thread Python allows none."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Put the earlier handlers back."""
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]  # what signal.signal returned
+        self._previous.clear()
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note the first signal inside; Stopped at the end where nobody acted on it."""
+        self._is_deferring = True
+        try:
+            yield
+        finally:
+            self._is_deferring = False
+        if self.requested is not None:
+            raise Stopped(self.requested)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            _end_worker(signum)
+            return
+        if not self._is_deferring:
+            raise Stopped(signum)
+        if self.requested is None:
+            self.requested = signum
+            name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+            os.write(
+                sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE.format(name=name).encode()
+            )
+        elif signum == signal.SIGINT:
+            raise Stopped(signum)
+
+
+def _end_worker(signum: int) -> None:
+    """Serve a forked data-loading worker: its parent decides on Ctrl-C, SIGTERM ends it."""
+    if signum == signal.SIGTERM:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)

@@ -1,0 +1,340 @@
+"""Faults from outside: no room on the disk, two runs in one folder, damage, a clock that jumps."""
+
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ptuning.train.run_lock as run_lock
+from ptuning.train.memory_errors import (
+    MemorySettings,
+    OutOfMemoryStop,
+    advice_for,
+    explain_out_of_memory,
+    is_out_of_memory,
+    memory_explained,
+)
+from ptuning.train.run_directory import checkpoints, is_whole
+from ptuning.train.run_lock import LOCK_NAME, DirectoryInUseError, RunLock
+from ptuning.train.run_state import capture_random_state, restore_random_state
+from tests.train.conftest import same
+from trainer_seq2seq import Seq2SeqTrainer
+
+# ---- A full disk ----
+
+
+def full_from(monkeypatch, count):
+    """Let every file operation of a checkpoint fail from the count-th on, as on a full disk."""
+    calls = []
+
+    def failing(real, error):
+        def call(*args, **kwargs):
+            calls.append(real)
+            if len(calls) >= count:
+                raise error
+            return real(*args, **kwargs)
+
+        return call
+
+    no_room = OSError(errno.ENOSPC, "No space left on device")
+    torch_error = RuntimeError("[enforce fail at inline_container.cc:858] . unexpected pos 64 vs 0")
+    monkeypatch.setattr(torch, "save", failing(torch.save, torch_error))
+    monkeypatch.setattr(Path, "write_text", failing(Path.write_text, no_room))
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, no_room))
+
+
+@pytest.mark.parametrize("count", [12, 14, 25, 31, 34, 36, 40, 44])
+def test_a_full_disk_leaves_the_last_good_checkpoint(count, short_run, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        full_from(patched, count)
+        assert short_run.start("--save_steps", "1", "--save_total_limit", "1") == 5
+    error = capsys.readouterr().err
+    assert "could not be written to" in error
+    assert "MiB are free there" in error
+    assert "Make room, then: " in error
+    assert "Traceback" not in error
+    left = checkpoints(short_run.out)
+    assert [path.name for path in short_run.out.iterdir() if path.is_dir()] == [
+        path.name for path in left
+    ]
+    if left:
+        assert f"{left[-1]} is whole" in error
+        assert "; it takes about 0.0 MiB" in error
+    assert short_run.start("--save_steps", "1", "--resume_from_checkpoint", "auto") == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1,000 KiB; only root may mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(short_run, small_disk, capsys):
+    out = small_disk / "out"
+    flags = ("--pre_seq_len", "128", "--save_steps", "1", "--save_total_limit", "1")
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(600 * 1024))  # one checkpoint of 240 KiB fits, two do not
+    assert short_run.start(*flags, out=out) == 5
+    error = capsys.readouterr().err
+    assert "No space left on device" in error or "the disk is full or fails" in error
+    left = checkpoints(out)
+    assert len(left) == 1
+    assert f"{left[0]} is whole" in error
+    filler.unlink()
+    assert short_run.start(*flags, "--resume_from_checkpoint", "auto", out=out) == 0
+    assert short_run.start(*flags) == 0
+    assert same(short_run.prefix(out), short_run.prefix())
+
+
+# ---- Two runs in one folder ----
+
+
+def hold(folder, seconds=30):
+    """Hold the lock of a folder in another process; returns it when it does."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from ptuning.train.run_lock import RunLock\n"
+        f"with RunLock(Path({str(folder)!r})):\n"
+        f"    print('held', flush=True)\n    time.sleep({seconds})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_is_not(short_run, capsys):
+    short_run.out.mkdir()
+    holder = hold(short_run.out)
+    assert short_run.start() == 2
+    error = capsys.readouterr().err
+    assert "is being written by a run started 2" in error
+    assert f"process {holder.pid} on {socket.gethostname()}" in error
+    assert "another --output_dir" in error
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert (short_run.out / LOCK_NAME).exists()
+    assert short_run.start() == 0
+    assert not (short_run.out / LOCK_NAME).exists()
+
+
+def test_without_locks_the_process_decides(tmp_path, monkeypatch):
+    def no_locks(_descriptor):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_lock, "_lock", no_locks)
+    mark = {"pid": os.getppid(), "host": socket.gethostname(), "started": "today"}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(mark))
+    with pytest.raises(DirectoryInUseError, match=f"process {os.getppid()} on"):
+        RunLock(tmp_path).__enter__()
+    elsewhere = {**mark, "host": "another-machine"}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(elsewhere))
+    with pytest.raises(DirectoryInUseError, match="on another-machine"):
+        RunLock(tmp_path).__enter__()
+    for stale in ({**mark, "pid": 2**22 + 1}, {**mark, "process_start": "1"}, {}):
+        (tmp_path / LOCK_NAME).write_text(json.dumps(stale))
+        with RunLock(tmp_path):
+            assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+# ---- Damage, clocks, other rows ----
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "prefix.safetensors", "trainer_state.json", "run_state.json"]
+)
+def test_a_checkpoint_cut_short_is_passed_over(name, short_run, caplog):
+    assert short_run.start() == 0
+    whole = short_run.prefix()
+    file = short_run.out / "checkpoint-6" / name
+    file.write_bytes(file.read_bytes()[:-10])
+    assert short_run.start("--resume_from_checkpoint", "auto") == 0
+    assert "checkpoint-6 is passed over: " + name in caplog.text
+    assert same(short_run.prefix(), whole)
+    assert is_whole(short_run.out / "checkpoint-6")
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(short_run):
+    assert short_run.start() == 0
+    whole = short_run.prefix()
+    for step in (2, 4, 6):
+        for name in ("checkpoint.json", "run_state.json"):
+            (short_run.out / f"checkpoint-{step}" / name).unlink()
+    shutil.rmtree(short_run.out / "checkpoint-6")
+    assert short_run.start("--resume_from_checkpoint", "auto") == 0
+    assert same(short_run.prefix(), whole)
+
+
+def test_a_finished_run_that_is_resumed_takes_no_step(short_run):
+    assert short_run.start() == 0
+    whole = short_run.prefix()
+    assert short_run.start("--resume_from_checkpoint", "auto") == 0
+    assert same(short_run.prefix(), whole)
+    state = json.loads((short_run.out / "trainer_state.json").read_text("utf-8"))
+    assert state["global_step"] == 6
+    assert short_run.checkpoints() == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_other_rows_are_refused_and_another_batch_is_told(short_run, capsys, caplog):
+    assert short_run.start("--max_steps", "2") == 0
+    flags = ("--resume_from_checkpoint", "auto")
+    assert short_run.start(*flags, "--max_train_samples", "20") == 2
+    error = capsys.readouterr().err
+    assert "was trained on other rows (30-" in error
+    assert "--init_from" in error
+    assert short_run.start(*flags, "--per_device_train_batch_size", "2") == 0
+    assert "was written with 4 rows per step and this run has 2" in caplog.text
+
+
+def test_a_clock_that_jumps_changes_nothing(short_run, monkeypatch):
+    assert short_run.start("--save_total_limit", "1") == 0
+    whole = short_run.prefix()
+    real, jumps = time.time, iter(range(10**9))
+    monkeypatch.setattr(time, "time", lambda: real() - 86400.0 * 365 * next(jumps))
+    flags = ("--save_total_limit", "1", "--overwrite_output_dir")
+    assert short_run.start(*flags, "--max_steps", "6", "--save_steps", "1") == 0
+    assert same(short_run.prefix(), whole)
+    assert short_run.checkpoints() == ["checkpoint-6"]
+
+
+def test_a_broken_results_file_of_a_killed_run_is_replaced(short_run):
+    short_run.out.mkdir()
+    (short_run.out / "all_results.json").write_text('{"train_lo')
+    assert short_run.start() == 0
+    assert "train_loss" in json.loads((short_run.out / "all_results.json").read_text("utf-8"))
+
+
+def test_the_random_state_comes_back_bit_for_bit():
+    import random
+
+    import numpy as np
+
+    random.gauss(0, 1)
+    state = json.loads(json.dumps(capture_random_state()))
+    first = random.gauss(0, 1), np.random.rand(), torch.rand(3)  # noqa: NPY002
+    restore_random_state(state)
+    second = random.gauss(0, 1), np.random.rand(), torch.rand(3)  # noqa: NPY002
+    assert first[:2] == second[:2]
+    assert torch.equal(first[2], second[2])
+
+
+# ---- --init_from ----
+
+
+def test_init_from_starts_a_new_training_from_an_old_prefix(short_run, caplog):
+    assert short_run.start() == 0
+    second = short_run.folder / "second"
+    start = ("--init_from", str(short_run.out))
+    assert short_run.start(*start, "--learning_rate", "0", out=second) == 0
+    assert same(short_run.prefix(second), short_run.prefix())
+    state = json.loads((second / "trainer_state.json").read_text("utf-8"))
+    assert state["global_step"] == 6
+    assert "Going on from" not in caplog.text
+
+
+def test_init_from_is_refused_where_it_means_nothing(short_run, capsys):
+    both = ("--init_from", "a", "--ptuning_checkpoint", "b")
+    assert short_run.start(*both) == 2
+    assert "--init_from is a and --ptuning_checkpoint is b" in capsys.readouterr().err
+    assert short_run.start("--init_from", "nowhere") == 2
+    assert "main.py: --init_from: nowhere does not exist" in capsys.readouterr().err
+    flags = short_run.flags("--init_from", "a", "--do_predict")
+    assert short_run_main([word for word in flags if word != "--do_train"]) == 2
+    assert "--init_from is a without --do_train" in capsys.readouterr().err
+
+
+def short_run_main(flags):
+    from main import main
+
+    return main(flags)
+
+
+# ---- Out of memory ----
+
+CUDA_WORDS = "CUDA out of memory. Tried to allocate 2.00 GiB."
+CPU_WORDS = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
+SETTINGS = MemorySettings(torch.device("cpu"), 4, 4, 8, False, None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError(CUDA_WORDS), RuntimeError(CPU_WORDS), MemoryError()],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_running_out_of_memory_says_which_setting_to_change(error, short_run, monkeypatch, capsys):
+    real = Seq2SeqTrainer.compute_loss
+
+    def compute_loss(trainer, *args, **kwargs):
+        if trainer.state.global_step == 4:
+            raise error
+        return real(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Seq2SeqTrainer, "compute_loss", compute_loss)
+    assert short_run.start() == 4
+    told = capsys.readouterr().err
+    assert "out of memory on cpu while training a batch of 4 x 26 tokens: " in told
+    assert "GiB free of" in told
+    assert "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 (now 4 x 1" in told
+    assert "--gradient_checkpointing true" in told
+    assert "--quantization_bit 4" in told
+    assert "checkpoint-4 is whole" in told
+    assert "Traceback" not in told
+
+
+def test_memory_advice_leaves_out_what_is_in_use():
+    frugal = MemorySettings(torch.device("cpu"), 1, 16, 1, True, 4)
+    assert len(advice_for(frugal, "training")) == 1
+    assert "--max_source_length" in advice_for(frugal, "training")[0]
+    uneven = MemorySettings(torch.device("cpu"), 5, 3, 1, True, 4)
+    smaller = "--per_device_train_batch_size 1 --gradient_accumulation_steps 15"
+    assert smaller in advice_for(uneven, "training")[0]
+    assert "--per_device_eval_batch_size 4" in advice_for(SETTINGS, "answering")[0]
+    assert ["--quantization_bit" in line for line in advice_for(SETTINGS, "loading the base")] == [
+        True
+    ]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes") as other, memory_explained("x", SETTINGS):
+        raise RuntimeError("shapes")
+    assert not isinstance(other.value, OutOfMemoryStop)
+    text = explain_out_of_memory(MemoryError(), SETTINGS, phase="answering")
+    assert "while answering: " in text
+
+
+def test_the_trainers_explanation_is_not_explained_again():
+    with (
+        pytest.raises(OutOfMemoryStop, match="a batch of 2 x 3 tokens"),
+        memory_explained("training", SETTINGS),
+        memory_explained("training", SETTINGS, (2, 3)),
+    ):
+        raise RuntimeError(CPU_WORDS)
+
+
+def test_a_safetensors_error_on_a_full_disk_is_known():
+    from ptuning.train.disk_errors import is_disk_error
+
+    with pytest.raises(Exception, match="No such file") as found:
+        save_file({"a": torch.ones(1)}, "/nowhere/at/all/a.safetensors")
+    assert not is_disk_error(found.value)
+    full = type(found.value)("I/O error: No space left on device (os error 28)")
+    assert is_disk_error(full)

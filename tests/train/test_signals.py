@@ -1,0 +1,111 @@
+"""Ctrl-C and SIGTERM save first and end exactly; a second Ctrl-C stops at once."""
+
+import json
+import os
+import signal
+
+import pytest
+
+import main as main_module
+from ptuning.train.signals import Stopped, StopRequest
+from tests.train.conftest import same
+from trainer_seq2seq import Seq2SeqTrainer
+
+
+def signal_in(monkeypatch, method, step, *signums):
+    """Send signals to this process in a method of the trainer, at one step (counted from 1)."""
+    real = getattr(Seq2SeqTrainer, method)
+    sent = []
+
+    def call(trainer, *args, **kwargs):
+        if trainer.state.global_step + (method == "training_step") == step and not sent:
+            for signum in signums:
+                sent.append(signum)
+                os.kill(os.getpid(), signum)
+        return real(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Seq2SeqTrainer, method, call)
+
+
+def log_without_times(run):
+    state = json.loads((run.out / "trainer_state.json").read_text("utf-8"))
+    return [
+        {k: v for k, v in entry.items() if not k.endswith(("runtime", "per_second"))}
+        for entry in state["log_history"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+@pytest.mark.parametrize("method", ["training_step", "prediction_step", "_write_checkpoint"])
+def test_the_first_signal_saves_after_the_step(method, signum, code, short_run, monkeypatch, capfd):
+    flags = ("--logging_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2")
+    step = 3 if method == "training_step" else 2
+    assert short_run.start(*flags) == 0
+    whole, log = short_run.prefix(), log_without_times(short_run)
+    with monkeypatch.context() as patched:
+        signal_in(patched, method, step, signum)
+        assert short_run.start(*flags, "--overwrite_output_dir") == code
+    error = capfd.readouterr().err
+    assert "Ctrl-C now stops at once" in error
+    assert f"checkpoint-{step} is whole: type the same command with --resume_from" in error
+    assert short_run.checkpoints() == sorted({"checkpoint-2", f"checkpoint-{step}"})
+    assert not (short_run.out / ".run.lock").exists()
+    assert short_run.start(*flags, "--resume_from_checkpoint", "auto") == 0
+    assert same(short_run.prefix(), whole)
+    assert log_without_times(short_run) == log
+
+
+def test_a_second_ctrl_c_stops_at_once(short_run, monkeypatch, capfd):
+    signal_in(monkeypatch, "training_step", 4, signal.SIGINT, signal.SIGINT)
+    assert short_run.start() == 130
+    assert short_run.checkpoints() == ["checkpoint-2"]
+    assert "stopped at once. " in capfd.readouterr().err
+
+
+def test_a_second_sigterm_does_not_interrupt_the_save(short_run, monkeypatch, capfd):
+    signal_in(monkeypatch, "_write_checkpoint", 2, signal.SIGTERM, signal.SIGTERM)
+    assert short_run.start() == 143
+    assert short_run.checkpoints() == ["checkpoint-2"]
+
+
+def test_a_signal_before_training_stops_at_once(short_run, monkeypatch, capsys):
+    def interrupted(*_args, **_options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(main_module, "load_base", interrupted)
+    assert short_run.start() == 143
+    assert "No checkpoint was written yet" in capsys.readouterr().err
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_deferred_signal_that_nobody_acts_on_stops_at_the_end():
+    done = []
+
+    def work(stop):
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("went on")
+
+    with StopRequest() as stop, pytest.raises(Stopped) as stopped:
+        work(stop)
+    assert done == ["went on"]
+    assert stopped.value.exit_code == 143
+
+
+def test_a_forked_worker_leaves_ctrl_c_to_its_parent():
+    with StopRequest():
+        pid = os.fork()
+        if pid == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(1)
+        _, status = os.waitpid(pid, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
