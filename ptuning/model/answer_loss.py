@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ptuning.model.linear import Linear
+
 CHUNK_ELEMENTS = 2**26  # float32 logits held at once: 256 MiB, 514 tokens of ChatGLM's 130,528
+CPU_CHUNK_ELEMENTS = 2**22  # 16 MiB, which stay in the processor's cache between the steps
+CPU_CHUNK_TOKENS = 128  # but not fewer at a time, for the matrix product's sake
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -22,7 +26,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         hidden_states: Tensor,
-        weight: Tensor,
+        head: Linear,
         targets: Tensor,
         chunk_tokens: int,
     ) -> Tensor:
@@ -31,14 +35,14 @@ class _ChunkedLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden_states) if wants_gradient else None
         for start in range(0, len(targets), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = functional.linear(hidden_states[part], weight).float()  # (chunk, V)
+            logits = head.product(hidden_states[part]).float()  # (chunk, V)
             wanted = targets[part, None]
             normaliser = logits.logsumexp(dim=-1, keepdim=True)
             total += (normaliser - logits.gather(1, wanted)).sum()
             if gradient is not None:
                 slope = logits.sub_(normaliser).exp_()  # softmax, in place
                 slope.scatter_add_(1, wanted, slope.new_full((1, 1), -1.0).expand_as(wanted))
-                gradient[part] = slope.to(weight.dtype) @ weight
+                gradient[part] = head.product_back(slope.to(head.weight.dtype))
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
         return total
 
@@ -60,12 +64,20 @@ def summed_loss(
     """Return the summed cross-entropy, float32, of targets (N,) given hidden_states (N, E).
 
     A frozen plain linear head without bias takes the chunked path; any other head (trained,
-    quantised) the ordinary one. chunk_tokens None keeps a chunk's logits in CHUNK_ELEMENTS.
+    quantised) the ordinary one. chunk_tokens None chooses by the device.
     """
-    weight = getattr(head, "weight", None)
-    is_plain = type(head) is torch.nn.Linear and head.bias is None
-    if not is_plain or weight is None or weight.requires_grad:
+    is_plain = type(head) is Linear and head.bias is None and not head.weight.requires_grad
+    if not is_plain:
         return functional.cross_entropy(head(hidden_states).float(), targets, reduction="sum")
-    chunk_tokens = chunk_tokens or max(1, CHUNK_ELEMENTS // weight.shape[0])
-    total: Tensor = _ChunkedLoss.apply(hidden_states, weight, targets, chunk_tokens)
+    assert isinstance(head, Linear), "asked above"
+    total: Tensor = _ChunkedLoss.apply(
+        hidden_states, head, targets, chunk_tokens or _chunk_tokens(head)
+    )
     return total
+
+
+def _chunk_tokens(head: Linear) -> int:
+    vocabulary = head.weight.shape[0]
+    if head.weight.device.type == "cpu":
+        return max(CPU_CHUNK_TOKENS, CPU_CHUNK_ELEMENTS // vocabulary)
+    return max(1, CHUNK_ELEMENTS // vocabulary)

@@ -13,7 +13,9 @@ from torch.nn import functional
 from transformers.cache_utils import Cache
 
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.packing import Packing, pack, unpack
+from ptuning.model.linear import Linear
+from ptuning.model.packed_attention import PackedRows, attend_rows
+from ptuning.model.packing import Packing, pack, take_needed, unpack
 from ptuning.model.prefix_encoder import join_prefix
 from ptuning.model.rotary import Rotation, rotate
 
@@ -25,6 +27,7 @@ class LayerInputs(NamedTuple):
     mask: Tensor | None  # (B or 1, 1, S, K), 0 for visible, else very low; None: all are visible
     prefix_dropout: float  # 0 outside training
     packing: Packing | None  # None: hidden states are (B, S, E); else (1, T, E), rows end to end
+    rows: PackedRows | None = None  # with a packing on a CPU: attention row by row
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,8 +61,8 @@ class Attention(nn.Module):
         self.config = config
         self.layer_index = layer_index
         self.num_heads = config.num_attention_heads
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -74,6 +77,17 @@ class Attention(nn.Module):
         only_needed leaves out the packed tokens that nobody reads: (1, N, E).
         """
         fused = self.query_key_value(hidden_states)  # (B, S, 3E)
+        if shared.packing is not None and shared.rows is not None:
+            output = attend_rows(
+                fused,
+                prefix,
+                shared.rows,
+                num_heads=self.num_heads,
+                dropout=shared.prefix_dropout,
+            )
+            if only_needed:
+                output = take_needed(output, shared.packing)
+            return self.dense(output), None
         if shared.packing is not None:
             fused = unpack(fused, shared.packing)
         fused = fused.unflatten(-1, (self.num_heads, -1))  # (B, S, H, 3D)

@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.layer import Layer
+from ptuning.model.packed_attention import find_rows
 from ptuning.model.packing import Packing, find_packing, pack, unpack_needed
 from ptuning.model.positions import Context, find_context, position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTable
@@ -149,7 +150,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             packing = _packing_of(input_ids, attention_mask, needed)
         positions, visible = self._place(input_ids, attention_mask, position_ids, past_key_values)
         prefix = self.prefix_for(use_prefix, prefix_key_values)
-        shared = self._layer_inputs(positions, visible, prefix, packing)
+        shared = self._layer_inputs(
+            positions,
+            visible,
+            prefix,
+            packing,
+            row_by_row=past_key_values is None and self._attends_by_rows(),
+        )
 
         hidden_states = self.word_embeddings(input_ids)  # (B, S, E)
         if packing is not None:
@@ -206,20 +213,29 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         visible: Tensor | None,
         prefix: Sequence[Tensor] | None,
         packing: Packing | None,
+        *,
+        row_by_row: bool,
     ) -> LayerInputs:
         """Return what the layers share; every token sees the prefix."""
         if prefix is not None:
             self._check_prefix(prefix, num_rows=positions.shape[0])
-        if prefix is not None and visible is not None:
-            visible = functional.pad(visible, (prefix[0].shape[3], 0), value=True)
         dropout = 0.0
         if self.training and self.prefix_encoder is not None:
             dropout = self.prefix_encoder.dropout
-        mask = None
-        if visible is not None:
-            mask = additive_mask(visible, self.final_layernorm.weight.dtype)
+        dtype = self.final_layernorm.weight.dtype
         rotation = rotation_at(positions, self.inverse_frequencies)
+        if packing is not None and visible is not None and row_by_row:
+            rows = find_rows(packing, additive_mask(visible, dtype), rotation)
+            return LayerInputs(rotation, None, dropout, packing, rows)
+        if prefix is not None and visible is not None:
+            visible = functional.pad(visible, (prefix[0].shape[3], 0), value=True)
+        mask = None if visible is None else additive_mask(visible, dtype)
         return LayerInputs(rotation, mask, dropout, packing)
+
+    def _attends_by_rows(self) -> bool:
+        """Say whether packed rows pass attention one by one: on a CPU, unless weights are asked."""
+        on_cpu = self.inverse_frequencies.device.type == "cpu"
+        return on_cpu and self.config._attn_implementation != "eager"
 
     def _check_prefix(self, prefix: Sequence[Tensor], *, num_rows: int) -> None:
         """Refuse prefix keys and values that another model, or another batch, was meant to get."""

@@ -20,6 +20,7 @@ from ptuning.model.backbone import ChatGLMModel, ChatGLMPreTrainedModel
 from ptuning.model.checkpoint_load import load_pretrained
 from ptuning.model.checkpoint_quantized import prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.linear import Linear
 from ptuning.model.positions import position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder
 
@@ -37,7 +38,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, bias=False)
         prepare_for_config_(self)
         self.post_init()
 

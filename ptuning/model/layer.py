@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptuning.model.attention import Attention, LayerInputs
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.linear import Linear
 from ptuning.model.packing import take_needed
 
 # sqrt(2 * 28): the published code never passes the layer count to the block, so 28 holds at any
@@ -23,8 +24,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (B, S, E) to (B, S, E)."""

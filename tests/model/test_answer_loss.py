@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 
 from ptuning.model.answer_loss import summed_loss
+from ptuning.model.linear import Linear
 
 
 def case(dtype=torch.float64, tokens=37):
     torch.manual_seed(0)
-    head = nn.Linear(16, 101, bias=False, dtype=dtype).requires_grad_(False)
+    head = Linear(16, 101, bias=False, dtype=dtype).requires_grad_(False)
     hidden = torch.randn(tokens, 16, dtype=dtype, requires_grad=True)
     return head, hidden, torch.randint(0, 101, (tokens,))
 

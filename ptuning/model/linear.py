@@ -1,0 +1,165 @@
+"""Linear maps of a frozen base, with the fastest matrix products that PyTorch has on a CPU.
+
+PyTorch multiplies float32 with MKL, which leaves half of the vector width of AMD's processors
+unused. oneDNN, which PyTorch carries for other types, uses all of it, on the weight as it is
+stored; on a copy laid out for the processor (`pack_weights_`) it is faster again, above all for a
+few rows. docs/performance.md has the figures.
+Shapes: T rows (tokens), I input features, O output features.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+MIN_ROWS = 4  # below, an unpacked weight is read from memory once and any product takes as long
+
+_is_wanted = True
+
+
+@contextmanager
+def torch_products() -> Iterator[None]:
+    """Use torch's own product inside, as the published code did; for comparisons."""
+    global _is_wanted
+    before, _is_wanted = _is_wanted, False
+    try:
+        yield
+    finally:
+        _is_wanted = before
+
+
+class PackedWeight(NamedTuple):
+    """A copy of a frozen weight (O, I) in oneDNN's own layout, and what it was made of."""
+
+    copy: Tensor
+    source: Tensor
+    version: int
+
+
+class Linear(nn.Linear):
+    """nn.Linear with faster products on a CPU while its weight is frozen."""
+
+    _packed: PackedWeight | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        if not self._takes(input):
+            return super().forward(input)
+        if torch.is_grad_enabled() and input.requires_grad:
+            output: Tensor = _FrozenProduct.apply(input, self)
+            return output
+        return self.product(input)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return x (..., I) times the weight transposed, plus the bias; autograd sees nothing."""
+        if not self._takes(x):
+            return functional.linear(x, self.weight, self.bias)
+        packed = self.packed_weight()
+        return _onednn(x, self.weight if packed is None else packed.copy, self.bias)
+
+    def product_back(self, gradient: Tensor) -> Tensor:
+        """Return gradient (..., O) times the weight (..., I): the gradient of `product`'s input."""
+        if not self._takes(gradient) or gradient.dtype is not torch.float32:
+            return gradient @ self.weight
+        return _onednn(gradient, self.weight.t(), None)
+
+    def pack_(self) -> None:
+        """Keep a copy of the weight in oneDNN's layout beside it.
+
+        A weight that is changed or moved later drops its copy.
+        """
+        copy = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+        self._packed = PackedWeight(copy, self.weight, self.weight._version)
+
+    def packed_weight(self) -> PackedWeight | None:
+        """Return the copy while it is that of the weight as it is now."""
+        packed = self._packed
+        if packed is None:
+            return None
+        if packed.source is not self.weight or packed.version != self.weight._version:
+            self._packed = None
+        return self._packed
+
+    def _takes(self, x: Tensor) -> bool:
+        """Say whether oneDNN is there, meant, and faster for this product."""
+        return (
+            _is_wanted
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype
+            and not self.weight.requires_grad
+            and not (self.bias is not None and self.bias.requires_grad)
+            and not torch.is_autocast_enabled("cpu")
+            and (
+                self.packed_weight() is not None
+                or (x.dtype is torch.float32 and x.numel() >= MIN_ROWS * x.shape[-1])
+            )
+            and has_onednn()
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Linear":
+        """Move or cast, and drop the copy of what was there before."""
+        self._packed = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the packed copy out of pickles and deep copies."""
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """The product of a frozen weight: only the input has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: Linear) -> Tensor:
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return ctx.linear.product_back(grad_outputs[0]), None
+
+
+def pack_weights_(model: nn.Module, *, room_bytes: int) -> int:
+    """Pack the frozen linear maps of model that lie on the CPU, if the copies fit in room_bytes.
+
+    For decoding: a few rows at a time are two to three times as fast; a training step gains little.
+    Returns the bytes that the copies take, 0 when there is nothing to pack or no room.
+    """
+    if not has_onednn():
+        return 0
+    kinds = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        kinds.add(torch.bfloat16)
+    maps = [
+        module
+        for module in model.modules()
+        if isinstance(module, Linear)
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in kinds
+        and not module.weight.requires_grad
+    ]
+    needed = sum(m.weight.numel() * m.weight.element_size() for m in maps)
+    if needed > room_bytes:
+        return 0
+    for module in maps:
+        module.pack_()
+    return needed
+
+
+def has_onednn() -> bool:
+    """Say whether this build of PyTorch has the oneDNN products."""
+    names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in names
+    )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x.contiguous(), weight, bias, "none", [], ""
+    )
+    return result

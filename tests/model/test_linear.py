@@ -1,0 +1,95 @@
+"""The CPU's products of frozen weights: the numbers of torch's own, whatever runs them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ptuning.model import linear as linear_module
+from ptuning.model.linear import Linear, has_onednn, pack_weights_, torch_products
+
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this PyTorch was built without oneDNN")
+PLENTY = 10**9
+
+
+@pytest.fixture
+def frozen() -> Linear:
+    torch.manual_seed(0)
+    return Linear(24, 40).requires_grad_(False)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 24), (3, 24), (2, 5, 24), (64, 24)])
+def test_output_and_gradient_are_those_of_torch(frozen, shape, is_packed):
+    if is_packed:
+        pack_weights_(frozen, room_bytes=PLENTY)
+    x = torch.randn(shape, requires_grad=True)
+    upstream = torch.randn(*shape[:-1], 40)
+    expected = functional.linear(x, frozen.weight, frozen.bias)
+    (expected_gradient,) = torch.autograd.grad(expected, x, upstream)
+    output = frozen(x)
+    (gradient,) = torch.autograd.grad(output, x, upstream)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@needs_onednn
+def test_a_frozen_weight_takes_onednn_and_the_context_takes_torch(frozen, monkeypatch):
+    calls = []
+    product = linear_module._onednn
+    monkeypatch.setattr(
+        linear_module, "_onednn", lambda *given: calls.append(given) or product(*given)
+    )
+    x = torch.randn(8, 24)
+    with torch_products():
+        frozen(x)
+    assert not calls
+    frozen(x)
+    assert len(calls) == 1
+    frozen(x[:1])
+    assert len(calls) == 1, "a single row is left to torch"
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_trained_weight_gets_its_gradient(frozen, name):
+    getattr(frozen, name).requires_grad_(True)
+    frozen(torch.randn(8, 24)).sum().backward()
+    assert getattr(frozen, name).grad is not None
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_changed_moved_or_copied_weight_drops_its_packed_copy(frozen, dtype):
+    frozen.to(dtype)
+    x = torch.randn(8, 24).to(dtype)
+    if not pack_weights_(frozen, room_bytes=PLENTY):
+        pytest.skip("this processor has no bfloat16 products")
+    assert frozen.packed_weight() is not None
+    for made in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert made.packed_weight() is None
+        torch.testing.assert_close(made(x), frozen(x))
+    with torch.no_grad():
+        frozen.weight.mul_(2)
+    assert frozen.packed_weight() is None
+    expected = functional.linear(x, frozen.weight, frozen.bias)
+    torch.testing.assert_close(frozen(x), expected)
+    pack_weights_(frozen, room_bytes=PLENTY)
+    frozen.to(torch.float64)
+    assert frozen.packed_weight() is None
+
+
+@needs_onednn
+def test_packing_counts_its_bytes_and_needs_room(frozen):
+    size = 24 * 40 * 4
+    assert pack_weights_(frozen, room_bytes=size - 1) == 0
+    assert frozen.packed_weight() is None
+    assert pack_weights_(frozen, room_bytes=size) == size
+    frozen.weight.requires_grad_(True)
+    assert pack_weights_(frozen, room_bytes=size) == 0, "a trained weight changes at every step"
+
+
+def test_autocast_is_left_to_torch(frozen):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert frozen(torch.randn(8, 24)).dtype == torch.bfloat16

@@ -1,0 +1,151 @@
+"""Attention row by row is that of the padded grid: output, gradients, and the dropout's statistics."""
+
+import pytest
+import torch
+
+from ptuning.model.attention import additive_mask
+from ptuning.model.backbone import ChatGLMModel
+from ptuning.model.packed_attention import attend_rows, draw_keep_mask, find_rows
+from ptuning.model.packing import find_packing
+from ptuning.model.rotary import inverse_frequencies, rotate, rotation_at
+
+H, D, P = 2, 16, 3
+LENGTHS = (5, 7, 2)
+
+
+def padded_mask(side):
+    longest = max(LENGTHS)
+    real = torch.zeros(len(LENGTHS), longest, dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        real[row, :length] = 1
+    return real if side == "right" else real.flip(1)
+
+
+def case(side, prefix_rows, seed=0):
+    """Return fused (1, T, 3E), prefix, the rows, and what a plain computation needs."""
+    torch.manual_seed(seed)
+    real = padded_mask(side)
+    num_rows, longest = real.shape
+    packing = find_packing(real, None)
+    positions = torch.randint(0, 9, (num_rows, 2, longest))
+    rotation = rotation_at(positions, inverse_frequencies(D))
+    visible = torch.rand(num_rows, 1, longest, longest) < 0.7
+    visible |= torch.eye(longest, dtype=torch.bool)
+    rows = find_rows(packing, additive_mask(visible, torch.float32), rotation)
+    fused = torch.randn(1, sum(LENGTHS), 3 * H * D, requires_grad=True)
+    prefix = torch.randn(2, prefix_rows, H, P, D, requires_grad=True) if prefix_rows else None
+    return fused, prefix, rows, (packing, rotation, visible)
+
+
+def plain(fused, prefix, given, keep=None, dropout=0.0):
+    """The same by the book: the grid, one row at a time, softmax over visible keys."""
+    packing, rotation, visible = given
+    longest = packing.shape[1]
+    output = []
+    for row in range(packing.shape[0]):
+        own = packing.tokens // longest == row
+        columns = packing.tokens[own] % longest
+        heads = fused[0, own].unflatten(-1, (H, 3 * D)).transpose(0, 1)  # (H, S, 3D)
+        query, key, value = heads.chunk(3, dim=-1)
+        turn = type(rotation)(*(angle[row][:, columns][None] for angle in rotation))
+        query, key = rotate(query[None], turn)[0], rotate(key[None], turn)[0]
+        seen = visible[row, 0][columns][:, columns]
+        if prefix is not None:
+            mine = prefix[:, min(row, prefix.shape[1] - 1)]
+            if keep is not None:
+                mine = mine * keep[:, row] / (1 - dropout)
+            key, value = torch.cat((mine[0], key), 1), torch.cat((mine[1], value), 1)
+            seen = torch.cat((torch.ones(len(seen), P, dtype=torch.bool), seen), 1)
+        scores = (query @ key.transpose(1, 2)) / D**0.5
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        output.append((weights @ value).transpose(0, 1).flatten(1))
+    return torch.cat(output)[None]
+
+
+def gradients(output, *inputs):
+    torch.manual_seed(9)
+    upstream = torch.randn_like(output)
+    return torch.autograd.grad(output, [x for x in inputs if x is not None], upstream)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("prefix_rows", [0, 1, 3])
+def test_output_and_gradients_are_those_of_plain_attention(side, prefix_rows):
+    fused, prefix, rows, given = case(side, prefix_rows)
+    output = attend_rows(fused, prefix, rows, num_heads=H, dropout=0.0)
+    expected = plain(fused, prefix, given)
+    torch.testing.assert_close(output, expected)
+    for got, wanted in zip(
+        gradients(output, fused, prefix), gradients(expected, fused, prefix), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("prefix_rows", [1, 3])
+def test_dropout_is_on_the_prefix_alone_and_in_the_gradient_too(prefix_rows):
+    fused, prefix, rows, given = case("right", prefix_rows)
+    torch.manual_seed(5)
+    output = attend_rows(fused, prefix, rows, num_heads=H, dropout=0.5)
+    torch.manual_seed(5)
+    keep = draw_keep_mask((2, len(LENGTHS), H, P, D), 0.5)
+    assert 0 < keep.sum() < keep.numel()
+    expected = plain(fused, prefix, given, keep, 0.5)
+    torch.testing.assert_close(output, expected)
+    for got, wanted in zip(
+        gradients(output, fused, prefix), gradients(expected, fused, prefix), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_frozen_input_has_no_gradient_and_the_prefix_still_has_its_own():
+    fused, prefix, rows, given = case("right", 1)
+    fused.requires_grad_(False)
+    (got,) = gradients(attend_rows(fused, prefix, rows, num_heads=H, dropout=0.0), prefix)
+    (wanted,) = gradients(plain(fused, prefix, given), prefix)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_masks_keep_nine_in_ten_and_follow_torchs_seed():
+    torch.manual_seed(1)
+    first = draw_keep_mask((2, 50, 100, 101), 0.1)
+    second = draw_keep_mask((2, 50, 100, 101), 0.1)
+    torch.manual_seed(1)
+    assert torch.equal(draw_keep_mask((2, 50, 100, 101), 0.1), first)
+    assert not torch.equal(first, second)
+    # A million draws: the standard deviation of the share is 0.0003.
+    assert first.float().mean().item() == pytest.approx(0.9, abs=0.0015)
+    rows = first.flatten(2).float().mean(dim=(0, 2))
+    assert (rows - 0.9).abs().max() < 0.01, "each row has its own mask"
+    together = (first & second).float().mean().item()
+    assert together == pytest.approx(0.81, abs=0.002), "two masks are independent"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_is_that_of_the_padded_grid(
+    build_small, training_batch, dtype, monkeypatch
+):
+    """The whole model, beside the grid and PyTorch's fused attention that a GPU takes."""
+    model = build_small(torch_dtype=dtype).to(dtype)
+    model.add_prefix(4)
+    model.freeze_base()
+    encoder = model.prefix_encoder
+    encoder.dropout = 0.0
+    model.train()
+
+    def step():
+        model.zero_grad()
+        loss = model(**training_batch).loss
+        loss.backward()
+        return loss.detach(), encoder.embedding.weight.grad.clone()
+
+    loss, gradient = step()
+    calls = []
+    monkeypatch.setattr(ChatGLMModel, "_attends_by_rows", lambda self: bool(calls.append(self)))
+    grid_loss, grid_gradient = step()
+    assert calls, "the second step took the other path"
+    if dtype == torch.float32:
+        torch.testing.assert_close(loss, grid_loss)
+        torch.testing.assert_close(gradient, grid_gradient, atol=1e-6, rtol=1e-4)
+    else:
+        torch.testing.assert_close(loss, grid_loss, atol=0.02, rtol=0.01)
+        assert torch.cosine_similarity(gradient.flatten(), grid_gradient.flatten(), dim=0) > 0.99
