@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from ptuning.serve.answer import Answer
 from ptuning.serve.api_answers import (
+    Alarm,
     AnswerTimeoutError,
     ClientGoneError,
     Waiter,
@@ -44,6 +45,7 @@ class Api:
         self.has_key = api_key is not None
         self.timeout_s = timeout_s
         self.metrics = Metrics()
+        self.alarm = Alarm()
         self.started = int(time.time())
 
     # Completions
@@ -92,6 +94,7 @@ class Api:
         reply = Reply(self.session.tokenizer, model=body.model, is_chat=is_chat)
         waiter = Waiter(
             request.receive,
+            self.alarm,
             timeout_s=self.timeout_s,
             each_token=bool(body.stream or body.stops()),
         )

@@ -1,6 +1,7 @@
 """From the engine's thread to the event loop: answers awaited, or given up for want of a client."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 
 from starlette.types import Receive
@@ -16,11 +17,46 @@ class AnswerTimeoutError(Exception):
     """The answer took longer than a request may."""
 
 
+class Alarm:
+    """Wakes the event loop once for all the rows that a decoding step moved on.
+
+    Each wake-up is a system call of the engine's thread, so one for every row of a step would make
+    the step longer.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rung: list[asyncio.Event] = []
+
+    def ring(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+        """Have the loop set an event soon; called in the engine's thread."""
+        with self._lock:
+            self._rung.append(event)
+            if len(self._rung) > 1:
+                return  # the loop is on its way
+        try:
+            loop.call_soon_threadsafe(self._set_all)
+        except RuntimeError:  # the loop is closed: the server has ended, and nobody waits
+            self._take()
+
+    def _set_all(self) -> None:
+        for event in self._take():
+            event.set()
+
+    def _take(self) -> list[asyncio.Event]:
+        with self._lock:
+            rung, self._rung = self._rung, []
+        return rung
+
+
 class Waiter:
     """Wakes one request: at new tokens, when its time is up, and when its client leaves."""
 
-    def __init__(self, receive: Receive, *, timeout_s: float, each_token: bool) -> None:
+    def __init__(
+        self, receive: Receive, alarm: Alarm, *, timeout_s: float, each_token: bool
+    ) -> None:
         """Start the clock; a waiter that needs not each_token sleeps until the answer is whole."""
+        self._alarm = alarm
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._each_token = each_token
@@ -33,10 +69,7 @@ class Waiter:
         """Wake up; called in the engine's thread."""
         if not (finished or self._each_token) or self._event.is_set():
             return
-        try:
-            self._loop.call_soon_threadsafe(self._event.set)
-        except RuntimeError:  # the loop is closed: the server has ended, and nobody waits
-            return
+        self._alarm.ring(self._loop, self._event)
 
     async def wait(self) -> None:
         """Wait for news; AnswerTimeoutError and ClientGoneError end the waiting."""
