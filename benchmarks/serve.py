@@ -4,12 +4,13 @@
 
 A real server in a process of its own answers rows of the sample greedily; the client, which shares
 the machine with it, is as thin as one can be. Both ways ask the same questions, and the answers
-must be the same.
+must be the same. OMP_NUM_THREADS is the server's number of threads.
 """
 
 import argparse
 import asyncio
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ LOUDNESS = 3.0  # a random prefix is heard, and answers differ
 LENGTHS = {"max_source_length": 64, "max_target_length": 64}  # tokens, as published
 AT_ONCE = 32
 REQUESTS = 160  # at once; the first AT_ONCE of them one at a time
-ROUNDS = 3
+ROUNDS = 5
 
 
 class Reply(NamedTuple):
@@ -135,11 +136,11 @@ def read_jobs(names: Sequence[str], rows_file: Path) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str]) -> int:
-    """Print the table: the best of the rounds, which others on the machine disturbed least."""
+    """Print the table: medians of the rounds, the ratio's taken of neighbours in time."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
     parser.add_argument("--prefix", metavar="DIRECTORY", help="take this trained prefix 4 times")
     parser.add_argument("--rows_file", type=Path, default=ROOT / "AdvertiseGen/sample/dev.json")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="the best one counts")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="the median counts")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     flags = parser.parse_args(argv)
     names = [f"p{index}" for index in range(NUM_PREFIXES)]
@@ -163,24 +164,26 @@ def _compare(
 ) -> dict[str, float]:
     """Measure both ways by turns, print a line, and return the figures."""
     stream = kind == "streamed"
-    best = {1: 0.0, AT_ONCE: 0.0}
-    replies: dict[int, list[Reply]] = {}
+    found: dict[int, list[Measured]] = {1: [], AT_ONCE: []}
     for _ in range(rounds):
         for at_once, some in ((1, jobs[:AT_ONCE]), (AT_ONCE, jobs)):
-            found = asyncio.run(measure(port, some, at_once=at_once, stream=stream))
-            best[at_once] = max(best[at_once], found.tokens_per_s)
-            replies[at_once] = found.replies
+            one = asyncio.run(measure(port, some, at_once=at_once, stream=stream))
+            found[at_once].append(one)
+    replies = {at_once: some[0].replies for at_once, some in found.items()}
     if replies[1] != replies[AT_ONCE][: len(replies[1])]:
         raise RuntimeError("an answer given among others is not the one given alone")
-    ratio = best[AT_ONCE] / best[1]
+    speeds = {at_once: [one.tokens_per_s for one in some] for at_once, some in found.items()}
+    ratios = [many / one for one, many in zip(speeds[1], speeds[AT_ONCE], strict=True)]
+    alone, together, ratio = map(statistics.median, (speeds[1], speeds[AT_ONCE], ratios))
     sys.stdout.write(
-        f"{kind:<12}{best[1]:>16.0f}{best[AT_ONCE]:>10.0f} tokens/s{ratio:>8.2f} times\n"
+        f"{kind:<12}{alone:>16.0f}{together:>10.0f} tokens/s{ratio:>8.2f} times "
+        f"({min(ratios):.2f} to {max(ratios):.2f})\n"
     )
     sys.stdout.flush()
     head = "" if kind == "whole" else "streamed_"
     return {
-        f"{head}one_tokens_per_s": best[1],
-        f"{head}tokens_per_s": best[AT_ONCE],
+        f"{head}one_tokens_per_s": alone,
+        f"{head}tokens_per_s": together,
         f"{head}ratio": ratio,
     }
 
