@@ -338,3 +338,43 @@ def test_a_safetensors_error_on_a_full_disk_is_known():
     assert not is_disk_error(found.value)
     full = type(found.value)("I/O error: No space left on device (os error 28)")
     assert is_disk_error(full)
+
+
+# ---- The data and its cache ----
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped header", "other arrays"])
+def test_a_corrupt_token_cache_is_made_again(damage, short_run, caplog):
+    assert short_run.start() == 0
+    whole = short_run.prefix()
+    for file in (short_run.folder / "cache").glob("*.safetensors"):
+        content = file.read_bytes()
+        if damage == "cut":
+            file.write_bytes(content[: len(content) // 2])
+        elif damage == "flipped header":
+            file.write_bytes(b"\xff" + content[1:])
+        else:
+            save_file({"a": torch.ones(1)}, file, metadata={"notes": "{}"})
+    assert short_run.start("--overwrite_output_dir") == 0
+    assert "is broken" in caplog.text
+    assert same(short_run.prefix(), whole)
+
+
+def test_a_row_that_lacks_a_column_is_dropped_and_counted(short_run, caplog):
+    path = short_run.folder / "train.json"
+    lines = path.read_text("utf-8").splitlines()
+    lines[6] = json.dumps({"content": "类型#裤"})
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with caplog.at_level("INFO"):
+        assert short_run.start("--max_steps", "1") == 0
+    assert "30 rows read, 29 kept" in caplog.text
+    assert '1 row (3.3%) dropped: empty "summary"' in caplog.text
+
+
+def test_a_read_only_folder_is_told_before_the_base_is_loaded(
+    short_run, small_disk, monkeypatch, capsys
+):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    monkeypatch.setattr("main.load_base", lambda *_a, **_o: pytest.fail("was loaded"))
+    assert short_run.start(out=small_disk / "out") == 2
+    assert "cannot be written (Read-only file system)" in capsys.readouterr().err
