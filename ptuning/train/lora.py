@@ -7,10 +7,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ptuning.model.adapter import (
+    ADAPTER,
     DEFAULT_TARGETS,
     adapter_parameters,
     add_adapter,
@@ -59,7 +61,7 @@ class LoraTuning:
             try:
                 info = load_adapter(model, self.checkpoint, trainable=True)
             except (ValueError, FileNotFoundError) as error:
-                raise UsageError(f"--ptuning_checkpoint: {error}") from error
+                raise UsageError(f"{self.flags.start_flag}: {error}") from error
             step = "" if info.step is None else f", step {info.step}"
             logger.info("Adapter %s%s", self.checkpoint, step)
             return
@@ -77,7 +79,7 @@ class LoraTuning:
         adapter = adapter_parameters(model)
         trained = sum(p.numel() for p in adapter.values())
         frozen = sum(p.numel() for p in model.parameters()) - trained
-        config = model.peft_config["default"]
+        config: Any = model.peft_config[ADAPTER]
         return (
             f"a LoRA adapter of rank {config.r} on {', '.join(sorted(config.target_modules))}, "
             f"{trained:,} parameters; {frozen:,} of the base stay frozen"
