@@ -27,6 +27,7 @@ from ptuning.evaluate.predictions import (
     write_results,
 )
 from ptuning.evaluate.report import ReportRow
+from ptuning.evaluate.retention import Retention
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.model.prefix_artefact import base_fingerprint
@@ -133,12 +134,16 @@ class AnswerRun:
         digest.update(json.dumps([parts, prompts, self.labels]).encode())
         return digest.hexdigest()
 
-    def write_results(self, tuned: Answers, base: Answers | None) -> None:
-        """Write predict_results.json, the base's figures beside the tuned ones."""
+    def write_results(
+        self, tuned: Answers, base: Answers | None, retention: Retention | None = None
+    ) -> None:
+        """Write predict_results.json, the base's figures and those of forgetting beside it."""
         metrics = tuned.means.by_published_name("predict")
         metrics["predict_runtime"] = round(tuned.runtime_s, 3)
         if base is not None:
             metrics |= base.means.by_published_name("base")
+        if retention is not None:
+            metrics |= retention.by_name()
         write_results(self.output_dir / RESULTS_NAME, metrics)
 
     def report_rows(self, tuned: Answers, base: Answers | None) -> list[ReportRow]:

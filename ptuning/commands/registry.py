@@ -32,6 +32,11 @@ COMMANDS = (
         "ptuning.commands.data",
     ),
     Command(
+        "answer",
+        "Have a base answer a file of prompts: general rows for --mix",
+        "ptuning.commands.answer",
+    ),
+    Command(
         "plan",
         "Say what a run of main.py will take, before any weight is loaded",
         "ptuning.commands.plan",

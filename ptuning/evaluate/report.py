@@ -15,8 +15,11 @@ from typing import Any
 from ptuning.atomic_file import write_atomically
 from ptuning.evaluate.loss_history import LossHistory, read_log_history, smooth
 from ptuning.evaluate.loss_svg import loss_svg
-from ptuning.evaluate.metrics import CorpusScores, is_blank
+from ptuning.evaluate.metrics import CorpusScores
+from ptuning.evaluate.report_retention import retention_section
 from ptuning.evaluate.report_style import SCRIPT, STYLE
+from ptuning.evaluate.report_text import text_block
+from ptuning.evaluate.retention import Retention
 from ptuning.evaluate.table import COUNTS, MEASURES
 
 DEFAULT_MAX_ROWS = 200
@@ -60,6 +63,7 @@ class ReportData:
     rows: Sequence[ReportRow]
     step: int | None = None  # optimiser step of the prefix; None: not known
     base: CorpusScores | None = None  # None: the base was not run
+    retention: Retention | None = None  # None: forgetting was not measured
     settings: Mapping[str, object] = field(default_factory=dict)
     log_history: Sequence[Mapping[str, Any]] = ()  # of trainer_state.json
     max_rows: int = DEFAULT_MAX_ROWS
@@ -83,6 +87,7 @@ def render_report(report: ReportData) -> str:
             f"<style>{STYLE}</style>\n</head>\n<body>\n<main>",
             f'<h1>{escape(report.title)}</h1>\n<p class="quiet">{escape(report.made_at)}</p>',
             _scores_section(report.base, report.tuned),
+            retention_section(report.retention),
             _curve_section(read_log_history(report.log_history)),
             _facts_section(report),
             _rows_section(report),
@@ -238,23 +243,17 @@ def _tools(shown: list[ReportRow], *, with_base: bool) -> str:
 def _card(row: ReportRow, limit: int) -> str:
     numbers = f"<span>微调 tuned {row.tuned_bleu:.2f}</span>"
     data = f'data-index="{row.index}" data-tuned="{row.tuned_bleu:g}"'
-    answers = _text("微调 tuned", row.tuned, limit, style="tuned")
+    answers = text_block("微调 tuned", row.tuned, limit, style="tuned")
     if row.base is not None and row.base_bleu is not None:
         numbers = f"<span>基座 base {row.base_bleu:.2f}</span>{numbers}"
         colour = "up" if row.gain > 0 else "down" if row.gain < 0 else ""
         numbers += f'<span class="{colour}">{row.gain:+.2f}</span>'
         data += f' data-base="{row.base_bleu:g}" data-gain="{row.gain:g}"'
-        answers = _text("基座 base", row.base, limit) + answers
-    question = _text("输入 prompt", row.prompt, limit) + _text("参考 label", row.label, limit)
+        answers = text_block("基座 base", row.base, limit) + answers
+    question = text_block("输入 prompt", row.prompt, limit)
+    question += text_block("参考 label", row.label, limit)
     return (
         f'<article class="row" id="row{row.index}" {data}>'
         f"<header><b>第 {row.index + 1} 条 row</b><span>BLEU-4</span>{numbers}</header>"
         f'<div class="texts">{question}</div><div class="texts">{answers}</div></article>'
     )
-
-
-def _text(name: str, text: str, limit: int, *, style: str = "") -> str:
-    shown = escape(text[:limit]) + ("…" if len(text) > limit else "")
-    if is_blank(text):
-        shown = '<em class="quiet">空 empty</em>'
-    return f'<div class="{style}"><span>{name}</span><bdi>{shown}</bdi></div>'

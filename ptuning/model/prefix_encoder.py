@@ -58,6 +58,13 @@ class PrefixEncoder(nn.Module):
                 PrefixLinear(hidden_size, table_width, dtype=torch.float32),
             )
 
+    @torch.no_grad()
+    def scale_entries(self, factor: float) -> None:
+        """Multiply the keys and values; with a projection, through its last layer."""
+        last = self.embedding if self.trans is None else self.trans[2]
+        for parameter in last.parameters():
+            parameter.mul_(factor)
+
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return L tensors (2, 1, H, P, D) in dtype: [0] holds keys, [1] values; 1 broadcasts."""
         table = self.embedding.weight  # (P, 2*L*E), or (P, E) before the projection

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 
+from ptuning.data.general import FILE_NAME as GENERAL_FILE
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.data.vocabulary import VOCABULARY_FILE, train_vocabulary
 from ptuning.nano.corpus import Example, SampleRow, sample_corpus, sample_rows
+from ptuning.nano.general import general_text, sample_general_prompts
 from ptuning.nano.paths import NANO_DIR, SAMPLE_DIR
 from ptuning.nano.pretrain import NanoSettings, new_config, new_model, tokenise, train
 
@@ -65,6 +67,8 @@ def build_weights(folder: Path, settings: NanoSettings) -> list[float]:
     model = new_model(settings, new_config(settings, tokenizer))
     losses = list(train(model, tokenise(examples, tokenizer), settings))
     model.half().save_pretrained(folder)
+    general = general_text(sample_general_prompts())
+    (folder / GENERAL_FILE).write_text(general, encoding="utf-8", newline="\n")
     size = (folder / "model.safetensors").stat().st_size
     if size > MAX_WEIGHTS_BYTES:
         raise ValueError(

@@ -14,6 +14,8 @@ from ptuning.data.dataset import (
     load_generation_dataset,
     load_training_dataset,
 )
+from ptuning.data.general import GeneralPrompts, find_general_prompts, read_general_prompts
+from ptuning.data.mixing import FORM, mix_rows, parse_mix
 from ptuning.data.reading import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.train.flags import Arguments, UsageError
@@ -28,6 +30,7 @@ class Rows(NamedTuple):
     train: TokenDataset | None
     validation: TokenDataset | None
     test: GenerationDataset | None
+    general: GeneralPrompts | None = None
 
 
 def load_rows(arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTokenizer) -> Rows:
@@ -36,9 +39,11 @@ def load_rows(arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTok
     UsageError, with the flag that named the file, for one that cannot be read.
     """
     data, training = arguments.data, arguments.training
-    train_rows = validation = test = None
+    train_rows = validation = test = general = None
     if training.do_train:
         train_rows = _training_rows("Training", "--train_file", arguments, settings, tokenizer)
+        if data.mix is not None:
+            train_rows = _with_general_rows(train_rows, arguments, settings, tokenizer)
         rows_per_step = training.per_device_train_batch_size * training.world_size
         rows_per_step *= training.gradient_accumulation_steps
         epochs, steps = training.num_train_epochs, training.max_steps
@@ -53,7 +58,11 @@ def load_rows(arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTok
         )
     if training.do_predict:
         test = _test_rows(arguments, settings, tokenizer)
-    return Rows(train_rows, validation, test)
+        if data.measure_retention:
+            base = arguments.model.model_name_or_path
+            with files_named_as("--general_prompts"):
+                general = read_general_prompts(find_general_prompts(data.general_prompts, base))
+    return Rows(train_rows, validation, test, general)
 
 
 def _training_rows(
@@ -76,6 +85,37 @@ def _training_rows(
             **settings.to_dict(),
         )
     _print_summary(part, file, summary.lines())
+    return rows
+
+
+def _with_general_rows(
+    task: TokenDataset, arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTokenizer
+) -> TokenDataset:
+    """Return the rows of the task with those of --mix beside them."""
+    data = arguments.data
+    source = parse_mix(str(data.mix))
+    common = {**settings.to_dict(), "source_prefix": "", **source.named_columns()}
+    try:
+        general, summary = load_training_dataset(
+            source.path,
+            tokenizer,
+            overwrite_cache=data.overwrite_cache,
+            cache_dir=Path(data.token_cache_dir) if data.token_cache_dir else None,
+            **common,
+        )
+    except DataError as error:
+        raise UsageError(
+            f"--mix: {error} (Columns of its own are named behind the ratio: {FORM}.)"
+        ) from error
+    _print_summary("General", str(source.path), summary.lines())
+    rows = mix_rows(task, general, share=source.share, seed=arguments.training.seed)
+    num_general = len(rows) - len(task)
+    logger.info(
+        "  an epoch has %d rows of the task and %d general rows, %.1f %%",
+        len(task),
+        num_general,
+        100 * num_general / len(rows),
+    )
     return rows
 
 

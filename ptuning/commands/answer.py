@@ -1,0 +1,94 @@
+"""`python -m ptuning answer FILE --output ROWS.jsonl`: a base's own answers, as rows for --mix.
+
+Training on them beside a task holds the base to what it said before, with no labelled data at all.
+The prompts should be others than those that forgetting is measured with.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ptuning.atomic_file import write_atomically
+from ptuning.data.collation import pad_left
+from ptuning.data.formatting import Example
+from ptuning.data.general import read_general_prompts
+from ptuning.data.tokenization import to_generation_batch
+from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.decoding import Decoding, generate_answers
+from ptuning.nano.paths import NANO_DIR
+from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("prompts", metavar="FILE", type=Path, help="rows with a column `prompt`")
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help=".jsonl to make")
+    parser.add_argument(
+        "--model", default=str(NANO_DIR), help="the base: a directory or hub id; unset: nano"
+    )
+    parser.add_argument("--quantization_bit", type=int, choices=(4, 8), help="quantise it first")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows answered at a time")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer, write the rows, and say how many were left out."""
+    prompts = list(dict.fromkeys(read_general_prompts(arguments.prompts).prompts))
+    tokenizer = load_tokenizer(arguments.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_base(
+        arguments.model,
+        dtype=choose_dtype(device, None),
+        quantization_bit=arguments.quantization_bit,
+    )
+    model.to(device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
+    decoding = Decoding(max_new_tokens=arguments.max_new_tokens)
+    answers = answer(model, tokenizer, prompts, decoding, batch_size=arguments.batch_size)
+    rows = [
+        {"prompt": prompt, "response": text}
+        for prompt, text in zip(prompts, answers, strict=True)
+        if text is not None
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(arguments.output, lines.encode("utf-8", "backslashreplace"))
+    left_out = len(prompts) - len(rows)
+    logger.info(
+        "wrote %d rows to %s; left out %d answers that were empty or longer than %d tokens",
+        len(rows),
+        arguments.output,
+        left_out,
+        arguments.max_new_tokens,
+    )
+    logger.info("train beside a task: --mix %s:0.2:prompt,response", arguments.output)
+    return 0
+
+
+def answer(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: ChatGLMTokenizer,
+    prompts: list[str],
+    decoding: Decoding,
+    *,
+    batch_size: int,
+) -> list[str | None]:
+    """Return the greedy answers in order, None for one that is empty or did not end."""
+    examples = [Example(prompt, "", prompt) for prompt in prompts]
+    longest = model.config.max_sequence_length - (decoding.max_new_tokens or 0)
+    ids, _ = to_generation_batch(tokenizer, examples, max_source_length=longest)
+    answers: list[str | None] = [None] * len(prompts)
+    pad = partial(pad_left, pad_id=tokenizer.pad_token_id)
+    found = generate_answers(model, ids, pad=pad, batch_size=batch_size, decoding=decoding)
+    for index, tokens in tqdm(found, total=len(prompts), unit="row", file=sys.stderr):
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        if text.strip() and len(tokens) != decoding.max_new_tokens:
+            answers[index] = text
+    return answers

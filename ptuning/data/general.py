@@ -1,0 +1,41 @@
+"""General prompts: what a base is asked before and after tuning, to see what it has forgotten.
+
+A file of them has a column `prompt`, in any form that data files have; further columns are not
+read. A base can carry its own set in its folder, as the nano model does, which knows nothing of
+the world.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ptuning.data.reading import DataError, read_rows
+
+PROMPT_COLUMN = "prompt"
+FILE_NAME = "general_prompts.json"
+GENERAL_PROMPTS = Path(__file__).with_name(FILE_NAME)  # half Chinese, half English
+
+
+class GeneralPrompts(NamedTuple):
+    """The prompts, and the file that they stand in."""
+
+    source: Path
+    prompts: list[str]
+
+
+def find_general_prompts(named: str | None, base: str | None) -> Path:
+    """Return the file named, else the one in the base's folder, else the set of this package.
+
+    None: no file was named, or the base is not known.
+    """
+    if named is not None:
+        return Path(named)
+    own = Path(base) / FILE_NAME if base is not None else GENERAL_PROMPTS
+    return own if own.is_file() else GENERAL_PROMPTS
+
+
+def read_general_prompts(path: Path) -> GeneralPrompts:
+    """Return the prompts of a file in its order; DataError for one without any."""
+    rows = read_rows(path, prompt_column=PROMPT_COLUMN, response_column=None)
+    if not rows.kept:
+        raise DataError(path, None, f'no prompt; write rows such as {{"{PROMPT_COLUMN}": "..."}}.')
+    return GeneralPrompts(path, [str(row.columns[PROMPT_COLUMN]) for row in rows.kept])

@@ -1,0 +1,98 @@
+"""General rows beside the rows of a task: `--mix FILE:RATIO`, as one data set in a fixed order.
+
+RATIO is the share of general rows among all rows of an epoch: 0.2 puts one general row to four rows
+of the task. Every epoch has all rows of the task and the same general rows, drawn by the seed, so a
+resumed run goes on exactly.
+"""
+
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+
+from ptuning.data.cache import TokenArrays
+from ptuning.data.dataset import TokenDataset
+
+FORM = "FILE:RATIO or FILE:RATIO:PROMPT,RESPONSE, such as general.jsonl:0.2"
+
+
+class MixSource(NamedTuple):
+    """A file of general rows, their share of all rows, and their columns.
+
+    columns holds the names for prompt, response and, as a third, history; () takes the task's.
+    """
+
+    path: Path
+    share: float
+    columns: tuple[str, ...] = ()
+
+    def named_columns(self) -> dict[str, str | None]:
+        """Return the columns by the names that the loaders know; {} for the task's own."""
+        if not self.columns:
+            return {}
+        prompt, response, *history = self.columns
+        return {
+            "prompt_column": prompt,
+            "response_column": response,
+            "history_column": history[0] if history else None,
+        }
+
+
+def parse_mix(text: str) -> MixSource:
+    r"""Read `FILE:RATIO` or `FILE:RATIO:PROMPT,RESPONSE[,HISTORY]`; FILE may hold colons.
+
+    ValueError for another form, or a ratio that is not between 0 and 1.
+
+    >>> parse_mix(r"C:\data\general.jsonl:0.2:prompt,response").columns
+    ('prompt', 'response')
+    """
+    rest, separator, last = text.rpartition(":")
+    columns: tuple[str, ...] = ()
+    if separator and _to_number(last) is None:
+        columns = tuple(name.strip() for name in last.split(","))
+        rest, separator, last = rest.rpartition(":")
+        if len(columns) not in (2, 3) or not all(columns):
+            separator = ""
+    share = _to_number(last)
+    if not (separator and rest) or share is None:
+        raise ValueError(f"--mix is {text}; give {FORM}.")
+    if not 0 < share < 1:
+        raise ValueError(
+            f"--mix is {text}, whose ratio is {last}; use a share of all rows between 0 and 1, "
+            "such as 0.2 for one row in five."
+        )
+    return MixSource(Path(rest), share, columns)
+
+
+def _to_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def mix_rows(task: TokenDataset, general: TokenDataset, *, share: float, seed: int) -> TokenDataset:
+    """Return the rows of the task, then so many general rows that they make up share of all.
+
+    Where more are needed than there are, all are taken as often as they fit in, and the rest is
+    drawn. At least one general row is taken.
+    """
+    wanted = max(1, round(len(task) * share / (1 - share)))
+    rounds, missing = divmod(wanted, len(general))
+    keys = Random(seed)  # random() alone: the numbers that Python promises to keep
+    order = [keys.random() for _ in range(len(general))]
+    drawn = sorted(sorted(range(len(general)), key=order.__getitem__)[:missing])
+    return TokenDataset(_join(task.arrays, general.arrays, [*range(len(general))] * rounds + drawn))
+
+
+def _join(first: TokenArrays, second: TokenArrays, indices: list[int]) -> TokenArrays:
+    """Return the rows of first and the chosen rows of second, end to end."""
+    starts, ends = second.offsets[:-1][indices], second.offsets[1:][indices]
+    ids = [first.ids, *(second.ids[start:end] for start, end in zip(starts, ends, strict=True))]
+    offsets = first.offsets[-1] + np.cumsum(ends - starts)
+    return TokenArrays(
+        np.concatenate(ids),
+        np.concatenate((first.offsets, offsets)),
+        np.concatenate((first.context_lengths, second.context_lengths[indices])),
+    )

@@ -1,0 +1,169 @@
+"""Ask a base general prompts, then see what the tuned model makes of them.
+
+It joins decoding (`ptuning.model`), prompts (`ptuning.data`) and figures (`ptuning.evaluate`),
+which do not know each other. First the base answers, then the tuned model: the two need not be in
+memory together, so what is kept of the base are its answers and its likeliest next tokens.
+Shapes: B rows of a batch, S tokens, T scored tokens of a batch, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptuning.data.collation import pad_left, pad_right
+from ptuning.data.formatting import Example
+from ptuning.data.general import GeneralPrompts
+from ptuning.data.tokenization import IGNORED_LABEL, to_generation_batch
+from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.evaluate.retention import Retention, RetentionRow
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.decoding import Decoding, generate_answers
+
+MAX_SOURCE_LENGTH = 512  # tokens of a general prompt
+MAX_NEW_TOKENS = 64
+KEPT_TOKENS = 32  # likeliest next tokens of the base; the others count as one in the divergence
+BATCH_ROWS = 8  # rows scored at a time: 8 x 64 x V logits
+
+
+class TokenScores(NamedTuple):
+    """What the base said of one answer's T tokens, on the CPU."""
+
+    losses: Tensor  # (T,), nats
+    likeliest: Tensor  # (T, KEPT_TOKENS), token ids
+    log_probabilities: Tensor  # (T, KEPT_TOKENS)
+
+
+@dataclass(frozen=True)
+class BaseAnswers:
+    """The base's greedy answers as token ids, <eop> included where it came, and their scores."""
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    scores: list[TokenScores]
+
+
+class RetentionRun:
+    """One set of general prompts."""
+
+    def __init__(
+        self, general: GeneralPrompts, tokenizer: ChatGLMTokenizer, *, batch_size: int
+    ) -> None:
+        """Encode the prompts as they are: nothing of the task stands before them."""
+        self.source, self.prompts = general
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        examples = [Example(prompt, "", prompt) for prompt in self.prompts]
+        self.prompt_ids, _ = to_generation_batch(
+            tokenizer, examples, max_source_length=MAX_SOURCE_LENGTH
+        )
+
+    def ask_base(self, base: ChatGLMForConditionalGeneration) -> BaseAnswers:
+        """Answer every prompt with the untouched base, and score the answers with it."""
+        answers = self._answer(base)
+        end = self.tokenizer.eop_token_id
+        token_ids = [ids if len(ids) == MAX_NEW_TOKENS else [*ids, end] for ids in answers]
+        scores: list[TokenScores] = []
+        for log_probabilities, targets in self._scored(base, token_ids):
+            kept = log_probabilities.topk(min(KEPT_TOKENS, log_probabilities.shape[1]))
+            losses = -log_probabilities.gather(1, targets[:, None])[:, 0]
+            scores.append(TokenScores(losses.cpu(), kept.indices.cpu(), kept.values.cpu()))
+        return BaseAnswers(self._texts(answers), token_ids, scores)
+
+    def compare(self, tuned: ChatGLMForConditionalGeneration, base: BaseAnswers) -> Retention:
+        """Answer and score the same with the tuned model."""
+        texts = self._texts(self._answer(tuned))
+        rows = []
+        for index, (log_probabilities, targets) in enumerate(self._scored(tuned, base.token_ids)):
+            losses = -log_probabilities.gather(1, targets[:, None])[:, 0]
+            scores = base.scores[index]
+            row = RetentionRow(
+                prompt=self.prompts[index],
+                base=base.texts[index],
+                tuned=texts[index],
+                num_tokens=len(targets),
+                base_loss=float(scores.losses.sum()),
+                tuned_loss=float(losses.sum()),
+                divergence=float(divergence(scores, log_probabilities.cpu()).sum()),
+            )
+            rows.append(row)
+        return Retention(str(self.source), rows)
+
+    def _answer(self, model: ChatGLMForConditionalGeneration) -> list[list[int]]:
+        """Return the greedy answers without their <eop>, in the prompts' order."""
+        answers: list[list[int]] = [[] for _ in self.prompts]
+        for index, ids in generate_answers(
+            model,
+            self.prompt_ids,
+            pad=partial(pad_left, pad_id=self.tokenizer.pad_token_id),
+            batch_size=self.batch_size,
+            decoding=Decoding(max_new_tokens=MAX_NEW_TOKENS),
+        ):
+            answers[index] = ids
+        return answers
+
+    def _texts(self, answers: Sequence[list[int]]) -> list[str]:
+        decode = self.tokenizer.decode
+        return [str(decode(ids, skip_special_tokens=True)) for ids in answers]
+
+    @torch.no_grad()
+    def _scored(
+        self, model: ChatGLMForConditionalGeneration, token_ids: Sequence[list[int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each answer's log-probabilities (T, V) and its tokens (T,), in order."""
+        was_training = model.training
+        model.eval()
+        try:
+            for start in range(0, len(token_ids), BATCH_ROWS):
+                batch = range(start, min(start + BATCH_ROWS, len(token_ids)))
+                yield from _score_batch(
+                    model,
+                    [self.prompt_ids[index] for index in batch],
+                    [token_ids[index] for index in batch],
+                    pad_id=self.tokenizer.pad_token_id,
+                )
+        finally:
+            model.train(was_training)
+
+
+def _score_batch(
+    model: ChatGLMForConditionalGeneration,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    *,
+    pad_id: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = [
+        {"input_ids": [*prompt, *answer], "labels": [IGNORED_LABEL] * len(prompt) + answer}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    batch = pad_right(rows, pad_id=pad_id)
+    # The token at one position is said by the position before it.
+    needed = (batch["labels"] != IGNORED_LABEL).roll(-1, dims=1).to(model.device)  # (B, S)
+    hidden_states = model.transformer(
+        batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
+        use_cache=False,
+        needed=needed,
+    ).last_hidden_state  # (B, S, E)
+    logits = model.lm_head(hidden_states[needed])  # (T of all rows, V)
+    targets = torch.tensor(list(chain.from_iterable(answers)), device=logits.device)
+    lengths = [len(answer) for answer in answers]
+    for row_logits, row_targets in zip(logits.split(lengths), targets.split(lengths), strict=True):
+        yield row_logits.float().log_softmax(-1), row_targets
+
+
+def divergence(base: TokenScores, tuned: Tensor) -> Tensor:
+    """Return KL(base || tuned) at each token (T,), in nats, given tuned log-probabilities (T, V).
+
+    Tokens that were not kept count as one, so it is the full divergence or a little less.
+    """
+    kept = base.log_probabilities.double()
+    tuned_kept = tuned.double().gather(1, base.likeliest)
+    rest = (1 - kept.exp().sum(1)).clamp(min=1e-9)
+    tuned_rest = (1 - tuned_kept.exp().sum(1)).clamp(min=1e-9)
+    likeliest = (kept.exp() * (kept - tuned_kept)).sum(1)
+    return (likeliest + rest * (rest / tuned_rest).log()).clamp(min=0)

@@ -1,0 +1,39 @@
+"""`python -m ptuning answer`: a base's own answers as rows for --mix."""
+
+import json
+import logging
+
+import torch
+
+from ptuning import __main__ as program
+from ptuning.commands.answer import answer
+from ptuning.data.reading import read_rows
+from ptuning.model.decoding import Decoding
+from ptuning.nano.paths import NANO_DIR
+from ptuning.train.base_model import load_base, load_tokenizer
+
+
+def test_nanos_answers_become_rows_and_cut_ones_are_left_out(tmp_path, caplog):
+    prompts = ["你好", "你好", "hello", "类型#裤*版型#宽松*颜色#白色*风格#简约*材质#棉"]
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    (tmp_path / "asked.jsonl").write_text(lines, encoding="utf-8")
+    out = tmp_path / "general.jsonl"
+    caplog.set_level(logging.INFO)
+    command = ["answer", str(tmp_path / "asked.jsonl"), "--output", str(out)]
+    assert program.main([*command, "--max_new_tokens", "20"]) == 0
+    rows = read_rows(out, prompt_column="prompt", response_column="response").kept
+    assert [row.columns["prompt"] for row in rows] == ["你好", "hello"]
+    assert rows[0].columns["response"].startswith("你好，我是")
+    assert "left out 1 answers" in caplog.text
+
+
+def test_answers_do_not_depend_on_the_batch():
+    model = load_base(str(NANO_DIR), dtype=torch.float32)
+    tokenizer = load_tokenizer(str(NANO_DIR))
+    prompts = ["你好", "who are you", "写成英文：类型#裙*颜色#白色", "谢谢", "再见"]
+    one, many = (
+        answer(model, tokenizer, prompts, Decoding(max_new_tokens=32), batch_size=size)
+        for size in (1, 5)
+    )
+    assert one == many
+    assert None not in one

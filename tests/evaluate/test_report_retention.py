@@ -1,0 +1,61 @@
+"""Forgetting in figures, in predict_results.json and on the report page."""
+
+import pytest
+
+from ptuning.evaluate.report import render_report
+from ptuning.evaluate.report_retention import MAX_ROWS, retention_section
+from ptuning.evaluate.retention import Retention, RetentionRow
+from tests.evaluate.test_report import HOSTILE, Page, report
+
+SAME = RetentionRow("你好", "你好！", "你好！", 4, base_loss=0.4, tuned_loss=0.8, divergence=0.2)
+LOST = RetentionRow("1+1", "等于二", "裤子", 1, base_loss=0.1, tuned_loss=5.1, divergence=4.8)
+BOTH = Retention("general_prompts.json", [SAME, LOST])
+
+
+def test_figures_are_means_over_tokens():
+    assert BOTH.by_name() == {
+        "retention_prompts": 2,
+        "retention_base_loss": pytest.approx(0.5 / 5),
+        "retention_tuned_loss": pytest.approx(5.9 / 5),
+        "retention_loss_change": pytest.approx(5.4 / 5),
+        "retention_divergence": pytest.approx(1.0),
+        "retention_same_answers": 1,
+    }
+    assert (SAME.change, LOST.change) == (pytest.approx(0.1), pytest.approx(5.0))
+    assert "from 0.100 to 1.180 (+1.080); 1 of 2 answers are the same" in BOTH.line()
+
+
+def test_the_page_has_the_figures_and_both_answers_most_changed_first():
+    text = render_report(report(retention=BOTH))
+    page = Page(text)
+    assert page.open == []
+    assert '<td class="down">+1.080</td>' in text
+    cards = text[text.index("遗忘") : text.index("逐条对比")]
+    assert cards.index("等于二") < cards.index("你好！")
+    assert "裤子" in cards
+    assert cards.count("相同 identical</span>") == 1
+
+
+def test_hostile_answers_are_shown_and_never_markup():
+    row = RetentionRow(HOSTILE, HOSTILE, HOSTILE, 1, 0.0, 0.0, 0.0)
+    page = Page(retention_section(Retention(HOSTILE, [row])))
+    assert page.open == []
+    assert page.attributes("script") == []
+    assert page.attributes("img") == []
+    assert sum(HOSTILE in words for words in page.words) == 4  # source, prompt, two answers
+
+
+def test_many_rows_are_cut_to_the_most_changed():
+    rows = [
+        RetentionRow(f"[{index}]", "a", "b", 1, 0.0, float(index), 0.0)
+        for index in range(MAX_ROWS + 5)
+    ]
+    text = retention_section(Retention("x", rows))
+    assert text.count("<article") == MAX_ROWS
+    assert "[4]" not in text
+    assert "[5]" in text
+
+
+def test_nothing_is_said_where_nothing_was_measured():
+    assert retention_section(None) == ""
+    assert "Forgetting" not in render_report(report())
