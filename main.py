@@ -35,6 +35,7 @@ from ptuning.prediction import AnswerRun, Answers
 from ptuning.retention import RetentionRun
 from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
 from ptuning.train.choose_tuning import choose_tuning
+from ptuning.train.compiling import compile_layers
 from ptuning.train.curve import CurveCallback
 from ptuning.train.endings import ending_of, memory_settings
 from ptuning.train.memory_errors import memory_explained
@@ -263,6 +264,7 @@ def train(trainer: Seq2SeqTrainer, arguments: Arguments, resume: Path | None) ->
     assert isinstance(trainer.train_dataset, TokenDataset), "load_rows made it"
     choice = recompute_as_asked(trainer.chatglm, arguments.model, training, trainer.train_dataset)
     logger.info(choice.describe())
+    compile_layers(trainer.chatglm, training.compiling, training.device)
     with trainer.stop.deferred():
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model()

@@ -2,8 +2,7 @@
 
 Flag names are the published ones and every old command line is accepted: a renamed flag is
 translated, a flag that has lost its meaning is accepted and named once
-(`ptuning.train.legacy_flags`). None means "not given"; what stands in its place is written in the
-help.
+(`ptuning.train.legacy_flags`). None means "not given"; the help says what stands in its place.
 """
 
 import difflib
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from ptuning.model.tuned import FULL
+from ptuning.train.compiling import take_compiling
 from ptuning.train.forgetting_flags import GeneralArguments, StartArguments, check_forgetting
 from ptuning.train.legacy_flags import translate_flags, translate_keys
 from ptuning.train.presets import preset_values, with_preset
@@ -213,6 +213,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 "--bf16 and --fp16 are both given; the frozen base has one dtype, so keep one."
             )
         self.recomputing, self.recomputing_options = take_recomputing(self)
+        self.compiling = take_compiling(self)
         self.base_dtype: str | None = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
         if self.tuning != FULL:
             self.bf16 = self.fp16 = False
