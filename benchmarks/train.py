@@ -3,10 +3,10 @@
     python -m benchmarks.train [--size small] [--dtype float32] [--json FILE]
 
 Both take optimiser steps of 16 rows. `published` pads every row to 128 tokens, takes one row at a
-time, recomputes every layer in the backward pass, forms all logits and uses torch's own products,
-as the published code does; `ours` takes the rows as one packed batch. Real tokens are those of
-prompts and answers, padding not counted. Model FLOP utilisation counts the useful work alone
-(docs/performance.md) against the fastest matrix product measured in the same run.
+time, recomputes every layer in the backward pass, forms all logits, uses torch's own products and,
+on a CPU, float32, as the published code does; `ours` takes the rows as one packed batch in --dtype.
+Real tokens are those of prompts and answers, padding not counted. Model FLOP utilisation counts the
+useful work alone (docs/performance.md) against the fastest matrix product measured in the same run.
 """
 
 import statistics
@@ -94,44 +94,67 @@ def time_recipe(
     return statistics.median(seconds(flags.device, whole_step) for _ in range(flags.steps))
 
 
-def main(argv: list[str]) -> int:
-    """Print the table."""
-    parser = ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
-    add_common_flags(parser)
-    parser.add_argument("--recipe", choices=("both", "ours", "published"), default="both")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps; the median counts")
-    flags = parser.parse_args(argv)
+STEPS = {"published": published_step, "ours": our_step}
+
+
+def recipe_flags(name: str, flags: Namespace) -> Namespace:
+    """Return the flags with a recipe's dtype: on a CPU the published code is float32 always."""
+    if name == "published" and flags.device == "cpu":
+        return Namespace(**vars(flags) | {"dtype": "float32"})
+    return flags
+
+
+def measure(name: str, flags: Namespace) -> dict[str, float]:
+    """Time one recipe on a model of its own and return its figures."""
     model = make_model(flags)
     rows = make_rows(flags, model.config, ROWS_PER_STEP)
     tokens = sum(len(row.input_ids) for row in rows)
     peak = matmul_flops_per_s(flags)
-    figures: dict[str, object] = {"machine": machine(), "matmul_flops_per_s": peak}
-    sys.stdout.write(
-        f"{machine()}\n{flags.size}, {flags.dtype}, P {flags.prefix}, {tokens} tokens\n"
-    )
-    sys.stdout.write(f"{'':<12}{'s/step':>10}{'tokens/s':>12}{'MFU %':>9}{'peak GiB':>10}\n")
+    if flags.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    step_time_s = time_recipe(STEPS[name], model, rows, flags)
+    return {
+        "matmul_flops_per_s": peak,
+        "step_time_s": step_time_s,
+        "real_tokens_per_s": tokens / step_time_s,
+        "mfu": useful_flops(model, rows) / step_time_s / peak,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Print the table."""
+    parser = ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    add_common_flags(parser)
+    parser.add_argument("--recipe", choices=("both", *STEPS), default="both")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps; the median counts")
+    flags = parser.parse_args(argv)
+    if flags.steps < 1:
+        parser.error(f"--steps is {flags.steps}; use 1 or more.")
+    sys.stdout.write(f"{flags.size}, P {flags.prefix}, {ROWS_PER_STEP} rows a step\n")
+    sys.stdout.write(f"{'':<23}{'s/step':>10}{'tokens/s':>12}{'MFU %':>9}{'peak GiB':>10}\n")
+    figures: dict[str, object] = {}
     speeds = {}
-    for name, step in (("published", published_step), ("ours", our_step)):
+    for name in STEPS:
         if flags.recipe not in ("both", name):
             continue
-        if flags.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        step_time_s = time_recipe(step, model, rows, flags)
-        speeds[name] = tokens / step_time_s
-        use = useful_flops(model, rows) / step_time_s / peak
+        own = recipe_flags(name, flags)
+        measured = measure(name, own)
+        speeds[name] = measured["real_tokens_per_s"]
         memory = ""
         if flags.device.startswith("cuda"):
             memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}"
         sys.stdout.write(
-            f"{name:<12}{step_time_s:>10.3f}{speeds[name]:>12.1f}{100 * use:>9.1f}{memory:>10}\n"
+            f"{name:<11}{own.dtype:<12}{measured['step_time_s']:>10.3f}{speeds[name]:>12.1f}"
+            f"{100 * measured['mfu']:>9.1f}{memory:>10}\n"
         )
-        figures[f"{name}_mfu"] = use
+        figures |= {f"{name}_{key}": value for key, value in measured.items()}
     figures["real_tokens_per_s"] = speeds.get("ours")
     figures["published_real_tokens_per_s"] = speeds.get("published")
     if len(speeds) == 2:
         figures["ratio"] = speeds["ours"] / speeds["published"]
         sys.stdout.write(f"ours / published: {figures['ratio']:.2f}\n")
-    write_json(flags, figures)
+    sys.stdout.write(f"{machine()}\n")
+    write_json(flags, {"machine": machine(), **figures})
     return 0
 
 

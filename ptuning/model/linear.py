@@ -87,6 +87,7 @@ class Linear(nn.Linear):
         """Say whether oneDNN is there, meant, and faster for this product."""
         return (
             _is_wanted
+            and not torch.compiler.is_compiling()  # a compiler has products of its own
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype
             and not self.weight.requires_grad

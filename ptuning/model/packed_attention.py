@@ -96,7 +96,8 @@ class _RowAttention(torch.autograd.Function):
             output[span] = torch.bmm(weights, joined[1]).transpose(0, 1)
             saved += [joined, weights]
         kept = [] if keys_of.keep is None else [keys_of.keep]
-        ctx.save_for_backward(query, *saved, *kept)
+        # A copy: the view would hold the rotated keys, which stand in `saved`, a second time.
+        ctx.save_for_backward(query.clone(), *saved, *kept)
         ctx.rows, ctx.dropout = rows, dropout
         ctx.prefix_shape = None if prefix is None else prefix.shape
         return output.flatten(1).unsqueeze(0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
+import psutil
 import torch
 
 from ptuning.data.tokenization import SHORTEST
@@ -22,6 +23,7 @@ from ptuning.model.adapter import load_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request
+from ptuning.model.linear import pack_weights_
 from ptuning.model.prefix_artefact import PrefixInfo, load_prefix
 from ptuning.model.sampling import Sampling
 from ptuning.model.shared_prefix import SharedPrefix, Shares, mix_prefixes
@@ -37,6 +39,7 @@ BASE_NAME = "base"  # the model without a prefix, where a name is asked for
 PREFIX_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_ROWS = 32  # decoded together; more wait
 JOIN_PATIENCE = 3  # steps that a request may wait for others to be read together with
+PACKING_SHARE = 0.25  # of free memory that faster copies of a CPU's weights may take
 BASE_NEW_TOKENS = 512  # longest answer without a prefix that says another length
 
 logger = logging.getLogger(__name__)
@@ -127,6 +130,8 @@ class Session:
         if named.adapter is not None:
             load_adapter(model, named.adapter)
             logger.info("Adapter %s on %s: every answer is its own", named.adapter, named.weights)
+        room_bytes = int(PACKING_SHARE * psutil.virtual_memory().available)
+        pack_weights_(model, room_bytes=room_bytes)
         return cls(model, tokenizer, max_rows=max_rows, max_queue=max_queue, tuned=named.info)
 
     # Prefixes

@@ -178,7 +178,7 @@ def layer_bytes(size: ModelSize, batch: Batch, *, on_cpu: bool, is_first: bool =
     if on_cpu:  # row by row: keys and values behind the prefix, softmax weights, rotated queries
         joined = 2 * (rows * prefix + tokens) * hidden
         weights = size.num_heads * sum(length * (prefix + length) for length in batch.lengths)
-        attention = 2 * tokens * hidden + joined + weights  # queries and keys are one tensor
+        attention = tokens * hidden + joined + weights
     else:  # fused, on the padded grid: queries, output, keys and values behind the prefix
         longest = max(batch.lengths)
         attention = 2 * rows * longest * hidden + 2 * rows * (prefix + longest) * hidden
