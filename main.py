@@ -38,7 +38,9 @@ from ptuning.train.choose_tuning import choose_tuning
 from ptuning.train.compiling import compile_layers
 from ptuning.train.curve import CurveCallback
 from ptuning.train.endings import ending_of, memory_settings
+from ptuning.train.launch import launched_index, process_name
 from ptuning.train.memory_errors import memory_explained
+from ptuning.train.processes import check_same_everywhere, check_shared_folder, gather
 from ptuning.train.recompute_run import recompute_as_asked
 from ptuning.train.resume_checks import check_same_run, fingerprint_rows
 from ptuning.train.resuming_trainer import rows_per_step
@@ -50,7 +52,7 @@ from ptuning.train.run_directory import (
     remove_checkpoints,
     sweep,
 )
-from ptuning.train.run_lock import RunLock
+from ptuning.train.run_lock import LOCK_NAME, RunLock
 from ptuning.train.settings import RunSettings, resolve_settings
 from ptuning.train.signals import StopRequest
 from ptuning.train.tuning import Tuning
@@ -64,7 +66,8 @@ logger = logging.getLogger("main")
 
 def main(argv: list[str]) -> int:
     """Run as asked and return the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    level = logging.INFO if launched_index() == 0 else logging.WARNING  # said once
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stdout)
     arguments = None
     try:
         with StopRequest() as stop:
@@ -74,7 +77,7 @@ def main(argv: list[str]) -> int:
         ending = ending_of(error, arguments)
         if ending is None:
             raise
-        print(f"main.py: {ending.text}", file=sys.stderr)
+        print(f"main.py: {process_name()}{ending.text}", file=sys.stderr)
         return ending.exit_code
     return 0
 
@@ -138,7 +141,7 @@ def work(
         train(trainer, arguments, resume)
     if training.do_eval:
         validate(trainer)
-    if rows.test is None or not trainer.is_world_process_zero():
+    if rows.test is None:
         return ""
     with memory_explained("answering", memory_settings(arguments)):
         model.to(training.device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
@@ -168,13 +171,16 @@ def checkpoint_to_go_on_from(arguments: Arguments) -> Path | None:
 def resume_under_lock(arguments: Arguments, rows: Rows) -> Path | None:
     """Clear away what a killed run left and return the checkpoint to resume, if it is this run's.
 
-    The main process clears before the others look.
+    The main process clears before the others look; all have to find the same.
     """
     training = arguments.training
+    output_dir = Path(training.output_dir)
     with training.main_process_first(local=False):
         if training.process_index == 0:
-            sweep(Path(training.output_dir))
+            sweep(output_dir)
         resume = checkpoint_to_go_on_from(arguments)
+    check_shared_folder(output_dir, LOCK_NAME)
+    check_same_everywhere("the checkpoint to go on from", str(resume), needed="start again.")
     if resume is not None:
         check_same_run(
             resume,
@@ -308,12 +314,17 @@ def predict(
         batch_size=training.per_device_eval_batch_size,
         decoding=decoding,
         seed=training.seed,
+        process_index=training.process_index,
+        num_processes=training.world_size,
+        gather=gather,
     )
     general = None
-    if rows.general is not None:
+    if rows.general is not None and training.process_index == 0:
         general = RetentionRun(rows.general, tokenizer, batch_size=answer.batch_size)
     tuned = answer.tuned()
     base, retention = ask_base(answer, general, tuning, answers_rows=data.compare_base)
+    if training.process_index > 0:
+        return ""
     answer.write_results(tuned, base, retention)
     scored = str(output_dir) if training.do_train else tuning.checkpoint or tuning.weights
     info = read_tuned_info(scored)

@@ -5,6 +5,7 @@ What a run writes besides: `ptuning.train.checkpointing` and `run_state`; what i
 stops: `guards`, `memory_errors`, `signals`. Written against transformers 5.10 to 5.23.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -48,7 +49,7 @@ class Seq2SeqTrainer(ResumingTrainer):
         self.decode = decode
         self.args.logging_nan_inf_filter = False  # the guard does it, with one look per step
         self._guard = StepGuard(max_in_a_row=max_bad_steps)
-        self._counted: tuple[Any, int] = (None, 0)  # a dataset and its answer tokens
+        self._validated: list[Tensor] = []  # a batch's summed loss and answer tokens, (2,) each
 
     @property
     def chatglm(self) -> ChatGLMForConditionalGeneration:
@@ -101,13 +102,13 @@ class Seq2SeqTrainer(ResumingTrainer):
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> tuple[Any, Tensor | None, Tensor | None]:
-        """Return the batch's summed loss over its rows: evaluation_loop turns the mean of these
-        into one by tokens.
-        """
+        """Keep the batch's summed loss and its number of answer tokens for evaluation_loop."""
         inputs = self._prepare_inputs(inputs)
         with self._memory_explained("validating", inputs), torch.no_grad():
-            loss = model(**inputs, num_items_in_batch=inputs["input_ids"].shape[0]).loss
-        return loss.detach(), None, None
+            loss = model(**inputs, num_items_in_batch=1).loss
+        num_labels = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
+        self._validated.append(torch.stack([loss.detach().float(), num_labels.float()]))
+        return None, None, None
 
     def evaluation_loop(
         self,
@@ -117,19 +118,18 @@ class Seq2SeqTrainer(ResumingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate, and make the loss the mean over answer tokens, so that batches of any make-up
-        give the same.
+        """Evaluate, and make the loss the mean over answer tokens, so that batches of any make-up,
+        and any number of processes, give the same.
         """
+        self._validated.clear()
         output = super().evaluation_loop(
             dataloader, description, True, ignore_keys, metric_key_prefix
         )
-        dataset: Any = dataloader.dataset
-        name = f"{metric_key_prefix}_loss"
-        if output.metrics and name in output.metrics and output.num_samples:
-            if self._counted[0] is not dataset:  # counted once, not at every validation
-                tokens = sum(int((row["labels"] != IGNORED_LABEL).sum()) for row in dataset)
-                self._counted = (dataset, tokens)
-            output.metrics[name] *= output.num_samples / self._counted[1]
+        own = torch.stack(self._validated).cpu().double().sum(dim=0)
+        loss, num_labels = self.sum_over_processes(own).tolist()
+        assert output.metrics is not None, "transformers fills it"
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / num_labels if num_labels else math.nan
+        self._validated.clear()
         return output
 
     def train(
@@ -175,10 +175,9 @@ class Seq2SeqTrainer(ResumingTrainer):
         """Return loss and gradient norm, and note a wish to stop, the same in every process."""
         if self.args.world_size > 1:
             wish = values.new_tensor([float(self.stop.requested is not None)])
-            values = self.accelerator.reduce(torch.cat([values, wish]), reduction="sum")
-            loss, norm, wishes = values.tolist()
+            loss, norm, wishes = self.sum_over_processes(torch.cat([values, wish])).tolist()
             self.agreed_to_stop = wishes > 0
-            return loss, norm / self.args.world_size
+            return loss / self.args.world_size, norm / self.args.world_size
         loss, norm = values.tolist()
         return loss, norm
 

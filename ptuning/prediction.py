@@ -7,10 +7,11 @@ It joins decoding (`ptuning.model`) and scoring (`ptuning.evaluate`), which do n
 import hashlib
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 from transformers import set_seed
@@ -19,7 +20,7 @@ from ptuning.data.collation import pad_left
 from ptuning.data.dataset import GenerationDataset
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.evaluate.background_scores import BackgroundScores
-from ptuning.evaluate.metrics import CorpusScores, PairScores, is_blank, mean_scores
+from ptuning.evaluate.metrics import CorpusScores, PairScores, is_blank, mean_scores, score_pair
 from ptuning.evaluate.predictions import (
     PREDICTIONS_NAME,
     RESULTS_NAME,
@@ -28,6 +29,7 @@ from ptuning.evaluate.predictions import (
 )
 from ptuning.evaluate.report import ReportRow
 from ptuning.evaluate.retention import Retention
+from ptuning.evaluate.shares import deal_rows
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.model.prefix_artefact import base_fingerprint
@@ -49,9 +51,26 @@ class Answers:
         return mean_scores(self.scores, empty=sum(map(is_blank, self.texts)))
 
 
+class AnsweredRow(NamedTuple):
+    """One row's answer and its scores."""
+
+    row_index: int
+    text: str
+    scores: PairScores
+
+
+def alone(value: Any) -> list[Any]:
+    """Return what every process of a run of one has."""
+    return [value]
+
+
 @dataclass(frozen=True)
 class AnswerRun:
-    """What both passes share."""
+    """What both passes share.
+
+    Of several processes each answers a share of the rows, and has all answers in the end; `gather`
+    returns the values that each of them gives it, by process.
+    """
 
     model: ChatGLMForConditionalGeneration
     tokenizer: ChatGLMTokenizer
@@ -61,6 +80,9 @@ class AnswerRun:
     batch_size: int
     decoding: Decoding
     seed: int
+    process_index: int = 0
+    num_processes: int = 1
+    gather: Callable[[Any], list[Any]] = alone
 
     def tuned(self) -> Answers:
         """Answer with the model as it is: an unfinished file of the same run is continued, a
@@ -80,32 +102,114 @@ class AnswerRun:
         self, model: ChatGLMForConditionalGeneration, path: Path, *, is_tuned: bool
     ) -> Answers:
         started = time.monotonic()
-        set_seed(self.seed)
-        texts: list[str] = [""] * len(self.rows)
+        set_seed(self.seed + self.process_index)
         fingerprint = self._fingerprint(model, is_tuned=is_tuned)
-        with BackgroundScores() as scores, PredictionFile(path, fingerprint=fingerprint) as file:
-            if len(file.finished) == len(self.rows) and is_tuned:
-                file.restart()
-            first = len(file.finished)
-            description = "answering, tuned" if is_tuned else "answering with the base"
-            bar = tqdm(total=len(self.rows), initial=first, desc=description, unit="row")
-            for index, row in enumerate(file.finished):
-                texts[index] = row.prediction
-                scores.add(index, row.prediction, row.label)
+        if self.num_processes > 1:
+            rows = self._answer_shared(model, path, fingerprint, is_tuned=is_tuned)
+        else:
+            with PredictionFile(path, fingerprint=fingerprint) as file:
+                if len(file.finished) == len(self.rows) and is_tuned:
+                    file.restart()
+                rows = self._answer_rows(model, file, range(len(self.rows)), is_tuned=is_tuned)
+        texts, scores = [row.text for row in rows], [row.scores for row in rows]
+        return Answers(texts, scores, time.monotonic() - started)
+
+    def _answer_rows(
+        self,
+        model: ChatGLMForConditionalGeneration,
+        file: PredictionFile,
+        indices: Sequence[int],
+        *,
+        is_tuned: bool,
+    ) -> list[AnsweredRow]:
+        """Return the rows of these numbers; those that file has are taken from there."""
+        first = len(file.finished)
+        texts = [row.prediction for row in file.finished] + [""] * (len(indices) - first)
+        with BackgroundScores() as scores, self._progress_bar(len(indices), first, is_tuned) as bar:
+            for place, row in enumerate(file.finished):
+                scores.add(place, row.prediction, row.label)
             for offset, token_ids in generate_answers(
                 model,
-                [row.input_ids for row in self.rows.rows[first:]],
+                [self.rows[index].input_ids for index in indices[first:]],
                 pad=partial(pad_left, pad_id=self.tokenizer.pad_token_id),
                 batch_size=self.batch_size,
                 decoding=self.decoding,
             ):
-                index = first + offset
-                texts[index] = self._text_of(token_ids)
-                file.add(index, self.labels[index], texts[index])
-                scores.add(index, texts[index], self.labels[index])
+                place = first + offset
+                label = self.labels[indices[place]]
+                texts[place] = self._text_of(token_ids)
+                file.add(place, label, texts[place])
+                scores.add(place, texts[place], label)
                 bar.update()
-            bar.close()
-            return Answers(texts, scores.in_row_order(), time.monotonic() - started)
+            answered = zip(indices, texts, scores.in_row_order(), strict=True)
+            return [AnsweredRow(*row) for row in answered]
+
+    def _answer_shared(
+        self,
+        model: ChatGLMForConditionalGeneration,
+        path: Path,
+        fingerprint: str,
+        *,
+        is_tuned: bool,
+    ) -> list[AnsweredRow]:
+        """Answer this process's share into a file of its own, and return the rows of all.
+
+        Rows that `path` has are not answered again; a share that was stopped goes on with as many
+        processes. The main process puts the shares together.
+        """
+        finished = self._finished_of(path, fingerprint, is_tuned=is_tuned)
+        first = len(finished)
+        shares = deal_rows(list(self.rows.lengths[first:]), self.num_processes)
+        own = [first + row for row in shares[self.process_index]]
+        part = self._part_path(path)
+        with PredictionFile(part, fingerprint=f"{fingerprint} from row {first}") as file:
+            answered = self._answer_rows(model, file, own, is_tuned=is_tuned)
+        gathered = [row for share in self.gather(answered) for row in share]
+        rows = sorted([*finished, *gathered], key=lambda row: row.row_index)
+        if self.process_index == 0:
+            with PredictionFile(path, fingerprint=fingerprint) as file:
+                if first == 0:
+                    file.restart()
+                for row in rows[first:]:
+                    file.add(row.row_index, self.labels[row.row_index], row.text)
+        self.gather(None)  # the rows are in their file before the parts go
+        self._remove_parts(path)
+        return rows
+
+    def _part_path(self, path: Path) -> Path:
+        part = f"part{self.process_index}of{self.num_processes}"
+        return path.with_name(f"{path.stem}.{part}{path.suffix}")
+
+    def _remove_parts(self, path: Path) -> None:
+        """Delete this process's part; the main one deletes what other runs left unfinished too."""
+        whose = "*" if self.process_index == 0 else f"{self.process_index}of*"
+        for part in path.parent.glob(f"{path.stem}.part{whose}"):
+            part.unlink(missing_ok=True)
+
+    def _finished_of(self, path: Path, fingerprint: str, *, is_tuned: bool) -> list[AnsweredRow]:
+        """Return the rows that the main process finds in path, the same for every process."""
+        rows: list[AnsweredRow] = []
+        if self.process_index == 0:
+            found = PredictionFile(path, fingerprint=fingerprint).finished
+            if len(found) < len(self.rows) or not is_tuned:
+                rows = [
+                    AnsweredRow(index, row.prediction, score_pair(row.prediction, row.label))
+                    for index, row in enumerate(found)
+                ]
+        shared: list[AnsweredRow] = self.gather(rows)[0]
+        return shared
+
+    def _progress_bar(self, total: int, initial: int, is_tuned: bool) -> tqdm:
+        description = "answering, tuned" if is_tuned else "answering with the base"
+        if self.num_processes > 1:
+            description += f", a share of {self.num_processes}"
+        return tqdm(
+            total=total,
+            initial=initial,
+            desc=description,
+            unit="row",
+            disable=self.process_index > 0,
+        )
 
     @cached_property
     def labels(self) -> list[str]:

@@ -6,6 +6,7 @@
 | 3 | the guard stopped it: steps in a row could not be used |
 | 4 | out of memory |
 | 5 | the disk is full or fails |
+| 6 | another process of the run ended first; its message says why |
 | 130, 143 | stopped by Ctrl-C, by SIGTERM |
 """
 
@@ -17,12 +18,13 @@ from ptuning.train.base_model import BaseModelError
 from ptuning.train.disk_errors import DiskError, explain_disk_error, is_disk_error
 from ptuning.train.flags import Arguments, UsageError
 from ptuning.train.memory_errors import MemorySettings, OutOfMemoryStop, recomputes
+from ptuning.train.processes import is_lost_peer
 from ptuning.train.run_directory import OutputDirectoryError, checkpoints, last_sound
 from ptuning.train.run_lock import DirectoryInUseError
 from ptuning.train.signals import Stopped
 from ptuning.train.step_guard import BadStepsError
 
-CANNOT_START, BAD_STEPS, OUT_OF_MEMORY, DISK, CTRL_C = 2, 3, 4, 5, 130
+CANNOT_START, BAD_STEPS, OUT_OF_MEMORY, DISK, LOST_PEER, CTRL_C = 2, 3, 4, 5, 6, 130
 USAGE_ERRORS = (
     UsageError,
     DataError,
@@ -62,7 +64,13 @@ def ending_of(error: BaseException, arguments: Arguments | None) -> Ending | Non
             where = Path(str(getattr(error, "filename", None) or output_dir))
             text = explain_disk_error(error, "a result", where, None)
         return Ending(DISK, f"{text} Make room, then: {how_to_go_on(arguments)}")
+    if arguments.training.world_size > 1 and is_lost_peer(error):
+        return Ending(LOST_PEER, f"another process ended first: {_first_line(error)}")
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _stopped(error: KeyboardInterrupt, arguments: Arguments | None) -> Ending:

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from ptuning.model.tuned import FULL
 from ptuning.train.compiling import take_compiling
 from ptuning.train.forgetting_flags import GeneralArguments, StartArguments, check_forgetting
+from ptuning.train.launch import keep_to_one_device, launch_notices, prepare_processes
 from ptuning.train.legacy_flags import translate_flags, translate_keys
 from ptuning.train.presets import preset_values, with_preset
 from ptuning.train.recomputing_flags import take_recomputing
@@ -130,8 +131,7 @@ class DataArguments(GeneralArguments):
     recipe: str = flag(
         "corrected",
         "'corrected', or 'published' for the old treatment of empty histories, long prompts, cut "
-        "answers and "
-        "sampled scores.",
+        "answers and sampled scores.",
     )
     max_train_samples: int | None = flag(
         None, "Use the first so many training rows; unset for all."
@@ -217,7 +217,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.base_dtype: str | None = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
         if self.tuning != FULL:
             self.bf16 = self.fp16 = False
+        prepare_processes(self)
         super().__post_init__()
+        self.visible_devices = keep_to_one_device(self)
         if self.device.type != "cuda":
             self.dataloader_pin_memory = False  # it only helps copies to a CUDA device
 
@@ -269,7 +271,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
         raise
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
-    return Arguments(model, data, training, (*notices, *presets))
+    launch = launch_notices(training, argv)
+    return Arguments(model, data, training, (*notices, *presets, *launch))
 
 
 class FlagParser(HfArgumentParser):
@@ -348,9 +351,8 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
         )
     if not model.model_name_or_path:
         raise UsageError(
-            "--model_name_or_path is missing; give a directory or hub id, such as "
-            "THUDM/chatglm-6b or "
-            "ptuning/nano/weights."
+            "--model_name_or_path is missing; give a directory or hub id, such as THUDM/chatglm-6b "
+            "or ptuning/nano/weights."
         )
     if not training.output_dir:
         raise UsageError("--output_dir is missing; give a folder for the results.")
@@ -359,8 +361,7 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
     if data.dataset_name:
         raise UsageError(
             f"--dataset_name is {data.dataset_name}; hub data sets are not read: save the rows as "
-            f"a file and give "
-            "it as --train_file."
+            "a file and give it as --train_file."
         )
     if model.quantization_bit not in (None, 0, 4, 8):
         raise UsageError(

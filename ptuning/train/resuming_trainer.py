@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -42,12 +41,13 @@ from ptuning.train.run_state import (
     save_run_state,
     set_epoch,
 )
+from ptuning.train.sharding_trainer import ShardingTrainer
 from ptuning.train.signals import Stopped, StopRequest
 
 logger = logging.getLogger("main")
 
 
-class ResumingTrainer(transformers.Seq2SeqTrainer):
+class ResumingTrainer(ShardingTrainer):
     """transformers' trainer with exact resume, whole checkpoints and an orderly end by signals.
 
     The main process alone writes what the processes share; each writes its own random and run
@@ -83,6 +83,7 @@ class ResumingTrainer(transformers.Seq2SeqTrainer):
         """Put back what transformers forgets; called when its own state is in place."""
         self.run_state = RunState()
         if self._resumed_from is None:
+            self.draw_apart_from_others()
             return
         self.args.eval_on_start = False  # that was at step 0
         path = self._resumed_from / run_state_name(self.args.process_index, self.args.world_size)
@@ -203,11 +204,11 @@ class ResumingTrainer(transformers.Seq2SeqTrainer):
             self._save_rng_state(str(staging))
             name = run_state_name(self.args.process_index, self.args.world_size)
             save_run_state(staging / name, self._current_run_state())
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(checkpoint)
+        else:
+            self._find_best_checkpoint(checkpoint.parent)
         if self.args.should_save:
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(checkpoint)
-            else:
-                self._find_best_checkpoint(checkpoint.parent)
             self._save_trainer_state(staging / TRAINER_STATE_NAME)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -36,8 +36,16 @@ class Rows(NamedTuple):
 def load_rows(arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTokenizer) -> Rows:
     """Tokenise the files that this run needs and print what became of their rows.
 
+    The first process of a machine does it before the others, which find the tokens in the cache.
     UsageError, with the flag that named the file, for one that cannot be read.
     """
+    with arguments.training.main_process_first(desc="tokenising"):
+        if arguments.training.local_process_index > 0:
+            arguments.data.overwrite_cache = False  # it has just been made again
+        return _load_rows(arguments, settings, tokenizer)
+
+
+def _load_rows(arguments: Arguments, settings: RunSettings, tokenizer: ChatGLMTokenizer) -> Rows:
     data, training = arguments.data, arguments.training
     train_rows = validation = test = general = None
     if training.do_train:

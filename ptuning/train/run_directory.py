@@ -34,7 +34,7 @@ def make_output_dir(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(probe, b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process of this run may have been faster
     except OSError as error:
         raise OutputDirectoryError(
             f"--output_dir is {directory}, which cannot be written ({error.strerror}); give "

@@ -1,0 +1,148 @@
+"""The rows of a run shared out among its processes: the same rows in each step as one process has.
+
+One global batch is num_processes x batch_size rows of the order that one process would see; every
+process takes its part of it. Where rows are left over at the end, parts differ in length, and a
+process without any computes one row again with every label masked: it adds nothing to loss and
+gradient, and every process takes part in every step. accelerate's own way repeats rows instead,
+which then count twice.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import seed_worker
+
+from ptuning.train.guards import IGNORED_LABEL
+
+
+class ShardedBatches(BatchSampler):
+    """One process's part of every global batch, as row numbers; ~i stands for row i, masked."""
+
+    def __init__(
+        self,
+        sampler: Sampler[int],
+        *,
+        batch_size: int,
+        num_processes: int,
+        process_index: int,
+        drop_last: bool = False,
+    ) -> None:
+        """Take the order of all rows, and the rows of one process in a whole batch."""
+        super().__init__(sampler, batch_size, drop_last)
+        self.num_processes = num_processes
+        self.process_index = process_index
+
+    def __len__(self) -> int:
+        """Batches in the order, the same for every process."""
+        rows, whole = len(self.sampler), self.batch_size * self.num_processes  # type: ignore[arg-type]
+        return rows // whole if self.drop_last else -(-rows // whole)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this process's row numbers, batch by batch."""
+        batch: list[int] = []
+        for index in self.sampler:
+            batch.append(index)
+            if len(batch) == self.batch_size * self.num_processes:
+                yield self.part_of(batch)
+                batch = []
+        if batch and not self.drop_last:
+            yield self.part_of(batch)
+
+    def part_of(self, batch: list[int]) -> list[int]:
+        """Return this process's rows of a global batch, contiguous and of nearly equal number."""
+        start = len(batch) * self.process_index // self.num_processes
+        end = len(batch) * (self.process_index + 1) // self.num_processes
+        return batch[start:end] or [~batch[0]]
+
+
+class MaskableRows(Dataset[dict[str, Tensor]]):
+    """Rows by their numbers; ~i is row i with every label masked."""
+
+    def __init__(self, rows: Dataset[dict[str, Tensor]]) -> None:
+        """Take rows with `labels`; nothing is copied."""
+        self.rows = rows
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)  # type: ignore[arg-type]  # map-style
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return a row, or a masked one."""
+        if index >= 0:
+            return self.rows[index]
+        row = self.rows[~index]
+        return {**row, "labels": torch.full_like(row["labels"], IGNORED_LABEL)}
+
+
+class EpochOrder(Sampler[int]):
+    """An order drawn anew in every epoch, from the seed and the epoch alone: alike everywhere."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        """Take a sampler that draws from its `generator`."""
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the next order for that epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the row numbers in their order."""
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+
+def sharded_loader(
+    rows: Dataset[dict[str, Tensor]],
+    order: Sampler[int],
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    args: Any,
+    *,
+    batch_size: int,
+    trains: bool,
+) -> DataLoader[Any]:
+    """Return the loader of this process's parts; args are transformers' training arguments."""
+    if isinstance(order, LengthGroupedSampler):
+        order.batch_size *= args.world_size  # rows of like length share a global batch
+        order = EpochOrder(order, args.seed)
+    batches = ShardedBatches(
+        order,
+        batch_size=batch_size,
+        num_processes=args.world_size,
+        process_index=args.process_index,
+        drop_last=trains and args.dataloader_drop_last,
+    )
+    options: dict[str, Any] = {}
+    if trains:
+        workers = args.dataloader_num_workers
+        options["worker_init_fn"] = partial(
+            seed_worker, num_workers=workers, rank=args.process_index
+        )
+        options["persistent_workers"] = args.dataloader_persistent_workers
+    loader = DataLoader(
+        MaskableRows(rows),
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        **options,
+    )
+    return prepare_data_loader(
+        loader,
+        args.device,
+        num_processes=1,  # it is shared out already
+        process_index=0,
+        put_on_device=True,
+        use_seedable_sampler=args.accelerator_config.use_seedable_sampler,
+        data_seed=args.data_seed,
+    )
