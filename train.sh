@@ -35,6 +35,18 @@ case $TUNING in
   ptuning | lora | full) ;;
   *) die "TUNING is $TUNING; use ptuning (a prefix), lora (an adapter) or full (the whole model)." ;;
 esac
+PRESET=${PRESET:-}                         # task or gentle (docs/forgetting.md); empty: the rates below
+previous=
+for word in "$@"; do                       # --preset NAME behind the command means the same
+  if [ "$previous" = --preset ]; then PRESET=$word; fi
+  case $word in --preset=*) PRESET=${word#*=} ;; esac
+  previous=$word
+done
+case $PRESET in
+  '' | task) prefix_rate=2e-2 ;;
+  gentle) prefix_rate=1e-3 ;;
+  *) die "PRESET is $PRESET; use task (the best score on the task) or gentle (keeps more of the base)." ;;
+esac
 # Learning rate of the first step, falling linearly to 0: for a prefix, for an adapter, for the whole model.
 rate() {
   case $TUNING in ptuning) printf %s "$1" ;; lora) printf %s "$2" ;; full) printf %s "$3" ;; esac
@@ -43,7 +55,7 @@ rate() {
 if [ "$MODEL" = "$NANO" ]; then
   NAME=${NAME:-adgen-nano}                 # the run's name, under output/
   PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}          # prefix length in tokens; not a text length
-  LR=${LR:-$(rate 2e-2 1e-2 1e-3)}
+  LR=${LR:-$(rate "$prefix_rate" 1e-2 1e-3)}
   MAX_STEPS=${MAX_STEPS:-400}              # optimiser steps
   SAVE_STEPS=${SAVE_STEPS:-200}            # steps between two checkpoints
   EVAL_STEPS=${EVAL_STEPS:-100}            # steps between two validation losses
@@ -53,7 +65,7 @@ if [ "$MODEL" = "$NANO" ]; then
 else
   NAME=${NAME:-adgen-chatglm-6b}           # from here on the published settings
   PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}
-  LR=${LR:-$(rate 2e-2 2e-4 1e-4)}          # published for a prefix and for the whole model
+  LR=${LR:-$(rate "$prefix_rate" 2e-4 1e-4)} # published for a prefix and for the whole model
   MAX_STEPS=${MAX_STEPS:-3000}
   SAVE_STEPS=${SAVE_STEPS:-1000}
   EVAL_STEPS=${EVAL_STEPS:-1000}
@@ -67,6 +79,7 @@ MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} # tokens of the answer
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}    # field of a row: what is asked
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary} # field of a row: the answer
 give --history_column "${HISTORY_COLUMN:-}"     # field of a row: earlier turns; empty: none
+give --preset "$PRESET"
 give --quantization_bit "${QUANTIZATION_BIT:-}" # 4 or 8; empty: the base as it is stored
 if [ -n "${OUTPUT_DIR:-}" ]; then
   OUTPUT_DIR=$(output_path "$OUTPUT_DIR")

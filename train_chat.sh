@@ -10,7 +10,10 @@ if [ -z "${TRAIN_FILE:-}" ] || [ -z "${DEV_FILE:-}" ]; then
 fi
 export TRAIN_FILE DEV_FILE
 export NAME=${NAME:-chat}
-export LR=${LR:-1e-2}                                # learning rate at step 0
+case "${PRESET:-}$*" in                              # learning rate at step 0; a preset has its own
+  gentle* | task* | *--preset*) ;;
+  *) export LR=${LR:-1e-2} ;;
+esac
 export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256}   # tokens of history and prompt
 export MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}   # tokens of the answer
 export PROMPT_COLUMN=${PROMPT_COLUMN:-prompt}

@@ -14,15 +14,15 @@ from ptuning.train.base_model import load_base, load_tokenizer
 
 
 def test_nanos_answers_become_rows_and_cut_ones_are_left_out(tmp_path, caplog):
-    prompts = ["你好", "你好", "hello", "类型#裤*版型#宽松*颜色#白色*风格#简约*材质#棉"]
+    prompts = ["你好", "你好", "谢谢", "hello"]  # answers of 21, 11 and 29 tokens
     lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
     (tmp_path / "asked.jsonl").write_text(lines, encoding="utf-8")
     out = tmp_path / "general.jsonl"
     caplog.set_level(logging.INFO)
     command = ["answer", str(tmp_path / "asked.jsonl"), "--output", str(out)]
-    assert program.main([*command, "--max_new_tokens", "20"]) == 0
+    assert program.main([*command, "--max_new_tokens", "24"]) == 0
     rows = read_rows(out, prompt_column="prompt", response_column="response").kept
-    assert [row.columns["prompt"] for row in rows] == ["你好", "hello"]
+    assert [row.columns["prompt"] for row in rows] == ["你好", "谢谢"]
     assert rows[0].columns["response"].startswith("你好，我是")
     assert "left out 1 answers" in caplog.text
 

@@ -1,0 +1,161 @@
+"""Task score against what is kept of the base, on the nano model: presets, with and without --mix.
+
+    python -m benchmarks.retention [--steps 300] [--json FILE] [--picture FILE]
+
+Each case is one run of main.py with the same rows, steps and batch. The task is the style of
+AdvertiseGen/sample; retention is measured on nano's own 40 general prompts. The general rows of
+--mix are other prompts of the same sorts, answered by the base itself.
+"""
+
+import json
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.setting import machine, write_json
+from ptuning.atomic_file import write_atomically
+from ptuning.data.general import FILE_NAME, read_general_prompts
+from ptuning.nano.general import general_text, sample_general_prompts
+from ptuning.nano.paths import NANO_DIR
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "AdvertiseGen" / "sample"
+NUM_MIXED, MIXED_SEED = 400, 1
+UNTRAINED = ["--max_steps", "1", "--learning_rate", "0"]
+NEAR_ZERO = ["--prefix_init_std", "1e-3"]
+GENTLE_5E_3 = ["--preset", "gentle", "--learning_rate", "5e-3"]
+
+
+class Case(NamedTuple):
+    """One run: its name in the table, its flags, and whether general rows are mixed in."""
+
+    name: str
+    flags: list[str]
+    mixes: bool
+
+
+CASES = (
+    Case("untrained, start 1", UNTRAINED, False),
+    Case("untrained, start 1e-3", [*NEAR_ZERO, *UNTRAINED], False),
+    Case("task", ["--preset", "task"], False),
+    Case("task + mix", ["--preset", "task"], True),
+    Case("task, start 1e-3", ["--preset", "task", *NEAR_ZERO], False),
+    Case("gentle", ["--preset", "gentle"], False),
+    Case("gentle + mix", ["--preset", "gentle"], True),
+    Case("gentle, rate 5e-3", GENTLE_5E_3, False),
+    Case("gentle, rate 5e-3 + mix", GENTLE_5E_3, True),
+)
+FIGURES = {  # column -> key in predict_results.json
+    "BLEU-4": "predict_bleu-4",
+    "ROUGE-L": "predict_rouge-l",
+    "loss change": "retention_loss_change",
+    "divergence": "retention_divergence",
+    "same answers": "retention_same_answers",
+}
+
+
+def main() -> int:
+    """Run all cases and print the table."""
+    parser = ArgumentParser(prog="benchmarks.retention", description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=300, help="optimiser steps of each case")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows per step")
+    parser.add_argument("--prefix", type=int, default=128, help="prefix length in tokens")
+    parser.add_argument("--ratio", type=float, default=0.25, help="share of general rows in --mix")
+    names = [case.name for case in CASES]
+    parser.add_argument("--only", nargs="+", choices=names, help="run these cases alone")
+    parser.add_argument("--output", type=Path, default=Path("output/retention-table"))
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--picture", type=Path, help="draw score against retention here")
+    flags = parser.parse_args()
+    mix = make_general_rows(flags.output.absolute())
+    cases = [case for case in CASES if flags.only is None or case.name in flags.only]
+    results = {case.name: run(case, mix, flags) for case in cases}
+    sys.stdout.write(
+        f"{flags.steps} steps of {flags.batch_size} rows, prefix of {flags.prefix} tokens, mix "
+        f"{flags.ratio:g}; {machine()}\n\n{table(results)}\n"
+    )
+    write_json(flags, {"machine": machine(), "steps": flags.steps, "cases": dict(results)})
+    if flags.picture:
+        draw(results, flags.picture)
+    return 0
+
+
+def make_general_rows(folder: Path) -> Path:
+    """Have the base answer other prompts than those that are measured with."""
+    measured = read_general_prompts(NANO_DIR / FILE_NAME).prompts
+    prompts = sample_general_prompts(NUM_MIXED, seed=MIXED_SEED, without=measured)
+    asked, answered = folder / "prompts.json", folder / "general.jsonl"
+    write_atomically(asked, general_text(prompts).encode())
+    launch("-m", "ptuning", "answer", str(asked), "--output", str(answered))
+    return answered
+
+
+def run(case: Case, mix: Path, flags: Namespace) -> dict[str, float]:
+    """Train and score one case; return its figures and the seconds of training."""
+    folder = flags.output.absolute() / case.name.replace(" ", "-").replace(",", "")
+    mixed = ["--mix", f"{mix}:{flags.ratio}:prompt,response"] if case.mixes else []
+    launch(
+        *("main.py", "--do_train", "--do_predict", "--train_file", str(SAMPLE / "train.json")),
+        *("--test_file", str(SAMPLE / "dev.json"), "--model_name_or_path", str(NANO_DIR)),
+        *("--output_dir", str(folder), "--overwrite_output_dir", "--disable_tqdm", "true"),
+        *("--pre_seq_len", str(flags.prefix), "--compare_base", "false"),
+        *("--measure_retention", "true", "--max_source_length", "64"),
+        *("--max_target_length", "64", "--per_device_train_batch_size", str(flags.batch_size)),
+        *("--per_device_eval_batch_size", "32", "--max_steps", str(flags.steps)),
+        *("--save_steps", str(flags.steps), "--logging_steps", "20", *case.flags, *mixed),
+    )
+    figures = json.loads((folder / "predict_results.json").read_text(encoding="utf-8"))
+    times = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
+    found = {name: float(figures[key]) for name, key in FIGURES.items()}
+    return {**found, "train_s": float(times["train_runtime"])}
+
+
+def launch(*command: str) -> None:
+    """Run a Python command of this project; RuntimeError when it does not end well."""
+    sys.stderr.write(f"python {' '.join(command)}\n")
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=sys.stderr, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"python {' '.join(command)} ended with {done.returncode}.")
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Return the table in Markdown, one row a case."""
+    lines = [["", *FIGURES], ["---", *["---:"] * len(FIGURES)]]
+    for name, found in results.items():
+        shown = [f"{found['BLEU-4']:.2f}", f"{found['ROUGE-L']:.2f}"]
+        shown += [f"{found['loss change']:+.3f}", f"{found['divergence']:.3f}"]
+        lines.append([name, *shown, f"{found['same answers']:.0f} of 40"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(results: dict[str, dict[str, float]], path: Path) -> None:
+    """Draw BLEU-4 against the share of identical answers, one point a case."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, found in results.items():
+        kept = found["same answers"]
+        colour = "tab:blue" if name.startswith("task") else "tab:orange"
+        axes.scatter(kept, found["BLEU-4"], c=colour, marker="s" if "mix" in name else "o", s=60)
+        axes.annotate(
+            name, (kept, found["BLEU-4"]), xytext=(8, -4), textcoords="offset points", fontsize=9
+        )
+    axes.set_xlim(0, 46)
+    axes.set(
+        xlabel="general answers unchanged by tuning, of 40",
+        ylabel="BLEU-4 on the task",
+        xlim=(0, 46),
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
