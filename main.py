@@ -101,6 +101,7 @@ def run(arguments: Arguments, stop: StopRequest) -> None:
     rows = load_rows(arguments, settings, tokenizer)
     output_dir = Path(training.output_dir)
     make_output_dir(output_dir)
+    gather(None)  # nobody is trying the folder any more when the main process clears it up
     with RunLock(output_dir) if training.process_index == 0 else nullcontext():
         table = work(arguments, stop, hub, tuning, tokenizer, rows, settings)
     seconds = time.monotonic() - started

@@ -111,6 +111,7 @@ class AnswerRun:
                 if len(file.finished) == len(self.rows) and is_tuned:
                     file.restart()
                 rows = self._answer_rows(model, file, range(len(self.rows)), is_tuned=is_tuned)
+            self._remove_parts(path)
         texts, scores = [row.text for row in rows], [row.scores for row in rows]
         return Answers(texts, scores, time.monotonic() - started)
 

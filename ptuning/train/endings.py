@@ -65,7 +65,9 @@ def ending_of(error: BaseException, arguments: Arguments | None) -> Ending | Non
             text = explain_disk_error(error, "a result", where, None)
         return Ending(DISK, f"{text} Make room, then: {how_to_go_on(arguments)}")
     if arguments.training.world_size > 1 and is_lost_peer(error):
-        return Ending(LOST_PEER, f"another process ended first: {_first_line(error)}")
+        return Ending(
+            LOST_PEER, f"another process ended first, and says why ({_first_line(error)})"
+        )
     return None
 
 
