@@ -138,13 +138,17 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    placed: list[tuple[float, float]] = []
     for name, found in results.items():
-        kept = found["same answers"]
+        kept, score = found["same answers"], found["BLEU-4"]
+        if name.startswith("untrained"):
+            continue
         colour = "tab:blue" if name.startswith("task") else "tab:orange"
-        axes.scatter(kept, found["BLEU-4"], c=colour, marker="s" if "mix" in name else "o", s=60)
-        axes.annotate(
-            name, (kept, found["BLEU-4"]), xytext=(8, -4), textcoords="offset points", fontsize=9
-        )
+        axes.scatter(kept, score, c=colour, marker="s" if "mix" in name else "o", s=60)
+        clashes = sum(abs(kept - x) < 9 and abs(score - y) < 4 for x, y in placed)
+        placed.append((kept, score))
+        offset = (8, -4 + 13 * clashes)  # points; above a label that is there already
+        axes.annotate(name, (kept, score), xytext=offset, textcoords="offset points", fontsize=9)
     axes.set_xlim(0, 46)
     axes.set(
         xlabel="general answers unchanged by tuning, of 40",

@@ -140,6 +140,30 @@ def test_every_value_can_be_given_and_further_flags_are_passed_on(checkout: Path
     assert given["--output_dir"] == "output/mine-pt-8-1e-4"
 
 
+def test_a_preset_sets_the_rate_from_either_place_and_a_typed_rate_wins(checkout: Path) -> None:
+    for words, variables in (
+        ([], {"PRESET": "gentle"}),
+        (["--preset", "gentle"], {}),
+        (["--preset=gentle"], {}),
+    ):
+        given = flags(run(checkout / "train.sh", *words, MODEL="nano", **variables))
+        assert given["--learning_rate"] == "1e-3"
+        assert given["--output_dir"] == "output/adgen-nano-pt-128-1e-3"
+    assert given["--preset"] == "gentle"
+    assert (
+        flags(run(checkout / "train.sh", LR="5e-3", PRESET="gentle"))["--learning_rate"] == "5e-3"
+    )
+    assert flags(run(checkout / "train.sh", PRESET="task"))["--learning_rate"] == "2e-2"
+    chat = {"TRAIN_FILE": "a.json", "DEV_FILE": "b.json"}
+    assert flags(run(checkout / "train_chat.sh", **chat))["--learning_rate"] == "1e-2"
+    assert (
+        flags(run(checkout / "train_chat.sh", PRESET="gentle", **chat))["--learning_rate"] == "1e-3"
+    )
+    refused = run(checkout / "train.sh", PRESET="soft")
+    assert refused.returncode == 1
+    assert "use task" in refused.stderr
+
+
 def test_real_data_is_preferred_to_the_sample(checkout: Path) -> None:
     (checkout / "AdvertiseGen").mkdir()
     (checkout / "AdvertiseGen" / "train.json").touch()
