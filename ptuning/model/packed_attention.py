@@ -6,6 +6,7 @@ as the published code draws it, comes from 16-bit random numbers. On a CPU this 
 Shapes: T tokens of all rows, S of one row, P prefix, K = P + S, H heads, D width of a head.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,12 @@ from ptuning.model.packing import Packing
 from ptuning.model.rotary import Rotation
 
 DRAWS = 2**16  # a mask entry is drawn as one of so many numbers
+BITS = {  # the integers as wide as a floating type
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 class PackedRows(NamedTuple):
@@ -128,7 +135,7 @@ class _RowAttention(torch.autograd.Function):
             if grad_prefix is not None:
                 part = grad_joined[:, :, :length]
                 if keep is not None:
-                    part.mul_(keep[:, index])
+                    _keep(part, keep[:, index], part)
                 grad_prefix[:, min(index, grad_prefix.shape[1] - 1)] += part
             if turned is not None and grad_fused is not None:
                 turned[0][:, span] = torch.bmm(slope, joined[0])
@@ -150,7 +157,7 @@ class _RowKeys:
     def __init__(self, prefix: Tensor | None, num_rows: int, dropout: float) -> None:
         self.prefix = prefix
         self.length = 0 if prefix is None else prefix.shape[3]
-        self.keep: Tensor | None = None  # bool (2, B, H, P, D)
+        self.keep: Tensor | None = None  # (2, B, H, P, D)
         if prefix is not None and dropout > 0.0:
             self.prefix = prefix / (1.0 - dropout)
             self.keep = draw_keep_mask((2, num_rows, *prefix.shape[2:]), dropout)
@@ -164,22 +171,29 @@ class _RowKeys:
             if self.keep is None:
                 place.copy_(prefix)
             else:
-                torch.mul(prefix, self.keep[:, index], out=place)
+                _keep(prefix, self.keep[:, index], place)
         joined[0, :, self.length :] = key
         joined[1, :, self.length :] = value
         return joined
 
 
 def draw_keep_mask(shape: Sequence[int], dropout: float) -> Tensor:
-    """Return a bool mask, False with probability dropout to the nearest 1/65,536.
+    """Return an int16 mask: 0 with probability dropout to the nearest 1/65,536, else all bits set.
 
-    It is seeded from torch's generator, so that a resumed or recomputed step draws the same.
+    Such a mask is drawn and applied (`_keep`) several times as fast as a bool one. It is seeded
+    from torch's generator, so that a resumed or recomputed step draws the same.
     """
     seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64))
-    count = int(numpy.prod(shape))
+    count = math.prod(shape)
     words = numpy.random.SFC64(seed).random_raw(-(-count // 4)).view(numpy.int16)
     threshold = round(dropout * DRAWS) - DRAWS // 2
-    return (torch.from_numpy(words)[:count] >= threshold).view(*shape)
+    return torch.from_numpy(words)[:count].ge_(threshold).neg_().view(*shape)
+
+
+def _keep(values: Tensor, mask: Tensor, out: Tensor) -> None:
+    """Write values to out, zero where the mask is; all three have one shape."""
+    bits = BITS[values.dtype]
+    torch.bitwise_and(values.view(bits), mask, out=out.view(bits))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float = 1.0) -> Tensor:

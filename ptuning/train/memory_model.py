@@ -175,6 +175,7 @@ def layer_bytes(size: ModelSize, batch: Batch, *, on_cpu: bool, is_first: bool =
         inputs += tokens * widths
         extra += tokens * widths
     mask = 2 * rows * prefix * hidden if prefix else 0  # of the prefix's dropout, one byte each
+    mask *= 2 if on_cpu else 1  # two bytes row by row
     if on_cpu:  # row by row: keys and values behind the prefix, softmax weights, rotated queries
         joined = 2 * (rows * prefix + tokens) * hidden
         weights = size.num_heads * sum(length * (prefix + length) for length in batch.lengths)

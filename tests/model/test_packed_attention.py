@@ -81,13 +81,25 @@ def test_output_and_gradients_are_those_of_plain_attention(side, prefix_rows):
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dropout_zeroes_the_same_entries_in_every_type(dtype):
+    fused, prefix, rows, _ = case("right", 1)
+    exact = []
+    for kind in (torch.float32, dtype):
+        torch.manual_seed(5)
+        inputs = fused.detach().to(kind), prefix.detach().to(kind)
+        exact.append(attend_rows(*inputs, rows, num_heads=H, dropout=0.5))
+    assert exact[1].dtype == dtype
+    torch.testing.assert_close(exact[1].float(), exact[0], atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("prefix_rows", [1, 3])
 def test_dropout_is_on_the_prefix_alone_and_in_the_gradient_too(prefix_rows):
     fused, prefix, rows, given = case("right", prefix_rows)
     torch.manual_seed(5)
     output = attend_rows(fused, prefix, rows, num_heads=H, dropout=0.5)
     torch.manual_seed(5)
-    keep = draw_keep_mask((2, len(LENGTHS), H, P, D), 0.5)
+    keep = draw_keep_mask((2, len(LENGTHS), H, P, D), 0.5) != 0
     assert 0 < keep.sum() < keep.numel()
     expected = plain(fused, prefix, given, keep, 0.5)
     torch.testing.assert_close(output, expected)
@@ -108,9 +120,11 @@ def test_a_frozen_input_has_no_gradient_and_the_prefix_still_has_its_own():
 def test_masks_keep_nine_in_ten_and_follow_torchs_seed():
     torch.manual_seed(1)
     first = draw_keep_mask((2, 50, 100, 101), 0.1)
-    second = draw_keep_mask((2, 50, 100, 101), 0.1)
+    assert first.unique().tolist() == [-1, 0], "every bit or none"
+    first = first != 0
+    second = draw_keep_mask((2, 50, 100, 101), 0.1) != 0
     torch.manual_seed(1)
-    assert torch.equal(draw_keep_mask((2, 50, 100, 101), 0.1), first)
+    assert torch.equal(draw_keep_mask((2, 50, 100, 101), 0.1) != 0, first)
     assert not torch.equal(first, second)
     # A million draws: the standard deviation of the share is 0.0003.
     assert first.float().mean().item() == pytest.approx(0.9, abs=0.0015)
