@@ -28,6 +28,7 @@ from ptuning.evaluate.retention import Retention
 from ptuning.evaluate.table import format_scores_table
 from ptuning.model.adapter import read_adapter_tensors
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.cpu_threads import limit_threads
 from ptuning.model.decoding import PUBLISHED_SAMPLING, Decoding
 from ptuning.model.prefix_artefact import PrefixInfo, prefix_shape, read_prefix_tensors
 from ptuning.model.tuned import LORA, PTUNING, TunedInfo, kind_of, read_tuned_info
@@ -126,6 +127,7 @@ def work(
     model_flags, training = arguments.model, arguments.training
     resume = resume_under_lock(arguments, rows)
     set_seed(training.seed)
+    limit_threads()
     dtype = choose_dtype(training.device, training.base_dtype)
     with memory_explained("loading the base", memory_settings(arguments)):
         model = load_base(

@@ -21,6 +21,7 @@ from ptuning.data.tokenization import SHORTEST
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.adapter import load_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.cpu_threads import limit_threads
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request
 from ptuning.model.linear import pack_weights_
@@ -121,6 +122,7 @@ class Session:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
+        limit_threads()
         named = find_model(str(model_name_or_path))
         tokenizer = load_tokenizer(named.weights)
         model = load_base(
