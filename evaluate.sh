@@ -53,7 +53,7 @@ give --history_column "${HISTORY_COLUMN:-}"        # field of a row: earlier tur
 give --quantization_bit "${QUANTIZATION_BIT:-}"    # 4 or 8; empty: the base as it is stored
 if [ -n "${OUTPUT_DIR:-}" ]; then OUTPUT_DIR=$(output_path "$OUTPUT_DIR"); else OUTPUT_DIR=$PREFIX; fi
 
-exec "$PYTHON" main.py \
+exec "$PYTHON" "${start[@]}" \
   --do_eval --do_predict \
   --validation_file "$DEV_FILE" --test_file "$DEV_FILE" \
   --model_name_or_path "$(model_path "$MODEL")" --ptuning_checkpoint "$PREFIX" \

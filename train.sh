@@ -4,6 +4,7 @@
 # Every value below can be given from outside; further flags go to main.py:
 #     MODEL=THUDM/chatglm-6b PRE_SEQ_LEN=64 bash train.sh --seed 7
 #     bash train.sh --resume_from_checkpoint auto     # go on after Ctrl-C
+#     NUM_GPUS=4 bash train.sh                        # as many rows a step, on four GPUs
 # A path in a variable is taken from your folder if it exists there, else from this one; OUTPUT_DIR from yours.
 set -euo pipefail
 caller=$PWD
@@ -59,7 +60,7 @@ if [ "$MODEL" = "$NANO" ]; then
   MAX_STEPS=${MAX_STEPS:-400}              # optimiser steps
   SAVE_STEPS=${SAVE_STEPS:-200}            # steps between two checkpoints
   EVAL_STEPS=${EVAL_STEPS:-100}            # steps between two validation losses
-  BATCH_SIZE=${BATCH_SIZE:-16}             # rows per forward pass
+  BATCH_SIZE=${BATCH_SIZE:-$(per_process 16)} # rows per forward pass
   ACCUMULATION=${ACCUMULATION:-1}          # forward passes per step
   EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-32}   # rows scored at a time
 else
@@ -70,7 +71,7 @@ else
   SAVE_STEPS=${SAVE_STEPS:-1000}
   EVAL_STEPS=${EVAL_STEPS:-1000}
   BATCH_SIZE=${BATCH_SIZE:-1}
-  ACCUMULATION=${ACCUMULATION:-16}
+  ACCUMULATION=${ACCUMULATION:-$(per_process 16)}
   EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}    # published: 1; larger is faster and scores the same
 fi
 LOGGING_STEPS=${LOGGING_STEPS:-10}         # steps between two loss lines
@@ -93,7 +94,7 @@ fi
 tuning=(--tuning "$TUNING")
 if [ "$TUNING" = ptuning ]; then tuning=(--pre_seq_len "$PRE_SEQ_LEN"); fi
 
-exec "$PYTHON" main.py \
+exec "$PYTHON" "${start[@]}" \
   --do_train --do_eval --do_predict \
   --train_file "$TRAIN_FILE" --validation_file "$DEV_FILE" --test_file "$DEV_FILE" \
   --prompt_column "$PROMPT_COLUMN" --response_column "$RESPONSE_COLUMN" \

@@ -22,5 +22,13 @@ give() {
   if [ -n "$2" ]; then given_flags+=("$1" "$2"); fi
 }
 
-# One GPU, as published: with several visible, transformers would wrap the model in nn.DataParallel.
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
+# One GPU as published, or NUM_GPUS of this machine with one process each (docs/multi-gpu.md).
+start=(main.py)
+case ${NUM_GPUS:-1} in *[!0-9]*) die "NUM_GPUS is $NUM_GPUS; give the number of GPUs to use." ;; esac
+if [ "${NUM_GPUS:-1}" -gt 1 ]; then
+  start=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS" main.py)
+else
+  export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
+fi
+# So many of a step's rows or forward passes for each process, rounded up.
+per_process() { printf %s $((($1 + ${NUM_GPUS:-1} - 1) / ${NUM_GPUS:-1})); }

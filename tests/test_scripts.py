@@ -246,6 +246,21 @@ def test_other_ways_of_tuning_have_their_rate_and_folder(
     assert "TUNING is qlora" in run(checkout / "train.sh", TUNING="qlora").stderr
 
 
+def test_several_gpus_share_the_rows_of_a_step(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "output" / "run").mkdir(parents=True)
+    (checkout / "output" / "run" / "prefix_config.json").write_text("{}", encoding="utf-8")
+    body = 'case "$*" in *distributed*) printf "%s\\n" "$@"; echo visible=${CUDA_VISIBLE_DEVICES-all} ;; *scripts/environment*|*sys.version*) ;; *"import torch"*) printf cuda ;; esac'
+    python = write_command(tmp_path / "many", body)
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 4 main.py".split()
+    trained = run(checkout / "train.sh", PYTHON=python, NUM_GPUS="4").stdout.split()
+    assert trained[: len(launch)] == launch
+    assert trained[trained.index("--gradient_accumulation_steps") + 1] == "4"  # 16 rows, as alone
+    assert trained[-1] == "visible=all"
+    variables = {"NUM_GPUS": "4", "PREFIX": "output/run", "MODEL": "a/b"}
+    assert run(checkout / "evaluate.sh", PYTHON=python, **variables).stdout.split()[:6] == launch
+    assert "NUM_GPUS is two" in run(checkout / "train.sh", NUM_GPUS="two").stderr
+
+
 def test_deepspeed_starts_one_process_per_gpu_with_the_published_settings(
     checkout: Path, tmp_path: Path
 ) -> None:

@@ -68,6 +68,9 @@ def keep_to_one_device(training: Any) -> int:
             "--do_train with --do_predict needs the whole model in every process, and FSDP and "
             "ZeRO stage 3 spread it; train first, then type: bash evaluate.sh"
         )
+    if training.device == torch.device("cpu", 0):  # accelerate's name for it, which torch.load
+        training.distributed_state.device = torch.device("cpu")  # does not know
+        training.__dict__["_setup_devices"] = torch.device("cpu")
     seen = int(training.n_gpu)
     if seen > 1:
         training._n_gpu = 1
