@@ -130,7 +130,7 @@ def scores_of(out: Path) -> dict[str, Any]:
 LAYOUTS = {
     "even": (12, "--max_steps 6", "4", "2", 2),
     "7 rows in 2 x 2": (7, "--max_steps 6", "4", "2", 2),
-    "a process without rows": (5, "--max_steps 5", "4", "2", 2),
+    "a process without rows": (5, "--max_steps 5 --logging_steps 2", "4", "2", 2),
     "accumulated over 3": (
         8,
         "--max_steps 4 --gradient_accumulation_steps 2",
@@ -200,6 +200,24 @@ def test_answers_and_scores_of_several_processes_are_those_of_one(launcher, trai
     found = json.loads((tmp_path / "eval_results.json").read_text("utf-8"))
     assert found["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-5)
     assert not list(tmp_path.glob("*.part*"))
+
+
+def test_every_process_answers_with_the_best_prefix(launcher, tmp_path):
+    """The highest loss counts as the best one here, so that the best checkpoint is not the last."""
+    flags = "--max_steps 3 --save_steps 1 --eval_strategy steps --eval_steps 1 --learning_rate 1"
+    flags += " --metric_for_best_model eval_loss --greater_is_better true"
+    flags += " --load_best_model_at_end true --pre_seq_len 4 --per_device_train_batch_size 2"
+    flags += " --do_predict --compare_base false"
+    argv = argv_of(launcher, tmp_path / "run", 12, flags, NANO)
+    launcher.finish(argv, 2)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text("utf-8"))
+    assert state["best_global_step"] < state["global_step"]
+    launcher.finish(predict_argv(launcher, tmp_path / "run", tmp_path / "again"), 1)
+    name = "generated_predictions.txt"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    last = tmp_path / "run" / "checkpoint-3"
+    launcher.finish(predict_argv(launcher, last, tmp_path / "last"), 1)
+    assert (tmp_path / "last" / name).read_bytes() != (tmp_path / "again" / name).read_bytes()
 
 
 def test_shares_that_were_answered_before_a_stop_are_not_answered_again(
