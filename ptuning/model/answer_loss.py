@@ -70,14 +70,15 @@ def summed_loss(
     if not is_plain:
         return functional.cross_entropy(head(hidden_states).float(), targets, reduction="sum")
     assert isinstance(head, Linear), "asked above"
-    total: Tensor = _ChunkedLoss.apply(
-        hidden_states, head, targets, chunk_tokens or _chunk_tokens(head)
-    )
+    if chunk_tokens is None:
+        on_cpu = head.weight.device.type == "cpu"
+        chunk_tokens = chunk_tokens_on(head.weight.shape[0], on_cpu=on_cpu)
+    total: Tensor = _ChunkedLoss.apply(hidden_states, head, targets, chunk_tokens)
     return total
 
 
-def _chunk_tokens(head: Linear) -> int:
-    vocabulary = head.weight.shape[0]
-    if head.weight.device.type == "cpu":
-        return max(CPU_CHUNK_TOKENS, CPU_CHUNK_ELEMENTS // vocabulary)
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+def chunk_tokens_on(vocab_size: int, *, on_cpu: bool) -> int:
+    """Return how many tokens' logits are formed at once."""
+    if on_cpu:
+        return max(CPU_CHUNK_TOKENS, CPU_CHUNK_ELEMENTS // vocab_size)
+    return max(1, CHUNK_ELEMENTS // vocab_size)

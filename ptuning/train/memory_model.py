@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ptuning.model.answer_loss import CHUNK_ELEMENTS
+from ptuning.model.answer_loss import chunk_tokens_on
 from ptuning.model.config import ChatGLMConfig
 
 FLOAT32 = 4  # bytes; prefix, optimiser and softmax are float32 whatever the base is
@@ -207,11 +207,11 @@ def _left_out_of_last_layer(size: ModelSize, batch: Batch) -> int:
     return unread * (size.hidden_size + size.inner_size) * size.dtype_bytes
 
 
-def logits_bytes(size: ModelSize, batch: Batch) -> int:
+def logits_bytes(size: ModelSize, batch: Batch, *, on_cpu: bool) -> int:
     """Return the float logits of one chunk and what its loss forms beside them."""
     num_tokens = batch.answer_tokens
     if size.tuning != "full" and not size.embedding_bits:
-        num_tokens = min(num_tokens, max(1, CHUNK_ELEMENTS // size.vocab_size))
+        num_tokens = min(num_tokens, chunk_tokens_on(size.vocab_size, on_cpu=on_cpu))
     half = size.dtype_bytes if size.dtype_bytes < FLOAT32 else 0
     return num_tokens * size.vocab_size * (LOGIT_COPIES * FLOAT32 + half)
 
@@ -238,7 +238,7 @@ def training_memory(
     widths = BACKWARD_WIDTHS * size.hidden_size + 2 * size.inner_size
     backward = batch.tokens * widths * unit
     kept = activation_bytes(size, batch, on_cpu=on_cpu, recomputed_layers=recomputed_layers)
-    logits = logits_bytes(size, batch)
+    logits = logits_bytes(size, batch, on_cpu=on_cpu)
     recomputing = 0
     if recomputed_layers:
         recomputing = recomputed_layers * batch.tokens * size.hidden_size * unit
