@@ -74,7 +74,9 @@ def test_several_processes_without_an_accelerator_take_gloo(monkeypatch, has_acc
 
 def test_deepspeed_that_is_not_installed_is_named_with_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(UsageError, match=r"--deepspeed is deepspeed\.json, .* pip install deepspeed"):
+    with pytest.raises(
+        UsageError, match=r"--deepspeed is deepspeed\.json, .* pip install deepspeed"
+    ):
         parse(tmp_path, "--tuning", "full", "--deepspeed", "deepspeed.json")
 
 
