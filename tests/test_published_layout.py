@@ -71,7 +71,8 @@ def flags(folder: Path, base: str, out: Path, *more: str) -> list[str]:
         *("--model_name_or_path", str(folder / base), "--output_dir", str(out)),
         *("--test_file", str(folder / "dev.json"), "--token_cache_dir", str(folder / "tokens")),
         *("--max_source_length", "32", "--max_target_length", "8"),
-        *("--per_device_eval_batch_size", "3", "--disable_tqdm", "true", *more),
+        *("--per_device_eval_batch_size", "3", "--disable_tqdm", "true"),
+        *("--measure_retention", "false", *more),  # 40 prompts through a full vocabulary
     ]
 
 
