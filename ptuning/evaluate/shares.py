@@ -9,7 +9,7 @@ def deal_rows(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
     The longest rows are dealt first, back and forth. The same for the same lengths everywhere.
 
     >>> deal_rows([5, 1, 9, 5, 7], 2)
-    [[0, 1, 2], [3, 4]]
+    [[1, 2, 3], [0, 4]]
     """
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
