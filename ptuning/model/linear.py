@@ -9,6 +9,7 @@ Shapes: T rows (tokens), I input features, O output features.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -151,12 +152,20 @@ def pack_weights_(model: nn.Module, *, room_bytes: int) -> int:
     return needed
 
 
+@cache
 def has_onednn() -> bool:
-    """Say whether this build of PyTorch has the oneDNN products."""
+    """Say whether this build of PyTorch has the oneDNN products, and they work here."""
     names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in names
-    )
+    products = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and all(hasattr(products, n) for n in names)):
+        return False
+    ones = torch.ones(4, 4)
+    try:
+        stored = _onednn(ones, ones.t(), None)
+        packed = _onednn(ones, products._reorder_linear_weight(ones), None)
+    except (RuntimeError, NotImplementedError):  # built, but not for this processor
+        return False
+    return torch.equal(stored, ones * 4) and torch.equal(packed, ones * 4)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -93,3 +93,11 @@ def test_packing_counts_its_bytes_and_needs_room(frozen):
 def test_autocast_is_left_to_torch(frozen):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert frozen(torch.randn(8, 24)).dtype == torch.bfloat16
+
+
+def test_a_build_whose_products_fail_takes_torchs(monkeypatch):
+    def refuses(*_):
+        raise RuntimeError("not for this processor")
+
+    monkeypatch.setattr(linear_module, "_onednn", refuses)
+    assert not has_onednn.__wrapped__()
