@@ -1,7 +1,7 @@
 """Tune a model, validate it, answer with it: reads the flags and joins the parts.
 
 The order is flags, rows, tokens, then the model, so that whatever a user can get wrong is said
-before anything heavy is loaded. Exit codes: 0 done, and those in `ptuning.train.endings`.
+before anything heavy is loaded. Exit codes: 0 done, and those in `ptuning.train.faults.endings`.
 """
 
 import logging
@@ -35,28 +35,28 @@ from ptuning.model.tuned import LORA, PTUNING, TunedInfo, kind_of, read_tuned_in
 from ptuning.prediction import AnswerRun, Answers
 from ptuning.retention import RetentionRun
 from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
-from ptuning.train.choose_tuning import choose_tuning
 from ptuning.train.compiling import compile_layers
 from ptuning.train.curve import CurveCallback
-from ptuning.train.endings import ending_of, memory_settings
-from ptuning.train.launch import launched_index, process_name
-from ptuning.train.memory_errors import memory_explained
-from ptuning.train.processes import check_same_everywhere, check_shared_folder, gather
-from ptuning.train.recompute_run import recompute_as_asked
-from ptuning.train.resume_checks import check_same_run, fingerprint_rows
-from ptuning.train.resuming_trainer import rows_per_step
-from ptuning.train.rows import Rows, load_rows
-from ptuning.train.run_directory import (
+from ptuning.train.faults.endings import ending_of, memory_settings
+from ptuning.train.memory.memory_errors import memory_explained
+from ptuning.train.memory.recompute_run import recompute_as_asked
+from ptuning.train.processes.launch import launched_index, process_name
+from ptuning.train.processes.processes import check_same_everywhere, check_shared_folder, gather
+from ptuning.train.resume.resume_checks import check_same_run, fingerprint_rows
+from ptuning.train.resume.resuming_trainer import rows_per_step
+from ptuning.train.resume.run_directory import (
     checkpoint_to_resume,
     checkpoints,
     make_output_dir,
     remove_checkpoints,
     sweep,
 )
-from ptuning.train.run_lock import LOCK_NAME, RunLock
+from ptuning.train.resume.run_lock import LOCK_NAME, RunLock
+from ptuning.train.resume.signals import StopRequest
+from ptuning.train.rows import Rows, load_rows
 from ptuning.train.settings import RunSettings, resolve_settings
-from ptuning.train.signals import StopRequest
-from ptuning.train.tuning import Tuning
+from ptuning.train.tunings.choose_tuning import choose_tuning
+from ptuning.train.tunings.tuning import Tuning
 from trainer_seq2seq import Seq2SeqTrainer
 
 CURVE_NAME = "loss_curve.png"

@@ -1,8 +1,8 @@
 """transformers' own Seq2SeqTrainer, with checkpoints that are whole or not there, a resume that is
 exact, guards around every step, and a validation loss by tokens.
 
-What a run writes besides: `ptuning.train.checkpointing` and `run_state`; what it skips and why it
-stops: `guards`, `memory_errors`, `signals`. Written against transformers 5.10 to 5.23.
+What a run writes besides: `ptuning.train.resume`; what it skips and why it stops:
+`ptuning.train.faults` and `memory`. Written against transformers 5.10 to 5.23.
 """
 
 import math
@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_utils import EvalLoopOutput
 
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
-from ptuning.train.guards import BAD_BATCH_NAME, fault_in
-from ptuning.train.memory_errors import MemorySettings, memory_explained, recomputes
-from ptuning.train.resuming_trainer import ResumingTrainer
-from ptuning.train.step_guard import BadStepsError, StepGuard, correct_mean
-from ptuning.train.tuning import TrainedState, Tuning, newest_metrics
+from ptuning.train.faults.guards import BAD_BATCH_NAME, fault_in
+from ptuning.train.faults.step_guard import BadStepsError, StepGuard, correct_mean
+from ptuning.train.memory.memory_errors import MemorySettings, memory_explained, recomputes
+from ptuning.train.resume.resuming_trainer import ResumingTrainer
+from ptuning.train.tunings.tuning import TrainedState, Tuning, newest_metrics
 
 
 class Seq2SeqTrainer(ResumingTrainer):

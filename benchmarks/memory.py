@@ -35,13 +35,13 @@ from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine import GreedyEngine
 from ptuning.model.quantization.conversion import quantize_model_
-from ptuning.train.memory_model import (
+from ptuning.train.memory.memory_model import (
     Batch,
     answering_memory,
     size_of,
     training_memory,
 )
-from ptuning.train.recomputing import recompute_layers
+from ptuning.train.memory.recomputing import recompute_layers
 
 MORE_SIZES = {  # name -> layers, hidden size, heads, vocabulary
     "nano": (4, 192, 4, 1700),

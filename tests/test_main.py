@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import main as main_module
 from main import main
-from ptuning.train.tuning import PrefixTuning
+from ptuning.train.tunings.tuning import PrefixTuning
 from tests.tiny import make_base, rows, write_rows
 
 

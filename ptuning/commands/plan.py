@@ -22,8 +22,8 @@ from ptuning.model.prefix_artefact import prefix_shape, read_prefix_tensors
 from ptuning.model.tuned import read_tuned_info
 from ptuning.train.base_model import choose_dtype, load_tokenizer
 from ptuning.train.flags import Arguments, parse_arguments
-from ptuning.train.memory_model import AnsweringMemory, ModelSize, TrainingMemory, size_of
-from ptuning.train.plan import (
+from ptuning.train.memory.memory_model import AnsweringMemory, ModelSize, TrainingMemory, size_of
+from ptuning.train.memory.plan import (
     TRAINING_SHARE,
     Advice,
     RunShape,
@@ -37,7 +37,7 @@ from ptuning.train.plan import (
     memory_of,
     training_flops,
 )
-from ptuning.train.recomputing import FREE_SHARE, choose_recomputed, free_bytes
+from ptuning.train.memory.recomputing import FREE_SHARE, choose_recomputed, free_bytes
 from ptuning.train.rows import Rows, load_rows
 from ptuning.train.settings import RunSettings, resolve_settings
 

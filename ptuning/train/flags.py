@@ -17,9 +17,9 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from ptuning.model.tuned import FULL
 from ptuning.train.compiling import take_compiling
 from ptuning.train.forgetting_flags import GeneralArguments, StartArguments, check_forgetting
-from ptuning.train.launch import keep_to_one_device, launch_notices, prepare_processes
 from ptuning.train.legacy_flags import translate_flags, translate_keys
 from ptuning.train.presets import preset_values, with_preset
+from ptuning.train.processes.launch import keep_to_one_device, launch_notices, prepare_processes
 from ptuning.train.recomputing_flags import take_recomputing
 from ptuning.train.tuning_flags import check_tuning, find_tuning, with_tuning
 

@@ -1,7 +1,7 @@
 """--gradient_checkpointing auto, true or false, under the names of every transformers version.
 
 transformers 5.23 calls its switch activation_checkpointing and warns of the old name. Layers are
-recomputed by `ptuning.train.recomputing` instead, so transformers is told nothing.
+recomputed by `ptuning.train.memory.recomputing` instead, so transformers is told nothing.
 """
 
 import json

@@ -11,8 +11,8 @@ from ptuning.__main__ import main
 from ptuning.commands import plan
 from ptuning.model.config import ChatGLMConfig
 from ptuning.nano.paths import NANO_DIR
-from ptuning.train.memory_model import Batch, size_of
-from ptuning.train.plan import RunShape, advise_training, answering_flops, training_flops
+from ptuning.train.memory.memory_model import Batch, size_of
+from ptuning.train.memory.plan import RunShape, advise_training, answering_flops, training_flops
 
 NUM_ROWS = 40
 

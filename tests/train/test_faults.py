@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import ptuning.train.run_lock as run_lock
-from ptuning.train.memory_errors import (
+import ptuning.train.resume.run_lock as run_lock
+from ptuning.train.memory.memory_errors import (
     MemorySettings,
     OutOfMemoryStop,
     advice_for,
@@ -23,9 +23,9 @@ from ptuning.train.memory_errors import (
     is_out_of_memory,
     memory_explained,
 )
-from ptuning.train.run_directory import checkpoints, is_whole
-from ptuning.train.run_lock import LOCK_NAME, DirectoryInUseError, RunLock
-from ptuning.train.run_state import capture_random_state, restore_random_state
+from ptuning.train.resume.run_directory import checkpoints, is_whole
+from ptuning.train.resume.run_lock import LOCK_NAME, DirectoryInUseError, RunLock
+from ptuning.train.resume.run_state import capture_random_state, restore_random_state
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
 
@@ -109,7 +109,7 @@ def hold(folder, seconds=30):
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from ptuning.train.run_lock import RunLock\n"
+        "from ptuning.train.resume.run_lock import RunLock\n"
         f"with RunLock(Path({str(folder)!r})):\n"
         f"    print('held', flush=True)\n    time.sleep({seconds})\n"
     )
@@ -331,7 +331,7 @@ def test_the_trainers_explanation_is_not_explained_again():
 
 
 def test_a_safetensors_error_on_a_full_disk_is_known():
-    from ptuning.train.disk_errors import is_disk_error
+    from ptuning.train.faults.disk_errors import is_disk_error
 
     with pytest.raises(Exception, match="No such file") as found:
         save_file({"a": torch.ones(1)}, "/nowhere/at/all/a.safetensors")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers.training_args import ParallelMode
 
-from ptuning.train import processes
 from ptuning.train.flags import UsageError, parse_arguments
-from ptuning.train.launch import prepare_processes
+from ptuning.train.processes import processes
+from ptuning.train.processes.launch import prepare_processes
 
 FLAGS = [
     *("--do_train", "--train_file", "my rows.json", "--model_name_or_path", "THUDM/chatglm-6b"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.conversion import quantize_model_
-from ptuning.train.memory_model import (
+from ptuning.train.memory.memory_model import (
     Batch,
     ModelSize,
     activation_bytes,

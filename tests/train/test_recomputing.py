@@ -9,8 +9,8 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.layer import Layer
 from ptuning.train.flags import TrainingArguments, UsageError, parse_arguments
-from ptuning.train.memory_model import Batch, size_of, training_memory
-from ptuning.train.recomputing import FREE_SHARE, choose_recomputed, recompute_layers
+from ptuning.train.memory.memory_model import Batch, size_of, training_memory
+from ptuning.train.memory.recomputing import FREE_SHARE, choose_recomputed, recompute_layers
 
 NUM_LAYERS = 4
 IDS = {"bos_token_id": 60, "eos_token_id": 61, "mask_token_id": 62, "gmask_token_id": 63}

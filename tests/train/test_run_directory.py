@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from ptuning.train.checkpointing import (
+from ptuning.train.resume.checkpointing import (
     LEGACY_FILES,
     MANIFEST_NAME,
     fault_of,
@@ -13,7 +13,7 @@ from ptuning.train.checkpointing import (
     staging_path,
     start_checkpoint,
 )
-from ptuning.train.run_directory import (
+from ptuning.train.resume.run_directory import (
     checkpoint_to_resume,
     checkpoints,
     is_whole,

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 import main as main_module
-from ptuning.train.signals import Stopped, StopRequest
+from ptuning.train.resume.signals import Stopped, StopRequest
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
 

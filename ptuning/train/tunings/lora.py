@@ -27,7 +27,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.tuned import LORA, TunedInfo, kind_of
 from ptuning.train.flags import ModelArguments, UsageError
-from ptuning.train.tuning import TrainedState
+from ptuning.train.tunings.tuning import TrainedState
 
 RANK, ALPHA, DROPOUT = 8, 16.0, 0.1  # what unset flags mean; flags.py says so
 

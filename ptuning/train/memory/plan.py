@@ -1,6 +1,6 @@
 """What a run will take, from its flags and its rows, before any weight is loaded: pure arithmetic.
 
-Useful FLOPs are those of docs/performance.md. `ptuning.train.memory_model` has the bytes.
+Useful FLOPs are those of docs/performance.md. `ptuning.train.memory.memory_model` has the bytes.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ptuning.train.memory_model import (
+from ptuning.train.memory.memory_model import (
     AnsweringMemory,
     Batch,
     ModelSize,
@@ -18,7 +18,7 @@ from ptuning.train.memory_model import (
     answering_memory,
     training_memory,
 )
-from ptuning.train.recomputing import FREE_SHARE
+from ptuning.train.memory.recomputing import FREE_SHARE
 
 # Share of a measured large matrix product that a whole step is assumed to reach;
 # docs/performance.md has what was measured. Answering reads memory more than it multiplies.

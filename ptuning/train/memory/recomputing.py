@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.layer import Layer
-from ptuning.train.memory_model import Batch, ModelSize, training_memory
+from ptuning.train.memory.memory_model import Batch, ModelSize, training_memory
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 LARGE_BLOCK_BYTES = 256 * 1024

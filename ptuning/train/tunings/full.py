@@ -33,7 +33,7 @@ from ptuning.model.tuned import (
 )
 from ptuning.train.base_model import load_base, load_tokenizer
 from ptuning.train.flags import ModelArguments, UsageError
-from ptuning.train.tuning import TrainedState
+from ptuning.train.tunings.tuning import TrainedState
 
 UNFINISHED = ".unfinished"  # the folder inside an artefact's that is being filled
 

@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 from ptuning.data.reading import DataError
 from ptuning.train.base_model import BaseModelError
-from ptuning.train.disk_errors import DiskError, explain_disk_error, is_disk_error
+from ptuning.train.faults.disk_errors import DiskError, explain_disk_error, is_disk_error
+from ptuning.train.faults.step_guard import BadStepsError
 from ptuning.train.flags import Arguments, UsageError
-from ptuning.train.memory_errors import MemorySettings, OutOfMemoryStop, recomputes
-from ptuning.train.processes import is_lost_peer
-from ptuning.train.run_directory import OutputDirectoryError, checkpoints, last_sound
-from ptuning.train.run_lock import DirectoryInUseError
-from ptuning.train.signals import Stopped
-from ptuning.train.step_guard import BadStepsError
+from ptuning.train.memory.memory_errors import MemorySettings, OutOfMemoryStop, recomputes
+from ptuning.train.processes.processes import is_lost_peer
+from ptuning.train.resume.run_directory import OutputDirectoryError, checkpoints, last_sound
+from ptuning.train.resume.run_lock import DirectoryInUseError
+from ptuning.train.resume.signals import Stopped
 
 CANNOT_START, BAD_STEPS, OUT_OF_MEMORY, DISK, LOST_PEER, CTRL_C = 2, 3, 4, 5, 6, 130
 USAGE_ERRORS = (

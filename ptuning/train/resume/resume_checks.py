@@ -5,8 +5,8 @@ import zlib
 from pathlib import Path
 
 from ptuning.data.dataset import TokenDataset
-from ptuning.train.checkpointing import read_facts
 from ptuning.train.flags import UsageError
+from ptuning.train.resume.checkpointing import read_facts
 
 logger = logging.getLogger("main")
 

@@ -3,9 +3,9 @@
 from ptuning.data.dataset import TokenDataset
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.train.flags import ModelArguments, TrainingArguments
-from ptuning.train.memory_model import ModelSize, size_of
-from ptuning.train.plan import largest_batch
-from ptuning.train.recomputing import Choice, choose_recomputed, free_bytes, recompute_layers
+from ptuning.train.memory.memory_model import ModelSize, size_of
+from ptuning.train.memory.plan import largest_batch
+from ptuning.train.memory.recomputing import Choice, choose_recomputed, free_bytes, recompute_layers
 
 
 def recompute_as_asked(

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ptuning.atomic_file import write_atomically
-from ptuning.train.checkpointing import (
+from ptuning.train.resume.checkpointing import (
     MANIFEST_NAME,
     REMOVED,
     UNFINISHED,

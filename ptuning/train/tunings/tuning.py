@@ -1,7 +1,7 @@
 """What a run trains, and how that is attached, written and read back.
 
-The trainer and main.py know a Tuning only. P-Tuning v2's prefix is here; `ptuning.train.lora` and
-`ptuning.train.full` hold the two others, `ptuning.train.choose_tuning` picks one.
+The trainer and main.py know a Tuning only. P-Tuning v2's prefix is here; `lora` and `full` beside
+it hold the two others, `choose_tuning` picks one.
 """
 
 import logging

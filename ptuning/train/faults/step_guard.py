@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptuning.train.guards import (
+from ptuning.train.faults.guards import (
     Batch,
     fault_in,
     gather_evidence,
     likely_cause,
     write_bad_batch,
 )
-from ptuning.train.run_directory import last_sound
-from ptuning.train.run_state import RunState
+from ptuning.train.resume.run_directory import last_sound
+from ptuning.train.resume.run_state import RunState
 
 logger = logging.getLogger("main")
 

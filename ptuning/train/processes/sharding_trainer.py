@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ptuning.train.processes import draw_apart, leave_frozen_alone
-from ptuning.train.sharding import sharded_loader
+from ptuning.train.processes.processes import draw_apart, leave_frozen_alone
+from ptuning.train.processes.sharding import sharded_loader
 
 
 class ShardingTrainer(transformers.Seq2SeqTrainer):

@@ -4,9 +4,9 @@ from typing import Any
 
 from ptuning.model.tuned import FULL, LORA
 from ptuning.train.flags import Arguments
-from ptuning.train.full import FullTuning
-from ptuning.train.lora import LoraTuning
-from ptuning.train.tuning import PrefixTuning, Tuning
+from ptuning.train.tunings.full import FullTuning
+from ptuning.train.tunings.lora import LoraTuning
+from ptuning.train.tunings.tuning import PrefixTuning, Tuning
 
 
 def choose_tuning(arguments: Arguments, hub: dict[str, Any]) -> Tuning:

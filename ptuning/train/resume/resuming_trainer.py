@@ -22,16 +22,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ptuning.atomic_file import write_atomically
-from ptuning.train.checkpointing import (
+from ptuning.train.faults.disk_errors import DiskError, explain_disk_error, is_disk_error
+from ptuning.train.processes.sharding_trainer import ShardingTrainer
+from ptuning.train.resume.checkpointing import (
     CheckpointFacts,
     finish_checkpoint,
     staging_path,
     start_checkpoint,
 )
-from ptuning.train.disk_errors import DiskError, explain_disk_error, is_disk_error
-from ptuning.train.run_directory import is_whole, rotate
-from ptuning.train.run_events import RunEvents
-from ptuning.train.run_state import (
+from ptuning.train.resume.run_directory import is_whole, rotate
+from ptuning.train.resume.run_events import RunEvents
+from ptuning.train.resume.run_state import (
     RunState,
     capture_random_state,
     checkpoint_bytes,
@@ -41,8 +42,7 @@ from ptuning.train.run_state import (
     save_run_state,
     set_epoch,
 )
-from ptuning.train.sharding_trainer import ShardingTrainer
-from ptuning.train.signals import Stopped, StopRequest
+from ptuning.train.resume.signals import Stopped, StopRequest
 
 logger = logging.getLogger("main")
 

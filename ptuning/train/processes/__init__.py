@@ -1,0 +1,1 @@
+"""Several processes doing what one does: launch, shares of rows, agreement."""

@@ -1,0 +1,1 @@
+"""What a run trains: a prefix, a LoRA adapter or the whole model, behind one protocol."""
