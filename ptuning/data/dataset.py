@@ -199,7 +199,10 @@ def load_training_dataset(
         }
     except OSError as error:
         raise DataError(
-            path, None, f"cannot be read ({error.strerror}); check the path and its permissions."
+            path,
+            None,
+            f"cannot be read ({error.strerror}) at {path.absolute()}; check the path and its "
+            "permissions.",
         ) from error
     cached_file = cache_path(cache_dir or default_cache_dir(), path.stem, settings)
     if not overwrite_cache:

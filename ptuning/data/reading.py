@@ -230,7 +230,10 @@ def read_text(path: Path) -> DecodedText:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(
-            path, None, f"cannot be read ({error.strerror}); check the path and its permissions."
+            path,
+            None,
+            f"cannot be read ({error.strerror}) at {path.absolute()}; check the path and its "
+            "permissions.",
         ) from error
     return decode_text(content)
 

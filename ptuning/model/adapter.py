@@ -7,6 +7,7 @@ peft is imported when an adapter is asked for, never before.
 """
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def load_peft() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"LoRA needs the peft library ({error.name} is not installed); type: "
-            "python -m pip install 'peft>=0.21'"
+            f"{sys.executable} -m pip install 'peft>=0.21'"
         ) from error
     return peft
 

@@ -90,8 +90,9 @@ def launch_notices(training: Any, argv: Sequence[str]) -> tuple[str, ...]:
         return (how_to_use_all(training, argv),)
     if training.world_size > 1 and training.device.type == "cpu":
         return (
-            f"{training.world_size} processes on CPUs, {torch.get_num_threads()} threads each "
-            "(torchrun takes 1 where OMP_NUM_THREADS is not set)",
+            f"No CUDA device: {training.world_size} processes on the CPU, "
+            f"{torch.get_num_threads()} thread(s) each (torchrun takes 1 where OMP_NUM_THREADS is "
+            "not set)",
         )
     return ()
 
