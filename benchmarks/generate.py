@@ -25,6 +25,7 @@ from benchmarks.setting import (
     machine,
     make_model,
     make_rows,
+    refuse_below_one,
     seconds,
     synchronise,
     write_json,
@@ -220,9 +221,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--single_rows", type=int, default=8, help="rows answered one at a time")
     parser.add_argument("--batch_size", type=int, default=128, help="rows decoded at a time")
     flags = parser.parse_args(argv)
-    for name in ("rows", "single_rows", "batch_size"):
-        if getattr(flags, name) < 1:
-            parser.error(f"--{name} is {getattr(flags, name)}; use 1 or more.")
+    refuse_below_one(parser, flags, "rows", "single_rows", "batch_size")
     return flags
 
 

@@ -31,6 +31,13 @@ SIZES = {  # name -> layers, hidden size, heads, vocabulary
 MAX_LENGTH = 64  # tokens of prompt and of answer, as published
 
 
+def refuse_below_one(parser: ArgumentParser, flags: Namespace, *names: str) -> None:
+    """End with the parser's error where one of the named counts is not 1 or more."""
+    for name in names:
+        if getattr(flags, name) < 1:
+            parser.error(f"--{name} is {getattr(flags, name)}; use 1 or more.")
+
+
 class BenchRow(NamedTuple):
     """One row of random tokens with a real row's lengths."""
 

@@ -25,6 +25,7 @@ from benchmarks.setting import (
     make_model,
     make_rows,
     matmul_flops_per_s,
+    refuse_below_one,
     seconds,
     write_json,
 )
@@ -128,8 +129,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--recipe", choices=("both", *STEPS), default="both")
     parser.add_argument("--steps", type=int, default=3, help="timed steps; the median counts")
     flags = parser.parse_args(argv)
-    if flags.steps < 1:
-        parser.error(f"--steps is {flags.steps}; use 1 or more.")
+    refuse_below_one(parser, flags, "steps")
     sys.stdout.write(f"{flags.size}, P {flags.prefix}, {ROWS_PER_STEP} rows a step\n")
     sys.stdout.write(f"{'':<23}{'s/step':>10}{'tokens/s':>12}{'MFU %':>9}{'peak GiB':>10}\n")
     figures: dict[str, object] = {}

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ptuning.atomic_file import write_atomically
+from ptuning.evaluate.picture_style import (
+    ALARM_COLOUR,
+    DOTS_PER_INCH,
+    FIRST_COLOUR,
+    SECOND_COLOUR,
+    TEXT_COLOUR,
+    plain_frame,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FIGURE_INCHES = (9.0, 4.6)
-DOTS_PER_INCH = 160
-COLOURS = ("#2563a8", "#c2571a", "#3c7d3f", "#7d4fa3", "#8a6d1f", "#4a8f95")
-LIMIT_COLOUR = "#b3261e"
-TEXT_COLOUR = "#333a42"
-FAINT_COLOUR = "#d9dde2"
-QUIET_COLOUR = "#7a828c"
+COLOURS = (FIRST_COLOUR, SECOND_COLOUR, "#3c7d3f", "#7d4fa3", "#8a6d1f", "#4a8f95")
 NUM_BINS = 30
 # Names of fonts with Chinese characters on Linux, Windows and macOS, for names of files.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC")
@@ -99,7 +102,7 @@ def _draw_side(
         axes.stairs(shares, edges, color=colour, alpha=0.14, fill=True)
         cut = (lengths > limit.room).mean()
         axes.stairs(shares, edges, color=colour, linewidth=1.6, label=f"{name}: {cut:.1%} cut")
-    axes.axvline(limit.room + 0.5, color=LIMIT_COLOUR, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.axvline(limit.room + 0.5, color=ALARM_COLOUR, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_title(f"{noun}s, limit {limit.flag} {limit.length}", fontsize=10, color=TEXT_COLOUR)
     beyond = "" if longest < edges[-1] else f", last bar up to {longest:,}"
     axes.set_xlabel(f"tokens of {noun} text{beyond}", color=TEXT_COLOUR)
@@ -113,13 +116,4 @@ def _draw_side(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.16),  # below the panel, where nothing is drawn
     )
-    _plain_frame(axes)
-
-
-def _plain_frame(axes: "Axes") -> None:
-    axes.grid(axis="y", color=FAINT_COLOUR, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT_COLOUR)
-    axes.tick_params(colors=QUIET_COLOUR, labelsize=9, length=0)
+    plain_frame(axes)

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from ptuning.atomic_file import write_atomically
 from ptuning.evaluate.loss_history import LossHistory, Point, read_log_history, smooth
+from ptuning.evaluate.picture_style import (
+    ALARM_COLOUR,
+    DOTS_PER_INCH,
+    FIRST_COLOUR,
+    QUIET_COLOUR,
+    SECOND_COLOUR,
+    TEXT_COLOUR,
+    plain_frame,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FIGURE_INCHES = (8.0, 5.0)
-DOTS_PER_INCH = 160
-TRAIN_COLOUR = "#2563a8"
-VALIDATION_COLOUR = "#c2571a"
-ALARM_COLOUR = "#b3261e"
-TEXT_COLOUR = "#333a42"
-FAINT_COLOUR = "#d9dde2"
-QUIET_COLOUR = "#7a828c"
 
 
 def draw_loss_curve(log_history: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -48,14 +50,14 @@ def draw_loss_curve(log_history: Iterable[Mapping[str, Any]], path: Path) -> Non
 
 
 def _draw_losses(axes: "Axes", history: LossHistory) -> None:
-    _plain_frame(axes)
+    plain_frame(axes)
     smoothed = smooth(history.train)
     if history.train:
         label = "training loss, as logged" if smoothed else "training loss"
         marker = "" if len(history.train) > 1 else "o"
         axes.plot(
             *_columns(history.train),
-            color=TRAIN_COLOUR,
+            color=FIRST_COLOUR,
             alpha=0.3 if smoothed else 1.0,
             linewidth=1.0 if smoothed else 1.8,
             marker=marker,
@@ -63,12 +65,12 @@ def _draw_losses(axes: "Axes", history: LossHistory) -> None:
         )
     if smoothed:
         axes.plot(
-            *_columns(smoothed), color=TRAIN_COLOUR, linewidth=2.2, label="training loss, smoothed"
+            *_columns(smoothed), color=FIRST_COLOUR, linewidth=2.2, label="training loss, smoothed"
         )
     if history.validation:
         axes.plot(
             *_columns(history.validation),
-            color=VALIDATION_COLOUR,
+            color=SECOND_COLOUR,
             linewidth=1.8,
             marker="o",
             markersize=5,
@@ -91,7 +93,7 @@ def _mark_best(axes: "Axes", best: Point, steps: list[float]) -> None:
         marker="o",
         markersize=11,
         markerfacecolor="none",
-        markeredgecolor=VALIDATION_COLOUR,
+        markeredgecolor=SECOND_COLOUR,
         markeredgewidth=1.6,
         linestyle="none",
     )
@@ -105,7 +107,7 @@ def _mark_best(axes: "Axes", best: Point, steps: list[float]) -> None:
         va="top",
         fontsize=9,
         fontweight="bold",
-        color=VALIDATION_COLOUR,
+        color=SECOND_COLOUR,
         bbox={
             "boxstyle": "round,pad=0.25",
             "facecolor": "white",
@@ -135,7 +137,7 @@ def _mark_non_finite(axes: "Axes", history: LossHistory) -> None:
 
 
 def _draw_learning_rate(axes: "Axes", points: list[Point]) -> None:
-    _plain_frame(axes)
+    plain_frame(axes)
     marker = "" if len(points) > 1 else "o"
     axes.plot(*_columns(points), color=QUIET_COLOUR, linewidth=1.5, marker=marker, markersize=4)
     axes.set_ylim(bottom=0)
@@ -150,15 +152,6 @@ def _label_steps(axes: "Axes", history: LossHistory) -> None:
     epochs = "" if history.last_epoch is None else f"  ({history.last_epoch:.2f} epochs in all)"
     axes.set_xlabel(f"optimiser step{epochs}", color=TEXT_COLOUR)
     axes.locator_params(axis="x", integer=True)
-
-
-def _plain_frame(axes: "Axes") -> None:
-    axes.grid(axis="y", color=FAINT_COLOUR, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT_COLOUR)
-    axes.tick_params(colors=QUIET_COLOUR, labelsize=9, length=0)
 
 
 def _write_centred(axes: "Axes", words: str) -> None:

@@ -52,12 +52,15 @@ class Linear(nn.Linear):
         if torch.is_grad_enabled() and input.requires_grad:
             output: Tensor = _FrozenProduct.apply(input, self)
             return output
-        return self.product(input)
+        return self._multiply(input)
 
     def product(self, x: Tensor) -> Tensor:
         """Return x (..., I) times the weight transposed, plus the bias; autograd sees nothing."""
         if not self._takes(x):
             return functional.linear(x, self.weight, self.bias)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         packed = self.packed_weight()
         return _onednn(x, self.weight if packed is None else packed.copy, self.bias)
 
@@ -118,7 +121,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: Linear) -> Tensor:
         ctx.linear = linear
-        return linear.product(x)
+        return linear._multiply(x)  # Linear.forward asked before
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:

@@ -3,6 +3,17 @@
 import ipaddress
 
 
+def check_guarded(host: str, secret: str | None, *, flag: str) -> None:
+    """Refuse to serve other machines without the secret that flag takes (ValueError)."""
+    if secret is not None and not secret.strip():
+        raise ValueError(f"{flag} is empty; give some letters, or leave it out on 127.0.0.1.")
+    if secret is None and not is_loopback(host):
+        raise ValueError(
+            f"--host is {host}, which other machines can reach; add {flag} SECRET, or use "
+            "--host 127.0.0.1."
+        )
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether only programs on this machine can reach host.
 

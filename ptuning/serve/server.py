@@ -6,7 +6,7 @@ import sys
 import uvicorn
 from fastapi import FastAPI
 
-from ptuning.serve.addresses import is_loopback
+from ptuning.serve.addresses import check_guarded
 
 GRACE_S = 3  # for answers that are on their way at Ctrl-C
 # The engine's thread gives the interpreter up at every operation, and with Python's 5 ms it gets it
@@ -18,13 +18,7 @@ logger = logging.getLogger(__name__)
 
 def check_address(host: str, api_key: str | None) -> None:
     """Refuse to serve other machines without a key."""
-    if api_key is not None and not api_key.strip():
-        raise ValueError("--api_key is empty; give some letters, or leave it out on 127.0.0.1.")
-    if api_key is None and not is_loopback(host):
-        raise ValueError(
-            f"--host is {host}, which other machines can reach; add --api_key SECRET, or use "
-            "--host 127.0.0.1."
-        )
+    check_guarded(host, api_key, flag="--api_key")
 
 
 def make_server(app: FastAPI, *, host: str, port: int) -> uvicorn.Server:

@@ -1,12 +1,14 @@
 """Out of memory, on a GPU or the CPU: which setting to change, with the numbers of this run."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
+
+from ptuning.train.memory.recomputing import free_bytes
 
 GIB = 2**30
 # torch's CPU allocator raises a plain RuntimeError with these words.
@@ -105,9 +107,8 @@ def memory_line(device: torch.device) -> str:
             f"{free / GIB:.2f} GiB free of {total / GIB:.2f}, this process holds {held / GIB:.2f} "
             f"in tensors and {(reserved - held) / GIB:.2f} in its cache"
         )
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        page = os.sysconf("SC_PAGE_SIZE")
-        free, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    if device.type == "cpu":
+        free, total = free_bytes(device), psutil.virtual_memory().total
         return f"{free / GIB:.2f} GiB free of {total / GIB:.2f}"
     return "its memory is not known"
 
