@@ -25,6 +25,7 @@ from ptuning.data.cache import (
     load_tokens,
     save_tokens,
 )
+from ptuning.data.collector import collector_paused
 from ptuning.data.formatting import Example, Recipe, to_example
 from ptuning.data.reading import DataError, Rows, read_rows
 from ptuning.data.tokenization import (
@@ -156,6 +157,7 @@ class DataSummary:
         return f"{count} {noun} ({count / total:.1%})"
 
 
+@collector_paused()
 def load_training_dataset(
     path: Path | str,
     tokenizer: ChatGLMTokenizer,
@@ -223,6 +225,7 @@ def load_training_dataset(
     return TokenDataset(arrays), summary
 
 
+@collector_paused()
 def load_generation_dataset(
     path: Path | str,
     tokenizer: ChatGLMTokenizer,
