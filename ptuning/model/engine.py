@@ -18,8 +18,9 @@ from ptuning.model.engine_prefill import read_prompts
 from ptuning.model.engine_row import Request, Row, split_by_size
 from ptuning.model.engine_slots import Slots
 from ptuning.model.engine_step import decode_step
+from ptuning.model.prefix_rows import PrefixRows, SeenPrefixes
 from ptuning.model.sampling import choose_tokens, logprobs_of
-from ptuning.model.shared_prefix import LayerPrefix, SharedPrefix, mix_prefixes
+from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 
 JOIN_SHARE = 4  # rows join when a quarter as many as decode can: prompts are read together
 MOST_CELLS = 16384  # padded tokens in one pass over prompts: 8 rows of ChatGLM-6B's full context
@@ -50,6 +51,7 @@ class Engine:
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []  # row i decodes in slot i
         self.slots = Slots(model)
+        self.seen_prefixes = SeenPrefixes(model.transformer.final_layernorm.weight.device)
 
     @property
     def is_idle(self) -> bool:
@@ -103,7 +105,7 @@ class Engine:
         elif self.rows:
             moved = list(self.rows)
             self._make_room(moved, max(row.length for row in moved) + 1)
-            self._choose(moved, decode_step(self.model.transformer, moved, self.slots))
+            self._choose(moved, self._decode(moved))
         else:
             moved = []
         self._leave()
@@ -124,18 +126,24 @@ class Engine:
     def _join(self, rows: list[Row]) -> None:
         """Read the prompts of new rows and choose their first tokens."""
         prompts = [row.prompt for row in rows]
-        shares = [row.request.shares for row in rows]
-        read = read_prompts(self.model.transformer, prompts, shares)
+        read = read_prompts(self.model.transformer, prompts, self._prefixes_of(rows))
         width = max(len(prompt) for prompt in prompts)
         first_slot = len(self.rows)
         self._make_room([*self.rows, *rows], width)
-        self.slots.fill(range(first_slot, first_slot + len(rows)), read.cache, width)
+        self.slots.fill(first_slot, read.cache, width)
         for row, end, position in zip(
             rows, read.context.end.tolist(), read.context.mask_position.tolist(), strict=True
         ):
             row.context_end, row.first_position = end, position
         self.rows += rows
         self._choose(rows, read.last_states)
+
+    def _decode(self, rows: Sequence[Row]) -> Tensor:
+        """Return the final states (rows, E) of every row's newest token."""
+        return decode_step(self.model.transformer, rows, self.slots, self._prefixes_of(rows))
+
+    def _prefixes_of(self, rows: Sequence[Row]) -> PrefixRows | None:
+        return self.seen_prefixes.of([row.request.shares for row in rows])
 
     def _make_room(self, rows: Sequence[Row], columns: int) -> None:
         self.slots.make_room(
@@ -163,6 +171,8 @@ class Engine:
             if slot < len(self.rows):
                 self.slots.move(len(self.rows), slot, last.length)
                 self.rows[slot] = last
+        if self.is_idle:
+            self.seen_prefixes.forget()
         if not self.waiting:
             self.slots.give_back(len(self.rows), max((row.length for row in self.rows), default=0))
 
@@ -184,7 +194,6 @@ class GreedyEngine(Engine):
         with torch.no_grad():
             key_values = model.transformer.prefix_for(use_prefix)
         shares = () if key_values is None else mix_prefixes([(SharedPrefix(key_values), 1.0)])
-        self.prefix: list[LayerPrefix] | None = shares[0].prefix.layers if shares else None
         self._index_of = {
             self.add(Request(prompt, max_new_tokens, shares)): index
             for index, prompt in enumerate(prompts)

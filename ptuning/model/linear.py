@@ -41,7 +41,7 @@ class PackedWeight(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """nn.Linear with faster products on a CPU while its weight is frozen."""
+    """nn.Linear with faster products on a CPU while its weight wants no gradient."""
 
     _packed: PackedWeight | None = None
 
@@ -94,8 +94,7 @@ class Linear(nn.Linear):
             and not torch.compiler.is_compiling()  # a compiler has products of its own
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype
-            and not self.weight.requires_grad
-            and not (self.bias is not None and self.bias.requires_grad)
+            and not (torch.is_grad_enabled() and self._is_trained())
             and not torch.is_autocast_enabled("cpu")
             and (
                 self.packed_weight() is not None
@@ -103,6 +102,10 @@ class Linear(nn.Linear):
             )
             and has_onednn()
         )
+
+    def _is_trained(self) -> bool:
+        bias = self.bias
+        return self.weight.requires_grad or (bias is not None and bias.requires_grad)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear":
         """Move or cast, and drop the copy of what was there before."""

@@ -21,7 +21,7 @@ from ptuning.data.tokenization import SHORTEST
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.adapter import load_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.cpu_threads import limit_threads
+from ptuning.model.cpu_threads import limit_threads, release_helper_threads
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request
 from ptuning.model.linear import pack_weights_
@@ -134,6 +134,7 @@ class Session:
             logger.info("Adapter %s on %s: every answer is its own", named.adapter, named.weights)
         room_bytes = int(PACKING_SHARE * psutil.virtual_memory().available)
         pack_weights_(model, room_bytes=room_bytes)
+        release_helper_threads()  # the engine's thread computes from here on
         return cls(model, tokenizer, max_rows=max_rows, max_queue=max_queue, tuned=named.info)
 
     # Prefixes
@@ -170,6 +171,7 @@ class Session:
             self.model.remove_prefix()  # rows bring their own
             loaded = LoadedPrefix(name, Path(path), info, shared)
             self._prefixes = {**self._prefixes, name: loaded}
+        release_helper_threads()
         logger.info("Prefix %s: %d tokens, from %s", name, info.prefix_length, path)
         return info
 

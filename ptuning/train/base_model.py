@@ -64,7 +64,7 @@ def load_base(
     quantize_embeddings: bool = False,
     **hub: Any,
 ) -> ChatGLMForConditionalGeneration:
-    """Load the weights of a base in dtype; hub holds cache_dir, revision and token.
+    """Load the weights of a base in dtype, frozen; hub holds cache_dir, revision and token.
 
     quantization_bit 4 or 8 quantises float weights as they are read; None keeps what is stored.
     quantize_embeddings makes the embedding int8 unless it is stored quantised.
@@ -85,6 +85,7 @@ def load_base(
         )
     if quantize_embeddings and not model.config.embedding_quantization_bit:
         quantize_embeddings_(model, backend=quantization_backend)
+    model.requires_grad_(False)
     return model
 
 

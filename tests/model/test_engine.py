@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import ptuning  # noqa: F401  (registers the model)
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.model.engine import GreedyEngine
+from ptuning.model.engine_slots import round_up
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,15 @@ def test_rows_that_end_early_leave_and_others_join(model, monkeypatch, use_prefi
 
 def test_the_prefix_is_held_once_for_all_rows(model):
     engine = GreedyEngine(model, random_prompts(model, 6), max_rows=6, max_new_tokens=3)
-    shapes = {tuple(shared.keys.shape) for shared in engine.prefix}
-    assert shapes == {(2, 8, 16)}  # (H, P, D), no axis of rows
-    capacity = max(len(row.prompt) for row in engine.waiting) + 3
+    rows = list(engine.waiting)
+    engine.step()
+    seen = engine.seen_prefixes.of([row.request.shares for row in rows])
+    (prefix,) = seen.stack.places
+    assert prefix is rows[0].request.shares[0].prefix
+    for stacked, held in zip(seen.stack.layers, prefix.key_values, strict=True):
+        assert stacked is held, "a prefix that all rows see is not copied"
+        assert stacked.shape == (2, 1, 2, 8, 16)  # (2, 1, H, P, D), no axis of rows
+    capacity = round_up(max(len(row.prompt) for row in rows) + 3)
     assert engine.slots.keys[0].shape == (6, 2, capacity, 16)
 
 
