@@ -11,8 +11,8 @@ source scripts/settings.sh
 
 if [ -n "${PREFIX:-}" ]; then
   PREFIX=$(input_path "${PREFIX%/}")
-  [ ! -f "$PREFIX" ] || die "PREFIX=$PREFIX is a file; give the folder it lies in: PREFIX=$(dirname "$PREFIX")"
-  [ -d "$PREFIX" ] || die "PREFIX=$PREFIX is no directory; give a run's output directory or one of its checkpoint-N."
+  [ ! -f "$PREFIX" ] || refuse "PREFIX=$PREFIX is a file; give the folder it lies in: PREFIX=$(dirname "$PREFIX")"
+  [ -d "$PREFIX" ] || refuse "PREFIX=$PREFIX is no directory; give a run's output directory or one of its checkpoint-N."
 else
   # ls fails where a pattern matches nothing; what it found is still printed.
   newest=$(ls -t output/*/{prefix,tuning}_config.json output/*/checkpoint-*/{prefix,tuning}_config.json 2>/dev/null |
@@ -27,7 +27,7 @@ for name in prefix_config.json tuning_config.json adapter_config.json; do
   if [ -z "$about" ] && [ -f "$PREFIX/$name" ]; then about=$PREFIX/$name; fi
 done
 if [ -z "${MODEL:-}" ] && [ -z "$about" ]; then
-  die "$PREFIX has no prefix_config.json to name the base model (the published code writes none)." \
+  refuse "$PREFIX has no prefix_config.json to name the base model (the published code writes none)." \
     "Name it: MODEL=THUDM/chatglm-6b PREFIX=$PREFIX bash evaluate.sh"
 fi
 
@@ -37,7 +37,7 @@ if [ -z "${MODEL:-}" ]; then
 import json, sys
 with open(sys.argv[1], encoding="utf-8") as file:
     sys.stdout.write(json.load(file).get("base_model_name_or_path") or "")' "$about")
-  [ -n "$MODEL" ] || die "$about names no base model; add MODEL=... before the command."
+  [ -n "$MODEL" ] || refuse "$about names no base model; add MODEL=... before the command."
 fi
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}              # rows scored at a time
 if [ -z "$about" ]; then

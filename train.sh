@@ -11,7 +11,7 @@ caller=$PWD
 cd "$(dirname "$0")"
 source scripts/setup.sh
 if [ -n "${TRAIN_FILE:-}" ] && [ -z "${DEV_FILE:-}" ]; then
-  die "TRAIN_FILE is given without DEV_FILE; give the rows to score on too: DEV_FILE=... TRAIN_FILE=... bash $0"
+  refuse "TRAIN_FILE is given without DEV_FILE; give the rows to score on too: DEV_FILE=... TRAIN_FILE=... bash $0"
 fi
 source scripts/settings.sh
 choose_python run
@@ -34,7 +34,7 @@ fi
 TUNING=${TUNING:-ptuning}                  # what is trained: ptuning, lora or full
 case $TUNING in
   ptuning | lora | full) ;;
-  *) die "TUNING is $TUNING; use ptuning (a prefix), lora (an adapter) or full (the whole model)." ;;
+  *) refuse "TUNING is $TUNING; use ptuning (a prefix), lora (an adapter) or full (the whole model)." ;;
 esac
 PRESET=${PRESET:-}                         # task or gentle (docs/forgetting.md); empty: the rates below
 previous=
@@ -46,7 +46,7 @@ done
 case $PRESET in
   '' | task) prefix_rate=2e-2 ;;
   gentle) prefix_rate=1e-3 ;;
-  *) die "PRESET is $PRESET; use task (the best score on the task) or gentle (keeps more of the base)." ;;
+  *) refuse "PRESET is $PRESET; use task (the best score on the task) or gentle (keeps more of the base)." ;;
 esac
 # Learning rate of the first step, falling linearly to 0: for a prefix, for an adapter, for the whole model.
 rate() {

@@ -6,7 +6,7 @@ set -euo pipefail
 if [ -z "${TRAIN_FILE:-}" ] || [ -z "${DEV_FILE:-}" ]; then
   echo "train_chat.sh needs your data; type: TRAIN_FILE=chat/train.json DEV_FILE=chat/dev.json bash $0" >&2
   echo 'One JSON object per line: {"prompt": "...", "response": "...", "history": [["question", "answer"], ...]}' >&2
-  exit 1
+  exit 2
 fi
 export TRAIN_FILE DEV_FILE
 export NAME=${NAME:-chat}

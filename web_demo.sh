@@ -11,7 +11,7 @@ source scripts/setup.sh
 
 if [ -n "${PREFIX:-}" ]; then
   PREFIX=$(input_path "${PREFIX%/}")
-  [ -d "$PREFIX" ] || die "PREFIX=$PREFIX is no directory; give a run's output directory or one of its checkpoint-N."
+  [ -d "$PREFIX" ] || refuse "PREFIX=$PREFIX is no directory; give a run's output directory or one of its checkpoint-N."
   if [ -f "$PREFIX/tuning_config.json" ]; then  # an adapter or a whole model, which answers in the base's place
     set -- --model "$PREFIX" "$@"
   else

@@ -22,7 +22,7 @@ tests() {
 
 case $step in
   check | test | lint | types | format) choose_python dev ;;
-  *) die "'$step' is not a step; use check, test, lint, types or format." ;;
+  *) refuse "'$step' is not a step; use check, test, lint, types or format." ;;
 esac
 case $step in
   check)

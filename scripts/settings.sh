@@ -24,7 +24,9 @@ give() {
 
 # One GPU as published, or NUM_GPUS of this machine with one process each (docs/multi-gpu.md).
 start=(main.py)
-case ${NUM_GPUS:-1} in *[!0-9]*) die "NUM_GPUS is $NUM_GPUS; give the number of GPUs to use." ;; esac
+case ${NUM_GPUS:-1} in
+  0* | *[!0-9]*) refuse "NUM_GPUS is $NUM_GPUS; give the number of GPUs to use, 1 or more, or leave it out." ;;
+esac
 if [ "${NUM_GPUS:-1}" -gt 1 ]; then
   start=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS" main.py)
 else

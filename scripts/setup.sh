@@ -4,9 +4,16 @@
 # python3, if it has every dependency in the ranges of pyproject.toml; else .venv, made from requirements.lock.
 # Written for bash 3.2 and up (macOS).
 
+# It cannot go on: something is missing here, or failed.
 die() {
   printf '%s\n' "$@" >&2
   exit 1
+}
+
+# It was asked for wrongly: a variable or an argument has a value that cannot be; 2, as with main.py's flags.
+refuse() {
+  printf '%s\n' "$@" >&2
+  exit 2
 }
 
 # A path to read: as seen from the folder the command was typed in if it exists there, else from the repository root.
@@ -45,9 +52,9 @@ find_python() {
 
 check_given_python() {
   PYTHON=$(input_path "$PYTHON")
-  command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is no command." \
+  command -v "$PYTHON" >/dev/null || refuse "PYTHON=$PYTHON is no command." \
     "Give the path of a Python 3.11 or newer, or leave PYTHON out."
-  is_new_enough "$PYTHON" || die "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1); 3.11 or newer is needed." \
+  is_new_enough "$PYTHON" || refuse "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1); 3.11 or newer is needed." \
     "Give another, or leave PYTHON out."
   "$PYTHON" scripts/environment.py check "$1"
 }

@@ -160,7 +160,7 @@ def test_a_preset_sets_the_rate_from_either_place_and_a_typed_rate_wins(checkout
         flags(run(checkout / "train_chat.sh", PRESET="gentle", **chat))["--learning_rate"] == "1e-3"
     )
     refused = run(checkout / "train.sh", PRESET="soft")
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "use task" in refused.stderr
 
 
@@ -200,7 +200,7 @@ def test_status_of_python_is_passed_on(checkout: Path) -> None:
 
 def test_own_training_rows_need_own_rows_to_score_on(checkout: Path) -> None:
     result = run(checkout / "train.sh", TRAIN_FILE="rows.json")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "DEV_FILE=" in result.stderr
 
 
@@ -227,7 +227,7 @@ def test_chat_training_has_its_own_columns_lengths_and_rate(checkout: Path) -> N
 
 def test_chat_training_without_data_says_what_to_type(checkout: Path) -> None:
     result = run(checkout / "train_chat.sh")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "TRAIN_FILE=chat/train.json DEV_FILE=chat/dev.json" in result.stderr
 
 
@@ -258,7 +258,10 @@ def test_several_gpus_share_the_rows_of_a_step(checkout: Path, tmp_path: Path) -
     assert trained[-1] == "visible=all"
     variables = {"NUM_GPUS": "4", "PREFIX": "output/run", "MODEL": "a/b"}
     assert run(checkout / "evaluate.sh", PYTHON=python, **variables).stdout.split()[:6] == launch
-    assert "NUM_GPUS is two" in run(checkout / "train.sh", NUM_GPUS="two").stderr
+    for wrong in ("two", "0"):
+        refused = run(checkout / "train.sh", NUM_GPUS=wrong)
+        assert f"NUM_GPUS is {wrong}" in refused.stderr
+        assert refused.returncode == 2
 
 
 def test_deepspeed_starts_one_process_per_gpu_with_the_published_settings(
@@ -353,7 +356,7 @@ def test_evaluation_of_a_published_checkpoint_needs_the_base(
     published = tmp_path / "checkpoint-3000"
     published.mkdir()
     result = run(checkout / "evaluate.sh", PREFIX=str(published))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "MODEL=THUDM/chatglm-6b" in result.stderr
     given = flags(run(checkout / "evaluate.sh", PREFIX=str(published), MODEL="THUDM/chatglm-6b"))
     assert given["--model_name_or_path"] == "THUDM/chatglm-6b"
@@ -362,7 +365,7 @@ def test_evaluation_of_a_published_checkpoint_needs_the_base(
 
 def test_evaluation_refuses_a_prefix_that_is_not_there(checkout: Path) -> None:
     result = run(checkout / "evaluate.sh", PREFIX="no/such")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "PREFIX=no/such is no directory" in result.stderr
 
 
@@ -391,13 +394,13 @@ def test_given_python_that_is_too_old_is_refused(checkout: Path, tmp_path: Path)
         tmp_path / "old", 'if [ "$1" = --version ]; then echo "Python 3.8.18"; else exit 1; fi'
     )
     result = run(checkout / "train.sh", PYTHON=old)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "is Python 3.8.18; 3.11 or newer is needed" in result.stderr
 
 
 def test_given_python_that_is_no_command_is_refused(checkout: Path) -> None:
     result = run(checkout / "train.sh", PYTHON="no/such/python")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "PYTHON=no/such/python is no command" in result.stderr
 
 
@@ -426,5 +429,5 @@ def test_the_current_python_is_used_when_it_has_everything(checkout: Path, tmp_p
 
 def test_unknown_step_of_the_checks_is_refused(checkout: Path) -> None:
     result = run(checkout / "scripts" / "check.sh", "tset")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "'tset' is not a step; use check, test, lint, types or format." in result.stderr
