@@ -20,7 +20,7 @@ from ptuning.model.engine_slots import Slots
 from ptuning.model.engine_step import decode_step
 from ptuning.model.prefix_rows import PrefixRows, SeenPrefixes
 from ptuning.model.sampling import choose_tokens, logprobs_of
-from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
+from ptuning.model.shared_prefix import SharedPrefix, Shares, mix_prefixes
 
 JOIN_SHARE = 4  # rows join when a quarter as many as decode can: prompts are read together
 MOST_CELLS = 16384  # padded tokens in one pass over prompts: 8 rows of ChatGLM-6B's full context
@@ -126,7 +126,9 @@ class Engine:
     def _join(self, rows: list[Row]) -> None:
         """Read the prompts of new rows and choose their first tokens."""
         prompts = [row.prompt for row in rows]
-        read = read_prompts(self.model.transformer, prompts, self._prefixes_of(rows))
+        staying = [row.request.shares for row in self.rows]
+        prefixes = self._prefixes_of(rows, staying=staying)
+        read = read_prompts(self.model.transformer, prompts, prefixes)
         width = max(len(prompt) for prompt in prompts)
         first_slot = len(self.rows)
         self._make_room([*self.rows, *rows], width)
@@ -142,8 +144,10 @@ class Engine:
         """Return the final states (rows, E) of every row's newest token."""
         return decode_step(self.model.transformer, rows, self.slots, self._prefixes_of(rows))
 
-    def _prefixes_of(self, rows: Sequence[Row]) -> PrefixRows | None:
-        return self.seen_prefixes.of([row.request.shares for row in rows])
+    def _prefixes_of(
+        self, rows: Sequence[Row], *, staying: Sequence[Shares] = ()
+    ) -> PrefixRows | None:
+        return self.seen_prefixes.of([row.request.shares for row in rows], staying=staying)
 
     def _make_room(self, rows: Sequence[Row], columns: int) -> None:
         self.slots.make_room(

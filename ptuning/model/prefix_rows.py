@@ -111,22 +111,29 @@ class SeenPrefixes:
         self._asked: list[Shares] = []
         self._found: PrefixRows | None = None
 
-    def of(self, shares: Sequence[Shares]) -> PrefixRows | None:
-        """Return what R rows see; None when none of them sees a prefix."""
-        if shares != self._asked:
-            self._asked = list(shares)
-            self._found = self._find(self._asked)
+    def of(self, shares: Sequence[Shares], *, staying: Sequence[Shares] = ()) -> PrefixRows | None:
+        """Return what R rows see; None when none of them sees a prefix.
+
+        staying is what other rows see meanwhile, whose prefixes are kept in the stack with these.
+        """
+        asked = list(shares)
+        if asked != self._asked:
+            self._asked, self._found = [], None  # so that a failure leaves nothing half found
+            self._found = self._find(asked, staying)
+            self._asked = asked
         return self._found
 
     def forget(self) -> None:
         """Hold no prefix any more."""
         self._stack, self._asked, self._found = None, [], None
 
-    def _find(self, shares: list[Shares]) -> PrefixRows | None:
-        used = dict.fromkeys(share.prefix for row in shares for share in row)
-        if not used:
+    def _find(self, shares: list[Shares], staying: Sequence[Shares]) -> PrefixRows | None:
+        in_use = dict.fromkeys(share.prefix for row in (*staying, *shares) for share in row)
+        if not in_use:
+            self._stack = None
+        if not any(shares):
             return None
-        stack = self._stack_of(list(used))
+        stack = self._stack_of(list(in_use))
         most_shares = max(map(len, shares))
         seen = [
             [stack.places[share.prefix] for share in row] + [0] * (most_shares - len(row))

@@ -35,21 +35,47 @@ def test_output_and_gradient_are_those_of_torch(frozen, shape, is_packed):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-@needs_onednn
-def test_a_frozen_weight_takes_onednn_and_the_context_takes_torch(frozen, monkeypatch):
+@pytest.fixture
+def fast_products(monkeypatch) -> list[tuple]:
+    """What oneDNN is given, call by call."""
     calls = []
     product = linear_module._onednn
     monkeypatch.setattr(
         linear_module, "_onednn", lambda *given: calls.append(given) or product(*given)
     )
+    return calls
+
+
+@needs_onednn
+def test_a_frozen_weight_takes_onednn_and_the_context_takes_torch(frozen, fast_products):
     x = torch.randn(8, 24)
     with torch_products():
         frozen(x)
-    assert not calls
+    assert not fast_products
     frozen(x)
-    assert len(calls) == 1
+    assert len(fast_products) == 1
     frozen(x[:1])
-    assert len(calls) == 1, "a single row is left to torch"
+    assert len(fast_products) == 1, "a single row is left to torch"
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_trained_weight_takes_onednn_only_where_nothing_asks_for_its_gradient(
+    frozen, fast_products, name
+):
+    trained = getattr(frozen, name).requires_grad_(True)
+    x, upstream = torch.randn(8, 24), torch.randn(8, 40)
+    for no_gradient in (torch.no_grad, torch.inference_mode):
+        with no_gradient():
+            output = frozen(x)
+        assert len(fast_products) == 1
+        fast_products.clear()
+    output_with_gradient = frozen(x)
+    output_with_gradient.backward(upstream)
+    assert not fast_products
+    torch.testing.assert_close(output, output_with_gradient.detach())
+    expected = upstream.T @ x if name == "weight" else upstream.sum(0)
+    torch.testing.assert_close(trained.grad, expected)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
