@@ -32,22 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load, then serve until Ctrl-C."""
+    """Load in a process of its own, then serve until Ctrl-C."""
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
             f"not installed: {', '.join(missing)}; type: python -m pip install {' '.join(missing)}"
         )
     from ptuning.serve.api import build_app  # heavy, and not needed to parse a command line
-    from ptuning.serve.server import check_address, serve
-    from ptuning.serve.session import Session
+    from ptuning.serve.server import check_address, make_server, serve
+    from ptuning.serve.session_process import EndedProcessError, SessionProcess
 
     api_key = arguments.api_key
     if api_key is None:
         api_key = os.environ.get(KEY_VARIABLE)
     check_address(arguments.host, api_key)
     served = choose_served(arguments.model, arguments.prefix)
-    with Session.load(
+    with SessionProcess.load(
         served.model,
         max_rows=arguments.max_rows,
         max_queue=arguments.max_queue,
@@ -61,5 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
             timeout_s=arguments.timeout,
             max_body_bytes=arguments.max_body_kib * 1024,
         )
-        serve(app, host=arguments.host, port=arguments.port)
+        server = make_server(app, host=arguments.host, port=arguments.port)
+        session.when_ended(lambda: setattr(server, "should_exit", True))
+        serve(server)
+        if session.failure is not None:
+            raise EndedProcessError(session.failure)
     return 0

@@ -32,11 +32,14 @@ class PrefixShare(NamedTuple):
 Shares = tuple[PrefixShare, ...]  # what one row sees; empty for the untouched base
 
 
+def check_weight(weight: float) -> None:
+    """Refuse (ValueError) what no prefix can be weighted with."""
+    if not (math.isfinite(weight) and weight >= 0.0):
+        raise ValueError(f"a prefix has the weight {weight}; use 0 (off) or more, 1 is as trained.")
+
+
 def mix_prefixes(weighted: Sequence[tuple[SharedPrefix, float]]) -> Shares:
     """Return the shares of weighted prefixes; one with weight 0 is left out."""
     for _, weight in weighted:
-        if not (math.isfinite(weight) and weight >= 0.0):
-            raise ValueError(
-                f"a prefix has the weight {weight}; use 0 (off) or more, 1 is as trained."
-            )
+        check_weight(weight)
     return tuple(PrefixShare(prefix, math.log(weight)) for prefix, weight in weighted if weight > 0)

@@ -27,7 +27,7 @@ from ptuning.serve.api_replies import Reply, error_body, error_response, event
 from ptuning.serve.api_requests import ChatBody, CommonBody, CompletionBody, PrefixBody
 from ptuning.serve.metrics import CONTENT_TYPE, Metrics
 from ptuning.serve.scheduler import EngineError, QueueFullError, SessionClosedError
-from ptuning.serve.session import BASE_NAME, Session, UnknownPrefixError
+from ptuning.serve.session_front import BASE_NAME, SessionFront, UnknownPrefixError
 
 MAX_BODY_KIB = 256  # ChatGLM-6B's context of 2,048 tokens is about 10 KiB of Chinese
 TIMEOUT_S = 300.0
@@ -39,7 +39,9 @@ Handler = Callable[[Request, Any], Awaitable[Response]]
 class Api:
     """The handlers and what they share."""
 
-    def __init__(self, session: Session, *, api_key: str | None, timeout_s: float) -> None:
+    def __init__(
+        self, session: SessionFront[Any], *, api_key: str | None, timeout_s: float
+    ) -> None:
         """Answer with session; a request may take timeout_s seconds, waiting included."""
         self.session = session
         self.has_key = api_key is not None
@@ -209,16 +211,16 @@ class Api:
 
     async def health(self) -> dict[str, Any]:
         """Say that the server answers, and how much it has to do."""
-        scheduler = self.session.scheduler
-        return {"status": "ok", "rows": scheduler.num_rows, "waiting": scheduler.num_waiting}
+        load = self.session.load_now
+        return {"status": "ok", "rows": load.num_rows, "waiting": load.num_waiting}
 
     async def metrics_text(self) -> Response:
         """Return the counters for Prometheus."""
-        scheduler = self.session.scheduler
+        load = self.session.load_now
         gauges: dict[str, tuple[str, float]] = {
-            "rows": ("Answers being decoded.", scheduler.num_rows),
-            "waiting": ("Requests waiting for their turn.", scheduler.num_waiting),
-            "slot_bytes": ("Memory of keys and values.", scheduler.engine.slots.num_bytes),
+            "rows": ("Answers being decoded.", load.num_rows),
+            "waiting": ("Requests waiting for their turn.", load.num_waiting),
+            "slot_bytes": ("Memory of keys and values.", load.slot_bytes),
             "prefixes": ("Prefixes loaded.", len(self.session.prefixes)),
         }
         return PlainTextResponse(self.metrics.to_text(gauges), media_type=CONTENT_TYPE)
@@ -243,7 +245,7 @@ class Api:
 
 
 def build_app(
-    session: Session,
+    session: SessionFront[Any],
     *,
     api_key: str | None = None,
     timeout_s: float = TIMEOUT_S,

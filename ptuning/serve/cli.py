@@ -8,7 +8,8 @@ from typing import TextIO
 
 from ptuning.serve.answer import Answer
 from ptuning.serve.chat_prompt import Notice
-from ptuning.serve.session import BASE_NAME, SamplingOptions, Session, UnknownPrefixError
+from ptuning.serve.session import Session
+from ptuning.serve.session_front import BASE_NAME, SamplingOptions, UnknownPrefixError
 
 HELP = """\
 /prefix NAME   answer with this prefix; without a name, list them

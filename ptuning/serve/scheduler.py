@@ -66,6 +66,15 @@ class Ticket:
             self._on_progress(self._finish_reason is not None)
 
 
+def check_queue(num_unfinished: int, max_rows: int, max_queue: int | None) -> None:
+    """Refuse one more request (QueueFullError) where as many wait as may; None: any number may."""
+    if max_queue is not None and num_unfinished >= max_rows + max_queue:
+        raise QueueFullError(
+            f"{max_rows} requests are being answered and {max_queue} wait, which is as many as "
+            "may; try again later."
+        )
+
+
 class Scheduler:
     """Runs an engine in a thread of its own, which starts with the first request."""
 
@@ -73,6 +82,7 @@ class Scheduler:
         """Refuse requests while max_queue of them wait; None accepts any number."""
         self.engine = engine
         self.max_queue = max_queue
+        self.after_step: Callable[[], None] | None = None  # called by the engine's thread
         self.num_tokens = 0  # generated since the start
         self._num_unfinished = 0
         self._tickets: dict[Row, Ticket] = {}  # of the engine's thread
@@ -101,7 +111,7 @@ class Scheduler:
         with self._wake:
             if self._is_closed:
                 raise SessionClosedError("the session is closed; load a new one.")
-            self._check_queue()
+            check_queue(self._num_unfinished, self.engine.max_rows, self.max_queue)
             self._inbox.append(ticket)
             self._num_unfinished += 1
             if self._thread is None:
@@ -109,15 +119,6 @@ class Scheduler:
                 self._thread.start()
             self._wake.notify()
         return ticket
-
-    def _check_queue(self) -> None:
-        if self.max_queue is None:
-            return
-        if self._num_unfinished >= self.engine.max_rows + self.max_queue:
-            raise QueueFullError(
-                f"{self.engine.max_rows} requests are being answered and {self.max_queue} wait, "
-                "which is as many as may; try again later."
-            )
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop computing a request; a finished one stays as it is."""
@@ -141,11 +142,17 @@ class Scheduler:
             except Exception as error:  # whoever waits for a row gets it
                 logger.exception("a decoding step failed; its %d rows are lost", len(self._tickets))
                 self._end_all(error)
-                continue
-            for row in moved:
-                self.num_tokens += 1
-                self._publish(row)
+            else:
+                for row in moved:
+                    self.num_tokens += 1
+                    self._publish(row)
+            self._tell()
         self._end_all(None)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.after_step is not None:
+            self.after_step()
 
     def _take_in(self) -> bool:
         """Wait for work and hand it to the engine; False when closed."""

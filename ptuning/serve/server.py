@@ -1,7 +1,6 @@
 """Running the HTTP API: one process, one session, until Ctrl-C."""
 
 import logging
-import sys
 
 import uvicorn
 from fastapi import FastAPI
@@ -9,9 +8,6 @@ from fastapi import FastAPI
 from ptuning.serve.addresses import check_guarded
 
 GRACE_S = 3  # for answers that are on their way at Ctrl-C
-# The engine's thread gives the interpreter up at every operation, and with Python's 5 ms it gets it
-# back too late while requests come in: 32 clients of the nano model got an eighth fewer tokens.
-SWITCH_INTERVAL_S = 0.0005
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +31,11 @@ def make_server(app: FastAPI, *, host: str, port: int) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def serve(app: FastAPI, *, host: str, port: int) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    logger.info("Serving on http://%s:%d/v1 (Ctrl-C ends it)", host, port)
+def serve(server: uvicorn.Server) -> None:
+    """Serve until Ctrl-C, SIGTERM, or until somebody sets `server.should_exit`."""
+    config = server.config
+    logger.info("Serving on http://%s:%d/v1 (Ctrl-C ends it)", config.host, config.port)
     try:
-        make_server(app, host=host, port=port).run()
+        server.run()
     except KeyboardInterrupt:  # uvicorn has shut down and passes the signal on
         logger.info("Stopped.")

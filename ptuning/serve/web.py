@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from ptuning.serve.session import BASE_NAME, UnknownPrefixError
+from ptuning.serve.session_front import BASE_NAME, UnknownPrefixError
 from ptuning.serve.web_access import check_address
 from ptuning.serve.web_attributes import join_attributes, parse_attributes
 from ptuning.serve.web_talk import EMPTY, Options, Panes, WebTalk, take_back, to_messages
@@ -304,7 +304,7 @@ def _chat(label: str, name: str, visible: bool) -> gr.Chatbot:
 def _lay_out_sampling(
     talk: WebTalk, model: str
 ) -> tuple[gr.Slider, gr.Slider, gr.Slider, gr.Checkbox]:
-    longest = talk.session.model.config.max_sequence_length // 2
+    longest = talk.session.context_length // 2
     with gr.Accordion("采样 Sampling", open=False, elem_id="sampling"):
         with gr.Row():
             temperature = gr.Slider(

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from ptuning.serve.answer import CANCEL_CHECK_S, Answer
-from ptuning.serve.session import BASE_NAME, BASE_NEW_TOKENS, Session
+from ptuning.serve.session import Session
+from ptuning.serve.session_front import BASE_NAME, BASE_NEW_TOKENS
 
 Turns = tuple[tuple[str, str], ...]  # question and answer, oldest first
 Panes = tuple[Turns, Turns]  # the model, and what it is compared with

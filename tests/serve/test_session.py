@@ -14,7 +14,8 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.scheduler import QueueFullError
-from ptuning.serve.session import Session, UnknownPrefixError
+from ptuning.serve.session import Session
+from ptuning.serve.session_front import UnknownPrefixError
 
 QUESTIONS = [
     "类型#裤*版型#宽松",
