@@ -39,7 +39,6 @@ with open(sys.argv[1], encoding="utf-8") as file:
     sys.stdout.write(json.load(file).get("base_model_name_or_path") or "")' "$about")
   [ -n "$MODEL" ] || refuse "$about names no base model; add MODEL=... before the command."
 fi
-EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}              # rows scored at a time
 if [ -z "$about" ]; then
   MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}       # the published lengths, for a published checkpoint
   MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}
@@ -50,6 +49,7 @@ give --max_target_length "${MAX_TARGET_LENGTH:-}"  # tokens of the answer
 give --prompt_column "${PROMPT_COLUMN:-}"          # field of a row: what is asked
 give --response_column "${RESPONSE_COLUMN:-}"      # field of a row: the answer
 give --history_column "${HISTORY_COLUMN:-}"        # field of a row: earlier turns
+give --per_device_eval_batch_size "${EVAL_BATCH_SIZE:-}" # rows scored at a time; empty: 8, on a CPU up to 64
 give --quantization_bit "${QUANTIZATION_BIT:-}"    # 4 or 8; empty: the base as it is stored
 if [ -n "${OUTPUT_DIR:-}" ]; then OUTPUT_DIR=$(output_path "$OUTPUT_DIR"); else OUTPUT_DIR=$PREFIX; fi
 
@@ -58,5 +58,5 @@ exec "$PYTHON" "${start[@]}" \
   --validation_file "$DEV_FILE" --test_file "$DEV_FILE" \
   --model_name_or_path "$(model_path "$MODEL")" --ptuning_checkpoint "$PREFIX" \
   --output_dir "$OUTPUT_DIR" \
-  --per_device_eval_batch_size "$EVAL_BATCH_SIZE" --predict_with_generate \
+  --predict_with_generate \
   ${given_flags[@]+"${given_flags[@]}"} "$@"

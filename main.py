@@ -38,8 +38,9 @@ from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
 from ptuning.train.compiling import compile_layers
 from ptuning.train.curve import CurveCallback
 from ptuning.train.faults.endings import ending_of, memory_settings
+from ptuning.train.memory.eval_rows import settle_eval_rows
 from ptuning.train.memory.memory_errors import memory_explained
-from ptuning.train.memory.recompute_run import recompute_as_asked
+from ptuning.train.memory.recompute_run import recompute_as_asked, size_of_model
 from ptuning.train.processes.launch import launched_index, process_name
 from ptuning.train.processes.processes import check_same_everywhere, check_shared_folder, gather
 from ptuning.train.resume.resume_checks import check_same_run, fingerprint_rows
@@ -139,6 +140,8 @@ def work(
             **hub,
         )
         tuning.attach(model)
+        size = size_of_model(model, model_flags, training)
+        settle_eval_rows(arguments, rows, settings, size, free=None)
         trainer = make_trainer(model, tokenizer, rows, arguments, settings, tuning, stop)
     if training.do_train:
         train(trainer, arguments, resume)

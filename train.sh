@@ -62,7 +62,6 @@ if [ "$MODEL" = "$NANO" ]; then
   EVAL_STEPS=${EVAL_STEPS:-100}            # steps between two validation losses
   BATCH_SIZE=${BATCH_SIZE:-$(per_process 16)} # rows per forward pass
   ACCUMULATION=${ACCUMULATION:-1}          # forward passes per step
-  EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-32}   # rows scored at a time
 else
   NAME=${NAME:-adgen-chatglm-6b}           # from here on the published settings
   PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}
@@ -72,7 +71,6 @@ else
   EVAL_STEPS=${EVAL_STEPS:-1000}
   BATCH_SIZE=${BATCH_SIZE:-1}
   ACCUMULATION=${ACCUMULATION:-$(per_process 16)}
-  EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}    # published: 1; larger is faster and scores the same
 fi
 LOGGING_STEPS=${LOGGING_STEPS:-10}         # steps between two loss lines
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64} # tokens of the prompt, with [gMASK] and <sop>
@@ -80,6 +78,7 @@ MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} # tokens of the answer
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}    # field of a row: what is asked
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary} # field of a row: the answer
 give --history_column "${HISTORY_COLUMN:-}"     # field of a row: earlier turns; empty: none
+give --per_device_eval_batch_size "${EVAL_BATCH_SIZE:-}" # rows scored at a time; empty: 8, on a CPU up to 64
 give --preset "$PRESET"
 give --quantization_bit "${QUANTIZATION_BIT:-}" # 4 or 8; empty: the base as it is stored
 if [ -n "${OUTPUT_DIR:-}" ]; then
@@ -102,7 +101,7 @@ exec "$PYTHON" "${start[@]}" \
   --model_name_or_path "$MODEL" "${tuning[@]}" \
   --output_dir "$OUTPUT_DIR" --overwrite_output_dir \
   --per_device_train_batch_size "$BATCH_SIZE" --gradient_accumulation_steps "$ACCUMULATION" \
-  --per_device_eval_batch_size "$EVAL_BATCH_SIZE" --predict_with_generate \
+  --predict_with_generate \
   --max_steps "$MAX_STEPS" --logging_steps "$LOGGING_STEPS" --save_steps "$SAVE_STEPS" \
   --eval_strategy steps --eval_steps "$EVAL_STEPS" \
   --learning_rate "$LR" \

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import DataArguments, ModelArguments, TrainingArguments
+from ptuning.train.answering_flags import AnsweringArguments
 from ptuning.train.forgetting_flags import GeneralArguments, StartArguments
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -25,6 +26,7 @@ def own_flags() -> list[Field[Any]]:
         DataArguments,
         GeneralArguments,
         TrainingArguments,
+        AnsweringArguments,
     )
     return [field for part in parts for field in fields(part) if field.name in part.__annotations__]
 

@@ -22,7 +22,14 @@ from ptuning.model.prefix_artefact import prefix_shape, read_prefix_tensors
 from ptuning.model.tuned import read_tuned_info
 from ptuning.train.base_model import choose_dtype, load_tokenizer
 from ptuning.train.flags import Arguments, parse_arguments
-from ptuning.train.memory.memory_model import AnsweringMemory, ModelSize, TrainingMemory, size_of
+from ptuning.train.memory.eval_rows import settle_eval_rows
+from ptuning.train.memory.memory_model import (
+    AnsweringMemory,
+    ModelSize,
+    TrainingMemory,
+    size_of,
+    weight_bytes,
+)
 from ptuning.train.memory.plan import (
     TRAINING_SHARE,
     Advice,
@@ -117,7 +124,10 @@ def look(arguments: Arguments) -> Situation:
         import psutil
 
         process = int(psutil.Process().memory_info().rss)
-    return Situation(arguments, settings, rows, size, device, process, free_bytes(device), flops)
+    free = free_bytes(device)
+    beside_model = max(0, free - weight_bytes(size)) // training.world_size
+    settle_eval_rows(arguments, rows, settings, size, free=beside_model)
+    return Situation(arguments, settings, rows, size, device, process, free, flops)
 
 
 def read_configuration(name: str, hub: Mapping[str, Any]) -> ChatGLMConfig:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers import HfArgumentParser
 
 from ptuning.model.tuned import FULL
+from ptuning.train.answering_flags import AnsweringArguments
 from ptuning.train.compiling import take_compiling
 from ptuning.train.forgetting_flags import GeneralArguments, StartArguments, check_forgetting
 from ptuning.train.legacy_flags import translate_flags, translate_keys
@@ -166,7 +167,7 @@ class DataArguments(GeneralArguments):
 
 
 @dataclass
-class TrainingArguments(Seq2SeqTrainingArguments):
+class TrainingArguments(AnsweringArguments):
     """transformers' own flags, with the defaults of this toolkit and some flags more."""
 
     tuning: str | None = flag(
@@ -234,9 +235,7 @@ class Arguments(NamedTuple):
 
 
 class UsageError(ValueError):
-    """A run that cannot start as asked; its text says what was given, what is needed and what to
-    type.
-    """
+    """A run that cannot start as asked: what was given, what is needed and what to type."""
 
 
 def parse_arguments(argv: list[str]) -> Arguments:

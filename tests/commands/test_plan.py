@@ -47,17 +47,23 @@ def test_a_run_that_fits_is_planned_without_weights(
     assert "steps      10, 5 an epoch: 2.00 epochs" in text
     assert "no layer is recomputed" in text
     assert f"{NUM_ROWS} prompts of" in text
+    assert "64 rows at a time" in text  # what a run on a CPU takes by itself
     assert text.endswith("Fits.\n")
 
 
 def test_a_run_that_does_not_fit_names_settings_with_their_numbers_and_ends_with_3(
-    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr(plan, "free_bytes", lambda device: 6_000_000)
     assert main(["plan", *flags]) == plan.NOT_FITTING == 3
     text = capsys.readouterr().out
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 2" in text
     assert "GB  --quantization_bit 4" in text
+    assert "Answering and validating 8 rows at a time, as 64 need more than" in caplog.text
     assert "Does not fit" in text
 
 

@@ -30,7 +30,8 @@ def test_several_gpus_without_a_launcher_are_not_wrapped_in_data_parallel(four_g
     arguments = parse(tmp_path, "--gradient_accumulation_steps", "16")
     training = arguments.training
     assert (training.n_gpu, training.parallel_mode) == (1, ParallelMode.NOT_PARALLEL)
-    assert (training.train_batch_size, training.eval_batch_size) == (2, 8)
+    assert training.train_batch_size == 2
+    assert training.eval_batch_size == training.per_device_eval_batch_size
     (notice,) = arguments.notices
     assert "4 GPUs are visible and one process was started" in notice
     assert "torchrun --nproc_per_node 4 main.py --do_train --train_file 'my rows.json'" in notice
