@@ -183,14 +183,43 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(short_run):
     assert same(short_run.prefix(), whole)
 
 
-def test_a_finished_run_that_is_resumed_takes_no_step(short_run):
+def test_a_finished_run_that_is_resumed_takes_no_step(short_run, caplog):
     assert short_run.start() == 0
     whole = short_run.prefix()
     assert short_run.start("--resume_from_checkpoint", "auto") == 0
+    assert "asks for" not in caplog.text
     assert same(short_run.prefix(), whole)
     state = json.loads((short_run.out / "trainer_state.json").read_text("utf-8"))
     assert state["global_step"] == 6
     assert short_run.checkpoints() == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "more", "said"),
+    [
+        (
+            "6",
+            "8",
+            (),
+            "at step 4 of 6, and this run asks for 8: the linear schedule of the learning rate is "
+            "laid over 8 steps from here on and changes course, so the result is that of neither "
+            "length. To keep the course it was on, type --max_steps 6",
+        ),
+        ("4", "6", (), "For a schedule of its own, start a new training from the weights: --init"),
+        ("6", "3", (), "asks for 3: no step is left to train. To train on, type a larger --max_st"),
+        ("6", "8", ("--lr_scheduler_type", "constant"), "at step 8, at the learning rate of befo"),
+    ],
+)
+def test_another_number_of_steps_is_told_with_what_it_does(
+    trained, asked, more, said, short_run, caplog
+):
+    assert short_run.start("--max_steps", trained, *more) == 0
+    shutil.rmtree(short_run.out / "checkpoint-6", ignore_errors=True)
+    caplog.clear()
+    resumed = ("--resume_from_checkpoint", "auto", *more)
+    assert short_run.start("--max_steps", asked, *resumed) == 0
+    (warning,) = [text for text in map(str, caplog.messages) if "asks for" in text]
+    assert said in warning
 
 
 def test_other_rows_are_refused_and_another_batch_is_told(short_run, capsys, caplog):

@@ -30,6 +30,7 @@ from ptuning.train.resume.checkpointing import (
     staging_path,
     start_checkpoint,
 )
+from ptuning.train.resume.resume_checks import warn_of_other_length
 from ptuning.train.resume.run_directory import is_whole, rotate
 from ptuning.train.resume.run_events import RunEvents
 from ptuning.train.resume.run_state import (
@@ -85,6 +86,12 @@ class ResumingTrainer(ShardingTrainer):
         if self._resumed_from is None:
             self.draw_apart_from_others()
             return
+        if self.is_world_process_zero():
+            warn_of_other_length(
+                self._resumed_from,
+                num_steps=self.state.max_steps,
+                schedule=str(self.args.lr_scheduler_type.value),
+            )
         self.args.eval_on_start = False  # that was at step 0
         path = self._resumed_from / run_state_name(self.args.process_index, self.args.world_size)
         state = load_run_state(path)
