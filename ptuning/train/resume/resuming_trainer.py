@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, SchedulerType
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -90,7 +90,7 @@ class ResumingTrainer(ShardingTrainer):
             warn_of_other_length(
                 self._resumed_from,
                 num_steps=self.state.max_steps,
-                schedule=str(self.args.lr_scheduler_type.value),
+                schedule=SchedulerType(self.args.lr_scheduler_type).value,
             )
         self.args.eval_on_start = False  # that was at step 0
         path = self._resumed_from / run_state_name(self.args.process_index, self.args.world_size)
