@@ -7,7 +7,7 @@ before anything heavy is loaded. Exit codes: 0 done, and those in `ptuning.train
 import logging
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,27 +89,37 @@ def run(arguments: Arguments, stop: StopRequest) -> None:
     started = time.monotonic()
     for notice in arguments.notices:
         logger.info(notice)
-    model_flags, training = arguments.model, arguments.training
+    model_flags, output_dir = arguments.model, Path(arguments.training.output_dir)
     checkpoint_to_go_on_from(arguments)  # refuses; what is there is looked at again under the lock
     hub = {
         "cache_dir": model_flags.cache_dir,
         "revision": model_flags.model_revision,
         "token": True if model_flags.use_auth_token else None,
     }
-    tuning = choose_tuning(arguments, hub)
-    remembered = remembered_info(tuning.checkpoint, model_flags.start_flag)
-    settings = resolve_settings(vars(arguments.data), remembered.settings if remembered else {})
-    tokenizer = load_tokenizer(model_flags.tokenizer_name or tuning.weights, **hub)
-    rows = load_rows(arguments, settings, tokenizer)
-    output_dir = Path(training.output_dir)
-    make_output_dir(output_dir)
-    gather(None)  # nobody is trying the folder any more when the main process clears it up
-    with RunLock(output_dir) if training.process_index == 0 else nullcontext():
+    with ExitStack() as held:
+        is_there = output_dir.is_dir()
+        if is_there:  # another run may be at work in it, so that reading rows would be in vain
+            lock_output_dir(arguments, held)
+        tuning = choose_tuning(arguments, hub)
+        remembered = remembered_info(tuning.checkpoint, model_flags.start_flag)
+        settings = resolve_settings(vars(arguments.data), remembered.settings if remembered else {})
+        tokenizer = load_tokenizer(model_flags.tokenizer_name or tuning.weights, **hub)
+        rows = load_rows(arguments, settings, tokenizer)
+        if not is_there:  # made only now: what cannot start leaves nothing
+            lock_output_dir(arguments, held)
+        gather(None)  # nobody is trying the folder any more when the main process clears it up
         table = work(arguments, stop, hub, tuning, tokenizer, rows, settings)
-    seconds = time.monotonic() - started
-    logger.info("Done in %.0f s; everything is in %s", seconds, output_dir)
+    logger.info("Done in %.0f s; everything is in %s", time.monotonic() - started, output_dir)
     if table:
         logger.info("\n%s", table)
+
+
+def lock_output_dir(arguments: Arguments, held: ExitStack) -> None:
+    """Make the output directory; the main process keeps other runs out of it until held closes."""
+    output_dir = Path(arguments.training.output_dir)
+    make_output_dir(output_dir)
+    if arguments.training.process_index == 0:
+        held.enter_context(RunLock(output_dir))
 
 
 def work(

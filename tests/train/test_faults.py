@@ -122,7 +122,7 @@ def hold(folder, seconds=30):
 def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_is_not(short_run, capsys):
     short_run.out.mkdir()
     holder = hold(short_run.out)
-    assert short_run.start() == 2
+    assert short_run.start("--train_file", "nowhere.json") == 2  # refused before rows are read
     error = capsys.readouterr().err
     assert "is being written by a run started 2" in error
     assert f"process {holder.pid} on {socket.gethostname()}" in error
@@ -133,6 +133,19 @@ def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_is_not(short_run, 
     assert (short_run.out / LOCK_NAME).exists()
     assert short_run.start() == 0
     assert not (short_run.out / LOCK_NAME).exists()
+
+
+def test_a_run_that_cannot_start_lets_go_of_the_folder_and_makes_none(short_run, capsys):
+    assert short_run.start("--train_file", "nowhere.json") == 2
+    assert not short_run.out.exists()
+    short_run.out.mkdir()
+    for wrong in ("--train_file", "--tokenizer_name"):
+        assert short_run.start(wrong, "nowhere.json") == 2
+        assert "nowhere.json" in capsys.readouterr().err
+        assert list(short_run.out.iterdir()) == []
+    holder = hold(short_run.out, seconds=0)  # nobody's, for another process too
+    assert holder.wait() == 0
+    holder.stdout.close()
 
 
 def test_without_locks_the_process_decides(tmp_path, monkeypatch):
