@@ -198,7 +198,7 @@ class Api:
     async def remove_prefix(self, name: str) -> dict[str, Any]:
         """Forget a prefix; answers that use it are finished."""
         self._need_key()
-        self.session.remove_prefix(name)
+        await asyncio.to_thread(self.session.remove_prefix, name)  # waits while one is loaded
         return {"name": name, "deleted": True}
 
     def _need_key(self) -> None:

@@ -39,9 +39,9 @@ class Ticket:
 
         EngineError when the computation failed.
         """
-        if self.error is not None:
-            raise EngineError(f"the answer could not be computed: {self.error}") from self.error
         with self._changed:
+            if self.error is not None:
+                raise EngineError(f"the answer could not be computed: {self.error}") from self.error
             return self._num_tokens, self._finish_reason
 
     def wait(self, num_seen: int, timeout_s: float | None) -> None:

@@ -1,6 +1,8 @@
 """The process that has the model: it loads a session and does what the front's messages say."""
 
 import logging
+import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -11,7 +13,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ptuning.serve.scheduler import Ticket
+from ptuning.serve.scheduler import EngineError, Ticket
 from ptuning.serve.session import Session
 from ptuning.serve.session_messages import (
     AddPrefix,
@@ -32,15 +34,29 @@ LOADING = 0  # the number of the Result that says how loading went
 def run(connection: Connection, log_level: int, model: str, options: Mapping[str, Any]) -> None:
     """Load `Session.load(model, **options)` and serve the front until it closes or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the front, which closes this
+    threading.Thread(target=_end_with_front, name="front's end", daemon=True).start()
     logging.basicConfig(level=log_level, format="%(message)s", stream=sys.stderr)
     try:
         session = Session.load(model, **options)
     except Exception as error:  # noqa: BLE001  (raised again by the front)
-        connection.send(Result(LOADING, None, portable(error)))
+        _send(connection, Result(LOADING, None, portable(error)))
         return
     with session:
-        connection.send(Result(LOADING, Loaded(session.context_length, session.tuned)))
+        _send(connection, Result(LOADING, Loaded(session.context_length, session.tuned)))
         _Child(session, connection).run()
+
+
+def _end_with_front() -> None:
+    """End this process once its front has ended, even while it loads or computes for minutes."""
+    front = multiprocessing.parent_process()
+    assert front is not None, "this process was started by a front"
+    front.join()
+    os._exit(1)
+
+
+def _send(connection: Connection, message: Progress | Result) -> None:
+    with suppress(OSError):  # the front is gone, and so is this process soon
+        connection.send(message)
 
 
 class _Job:
@@ -120,21 +136,20 @@ class _Child:
                         rows.append(self._progress_of(job, job.ticket))
                         del self._moved[job.number]
             if rows:
-                self._send_now(Progress(rows, self._session.load_now))
+                _send(self._connection, Progress(rows, self._session.load_now))
 
     def _progress_of(self, job: _Job, ticket: Ticket) -> RowProgress:
-        # In this order: a row that another thread moves on meanwhile loses nothing.
-        row, error, finish_reason = ticket.row, ticket.error, ticket.row.finish_reason
-        start, end = job.num_sent, len(row.answer)
-        job.num_sent = end
+        error = None
+        try:
+            end, finish_reason = ticket.progress()
+        except EngineError as failed:
+            error, end, finish_reason = str(failed.__cause__), job.num_sent, "cancelled"
+        start, job.num_sent = job.num_sent, end
         if finish_reason is not None:
             self._jobs.pop(job.number, None)
+        row = ticket.row
         return RowProgress(
-            job.number,
-            row.answer[start:end],
-            row.logprobs[start:end],
-            finish_reason,
-            None if error is None else str(error),
+            job.number, row.answer[start:end], row.logprobs[start:end], finish_reason, error
         )
 
     def _add_prefix(self, message: AddPrefix) -> None:
@@ -149,8 +164,4 @@ class _Child:
 
     def _send(self, message: Progress | Result) -> None:
         with self._sending:
-            self._send_now(message)
-
-    def _send_now(self, message: Progress | Result) -> None:
-        with suppress(OSError):  # the front is gone, and `run` is about to see it
-            self._connection.send(message)
+            _send(self._connection, message)

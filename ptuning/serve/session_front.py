@@ -84,7 +84,7 @@ class SessionFront(ABC, Generic[Known]):
         self.context_length = context_length
         self.tuned = tuned
         self._prefixes: dict[str, Known] = {}
-        self._loading = threading.Lock()
+        self._loading = threading.RLock()
 
     # Where the model computes
 
@@ -215,9 +215,10 @@ class SessionFront(ABC, Generic[Known]):
             sampling=Sampling(**sampling),
             num_logprobs=num_logprobs,
         )
+        stream = TextStream(self.tokenizer, clean=clean, stop=stop)
         return Answer(
             self.start(request, weighted, on_progress),
-            TextStream(self.tokenizer, clean=clean, stop=stop),
+            stream,
             notice=prompt.notice,
             num_prompt_tokens=len(prompt.input_ids),
             stop_computing=self.stop,

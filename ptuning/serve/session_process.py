@@ -4,16 +4,21 @@ Python runs one thread of a process at a time, and decoding gives way at every o
 clients of a small model, more time went to taking turns than to the answers themselves. Here only
 messages pass between the two: a request one way, after each decoding step its tokens the other.
 The process ends with its front, however that ends; where it ends first, every answer says so.
+It is spawned, so a script that loads one does so under `if __name__ == "__main__":`.
 """
 
 import logging
 import multiprocessing
+import pickle
 import signal
+import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import count
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -40,11 +45,9 @@ from ptuning.train.base_model import load_tokenizer
 
 END_S = 10.0  # how long a decoding step may still take when the session is closed
 
-logger = logging.getLogger(__name__)
 
-
-class EndedProcessError(ChildProcessError):
-    """The process with the model is gone."""
+class EndedProcessError(SessionClosedError, ChildProcessError):
+    """The process with the model is gone, though nobody closed the session."""
 
 
 class SessionProcess(SessionFront[NamedPrefix]):
@@ -74,6 +77,7 @@ class SessionProcess(SessionFront[NamedPrefix]):
         """
         link = _Link(model, {"max_rows": max_rows, **options})
         try:
+            link.launch()
             tokenizer = load_tokenizer(find_model(model).weights)
             loaded = link.loading.result()
         except BaseException:
@@ -100,7 +104,11 @@ class SessionProcess(SessionFront[NamedPrefix]):
     ) -> Ticket:
         """Send a request; QueueFullError, or SessionClosedError when nothing is answered."""
         ticket = Ticket(Row(request, frozenset()), on_progress)
-        self._link.start(ticket, request, prefixes, (self._max_rows, self._max_queue))
+        with self._link.lock:  # a prefix removed after this look is removed after the request
+            for name, _ in prefixes:
+                self.find_prefix(name)
+            self._link.start(ticket, request, prefixes, (self._max_rows, self._max_queue))
+        self._link.flush()
         return ticket
 
     def stop(self, ticket: Ticket) -> None:
@@ -109,8 +117,10 @@ class SessionProcess(SessionFront[NamedPrefix]):
 
     def remove_prefix(self, name: str) -> None:
         """Forget a prefix; answers that use it are finished. UnknownPrefixError for other names."""
-        super().remove_prefix(name)
-        self._link.send(RemovePrefix(name))
+        with self._loading:  # one added under this name meanwhile comes after it
+            super().remove_prefix(name)
+            self._link.post(RemovePrefix(name))
+        self._link.flush()
 
     def _load_prefix(self, name: str, path: Path, *, allow_other_base: bool) -> NamedPrefix:
         info = self._link.call(
@@ -124,23 +134,26 @@ class SessionProcess(SessionFront[NamedPrefix]):
 
 
 class _Link:
-    """The process, the pipe to it, and the thread that takes in what comes back."""
+    """The process, the pipe to it, and the thread that takes in what comes back.
+
+    The garbage collector may end an answer, and so call `stop`, in the middle of whatever a thread
+    does here: so the lock is re-entrant, and messages leave through an outbox, whole and in order.
+    """
 
     def __init__(self, model: str, options: dict[str, Any]) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share threads half-way
         self._connection: Connection
-        self._connection, theirs = context.Pipe()
+        self._connection, self._theirs = context.Pipe()
         self._process: BaseProcess = context.Process(
             target=run,
-            args=(theirs, logging.getLogger().getEffectiveLevel(), model, options),
+            args=(self._theirs, logging.getLogger().getEffectiveLevel(), model, options),
             name="model",
             daemon=True,
         )
-        with _without_ctrl_c():
-            self._process.start()
-        theirs.close()  # else nobody would notice that the process has ended
+        self._reader = threading.Thread(target=self._read, name="model's answers", daemon=True)
+        self.lock = threading.RLock()
+        self._outbox: deque[bytes] = deque()
         self._sending = threading.Lock()
-        self._lock = threading.Lock()
         self._numbers = count(LOADING + 1)
         self._tickets: dict[int, Ticket] = {}
         self._number_of: dict[Ticket, int] = {}
@@ -150,17 +163,22 @@ class _Link:
         self._tell_end: Callable[[], None] | None = None
         self.failure: str | None = None
         self._load = Load(0, 0, 0)
-        self._reader = threading.Thread(target=self._read, name="model's answers", daemon=True)
-        self._reader.start()
+
+    def launch(self) -> None:
+        """Start the process; after an error or Ctrl-C in here, `kill` is still needed."""
+        with _ctrl_c_later():
+            self._process.start()
+            self._theirs.close()  # else nobody would notice that the process has ended
+            self._reader.start()
 
     @property
     def load_now(self) -> Load:
-        with self._lock:
-            num_waiting = max(len(self._tickets) - self._load.num_rows, 0)
-        return self._load._replace(num_waiting=num_waiting)
+        with self.lock:
+            load = self._load
+            return load._replace(num_waiting=max(len(self._tickets) - load.num_rows, 0))
 
     def when_ended(self, tell: Callable[[], None]) -> None:
-        with self._lock:
+        with self.lock:
             self._tell_end = tell
             has_ended = self.failure is not None
         if has_ended:
@@ -168,14 +186,21 @@ class _Link:
 
     # To the process
 
-    def send(self, message: Any) -> None:
-        with self._sending:
+    def post(self, message: Any) -> None:
+        """Queue a message; it is sent by the next `flush`, in any thread."""
+        data = pickle.dumps(message)
+        with self.lock:
+            self._outbox.append(data)
+
+    def flush(self) -> None:
+        """Send what is queued, unless a thread is at it, which then sends this too."""
+        while self._outbox and self._sending.acquire(blocking=False):
             try:
-                self._connection.send(message)
-            except OSError as error:  # `_read` sees the end as well, and tells everyone
-                raise SessionClosedError(
-                    self.failure or "the model's process has ended."
-                ) from error
+                self._connection.send_bytes(self._outbox.popleft())
+            except OSError:  # the process has ended; `_read` sees it as well, and tells everyone
+                self._outbox.clear()
+            finally:
+                self._sending.release()
 
     def start(
         self,
@@ -184,73 +209,80 @@ class _Link:
         prefixes: Weighted,
         limits: tuple[int, int | None],
     ) -> None:
-        with self._lock:
-            if self._is_closed or self.failure is not None:
-                raise SessionClosedError(self.failure or "the session is closed; load a new one.")
+        with self.lock:
+            self._check_open()
             check_queue(len(self._tickets), *limits)
             number = next(self._numbers)
+            self.post(Start(number, request, prefixes))
             self._tickets[number], self._number_of[ticket] = ticket, number
-        try:
-            self.send(Start(number, request, prefixes))
-        except BaseException:
-            with self._lock:
-                self._forget(number)
-            raise
 
     def stop(self, ticket: Ticket) -> None:
-        with self._lock:
+        with self.lock:
             number = self._number_of.get(ticket)
-        if number is not None and self.failure is None:
-            self.send(Stop(number))
+            if number is not None:
+                self.post(Stop(number))
+        self.flush()
 
     def call(self, to_message: Callable[[int], Any]) -> Any:
         """Send a call and wait for what it returns or raises."""
-        number = next(self._numbers)
         future: Future[Any] = Future()
-        with self._lock:
+        with self.lock:
+            self._check_open()
+            number = next(self._numbers)
+            self.post(to_message(number))
             self._calls[number] = future
-        self.send(to_message(number))
+        self.flush()
         return future.result()
 
+    def _check_open(self) -> None:
+        if self.failure is not None or self._is_closed:
+            raise self._end_error()
+
+    def _end_error(self) -> SessionClosedError:
+        if self.failure is not None:
+            return EndedProcessError(self.failure)
+        return SessionClosedError("the session is closed; load a new one.")
+
     def close(self) -> None:
-        with self._lock:
-            was_closed, self._is_closed = self._is_closed, True
-        if was_closed:
-            return
-        if self.failure is None:
-            try:
-                self.send(Close())
-            except SessionClosedError:
-                logger.debug("the model's process ended before it was closed")
+        with self.lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self.post(Close())
+        self.flush()
         self._process.join(END_S)
         self.kill()
 
     def kill(self) -> None:
         """End the process now, whatever it does."""
-        with self._lock:
+        with self.lock:
             self._is_closed = True
-        if self._process.is_alive():
+        if self._process.pid is not None:  # it was started
             self._process.kill()
-        self._process.join()
-        self._reader.join(END_S)
+            self._process.join()
+        self._theirs.close()
+        if self._reader.ident is not None and self._reader is not threading.current_thread():
+            self._reader.join(END_S)
         self._connection.close()
 
     # From the process
 
     def _read(self) -> None:
-        while True:
-            try:
-                message = self._connection.recv()
-            except (EOFError, OSError):
-                break
-            if isinstance(message, Result):
-                self._settle(message)
-            elif isinstance(message, Progress):
-                self._take(message)
-        self._end()
+        try:
+            while True:
+                try:
+                    message = self._connection.recv()
+                except (EOFError, OSError):
+                    return
+                if isinstance(message, Result):
+                    self._settle(message)
+                elif isinstance(message, Progress):
+                    self._take(message)
+        finally:  # after an error in here too, nobody may wait for ever
+            self._end()
 
     def _settle(self, result: Result) -> None:
-        with self._lock:
+        with self.lock:
             future = self._calls.pop(result.number)
         if result.error is not None:
             future.set_exception(result.error)
@@ -260,22 +292,20 @@ class _Link:
     def _take(self, progress: Progress) -> None:
         self._load = progress.load
         for new in progress.rows:
-            with self._lock:
+            with self.lock:
                 ticket = self._tickets.get(new.number)
-                if new.finish_reason is not None:
-                    self._forget(new.number)
+                if ticket is not None and new.finish_reason is not None:
+                    del self._tickets[new.number], self._number_of[ticket]
             if ticket is not None:
-                _publish(ticket, new)
-
-    def _forget(self, number: int) -> None:
-        ticket = self._tickets.pop(number, None)
-        if ticket is not None:
-            del self._number_of[ticket]
+                _publish(ticket, new, None if new.error is None else RuntimeError(new.error))
 
     def _end(self) -> None:
         """Tell everyone who waits that nothing more will come."""
         self._process.join(END_S)
-        with self._lock:
+        if self._process.is_alive():  # it computes for nobody
+            self._process.kill()
+            self._process.join()
+        with self.lock:
             if not self._is_closed:
                 self.failure = (
                     "the process with the model has ended "
@@ -285,35 +315,40 @@ class _Link:
             self._tickets.clear()
             self._number_of.clear()
             self._calls.clear()
+            self._outbox.clear()
             self._load = Load(0, 0, 0)
             tell = self._tell_end if self.failure is not None else None
-        words = self.failure or "the session is closed; load a new one."
         for future in calls:
-            future.set_exception(EndedProcessError(words))
+            future.set_exception(self._end_error())
         for ticket in tickets:
-            _publish(ticket, RowProgress(0, [], [], "cancelled", self.failure))
+            cancelled = RowProgress(0, [], [], "cancelled")
+            _publish(ticket, cancelled, None if self.failure is None else self._end_error())
         if tell is not None:
             tell()
 
 
 @contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Let a process that is started here never see Ctrl-C, which is its front's to answer."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say so; the process does as soon as it runs
+def _ctrl_c_later() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends; a process started in it never sees one.
+
+    It inherits what is blocked, and Ctrl-C is its front's to answer.
+    """
+    if sys.platform == "win32":
+        yield  # no signals that could be held
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # starting it, which a spawned process needs, lets Ctrl-C in
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _publish(ticket: Ticket, new: RowProgress) -> None:
+def _publish(ticket: Ticket, new: RowProgress, error: Exception | None) -> None:
     ticket.row.logprobs.extend(new.logprobs)
     ticket.row.answer.extend(new.tokens)
     ticket.row.finish_reason = new.finish_reason
-    ticket.publish(None if new.error is None else EndedProcessError(new.error))
+    ticket.publish(error)
 
 
 def _words_of_exit(code: int | None) -> str:
