@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import Linear
-from ptuning.model.packed_attention import PackedRows, attend_rows
+from ptuning.model.packed_attention import PackedRows, attend_rows, read_rows
 from ptuning.model.packing import Packing, pack, take_needed, unpack
 from ptuning.model.prefix_encoder import join_prefix
 from ptuning.model.rotary import Rotation, rotate
@@ -78,13 +78,7 @@ class Attention(nn.Module):
         """
         fused = self.query_key_value(hidden_states)  # (B, S, 3E)
         if shared.packing is not None and shared.rows is not None:
-            output = attend_rows(
-                fused,
-                prefix,
-                shared.rows,
-                num_heads=self.num_heads,
-                dropout=shared.prefix_dropout,
-            )
+            output = self._attend_rows(fused, prefix, shared, past_key_values)
             if only_needed:
                 output = take_needed(output, shared.packing)
             return self.dense(output), None
@@ -108,3 +102,21 @@ class Attention(nn.Module):
         if shared.packing is not None:
             output = pack(output, shared.packing, only_needed=only_needed)
         return self.dense(output), weights
+
+    def _attend_rows(
+        self,
+        fused: Tensor,
+        prefix: Tensor | None,
+        shared: LayerInputs,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        """Return the output (1, T, E); a cache gets keys and values end to end, (1, H, T, D)."""
+        assert shared.rows is not None, "asked before"
+        if past_key_values is None:
+            dropout = shared.prefix_dropout
+            return attend_rows(
+                fused, prefix, shared.rows, num_heads=self.num_heads, dropout=dropout
+            )
+        output, key, value = read_rows(fused, prefix, shared.rows, num_heads=self.num_heads)
+        past_key_values.update(key.unsqueeze(0), value.unsqueeze(0), self.layer_index)
+        return output

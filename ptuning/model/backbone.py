@@ -155,7 +155,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             visible,
             prefix,
             packing,
-            row_by_row=past_key_values is None and self._attends_by_rows(),
+            row_by_row=past_key_values is None and self.attends_by_rows(),
         )
 
         hidden_states = self.word_embeddings(input_ids)  # (B, S, E)
@@ -232,7 +232,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         mask = None if visible is None else additive_mask(visible, dtype)
         return LayerInputs(rotation, mask, dropout, packing)
 
-    def _attends_by_rows(self) -> bool:
+    def attends_by_rows(self) -> bool:
         """Say whether packed rows pass attention one by one: on a CPU, unless weights are asked."""
         on_cpu = self.inverse_frequencies.device.type == "cpu"
         return on_cpu and self.config._attn_implementation != "eager"

@@ -32,10 +32,24 @@ def limit_threads(limit_file: Path = CGROUP_LIMIT) -> int:
     A number that the user set in OMP_NUM_THREADS or MKL_NUM_THREADS stays as it is.
     """
     share = container_cpus(limit_file)
-    chosen = any(os.environ.get(name) for name in CHOSEN_BY_USER)
-    if share is not None and not chosen and share < torch.get_num_threads():
+    if share is not None and not _is_chosen() and share < torch.get_num_threads():
         torch.set_num_threads(share)
     return torch.get_num_threads()
+
+
+def leave_a_processor() -> int:
+    """Compute with one thread less, for work beside it; return how many there are, at least one.
+
+    For a small model, whose threads would rather wait for each other than share a processor. A
+    number that the user set stays as it is.
+    """
+    if not _is_chosen() and torch.get_num_threads() > 1:
+        torch.set_num_threads(torch.get_num_threads() - 1)
+    return torch.get_num_threads()
+
+
+def _is_chosen() -> bool:
+    return any(os.environ.get(name) for name in CHOSEN_BY_USER)
 
 
 def container_cpus(limit_file: Path = CGROUP_LIMIT) -> int | None:

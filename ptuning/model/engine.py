@@ -132,7 +132,7 @@ class Engine:
         width = max(len(prompt) for prompt in prompts)
         first_slot = len(self.rows)
         self._make_room([*self.rows, *rows], width)
-        self.slots.fill(first_slot, read.cache, width)
+        self.slots.fill(first_slot, read.cache, read.spans)
         for row, end, position in zip(
             rows, read.context.end.tolist(), read.context.mask_position.tolist(), strict=True
         ):

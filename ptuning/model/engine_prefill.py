@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.backbone import ChatGLMModel
+from ptuning.model.packed_attention import find_rows
 from ptuning.model.packing import find_packing, pack, unpack_needed
 from ptuning.model.positions import Context, position_ids, visible_keys
 from ptuning.model.prefix_rows import PrefixRows
@@ -22,9 +23,13 @@ from ptuning.model.rotary import rotation_at
 
 
 class ReadPrompts(NamedTuple):
-    """What reading left: the cache (B, H, S, D), where the contexts end, the last states (B, E)."""
+    """What reading left: the cache, where the contexts end, the last states (B, E).
+
+    The cache holds (B, H, S, D), or with spans (1, H, T, D): each row's tokens of the T.
+    """
 
     cache: DynamicCache
+    spans: tuple[slice, ...] | None
     context: Context
     last_states: Tensor
 
@@ -45,7 +50,15 @@ def read_prompts(
     packing = find_packing(real, columns == lengths[:, None] - 1)
     rotation = rotation_at(position_ids(context, 0, width), transformer.inverse_frequencies)
     dtype = transformer.final_layernorm.weight.dtype
-    inputs = LayerInputs(rotation, _mask_of(context, real, prefixes, dtype), 0.0, packing)
+    inputs = LayerInputs(rotation, None, 0.0, packing)
+    if transformer.attends_by_rows():
+        visible = additive_mask(visible_keys(context.end, real, 0, width, width), dtype)
+        rows = find_rows(packing, visible, rotation)
+        if prefixes is not None:
+            rows = rows._replace(prefix_mask=_prefix_mask(prefixes, dtype))
+        inputs = inputs._replace(rows=rows)
+    else:
+        inputs = inputs._replace(mask=_mask_of(context, real, prefixes, dtype))
     cache = DynamicCache()
     states = pack(transformer.word_embeddings(input_ids), packing)  # (1, T, E)
     for index, layer in enumerate(transformer.layers):
@@ -58,7 +71,7 @@ def read_prompts(
         )
     states = unpack_needed(transformer.final_layernorm(states), packing)  # (B, S, E)
     last = states[torch.arange(len(prompts), device=device), lengths - 1]  # (B, E)
-    return ReadPrompts(cache, context, last)
+    return ReadPrompts(cache, None if inputs.rows is None else inputs.rows.spans, context, last)
 
 
 def _mask_of(
@@ -71,6 +84,10 @@ def _mask_of(
         return additive_mask(visible, dtype)
     before = visible.new_zeros(num_rows, 1, width, prefixes.width)
     mask = additive_mask(torch.cat((before, visible), dim=3), dtype)
-    seen = prefixes.mask.clamp(min=torch.finfo(dtype).min)  # (B, 1, W)
-    mask[..., : prefixes.width] = seen.unsqueeze(2)
+    mask[..., : prefixes.width] = _prefix_mask(prefixes, dtype).unsqueeze(2)
     return mask
+
+
+def _prefix_mask(prefixes: PrefixRows, dtype: torch.dtype) -> Tensor:
+    """Return (B, 1, W): the rows' log-weights, the lowest number of dtype where none is seen."""
+    return prefixes.mask.clamp(min=torch.finfo(dtype).min).to(dtype)

@@ -7,6 +7,7 @@ lie idle, and is given back when nothing is left.
 Shapes: H heads, D head width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,13 +39,24 @@ class Slots:
         """Memory held."""
         return sum(stored.nbytes for stored in (*self.keys, *self.values))
 
-    def fill(self, first_slot: int, cache: DynamicCache, length: int) -> None:
-        """Copy prompts' keys and values, cached as (B, H, length, D), to B slots from the first."""
+    def fill(
+        self, first_slot: int, cache: DynamicCache, spans: Sequence[slice] | None = None
+    ) -> None:
+        """Copy prompts' keys and values to slots from the first on.
+
+        The cache holds (B, H, S, D), or with spans (1, H, T, D): each row's tokens of the T.
+        """
         layers: Any = cache.layers  # typed as any kind of cache layer; these hold keys and values
-        for layer_index, layer in enumerate(layers):
-            slots = slice(first_slot, first_slot + len(layer.keys))
-            self.keys[layer_index][slots, :, :length] = layer.keys
-            self.values[layer_index][slots, :, :length] = layer.values
+        for index, layer in enumerate(layers):
+            for stored, read in (
+                (self.keys[index], layer.keys),
+                (self.values[index], layer.values),
+            ):
+                if spans is None:
+                    stored[first_slot : first_slot + len(read), :, : read.shape[2]] = read
+                    continue
+                for slot, span in enumerate(spans, start=first_slot):
+                    stored[slot, :, : span.stop - span.start] = read[0, :, span]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of one slot to another."""

@@ -33,6 +33,7 @@ class PackedRows(NamedTuple):
     masks: tuple[Tensor, ...]  # (S, S) each, summands of the scores: 0 or very low
     cos: Tensor  # (2, 1, T, D) float32: of queries, with their scale, and of keys
     sin: Tensor  # the same, the first half of each channel negated
+    prefix_mask: Tensor | None = None  # (B, 1, P), summands of the prefix's scores; None: all 0
 
 
 def find_rows(packing: Packing, mask: Tensor, rotation: Rotation) -> PackedRows:
@@ -78,6 +79,31 @@ def attend_rows(
     return output
 
 
+def read_rows(
+    fused: Tensor, prefix: Tensor | None, rows: PackedRows, *, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output as `attend_rows` does, and keys and values (H, T, D); no gradients."""
+    heads = fused.view(fused.shape[1], num_heads, 3, -1).permute(2, 1, 0, 3)  # (3, H, T, D)
+    query, key = _rotated(heads[:2], rows.cos, rows.sin)
+    keys_of = _RowKeys(prefix, len(rows.spans), dropout=0.0)
+    output = fused.new_empty(fused.shape[1], num_heads, heads.shape[-1])
+    for index, span in enumerate(rows.spans):
+        joined = keys_of.join(index, key[:, span], heads[2][:, span])  # (2, H, K, D)
+        weights = _weights_of_row(index, query[:, span], joined[0], rows)
+        output[span] = torch.bmm(weights, joined[1]).transpose(0, 1)
+    return output.flatten(1).unsqueeze(0), key, heads[2]
+
+
+def _weights_of_row(index: int, query: Tensor, keys: Tensor, rows: PackedRows) -> Tensor:
+    """Return the softmax (H, S, K) of one row's query (H, S, D), scaled, and keys (H, K, D)."""
+    scores = torch.bmm(query, keys.transpose(1, 2))
+    length = keys.shape[1] - query.shape[1]
+    scores[..., length:] += rows.masks[index]
+    if rows.prefix_mask is not None:
+        scores[..., :length] += rows.prefix_mask[index]
+    return scores.softmax(dim=-1)
+
+
 class _RowAttention(torch.autograd.Function):
     """Forward keeps rotated queries, each row's keys, values and weights; backward is by hand."""
 
@@ -97,9 +123,7 @@ class _RowAttention(torch.autograd.Function):
         saved = []
         for index, span in enumerate(rows.spans):
             joined = keys_of.join(index, key[:, span], heads[2][:, span])  # (2, H, K, D)
-            scores = torch.bmm(query[:, span], joined[0].transpose(1, 2))  # (H, S, K)
-            scores[..., keys_of.length :] += rows.masks[index]
-            weights = scores.softmax(dim=-1)
+            weights = _weights_of_row(index, query[:, span], joined[0], rows)
             output[span] = torch.bmm(weights, joined[1]).transpose(0, 1)
             saved += [joined, weights]
         kept = [] if keys_of.keep is None else [keys_of.keep]

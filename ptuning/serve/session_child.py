@@ -28,6 +28,7 @@ from ptuning.serve.session_messages import (
     portable,
 )
 
+SMALL = 2**24  # parameters; a step of fewer is mostly threads that wait for each other
 LOADING = 0  # the number of the Result that says how loading went
 
 
@@ -41,6 +42,8 @@ def run(connection: Connection, log_level: int, model: str, options: Mapping[str
     except Exception as error:  # noqa: BLE001  (raised again by the front)
         _send(connection, Result(LOADING, None, portable(error)))
         return
+    if session.model.device.type == "cpu" and session.model.num_parameters() < SMALL:
+        leave_a_processor()  # to the front and its clients
     with session:
         _send(connection, Result(LOADING, Loaded(session.context_length, session.tuned)))
         _Child(session, connection).run()

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from ptuning.model import cpu_threads
-from ptuning.model.cpu_threads import container_cpus, limit_threads, release_helper_threads
+from ptuning.model.cpu_threads import (
+    container_cpus,
+    leave_a_processor,
+    limit_threads,
+    release_helper_threads,
+)
 
 
 @pytest.fixture
@@ -52,8 +57,15 @@ def test_threads_are_lowered_never_raised(tmp_path, eight_threads):
     assert limit_threads(file) == 2
 
 
+def test_a_processor_is_left_but_never_the_last_one(eight_threads):
+    assert leave_a_processor() == 7
+    eight_threads[0] = 1
+    assert leave_a_processor() == 1
+
+
 def test_the_users_own_number_stays(tmp_path, eight_threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert leave_a_processor() == 8
     file = tmp_path / "cpu.max"
     file.write_text("200000 100000", encoding="utf-8")
     assert limit_threads(file) == 8

@@ -154,7 +154,7 @@ def test_a_training_step_is_that_of_the_padded_grid(
 
     loss, gradient = step()
     calls = []
-    monkeypatch.setattr(ChatGLMModel, "_attends_by_rows", lambda self: bool(calls.append(self)))
+    monkeypatch.setattr(ChatGLMModel, "attends_by_rows", lambda self: bool(calls.append(self)))
     grid_loss, grid_gradient = step()
     assert calls, "the second step took the other path"
     if dtype == torch.float32:

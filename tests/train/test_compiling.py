@@ -36,7 +36,7 @@ def step(model):
 
 @pytest.mark.parametrize("by_rows", [True, False], ids=["rows", "grid"])
 def test_compiled_equals_eager(model, monkeypatch, by_rows):
-    monkeypatch.setattr("ptuning.model.backbone.ChatGLMModel._attends_by_rows", lambda _: by_rows)
+    monkeypatch.setattr("ptuning.model.backbone.ChatGLMModel.attends_by_rows", lambda _: by_rows)
     loss, gradient = step(model)
     assert compile_layers(model, Compiling(True, "aot_eager", None), CPU)
     compiled_loss, compiled_gradient = step(model)
