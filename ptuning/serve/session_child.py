@@ -13,6 +13,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ptuning.model.cpu_threads import leave_a_processor
 from ptuning.serve.scheduler import EngineError, Ticket
 from ptuning.serve.session import Session
 from ptuning.serve.session_messages import (
