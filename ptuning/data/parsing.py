@@ -93,8 +93,8 @@ def _read_elements(path: Path, text: str) -> Iterator[Row | DataError]:
             raise DataError(
                 path,
                 error.lineno,
-                f"broken JSON in the row that begins on line {line}: {error.msg} at column "
-                f"{error.colno}; write an array of objects.",
+                f"broken JSON in the row that begins on line {line}: {_say_fault(error)}; write an "
+                "array of objects.",
             ) from error
         except RecursionError as error:
             raise DataError(path, line, "nested too deeply; write an array of objects.") from error
@@ -158,9 +158,19 @@ def parse_json(text: str, to_error: Callable[[str], DataError]) -> Any:
     try:
         return DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise to_error(f"{error.msg} at column {error.colno}") from error
+        raise to_error(_say_fault(error)) from error
     except RecursionError as error:
         raise to_error("nested too deeply") from error
+
+
+def _say_fault(error: json.JSONDecodeError) -> str:
+    """Say what is wrong and in which column; some of json's messages end in a word for the place.
+
+    >>> _say_fault(json.JSONDecodeError("Unterminated string starting at", '{"a', 1))
+    'Unterminated string starting at column 2'
+    """
+    place = "" if error.msg.endswith(" at") else " at"
+    return f"{error.msg}{place} column {error.colno}"
 
 
 def _as_object(path: Path, line: int, value: Any) -> dict[str, Any]:

@@ -183,6 +183,9 @@ def test_a_turn_that_is_no_text_is_refused(tmp_path: Path) -> None:
     [
         ("a.json", as_lines(ROWS) + '{"content": "a"\n', ":3:", "broken JSON"),
         ("a.json", '{"content": "a",\n "summary": "b"}', ":1:", "one whole object per line"),
+        ("a.json", '{"content": "a\n', ":1:", "Unterminated string starting at column 13;"),
+        ("a.json", '[{"content": "a', ":1:", "Unterminated string starting at column 14;"),
+        ("a.json", '{"content": "a\tb"}\n', ":1:", "Invalid control character at column 15;"),
         ("a.json", as_lines(ROWS) + "[1]\n", ":3:", "this is a list"),
         ("a.json", '"text"\n', ":1:", "this is a string"),
         ("a.json", "[1]", ":1:", "a row must be an object"),
