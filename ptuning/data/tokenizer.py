@@ -40,6 +40,7 @@ from ptuning.data.vocabulary import (
 logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 2048  # max_sequence_length of the published config.json
+PUBLISHED_PIECES = 130_344  # in ice_text.model, in both releases
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _IMAGE_TOKEN = re.compile(r"<image_(0|[1-9]\d*)>")
 
@@ -120,11 +121,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def release(self) -> str:
-        """Say in words which of the published vocabularies this is."""
+        """Say in words which of the published vocabularies this is, if it is one."""
+        images, which = "none for images", "the current release"
         if self.num_image_tokens:
-            images = f"the first {self.num_image_tokens} for images (the older release)"
-            return f"{self.vocab_size} ids, {images}"
-        return f"{self.vocab_size} ids, none for images (the current release)"
+            images, which = f"the first {self.num_image_tokens} for images", "the older release"
+        is_published = len(self._pieces) == PUBLISHED_PIECES
+        return f"{self.vocab_size} ids, {images}{f' ({which})' if is_published else ''}"
 
     @property
     def vocab_size(self) -> int:
