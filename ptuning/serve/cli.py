@@ -1,6 +1,7 @@
 """A chat in the terminal, or in a pipe: one line is one question, answers come as they are made.
 
-Ctrl-C stops an answer, not the program; Ctrl-D ends it. In a pipe only answers are written.
+Ctrl-C stops an answer, not the program; Ctrl-D ends it. In a pipe only answers are written, and an
+empty line for an empty one, so that answers and questions stay in step.
 """
 
 from collections.abc import Callable
@@ -64,6 +65,8 @@ class TerminalChat:
                 self._obey(line)
             elif line:
                 self._answer(line)
+            elif not self._is_terminal:
+                self._end_line()
 
     @property
     def _speaker(self) -> str:
@@ -101,9 +104,12 @@ class TerminalChat:
         )
         with answer:
             self._write(answer)
+        self._end_line()
+        self.history.append((question, answer.text))
+
+    def _end_line(self) -> None:
         self._output.write("\n")
         self._output.flush()
-        self.history.append((question, answer.text))
 
     def _write(self, answer: Answer) -> None:
         """Write pieces as they come; Ctrl-C keeps what was written."""

@@ -48,6 +48,16 @@ def test_answers_follow_the_conversation(session):
     assert chat.history == [("你好", first), ("谢谢", second)]
 
 
+def test_an_empty_line_in_a_pipe_has_an_empty_answer(session):
+    first = session.chat("你好").read()
+    second = session.chat("谢谢", [("你好", first)]).read()
+    lines = ["\n", "你好\n", " \n", "/base\n", "谢谢\n"]
+    output, notices, chat = talk(session, lines, is_terminal=False)
+    assert output == f"\n{first}\n\n{second}\n"  # a command is no question
+    assert notices == ""
+    assert chat.history == [("你好", first), ("谢谢", second)]
+
+
 def test_commands_switch_clear_and_help(session):
     base, other = session.chat("你好").read(), session.chat("你好", prefix="other").read()
     lines = ["/prefix other", "你好", "/clear", "/base", "你好", "/prefix", "/help", "/fly"]
