@@ -22,7 +22,7 @@ from ptuning.train.memory.recomputing import FREE_SHARE
 
 # Share of a measured large matrix product that a whole step is assumed to reach;
 # docs/performance.md has what was measured. Answering reads memory more than it multiplies.
-TRAINING_SHARE = {"cpu-float32": 0.6, "cpu-half": 0.25, "cuda": 0.45}
+TRAINING_SHARE = {"cpu-float32": 0.6, "cpu-half": 0.5, "cuda": 0.45}
 ANSWERING_SHARE = 0.4
 
 
