@@ -10,6 +10,7 @@ import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.session import Session
+from tests.serve.live_server import KEY, Command, command, wait_until_gone
 
 ADGEN = {"max_source_length": 64, "max_target_length": 24, "source_prefix": ""}
 
@@ -42,3 +43,17 @@ def session(prefix_dirs) -> Iterator[Session]:
             loaded.add_prefix(name, path)
         yield loaded
         assert loaded.scheduler.num_rows == loaded.scheduler.num_waiting == 0
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory, prefix_dirs) -> Iterator[Command]:
+    """The real command with the same prefixes and a key; it answers."""
+    prefixes = [f"--prefix={name}={path}" for name, path in prefix_dirs.items()]
+    with command(tmp_path_factory.mktemp("served"), "--api_key", KEY, *prefixes) as started:
+        started.wait_until_ready()
+        model = started.wait_for_model()
+        yield started
+        started.process.kill()  # it cannot say good-bye, yet its other process ends with it
+        started.process.wait()
+        assert wait_until_gone(model) < 5
+        assert "Traceback" not in started.text()

@@ -4,8 +4,6 @@ import json
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,11 +14,18 @@ import httpx2
 import openai
 import pytest
 
-from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.session import Session
-from tests.serve.live_server import KEY, client, running, wait_until_idle
+from tests.serve.live_server import (
+    KEY,
+    client,
+    command,
+    health,
+    running,
+    wait_for,
+    wait_until_gone,
+    wait_until_idle,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["base", "adgen", "other", "short", "chatty"]
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
@@ -172,37 +177,30 @@ def test_memory_stays_flat_over_2000_malformed_requests(address, session):
     assert memory_mib() - before < 15  # the oversized bodies alone, if kept, would be 18 MiB
 
 
-def test_ctrl_c_ends_the_server_in_the_middle_of_a_stream(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "ptuning",
-        "serve",
-        "--model",
-        str(NANO_DIR),
-        "--port",
-        str(port),
-    ]
-    server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                assert httpx2.get(f"{address}/health").json()["status"] == "ok"
-                break
-            except httpx2.ConnectError:
-                assert time.monotonic() < deadline
-                assert server.poll() is None, server.stderr.read()
-                time.sleep(0.2)
+def test_a_crowd_leaves_no_row_of_the_real_command(served):
+    """Its model is in another process, so what a client leaves has two places to stay in."""
+    with ThreadPoolExecutor(8) as pool:
+        leaving = [
+            pool.submit(leave_early, served.address, random.Random(seed)) for seed in range(20)
+        ]
+        statuses = send_malformed(served.address, 200, seed=3)
+        for each in leaving:
+            each.result()
+    assert {400, 413} <= set(statuses)
+    idle = {"status": "ok", "rows": 0, "waiting": 0}
+    wait_for(lambda: health(served.address) == idle, served)
+    assert "Traceback" not in served.text()
+
+
+def test_ctrl_c_ends_the_command_in_the_middle_of_a_stream(tmp_path):
+    with command(tmp_path) as server:
+        server.wait_until_ready()
+        model = server.wait_for_model()
         body = BODY | {"prompt": "你好", "stream": True}
 
         def read_on():
             try:
-                with httpx2.stream("POST", f"{address}/v1/completions", json=body) as reply:
+                with httpx2.stream("POST", f"{server.address}/v1/completions", json=body) as reply:
                     for _ in reply.iter_bytes():
                         continue
             except httpx2.HTTPError:
@@ -211,9 +209,8 @@ def test_ctrl_c_ends_the_server_in_the_middle_of_a_stream(tmp_path):
         reader = threading.Thread(target=read_on)
         reader.start()
         time.sleep(0.3)
-        server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=20) == 0
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=20) == 0
         reader.join(timeout=10)
-        assert "Traceback" not in server.stderr.read()
-    finally:
-        server.kill()
+        assert wait_until_gone(model) < 1
+        assert "Traceback" not in server.text()

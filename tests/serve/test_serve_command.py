@@ -1,0 +1,73 @@
+"""`python -m ptuning serve` as people start, use and end it: two processes that end together."""
+
+import signal
+
+import httpx2
+import openai
+import pytest
+
+from tests.serve.live_server import KEY, client, command, wait_until_gone
+
+QUESTION = "类型#裤*版型#宽松"
+USER = [{"role": "user", "content": QUESTION}]
+
+
+def test_the_official_client_gets_the_session_s_answers(served, session):
+    expected = session.chat(QUESTION, prefix="adgen").read()
+    with client(served.address) as api:
+        assert [model.id for model in api.models.list()] == ["base", *session.prefixes]
+        chunks = list(api.chat.completions.create(model="adgen", messages=USER, stream=True))
+        assert len(chunks) > 5
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+        text = api.completions.create(model="other", prompt=QUESTION).choices[0].text
+        assert text == session.chat(QUESTION, prefix="other", clean=False).read()
+        with pytest.raises(openai.NotFoundError):
+            api.completions.create(model="nobody", prompt=QUESTION)
+
+
+def test_prefixes_are_added_and_removed_with_the_key(served, session, prefix_dirs):
+    body = {"name": "new", "path": str(prefix_dirs["adgen"])}
+    url = f"{served.address}/v1/prefixes"
+    assert httpx2.post(url, json=body).status_code == 401
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx2.Client(headers=headers, timeout=30) as http, client(served.address) as api:
+        assert http.post(url, json=body).json() == {"name": "new", "prefix_length": 8, "step": 3}
+        assert "already" in http.post(url, json=body).json()["error"]["message"]
+        text = api.completions.create(model="new", prompt=QUESTION, max_tokens=9).choices[0].text
+        answer = session.chat(QUESTION, prefix="adgen", clean=False, max_new_tokens=9)
+        assert text == answer.read()
+        refused = http.post(url, json={"name": "lost", "path": "no/such"})
+        assert refused.status_code == 400
+        assert "no/such does not exist" in refused.json()["error"]["message"]
+        assert http.delete(f"{url}/new").json() == {"name": "new", "deleted": True}
+        assert http.delete(f"{url}/new").status_code == 404
+
+
+def test_a_model_that_is_not_there_is_one_line_and_status_2(tmp_path):
+    with command(tmp_path, model=tmp_path / "no-model") as server:
+        assert server.process.wait(timeout=60) == 2
+        said = server.text().strip().splitlines()
+        assert said[-1].startswith("ptuning serve: ")
+        assert "no-model" in said[-1]
+        assert "Traceback" not in server.text()
+
+
+def test_ctrl_c_while_the_model_is_loaded_is_status_130(tmp_path):
+    with command(tmp_path) as server:
+        model = server.wait_for_model()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=20) == 130
+        assert wait_until_gone(model) < 1
+        assert "Traceback" not in server.text()
+        assert server.text().strip().endswith("ptuning serve: interrupted.")
+
+
+def test_the_server_ends_with_a_killed_model_and_says_so(tmp_path):
+    with command(tmp_path) as server:
+        server.wait_until_ready()
+        server.wait_for_model().kill()
+        assert server.process.wait(timeout=20) == 2
+        last = server.text().strip().splitlines()[-1]
+        assert last.startswith("ptuning serve: the process with the model has ended (signal 9, ")
+        assert last.endswith("start the server again.")
+        assert "Traceback" not in server.text()
