@@ -23,7 +23,7 @@ from ptuning.data.dataset import TokenDataset
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.evaluate.loss_curve import draw_loss_curve
 from ptuning.evaluate.loss_history import load_log_history
-from ptuning.evaluate.report import ReportData, write_report
+from ptuning.evaluate.report import METHODS, ReportData, write_report
 from ptuning.evaluate.retention import Retention
 from ptuning.evaluate.table import format_scores_table
 from ptuning.model.adapter import read_adapter_tensors
@@ -345,10 +345,11 @@ def predict(
     scored = str(output_dir) if training.do_train else tuning.checkpoint or tuning.weights
     info = read_tuned_info(scored)
     report = ReportData(
-        title="ChatGLM P-Tuning v2",
+        title=f"ChatGLM {METHODS[training.tuning or PTUNING]}",
         made_at=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         model=str(arguments.model.model_name_or_path),
         prefix=scored,
+        tuning=training.tuning or PTUNING,
         step=info.step if info else None,
         tuned=tuned.means,
         base=base.means if base else None,

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import main as main_module
 from main import main
+from ptuning.evaluate.report import METHODS
 from ptuning.model.checkpoint_convert import convert_checkpoint
 from tests.test_main import base, files, log_of, same, train_flags  # noqa: F401  (fixtures)
 from tests.tiny import make_base
@@ -50,6 +51,8 @@ def test_a_run_trains_answers_and_leaves_its_artefact_and_the_base(tuning, base,
     out = files / "out"
     names = {path.name for path in out.iterdir()}
     assert names >= ARTEFACT[tuning] | {"predict_results.json", "report.html"}
+    page = (out / "report.html").read_text("utf-8")
+    assert f"<h1>ChatGLM {METHODS[tuning]}</h1>" in page
     assert {path.name for path in (out / "checkpoint-20").iterdir()} >= ARTEFACT[tuning] | OF_ALL
     assert not list(out.rglob(".unfinished"))
     assert not list(out.rglob("prefix*"))

@@ -25,6 +25,13 @@ from ptuning.evaluate.table import COUNTS, MEASURES
 DEFAULT_MAX_ROWS = 200
 TEXT_BUDGET_BYTES = 360_000  # of all texts; with 200 rows' markup the page stays under 500 kB
 TEXT_LIMITS = (100_000, 4000, 2000, 1000, 600, 400, 300, 200, 150, 100)  # characters of one text
+# What was tuned -> the method, and what it makes; Chinese words as in README_zh.md.
+METHODS = {"ptuning": "P-Tuning v2", "lora": "LoRA", "full": "全量微调 full fine-tuning"}
+TUNED_LABELS = {
+    "ptuning": "前缀 prefix",
+    "lora": "LoRA 适配器 adapter",
+    "full": "微调后的模型 tuned model",
+}
 COUNT_LABELS = {"empty answers": "空回答", "rows": "条数"}
 
 
@@ -58,10 +65,11 @@ class ReportData:
     title: str
     made_at: str  # date and time, as it shall be read
     model: str  # name or path of the base model
-    prefix: str  # name or path of the tuned prefix
+    prefix: str  # name or path of the tuned prefix, adapter or model
     tuned: CorpusScores
     rows: Sequence[ReportRow]
-    step: int | None = None  # optimiser step of the prefix; None: not known
+    tuning: str = "ptuning"  # or "lora", "full"
+    step: int | None = None  # optimiser step of what was tuned; None: not known
     base: CorpusScores | None = None  # None: the base was not run
     retention: Retention | None = None  # None: forgetting was not measured
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -128,7 +136,8 @@ def fitting_text_limit(rows: Sequence[ReportRow]) -> int:
 
 
 def _facts_section(report: ReportData) -> str:
-    facts: dict[str, object] = {"模型 model": report.model, "前缀 prefix": report.prefix}
+    label = TUNED_LABELS[report.tuning]
+    facts: dict[str, object] = {"原模型 base model": report.model, label: report.prefix}
     if report.step is not None:
         facts["步数 step"] = report.step
     table = _facts_table(facts)
@@ -142,14 +151,25 @@ def _facts_section(report: ReportData) -> str:
 
 def _facts_table(facts: Mapping[str, object]) -> str:
     lines = (
-        f"<tr><th>{escape(str(name))}</th><td>{escape(str(value))}</td></tr>"
+        f"<tr><th>{escape(str(name))}</th><td>{escape(_value_text(value))}</td></tr>"
         for name, value in facts.items()
     )
     return f'<table class="facts"><tbody>{"".join(lines)}</tbody></table>'
 
 
+def _value_text(value: object) -> str:
+    """Return a setting as the READMEs write it.
+
+    >>> _value_text(None), _value_text(False), _value_text(0.95)
+    ('未设 unset', 'false', '0.95')
+    """
+    if value is None or value == "":
+        return "未设 unset"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _scores_section(base: CorpusScores | None, tuned: CorpusScores) -> str:
-    heads = ["微调 tuned"] if base is None else ["基座 base", "微调 tuned", "变化 change"]
+    heads = ["微调 tuned"] if base is None else ["原模型 base", "微调 tuned", "变化 change"]
     lines = []
     for label, name in MEASURES:
         lines.append(_score_line(label, base and getattr(base, name), getattr(tuned, name), 2))
@@ -230,7 +250,7 @@ def _tools(shown: list[ReportRow], *, with_base: bool) -> str:
         orders |= {
             "gain -1": "提升 gain over base, largest first",
             "gain 1": "gain over base, smallest first",
-            "base -1": "基座 BLEU-4 base, best first",
+            "base -1": "原模型 BLEU-4 base, best first",
         }
     orders["index 1"] = "原顺序 order of the file"
     options = "".join(f'<option value="{value}">{name}</option>' for value, name in orders.items())
@@ -245,11 +265,11 @@ def _card(row: ReportRow, limit: int) -> str:
     data = f'data-index="{row.index}" data-tuned="{row.tuned_bleu:g}"'
     answers = text_block("微调 tuned", row.tuned, limit, style="tuned")
     if row.base is not None and row.base_bleu is not None:
-        numbers = f"<span>基座 base {row.base_bleu:.2f}</span>{numbers}"
+        numbers = f"<span>原模型 base {row.base_bleu:.2f}</span>{numbers}"
         colour = "up" if row.gain > 0 else "down" if row.gain < 0 else ""
         numbers += f'<span class="{colour}">{row.gain:+.2f}</span>'
         data += f' data-base="{row.base_bleu:g}" data-gain="{row.gain:g}"'
-        answers = text_block("基座 base", row.base, limit) + answers
+        answers = text_block("原模型 base", row.base, limit) + answers
     question = text_block("输入 prompt", row.prompt, limit)
     question += text_block("参考 label", row.label, limit)
     return (

@@ -11,6 +11,7 @@ import pytest
 
 from ptuning.evaluate.metrics import CorpusScores
 from ptuning.evaluate.report import ReportData, ReportRow, choose_rows, render_report, write_report
+from ptuning.evaluate.retention import Retention, RetentionRow
 
 HOSTILE = "</bdi><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\"'"
 BASE = CorpusScores(20.0, 4.0, 15.5, 2.25, samples=300, empty=3)
@@ -78,6 +79,39 @@ def test_the_page_holds_scores_settings_and_curve() -> None:
         assert wanted in words
     assert len(page.attributes("svg")) == 1
     assert page.attributes("html")[0]["lang"] == "zh"
+
+
+@pytest.mark.parametrize(
+    ("tuning", "label"),
+    [
+        ("ptuning", "前缀 prefix"),
+        ("lora", "LoRA 适配器 adapter"),
+        ("full", "微调后的模型 tuned model"),
+    ],
+)
+def test_what_was_tuned_has_its_own_name(tuning: str, label: str) -> None:
+    text = render_report(report(tuning=tuning))
+    assert f"<tr><th>{label}</th><td>output/checkpoint-3000</td></tr>" in text
+    assert ("前缀" in text) == (tuning == "ptuning")
+
+
+def test_settings_are_written_as_on_a_command_line_and_not_as_in_python() -> None:
+    settings = {"history_column": None, "source_prefix": "", "do_sample": False, "top_p": 0.7}
+    text = render_report(report(settings=settings))
+    cells = re.findall("<tr><th>([a-z_]+)</th><td>([^<]*)</td></tr>", text)
+    assert dict(cells) == {
+        "history_column": "未设 unset",
+        "source_prefix": "未设 unset",
+        "do_sample": "false",
+        "top_p": "0.7",
+    }
+
+
+def test_the_terms_are_those_of_the_chinese_readme() -> None:
+    text = render_report(report(retention=Retention("x", [RetentionRow("", "", "", 1, 0, 0, 0)])))
+    assert "原模型" in text
+    assert "基座 base" not in text
+    assert "词元" not in text
 
 
 def test_a_worse_score_is_marked_worse_and_fewer_empty_answers_better() -> None:
@@ -150,7 +184,7 @@ def test_two_hundred_long_rows_stay_under_500_kilobytes(tmp_path: Path, unit: st
 def test_a_run_without_base_log_or_rows_has_a_page() -> None:
     text = render_report(report(base=None, step=None, rows=[], settings={}, log_history=[]))
     assert Page(text).open == []
-    assert "基座" not in text
+    assert "原模型 base<" not in text
     assert "<svg" not in text
     assert "<script" not in text
 
