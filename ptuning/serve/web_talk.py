@@ -171,6 +171,6 @@ def _describe(
     parts = []
     for model, answer in zip(models, answers, strict=True):
         ending = ENDINGS.get(answer.finish_reason or "")
-        count = f"{model}: {answer.usage.completion_tokens} 词元 tokens"
+        count = f"{model}: {answer.usage.completion_tokens} tokens"
         parts.append(f"{count} ({ending})" if ending else count)
     return " · ".join([*parts, f"{seconds:.1f} s", *dict.fromkeys(notices)])
