@@ -13,6 +13,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tqdm import tqdm
+
 from ptuning.model.cpu_threads import leave_a_processor
 from ptuning.serve.scheduler import EngineError, Ticket
 from ptuning.serve.session import Session
@@ -38,6 +40,7 @@ def run(connection: Connection, log_level: int, model: str, options: Mapping[str
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the front, which closes this
     threading.Thread(target=_end_with_front, name="front's end", daemon=True).start()
     logging.basicConfig(level=log_level, format="%(message)s", stream=sys.stderr)
+    tqdm.set_lock(threading.RLock())  # its own is shared with processes, and left by a killed one
     try:
         session = Session.load(model, **options)
     except Exception as error:  # noqa: BLE001  (raised again by the front)
