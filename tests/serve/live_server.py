@@ -4,10 +4,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx2
 import psutil
@@ -50,7 +50,7 @@ def _has_model(process: psutil.Process) -> bool:
     return any("spawn_main" in word for word in process.cmdline())
 
 
-def wait_for(find, command: Command):
+def wait_for(find: Callable[[], Any], command: Command) -> Any:
     """Return what find() finds, as soon as it is something; fail when the command ends."""
     deadline = time.monotonic() + START_S
     while not (found := find()):

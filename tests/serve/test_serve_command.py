@@ -1,5 +1,6 @@
 """`python -m ptuning serve` as people start, use and end it: two processes that end together."""
 
+import json
 import signal
 
 import httpx2
@@ -62,12 +63,21 @@ def test_ctrl_c_while_the_model_is_loaded_is_status_130(tmp_path):
         assert server.text().strip().endswith("ptuning serve: interrupted.")
 
 
-def test_the_server_ends_with_a_killed_model_and_says_so(tmp_path):
+def test_the_server_ends_with_a_killed_model_and_everyone_is_told(tmp_path):
+    body = {"model": "base", "prompt": "你好", "temperature": 2, "max_tokens": 1900, "seed": 1}
     with command(tmp_path) as server:
         server.wait_until_ready()
-        server.wait_for_model().kill()
+        url = f"{server.address}/v1/completions"
+        with httpx2.stream("POST", url, json=body | {"stream": True}, timeout=30) as reply:
+            lines = (line for line in reply.iter_lines() if line)
+            assert "error" not in next(lines)
+            server.wait_for_model().kill()
+            *_, last = lines
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["code"] == "computation_failed"
+        assert "the process with the model has ended (signal 9, " in error["message"]
         assert server.process.wait(timeout=20) == 2
-        last = server.text().strip().splitlines()[-1]
-        assert last.startswith("ptuning serve: the process with the model has ended (signal 9, ")
-        assert last.endswith("start the server again.")
+        said = server.text().strip().splitlines()[-1]
+        assert said.startswith("ptuning serve: the process with the model has ended (signal 9, ")
+        assert said.endswith("start the server again.")
         assert "Traceback" not in server.text()
