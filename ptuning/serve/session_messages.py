@@ -88,5 +88,8 @@ def portable(error: Exception) -> Exception:
         copy = None
     if type(copy) is type(error) and str(copy) == str(error):
         return error
-    kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+    kind = next(
+        (kind for kind in (ValueError, FileNotFoundError, OSError) if isinstance(error, kind)),
+        RuntimeError,
+    )
     return kind(str(error))

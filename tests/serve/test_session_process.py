@@ -20,6 +20,7 @@ from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.scheduler import EngineError, QueueFullError, SessionClosedError
 from ptuning.serve.session import Session
 from ptuning.serve.session_front import Load, UnknownPrefixError
+from ptuning.serve.session_messages import portable
 from ptuning.serve.session_process import EndedProcessError, SessionProcess
 
 QUESTION = "类型#裤*版型#宽松"
@@ -170,19 +171,32 @@ def test_closing_cancelling_and_dropping_an_answer_free_its_row(apart):
     wait_until_idle(apart)
 
 
-def test_answers_that_the_garbage_collector_ends_hang_nobody(apart):
-    """It may run while a message is being sent, in the thread that sends."""
-    before = gc.get_threshold()
-    gc.set_threshold(1)
+class CollectedWhenSent(list):
+    """A prompt that has the garbage collector run in the middle of being sent."""
+
+    def __reduce__(self):
+        gc.collect()
+        return list, (list(self),)
+
+
+def test_an_answer_that_the_garbage_collector_ends_while_another_is_sent_hangs_nobody(apart):
+    gc.disable()
     try:
-        for _ in range(30):
-            answer = apart.chat("你好", **LONG)
-            ring: list[object] = [answer]
-            ring.append(ring)
-            del answer, ring
+        answer = apart.chat("你好", **LONG)
+        next(answer)
+        ring: list[object] = [answer]
+        ring.append(ring)
+        del answer, ring
+        assert apart.load_now.num_rows == 1, "nobody collected it yet"
+        prompt = CollectedWhenSent(apart.tokenizer("你好")["input_ids"])
+        sender = threading.Thread(
+            target=apart.start, args=(Request(prompt, 2), (), None), daemon=True
+        )
+        sender.start()
+        sender.join(10)
+        assert not sender.is_alive(), "it waits for itself"
     finally:
-        gc.set_threshold(*before)
-    gc.collect()
+        gc.enable()
     wait_until_idle(apart)
 
 
@@ -230,6 +244,20 @@ def test_prefixes_come_and_go_while_answers_run(apart, prefix_dirs, monkeypatch)
     assert "again" not in apart.prefixes
 
 
+def test_a_prefix_removed_while_it_is_asked_for_is_unknown(apart, prefix_dirs, monkeypatch):
+    look = apart._weighted
+
+    def look_and_lose(*asked):
+        found = look(*asked)
+        apart.remove_prefix("lost")
+        return found
+
+    apart.add_prefix("lost", prefix_dirs["adgen"])
+    monkeypatch.setattr(apart, "_weighted", look_and_lose)
+    with pytest.raises(UnknownPrefixError, match="there is no prefix 'lost'"):
+        apart.chat("你好", prefix="lost").read()
+
+
 def test_removing_beside_asking_is_an_answer_or_an_unknown_prefix(apart, prefix_dirs):
     expected = apart.chat(QUESTION, prefix="adgen", max_new_tokens=2).read()
     done = threading.Event()
@@ -256,6 +284,21 @@ def test_removing_beside_asking_is_an_answer_or_an_unknown_prefix(apart, prefix_
 
 
 # Failures
+
+
+class TwoWordsError(FileNotFoundError):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+def test_errors_that_cannot_be_sent_keep_their_words_and_their_kind():
+    whole = ValueError("as it is")
+    assert portable(whole) is whole
+    sent = portable(TwoWordsError("no", "file"))
+    assert (type(sent), str(sent)) == (FileNotFoundError, "no file")
+    nested = portable(RuntimeError(threading.Lock()))
+    assert type(nested) is RuntimeError
+    assert "lock" in str(nested)
 
 
 def test_a_request_that_fails_there_is_an_engine_error_and_the_next_is_answered(apart, session):
