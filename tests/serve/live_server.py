@@ -1,5 +1,6 @@
 """The real server on a port of its own: in a thread of the test, or as the command people type."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -76,7 +77,12 @@ def command(folder: Path, *arguments: str, model: str | Path = NANO_DIR) -> Iter
     said = folder / "stderr.txt"
     with (
         said.open("wb") as stderr,
-        subprocess.Popen([*typed, "--port", str(port), *arguments], cwd=ROOT, stderr=stderr) as run,
+        subprocess.Popen(
+            [*typed, "--port", str(port), *arguments],
+            cwd=ROOT,
+            stderr=stderr,
+            preexec_fn=_hear_ctrl_c,
+        ) as run,
     ):
         try:
             yield Command(run, f"http://127.0.0.1:{port}", said)
@@ -85,6 +91,11 @@ def command(folder: Path, *arguments: str, model: str | Path = NANO_DIR) -> Iter
                 under = psutil.Process(run.pid).children(recursive=True)
                 for process in (run, *under):
                     process.kill()
+
+
+def _hear_ctrl_c() -> None:
+    """Undo what a shell does to the jobs it starts in the background: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until_gone(process: psutil.Process) -> float:
