@@ -50,15 +50,15 @@ def read_prompts(
     packing = find_packing(real, columns == lengths[:, None] - 1)
     rotation = rotation_at(position_ids(context, 0, width), transformer.inverse_frequencies)
     dtype = transformer.final_layernorm.weight.dtype
-    inputs = LayerInputs(rotation, None, 0.0, packing)
+    visible = visible_keys(context.end, real, 0, width, width)  # (B, 1, S, S)
+    rows = mask = None
     if transformer.attends_by_rows():
-        visible = additive_mask(visible_keys(context.end, real, 0, width, width), dtype)
-        rows = find_rows(packing, visible, rotation)
+        rows = find_rows(packing, additive_mask(visible, dtype), rotation)
         if prefixes is not None:
             rows = rows._replace(prefix_mask=_prefix_mask(prefixes, dtype))
-        inputs = inputs._replace(rows=rows)
     else:
-        inputs = inputs._replace(mask=_mask_of(context, real, prefixes, dtype))
+        mask = _mask_of(visible, prefixes, dtype)
+    inputs = LayerInputs(rotation, mask, 0.0, packing, rows)
     cache = DynamicCache()
     states = pack(transformer.word_embeddings(input_ids), packing)  # (1, T, E)
     for index, layer in enumerate(transformer.layers):
@@ -71,18 +71,14 @@ def read_prompts(
         )
     states = unpack_needed(transformer.final_layernorm(states), packing)  # (B, S, E)
     last = states[torch.arange(len(prompts), device=device), lengths - 1]  # (B, E)
-    return ReadPrompts(cache, None if inputs.rows is None else inputs.rows.spans, context, last)
+    return ReadPrompts(cache, None if rows is None else rows.spans, context, last)
 
 
-def _mask_of(
-    context: Context, real: Tensor, prefixes: PrefixRows | None, dtype: torch.dtype
-) -> Tensor:
-    """Return the mask (B, 1, S, K): in the prefixes' columns stand the rows' log-weights."""
-    num_rows, width = real.shape
-    visible = visible_keys(context.end, real, 0, width, width)  # (B, 1, S, S)
+def _mask_of(visible: Tensor, prefixes: PrefixRows | None, dtype: torch.dtype) -> Tensor:
+    """Return the mask (B, 1, S, K) of visible (B, 1, S, S) with the prefixes' columns before it."""
     if prefixes is None:
         return additive_mask(visible, dtype)
-    before = visible.new_zeros(num_rows, 1, width, prefixes.width)
+    before = visible.new_zeros(*visible.shape[:-1], prefixes.width)
     mask = additive_mask(torch.cat((before, visible), dim=3), dtype)
     mask[..., : prefixes.width] = _prefix_mask(prefixes, dtype).unsqueeze(2)
     return mask

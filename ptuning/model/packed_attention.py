@@ -83,15 +83,38 @@ def read_rows(
     fused: Tensor, prefix: Tensor | None, rows: PackedRows, *, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output as `attend_rows` does, and keys and values (H, T, D); no gradients."""
+    done = _attend(fused, rows, _RowKeys(prefix, len(rows.spans), dropout=0.0), num_heads)
+    return done.output.unsqueeze(0), done.key, done.value
+
+
+class _Attended(NamedTuple):
+    """What attention of all rows gives: the output (T, E), and (H, T, D) each of the others."""
+
+    output: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def _attend(
+    fused: Tensor,
+    rows: PackedRows,
+    keys_of: "_RowKeys",
+    num_heads: int,
+    saved: list[Tensor] | None = None,
+) -> _Attended:
+    """Attend row by row; saved gets each row's joined keys and values, and its weights."""
     heads = fused.view(fused.shape[1], num_heads, 3, -1).permute(2, 1, 0, 3)  # (3, H, T, D)
     query, key = _rotated(heads[:2], rows.cos, rows.sin)
-    keys_of = _RowKeys(prefix, len(rows.spans), dropout=0.0)
+    value = heads[2]
     output = fused.new_empty(fused.shape[1], num_heads, heads.shape[-1])
     for index, span in enumerate(rows.spans):
-        joined = keys_of.join(index, key[:, span], heads[2][:, span])  # (2, H, K, D)
+        joined = keys_of.join(index, key[:, span], value[:, span])  # (2, H, K, D)
         weights = _weights_of_row(index, query[:, span], joined[0], rows)
         output[span] = torch.bmm(weights, joined[1]).transpose(0, 1)
-    return output.flatten(1).unsqueeze(0), key, heads[2]
+        if saved is not None:
+            saved += [joined, weights]
+    return _Attended(output.flatten(1), query, key, value)
 
 
 def _weights_of_row(index: int, query: Tensor, keys: Tensor, rows: PackedRows) -> Tensor:
@@ -116,22 +139,15 @@ class _RowAttention(torch.autograd.Function):
         num_heads: int,
         dropout: float,
     ) -> Tensor:
-        heads = fused.view(fused.shape[1], num_heads, 3, -1).permute(2, 1, 0, 3)  # (3, H, T, D)
-        query, key = _rotated(heads[:2], rows.cos, rows.sin)
         keys_of = _RowKeys(prefix, len(rows.spans), dropout)
-        output = fused.new_empty(fused.shape[1], num_heads, heads.shape[-1])
-        saved = []
-        for index, span in enumerate(rows.spans):
-            joined = keys_of.join(index, key[:, span], heads[2][:, span])  # (2, H, K, D)
-            weights = _weights_of_row(index, query[:, span], joined[0], rows)
-            output[span] = torch.bmm(weights, joined[1]).transpose(0, 1)
-            saved += [joined, weights]
+        saved: list[Tensor] = []
+        done = _attend(fused, rows, keys_of, num_heads, saved)
         kept = [] if keys_of.keep is None else [keys_of.keep]
         # A copy: the view would hold the rotated keys, which stand in `saved`, a second time.
-        ctx.save_for_backward(query.clone(), *saved, *kept)
+        ctx.save_for_backward(done.query.clone(), *saved, *kept)
         ctx.rows, ctx.dropout = rows, dropout
         ctx.prefix_shape = None if prefix is None else prefix.shape
-        return output.flatten(1).unsqueeze(0)
+        return done.output.unsqueeze(0)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
+from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request
 from ptuning.model.engine_slots import round_up
@@ -15,6 +16,13 @@ from ptuning.model.sampling import Sampling
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 
 NEVER = frozenset({1023})
+
+
+@pytest.fixture(params=["row by row", "on a grid"])
+def reading(request, monkeypatch):
+    """Both ways of reading prompts: that of a CPU, and that of every other device."""
+    if request.param == "on a grid":
+        monkeypatch.setattr(ChatGLMModel, "attends_by_rows", lambda self: False)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +82,7 @@ def alone(model, prefixes):
     return prompts, [generate(model, p, prefixes[i % 4], 5 + i % 7) for i, p in enumerate(prompts)]
 
 
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("max_rows", [1, 3, 20])
 def test_rows_with_four_prefixes_and_the_base_answer_as_alone(model, prefixes, alone, max_rows):
     prompts, expected = alone
@@ -158,6 +167,7 @@ def test_weights_of_one_and_nought_are_the_plain_prefix_and_the_base(model, pref
         assert torch.equal(logits_after_one_step(model, mix_prefixes(weighted), prompt), expected)
 
 
+@pytest.mark.usefixtures("reading")
 def test_a_weight_of_two_is_the_prefix_twice(model, prefixes):
     """The definition: the weight counts how often each prefix key stands there."""
     prefix = prefixes[1]
@@ -171,6 +181,7 @@ def test_a_weight_of_two_is_the_prefix_twice(model, prefixes):
     torch.testing.assert_close(half, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("reading")
 def test_blended_rows_answer_in_a_batch_as_alone(model, prefixes):
     mixtures = [
         mix_prefixes([(prefixes[1], 0.7), (prefixes[2], 0.3)]),
@@ -211,6 +222,7 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(model, prefixes):
     assert draw(7, 0) != draw(8, 0)
 
 
+@pytest.mark.usefixtures("reading")
 def test_log_probabilities_are_those_of_the_model(model, prefixes):
     prompt = random_prompts(model, 1)[0]
     engine = Engine(model, max_rows=4)
@@ -243,6 +255,7 @@ def test_requests_that_cannot_be_decoded_are_refused():
         mix_prefixes([(None, float("nan"))])
 
 
+@pytest.mark.usefixtures("reading")
 def test_half_precision_decodes_every_mixture(golden):
     half = AutoModelForCausalLM.from_pretrained(
         golden / "chatglm-tiny", dtype=torch.bfloat16
