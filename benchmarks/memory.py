@@ -41,6 +41,7 @@ from ptuning.train.memory.memory_model import (
     size_of,
     training_memory,
 )
+from ptuning.train.memory.packed_copies import pack_where_roomy
 from ptuning.train.memory.recomputing import recompute_layers
 
 MORE_SIZES = {  # name -> layers, hidden size, heads, vocabulary
@@ -159,6 +160,7 @@ def measure(case: Case, flags: Namespace) -> Result:
         model.config,
         dtype_bytes=model.dtype.itemsize,
         weight_bits=case.bits,
+        packs=pack_where_roomy(model, model.device) > 0,
         prefix_length=flags.prefix,
     )
     forget_peak(flags.device)

@@ -30,6 +30,7 @@ from ptuning.train.memory.memory_model import (
     size_of,
     weight_bytes,
 )
+from ptuning.train.memory.packed_copies import size_as_packed
 from ptuning.train.memory.plan import (
     TRAINING_SHARE,
     Advice,
@@ -125,6 +126,8 @@ def look(arguments: Arguments) -> Situation:
 
         process = int(psutil.Process().memory_info().rss)
     free = free_bytes(device)
+    if device.type == "cpu":
+        size = size_as_packed(size, dtype, free=free, num_processes=training.world_size)
     beside_model = max(0, free - weight_bytes(size)) // training.world_size
     settle_eval_rows(arguments, rows, settings, size, free=beside_model)
     return Situation(arguments, settings, rows, size, device, process, free, flops)

@@ -35,12 +35,13 @@ class _ChunkedLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden_states) if wants_gradient else None
         for start in range(0, len(targets), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = head.product(hidden_states[part]).float()  # (chunk, V)
+            logits = head.product(hidden_states[part])  # (chunk, V)
+            logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
+            del logits
             wanted = targets[part, None]
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            total += (normaliser - logits.gather(1, wanted)).sum()
+            total -= logprobs.gather(1, wanted).sum()
             if gradient is not None:
-                slope = logits.sub_(normaliser).exp_()  # softmax, in place
+                slope = logprobs.exp_()  # softmax, in place
                 slope.scatter_add_(1, wanted, slope.new_full((1, 1), -1.0).expand_as(wanted))
                 gradient[part] = head.product_back(slope.to(head.weight.dtype))
         ctx.save_for_backward(*([] if gradient is None else [gradient]))

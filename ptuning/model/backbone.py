@@ -225,7 +225,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         dtype = self.final_layernorm.weight.dtype
         rotation = rotation_at(positions, self.inverse_frequencies)
         if packing is not None and visible is not None and row_by_row:
-            rows = find_rows(packing, additive_mask(visible, dtype), rotation)
+            rows = find_rows(
+                packing,
+                additive_mask(visible, dtype),
+                rotation,
+                num_heads=self.config.num_attention_heads,
+                prefix_length=0 if prefix is None else prefix[0].shape[3],
+            )
             return LayerInputs(rotation, None, dropout, packing, rows)
         if prefix is not None and visible is not None:
             visible = functional.pad(visible, (prefix[0].shape[3], 0), value=True)

@@ -53,7 +53,13 @@ def read_prompts(
     visible = visible_keys(context.end, real, 0, width, width)  # (B, 1, S, S)
     rows = mask = None
     if transformer.attends_by_rows():
-        rows = find_rows(packing, additive_mask(visible, dtype), rotation)
+        rows = find_rows(
+            packing,
+            additive_mask(visible, dtype),
+            rotation,
+            num_heads=transformer.config.num_attention_heads,
+            prefix_length=0 if prefixes is None else prefixes.width,
+        )
         if prefixes is not None:
             rows = rows._replace(prefix_mask=_prefix_mask(prefixes, dtype))
     else:

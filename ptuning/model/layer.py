@@ -5,10 +5,10 @@ Shapes: B batch, S tokens, E hidden size.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ptuning.model.activation import gelu
 from ptuning.model.attention import Attention, LayerInputs
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import Linear
@@ -29,9 +29,7 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (B, S, E) to (B, S, E)."""
-        return self.dense_4h_to_h(
-            functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh")
-        )
+        return self.dense_4h_to_h(gelu(self.dense_h_to_4h(hidden_states)))
 
 
 class Layer(GradientCheckpointingLayer):

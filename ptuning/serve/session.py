@@ -19,7 +19,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu_threads import limit_threads, release_helper_threads
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request
-from ptuning.model.linear import pack_weights_
+from ptuning.model.linear import PACKING_SHARE, pack_weights_
 from ptuning.model.prefix_artefact import load_prefix
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.model.tuned import TunedInfo
@@ -30,7 +30,6 @@ from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
 
 MAX_ROWS = 32  # decoded together; more wait
 JOIN_PATIENCE = 3  # steps that a request may wait for others to be read together with
-PACKING_SHARE = 0.25  # of free memory that faster copies of a CPU's weights may take
 
 logger = logging.getLogger(__name__)
 

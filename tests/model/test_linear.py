@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from ptuning.model import linear as linear_module
-from ptuning.model.linear import Linear, has_onednn, pack_weights_, torch_products
+from ptuning.model.linear import Linear, has_onednn, pack_weights_, plain_torch
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this PyTorch was built without oneDNN")
 PLENTY = 10**9
@@ -49,7 +49,7 @@ def fast_products(monkeypatch) -> list[tuple]:
 @needs_onednn
 def test_a_frozen_weight_takes_onednn_and_the_context_takes_torch(frozen, fast_products):
     x = torch.randn(8, 24)
-    with torch_products():
+    with plain_torch():
         frozen(x)
     assert not fast_products
     frozen(x)
@@ -102,6 +102,8 @@ def test_a_changed_moved_or_copied_weight_drops_its_packed_copy(frozen, dtype):
     expected = functional.linear(x, frozen.weight, frozen.bias)
     torch.testing.assert_close(frozen(x), expected)
     pack_weights_(frozen, room_bytes=PLENTY)
+    kept = frozen.packed_weight()
+    assert frozen.to("cpu").to(dtype).packed_weight() is kept, "it is there already"
     frozen.to(torch.float64)
     assert frozen.packed_weight() is None
 

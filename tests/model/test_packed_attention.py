@@ -5,7 +5,7 @@ import torch
 
 from ptuning.model.attention import additive_mask
 from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.packed_attention import attend_rows, draw_keep_mask, find_rows
+from ptuning.model.packed_attention import attend_rows, draw_keep_mask, find_rows, group_rows
 from ptuning.model.packing import find_packing
 from ptuning.model.rotary import inverse_frequencies, rotate, rotation_at
 
@@ -31,7 +31,13 @@ def case(side, prefix_rows, seed=0):
     rotation = rotation_at(positions, inverse_frequencies(D))
     visible = torch.rand(num_rows, 1, longest, longest) < 0.7
     visible |= torch.eye(longest, dtype=torch.bool)
-    rows = find_rows(packing, additive_mask(visible, torch.float32), rotation)
+    rows = find_rows(
+        packing,
+        additive_mask(visible, torch.float32),
+        rotation,
+        num_heads=H,
+        prefix_length=P if prefix_rows else 0,
+    )
     fused = torch.randn(1, sum(LENGTHS), 3 * H * D, requires_grad=True)
     prefix = torch.randn(2, prefix_rows, H, P, D, requires_grad=True) if prefix_rows else None
     return fused, prefix, rows, (packing, rotation, visible)
@@ -99,8 +105,11 @@ def test_dropout_is_on_the_prefix_alone_and_in_the_gradient_too(prefix_rows):
     torch.manual_seed(5)
     output = attend_rows(fused, prefix, rows, num_heads=H, dropout=0.5)
     torch.manual_seed(5)
-    keep = draw_keep_mask((2, len(LENGTHS), H, P, D), 0.5) != 0
-    assert 0 < keep.sum() < keep.numel()
+    drawn = draw_keep_mask((2, len(LENGTHS), H, P, D), 0.5) != 0
+    assert 0 < drawn.sum() < drawn.numel()
+    keep = torch.empty_like(drawn)
+    for group in rows.groups:  # masks are drawn group by group
+        keep[:, group.rows] = drawn[:, group.members]
     expected = plain(fused, prefix, given, keep, 0.5)
     torch.testing.assert_close(output, expected)
     for got, wanted in zip(
@@ -117,21 +126,67 @@ def test_a_frozen_input_has_no_gradient_and_the_prefix_still_has_its_own():
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("prefix_rows", [0, 1, 5])
+@pytest.mark.parametrize("prefix_length", [3, 32])
+def test_rows_in_groups_are_the_rows_alone(prefix_rows, prefix_length, monkeypatch):
+    """Lengths that share a group, that just miss it, and a row of one token."""
+    lengths = (16, 14, 13, 1, 15)
+    groups = group_rows(lengths, num_heads=H)
+    assert sorted(map(sorted, groups)) == [[0, 1, 4], [2], [3]]
+    monkeypatch.setitem(globals(), "LENGTHS", lengths)
+    monkeypatch.setitem(globals(), "P", prefix_length)
+    fused, prefix, rows, given = case("left", prefix_rows)
+    assert [group.rows.tolist() for group in rows.groups] == groups
+    assert all(
+        (group.mask.shape[3] + prefix_length * bool(prefix_rows)) % 32 == 0 for group in rows.groups
+    )
+    output = attend_rows(fused, prefix, rows, num_heads=H, dropout=0.0)
+    expected = plain(fused, prefix, given)
+    torch.testing.assert_close(output, expected)
+    for got, wanted in zip(
+        gradients(output, fused, prefix), gradients(expected, fused, prefix), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_groups_hold_few_matrices_and_little_padding():
+    sizes = list(range(40, 130))
+    for num_heads in (4, 8, 32, 64):
+        groups = group_rows(sizes, num_heads=num_heads)
+        assert sorted(row for group in groups for row in group) == list(range(len(sizes)))
+        for group in groups:
+            own = [sizes[row] for row in group]
+            assert own == sorted(own, reverse=True)
+            assert len(group) == 1 or len(group) * num_heads <= 32
+            assert own[-1] >= own[0] * 7 / 8
+
+
 def test_masks_keep_nine_in_ten_and_follow_torchs_seed():
     torch.manual_seed(1)
-    first = draw_keep_mask((2, 50, 100, 101), 0.1)
+    first = draw_keep_mask((2, 50, 4, 25, 101), 0.1)
     assert first.unique().tolist() == [-1, 0], "every bit or none"
     first = first != 0
-    second = draw_keep_mask((2, 50, 100, 101), 0.1) != 0
+    second = draw_keep_mask((2, 50, 4, 25, 101), 0.1) != 0
     torch.manual_seed(1)
-    assert torch.equal(draw_keep_mask((2, 50, 100, 101), 0.1) != 0, first)
+    assert torch.equal(draw_keep_mask((2, 50, 4, 25, 101), 0.1) != 0, first)
     assert not torch.equal(first, second)
-    # A million draws: the standard deviation of the share is 0.0003.
+    # A million draws: the standard deviation of the share is 0.0003, and that of 400 roundings of
+    # the threshold, by 1/256 each, 0.0001.
     assert first.float().mean().item() == pytest.approx(0.9, abs=0.0015)
     rows = first.flatten(2).float().mean(dim=(0, 2))
     assert (rows - 0.9).abs().max() < 0.01, "each row has its own mask"
     together = (first & second).float().mean().item()
     assert together == pytest.approx(0.81, abs=0.002), "two masks are independent"
+
+
+@pytest.mark.parametrize("dropout", [0.001, 0.3, 0.5, 0.99])
+def test_any_probability_is_met_on_average(dropout):
+    """0.001 lies between two thresholds of a byte, 0 and 1: most matrices lose nothing."""
+    torch.manual_seed(2)
+    mask = draw_keep_mask((4000, 16, 16), dropout)
+    # The threshold's rounding adds at most a variance of 1/4 x 1/256**2 for each of the matrices.
+    deviation = (dropout * (1 - dropout) / mask.numel() + 0.25 / 256**2 / len(mask)) ** 0.5
+    assert (mask == 0).double().mean().item() == pytest.approx(dropout, abs=5 * deviation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

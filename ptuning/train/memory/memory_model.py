@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ptuning.model.answer_loss import chunk_tokens_on
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.packed_attention import group_rows, round_up_keys
 
 FLOAT32 = 4  # bytes; prefix, optimiser and softmax are float32 whatever the base is
 SCALE_BYTES = 2  # of a quantised weight's row, float16
@@ -40,6 +41,7 @@ class ModelSize:
     dtype_bytes: int
     weight_bits: int = 0
     embedding_bits: int = 0
+    packs: bool = False  # frozen float maps are held a second time, laid out for the processor
     prefix_length: int = 0
     projects_prefix: bool = False
     tuning: str = "ptuning"  # or "lora", "full"
@@ -148,7 +150,17 @@ def weight_bytes(size: ModelSize) -> int:
         per_layer += _stored(rows, columns, size.weight_bits, size.dtype_bytes)
         per_layer += rows * size.dtype_bytes  # bias
     embedding = _stored(size.vocab_size, size.hidden_size, size.embedding_bits, size.dtype_bytes)
-    return size.num_layers * per_layer + embedding + 2 * size.hidden_size * size.dtype_bytes
+    norm = 2 * size.hidden_size * size.dtype_bytes
+    return size.num_layers * per_layer + embedding + norm + (packed_bytes(size) * size.packs)
+
+
+def packed_bytes(size: ModelSize) -> int:
+    """Return what packed copies of the frozen float maps take (`ptuning.model.linear`)."""
+    if size.tuning == "full":
+        return 0
+    layers = 0 if size.weight_bits else size.layer_weights
+    head = 0 if size.embedding_bits else size.vocab_size * size.hidden_size
+    return (layers + head) * size.dtype_bytes
 
 
 def _stored(rows: int, columns: int, bits: int, dtype_bytes: int) -> int:
@@ -165,7 +177,7 @@ def layer_bytes(size: ModelSize, batch: Batch, *, on_cpu: bool, is_first: bool =
     tokens, rows, unit = batch.tokens, len(batch.lengths), size.dtype_bytes
     hidden, prefix = size.hidden_size, size.prefix_length
     inputs = (1 if is_first and size.tuning != "full" else 2) * tokens * hidden  # of the two norms
-    inner = tokens * size.inner_size  # the activation's input
+    inner = tokens * size.inner_size  # the activation's input, or its slope
     extra = 0
     if size.tuning == "full":  # every linear keeps its input for its weight's gradient
         inner += tokens * size.inner_size
@@ -174,17 +186,25 @@ def layer_bytes(size: ModelSize, batch: Batch, *, on_cpu: bool, is_first: bool =
         widths = sum(size.linears[name][1] for name in size.lora_targets)
         inputs += tokens * widths
         extra += tokens * widths
-    mask = 2 * rows * prefix * hidden if prefix else 0  # of the prefix's dropout, one byte each
-    mask *= 2 if on_cpu else 1  # two bytes row by row
-    if on_cpu:  # row by row: keys and values behind the prefix, softmax weights, rotated queries
-        joined = 2 * (rows * prefix + tokens) * hidden
-        weights = size.num_heads * sum(length * (prefix + length) for length in batch.lengths)
-        attention = tokens * hidden + joined + weights
+    mask = 2 * rows * prefix * hidden  # of the prefix's dropout, one byte each
+    if on_cpu:
+        attention = _attention_by_rows(size, batch)
     else:  # fused, on the padded grid: queries, output, keys and values behind the prefix
         longest = max(batch.lengths)
         attention = 2 * rows * longest * hidden + 2 * rows * (prefix + longest) * hidden
         extra += rows * size.num_heads * longest * FLOAT32  # the softmax's normalisers
     return unit * (inputs + inner + attention) + mask + extra
+
+
+def _attention_by_rows(size: ModelSize, batch: Batch) -> int:
+    """Count what `packed_attention` keeps: queries, keys and values behind the prefix, weights."""
+    kept = 0
+    for members in group_rows(batch.lengths, num_heads=size.num_heads):
+        num_rows, longest = len(members), batch.lengths[members[0]]
+        num_keys = round_up_keys(size.prefix_length + longest)
+        kept += num_rows * (longest + 2 * num_keys) * size.hidden_size
+        kept += num_rows * size.num_heads * longest * num_keys
+    return kept
 
 
 def activation_bytes(

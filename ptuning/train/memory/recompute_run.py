@@ -2,6 +2,7 @@
 
 from ptuning.data.dataset import TokenDataset
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.linear import Linear
 from ptuning.train.flags import ModelArguments, TrainingArguments
 from ptuning.train.memory.memory_model import ModelSize, size_of
 from ptuning.train.memory.plan import largest_batch
@@ -40,6 +41,7 @@ def size_of_model(
         dtype_bytes=model.dtype.itemsize,
         weight_bits=int(config.quantization_bit or 0),
         embedding_bits=int(config.embedding_quantization_bit or 0),
+        packs=any(isinstance(m, Linear) and m.packed_weight() for m in model.modules()),
         prefix_length=int(config.pre_seq_len or 0),
         projects_prefix=bool(config.prefix_projection),
         tuning=training.tuning or "ptuning",
