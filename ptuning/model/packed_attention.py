@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptuning.model.packing import Packing
-from ptuning.model.rotary import Rotation
+from ptuning.model.rotary import Rotation, swap_quarters
 
 PRODUCTS = 32  # matrices in one call: its overhead is small then, and the scores stay in the cache
 PADDED_SHARE = 8  # a row joins a group whose longest is longer by an eighth at most
@@ -54,7 +54,7 @@ class PackedRows(NamedTuple):
     padding: Tensor  # places behind a row's end
     places: Tensor  # (T,) the place of each token
     cos: Tensor  # (T, 1, 2, D) float32: of queries, with their scale, and of keys
-    sin: Tensor  # the same, the first half of each channel negated
+    sin: Tensor  # the same, signed as a Rotation's
     prefix_mask: Tensor | None = None  # (B, 1, P), summands of the prefix's scores; None: all 0
 
 
@@ -93,17 +93,16 @@ def find_rows(
         groups.append(RowGroup(rows, slice(first_member, len(spans)), cells, seen))
         start = cells.stop
     in_order = tuple(spans[row] for row in range(num_rows))
-    cos, sin = (_both_halves(angle, packing) for angle in rotation)
-    sin[..., 0, :].neg_()
-    scale = cos.new_tensor([(4 * cos.shape[-1]) ** -0.5, 1.0]).view(1, 1, 2, 1)
+    cos, sin = (_of_tokens(angle, packing) for angle in rotation)
+    scale = cos.new_tensor([cos.shape[-1] ** -0.5, 1.0]).view(1, 1, 2, 1)
     return PackedRows(
         tuple(groups),
         in_order,
         torch.cat(sources),
         torch.cat(padding),
         torch.cat([torch.arange(span.start, span.stop) for span in in_order]),
-        cos.flatten(-3) * scale,
-        sin.flatten(-3) * scale,
+        cos * scale,
+        sin * scale,
     )
 
 
@@ -141,11 +140,10 @@ def _mask_of(rows: Tensor, columns: Tensor, beyond: Tensor, mask: Tensor) -> Ten
     return seen.masked_fill(beyond[:, None], torch.finfo(mask.dtype).min).unsqueeze(1)
 
 
-def _both_halves(angle: Tensor, packing: Packing) -> Tensor:
-    """Return angle (B or 1, 1, S, 2, D/4) of every token for both halves: (T, 1, 1, 2, 2, D/4)."""
-    grid = angle[:, 0].expand(packing.shape[0], -1, -1, -1)
-    tokens = grid.flatten(0, 1).index_select(0, packing.tokens)  # (T, 2, D/4)
-    return torch.stack((tokens, tokens), dim=-2)[:, None, None]
+def _of_tokens(angle: Tensor, packing: Packing) -> Tensor:
+    """Return angle (B or 1, 1, S, D) of every token: (T, 1, 1, D)."""
+    grid = angle[:, 0].expand(packing.shape[0], -1, -1)
+    return grid.flatten(0, 1).index_select(0, packing.tokens)[:, None, None]
 
 
 def attend_rows(
@@ -355,8 +353,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float = 1.0) -> Tenso
         part = slice(start, start + block)
         exact = x[part].to(torch.float32, copy=True)
         pairs = exact[:, :, :2]
-        first, second = pairs.unflatten(-1, (2, 2, -1)).unbind(-2)
-        partner = torch.stack((second, first), dim=-2).view(pairs.shape)
+        partner = swap_quarters(pairs)
         pairs.mul_(cos[part]).addcmul_(partner, sin[part], value=sign)
         rotated[part] = exact
     return rotated

@@ -14,10 +14,13 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines, float32 (B, 1, S, 2, D/4): channel, then frequency."""
+    """Cosines and sines of every entry's angle, float32 (B, 1, S, D).
+
+    In each half of D the first quarter's entries turn with the second's (`swap_quarters`).
+    """
 
     cos: Tensor
-    sin: Tensor
+    sin: Tensor  # negated for the first quarter of each half
 
 
 def inverse_frequencies(head_dim: int) -> Tensor:
@@ -34,8 +37,19 @@ def inverse_frequencies(head_dim: int) -> Tensor:
 def rotation_at(position_ids: Tensor, frequencies: Tensor) -> Rotation:
     """Return the rotation of every token from position_ids (B, 2, S)."""
     angles = position_ids.transpose(1, 2).unsqueeze(-1).float() * frequencies  # (B, S, 2, D/4)
-    angles = angles.unsqueeze(1)  # (B, 1, S, 2, D/4)
-    return Rotation(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    both = torch.stack((cos, cos), dim=-2), torch.stack((-sin, sin), dim=-2)  # (B, S, 2, 2, D/4)
+    return Rotation(*(of_entries.flatten(-3).unsqueeze(1) for of_entries in both))
+
+
+def swap_quarters(x: Tensor) -> Tensor:
+    """Return x (..., D) with the quarters of each half of D exchanged.
+
+    >>> swap_quarters(torch.arange(8)).tolist()
+    [2, 3, 0, 1, 6, 7, 4, 5]
+    """
+    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)
+    return torch.stack((second, first), dim=-2).flatten(-3)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -59,9 +73,5 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
-    quarters = x.unflatten(-1, (2, 2, -1))  # (B, H, S, 2, 2, D/4)
-    first, second = quarters.unbind(-2)
-    rotated = torch.empty(quarters.shape, dtype=torch.float32, device=x.device)
-    torch.mul(first, cos, out=rotated[..., 0, :]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=rotated[..., 1, :]).addcmul_(first, sin, value=sign)
-    return rotated.flatten(-3).to(x.dtype)  # (B, H, S, D)
+    exact = x.float()
+    return torch.mul(exact, cos).addcmul_(swap_quarters(exact), sin, value=sign).to(x.dtype)

@@ -52,7 +52,7 @@ def test_each_half_follows_its_own_channel(head_dim: int) -> None:
 
 def test_shapes_of_a_rotation() -> None:
     rotation = rotation_at(torch.zeros(2, 2, 5, dtype=torch.long), inverse_frequencies(16))
-    assert rotation.cos.shape == rotation.sin.shape == (2, 1, 5, 2, 4)
+    assert rotation.cos.shape == rotation.sin.shape == (2, 1, 5, 16)
     assert rotation.cos.dtype == torch.float32
 
 
