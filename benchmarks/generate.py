@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -92,9 +93,10 @@ def answer(
     max_rows: int,
     shares: Shares,
     device: str,
+    record_steps: bool = True,
 ) -> Speed:
     """Answer with our engine, at most max_rows at a time; time decoding steps on their own."""
-    engine = Engine(model, max_rows=max_rows)
+    engine = Engine(model, max_rows=max_rows, record_steps=record_steps)
     rows: dict[Row, int] = {}
     for number, (prompt, budget) in questions.items():
         rows[engine.add(Request(prompt, budget, shares, end_ids=NO_END))] = number
@@ -179,10 +181,15 @@ def measure(flags: Namespace, model: ChatGLMForConditionalGeneration) -> dict[st
     speeds: dict[str, Speed] = {}
     for name, asked, max_rows in (("batched", numbered, flags.batch_size), ("batch1", some, 1)):
         if name in flags.recipe:
-            answer(model, warm, max_rows=max_rows, shares=shares, device=flags.device)
-            speeds[name] = answer(
-                model, asked, max_rows=max_rows, shares=shares, device=flags.device
+            run = partial(
+                answer,
+                max_rows=max_rows,
+                shares=shares,
+                device=flags.device,
+                record_steps=not flags.no_graphs,
             )
+            run(model, warm)
+            speeds[name] = run(model, asked)
     if "published" in flags.recipe:
         answer_as_published(model, warm, flags.device)
         speeds["published"] = answer_as_published(model, some, flags.device)
@@ -221,6 +228,9 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--rows", type=int, default=320, help="rows answered in the batch")
     parser.add_argument("--single_rows", type=int, default=8, help="rows answered one at a time")
     parser.add_argument("--batch_size", type=int, default=128, help="rows decoded at a time")
+    parser.add_argument(
+        "--no_graphs", action="store_true", help="on CUDA: launch decoding steps kernel by kernel"
+    )
     flags = parser.parse_args(argv)
     refuse_below_one(parser, flags, "rows", "single_rows", "batch_size")
     return flags

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.engine_graph import GraphedSteps
 from ptuning.model.engine_prefill import read_prompts
 from ptuning.model.engine_row import Request, Row, split_by_size
 from ptuning.model.engine_slots import Slots
@@ -36,11 +37,12 @@ class Engine:
         *,
         max_rows: int,
         patience: int | None = None,
+        record_steps: bool = True,
     ) -> None:
         """Take an eval-mode model.
 
         A row that could join waits for others to join with, at most patience steps; None waits for
-        a quarter of the rows that decode.
+        a quarter of the rows that decode. record_steps: on CUDA, replay steps as CUDA graphs.
         """
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; use 1 or more.")
@@ -52,6 +54,9 @@ class Engine:
         self.rows: list[Row] = []  # row i decodes in slot i
         self.slots = Slots(model)
         self.seen_prefixes = SeenPrefixes(model.transformer.final_layernorm.weight.device)
+        self.graphed: GraphedSteps | None = None
+        if record_steps and model.device.type == "cuda":
+            self.graphed = GraphedSteps(model.transformer)
 
     @property
     def is_idle(self) -> bool:
@@ -142,6 +147,8 @@ class Engine:
 
     def _decode(self, rows: Sequence[Row]) -> Tensor:
         """Return the final states (rows, E) of every row's newest token."""
+        if self.graphed is not None:
+            return self.graphed.step(rows, self.slots, self.seen_prefixes)
         return decode_step(self.model.transformer, rows, self.slots, self._prefixes_of(rows))
 
     def _prefixes_of(
@@ -177,6 +184,8 @@ class Engine:
                 self.rows[slot] = last
         if self.is_idle:
             self.seen_prefixes.forget()
+            if self.graphed is not None:
+                self.graphed.forget()
         if not self.waiting:
             self.slots.give_back(len(self.rows), max((row.length for row in self.rows), default=0))
 

@@ -29,6 +29,7 @@ class Slots:
     ) -> None:
         config = model.config
         self.num_slots, self.capacity = num_slots, round_up(capacity)
+        self.generation = 0  # how often the tensors were replaced
         self._heads = (config.num_attention_heads, config.head_dim)
         self._like = model.transformer.final_layernorm.weight
         self.keys = [self._allocate_keys() for _ in range(config.num_layers)]
@@ -109,6 +110,7 @@ class Slots:
             return
         rows, columns = min(num_slots, self.num_slots), min(capacity, self.capacity)
         self.num_slots, self.capacity = num_slots, capacity
+        self.generation += 1
         for stored, allocate in (
             (self.keys, self._allocate_keys),
             (self.values, self._allocate),

@@ -40,10 +40,33 @@ def decode_step(
     transformer: ChatGLMModel, rows: Sequence[Row], slots: Slots, prefixes: PrefixRows | None
 ) -> Tensor:
     """Return the final states (R, E) of the newest tokens; row i's keys go to slot i."""
-    device = transformer.final_layernorm.weight.device
-    tokens = torch.tensor([row.answer[-1] for row in rows], device=device)
-    hidden = transformer.word_embeddings(tokens)  # (R, E)
-    step = _plan_step(transformer, rows, prefixes)
+    numbers = step_numbers(rows).to(transformer.final_layernorm.weight.device)
+    num_columns = round_up(max(row.length for row in rows) + 1)
+    return run_step(transformer, numbers, slots, num_columns, prefixes)
+
+
+def step_numbers(rows: Sequence[Row]) -> Tensor:
+    """Return (4, R) on the CPU: each row's newest token, its column and its two positions."""
+    numbers = [
+        (row.answer[-1], row.length, row.first_position, row.length - row.context_end + 1)
+        for row in rows
+    ]
+    return torch.tensor(numbers).t().contiguous()
+
+
+def run_step(
+    transformer: ChatGLMModel,
+    numbers: Tensor,
+    slots: Slots,
+    num_columns: int,
+    prefixes: PrefixRows | None,
+) -> Tensor:
+    """Return the final states (R, E) for numbers (4, R) on the device, which it never waits for.
+
+    The same numbers again write and return the same: keys and values go to their columns once more.
+    """
+    hidden = transformer.word_embeddings(numbers[0])  # (R, E)
+    step = _plan_step(transformer, numbers, num_columns, prefixes)
     for index, module in enumerate(transformer.layers):
         layer = cast(Layer, module)
         normalised = layer.input_layernorm(hidden)
@@ -54,21 +77,19 @@ def decode_step(
     return cast(Tensor, transformer.final_layernorm(hidden))
 
 
-def _plan_step(transformer: ChatGLMModel, rows: Sequence[Row], prefixes: PrefixRows | None) -> Step:
-    device = transformer.final_layernorm.weight.device
-    lengths = [row.length for row in rows]
-    columns = torch.tensor(lengths, device=device)
-    positions = torch.tensor(
-        [[row.first_position, row.length - row.context_end + 1] for row in rows], device=device
-    ).unsqueeze(-1)  # (R, 2, 1)
+def _plan_step(
+    transformer: ChatGLMModel, numbers: Tensor, num_columns: int, prefixes: PrefixRows | None
+) -> Step:
+    device, columns = numbers.device, numbers[1]
+    positions = numbers[2:].t().unsqueeze(-1)  # (R, 2, 1)
     rotation = rotation_at(positions, transformer.inverse_frequencies)
-    beyond = torch.arange(round_up(max(lengths) + 1), device=device) > columns[:, None]  # (R, C)
+    beyond = torch.arange(num_columns, device=device) > columns[:, None]  # (R, C)
     mask = torch.zeros(beyond.shape, device=device)
     mask.masked_fill_(beyond, torch.finfo(torch.float32).min)
     mask = mask.unsqueeze(1)
     if prefixes is not None:
         mask = torch.cat((prefixes.mask, mask), dim=-1)
-    return Step(torch.arange(len(rows), device=device), columns, rotation, mask, prefixes)
+    return Step(torch.arange(len(columns), device=device), columns, rotation, mask, prefixes)
 
 
 def _attend(layer: Layer, index: int, slots: Slots, normalised: Tensor, step: Step) -> Tensor:
