@@ -18,6 +18,7 @@ from ptuning.data.dataset import TokenDataset
 from ptuning.model.checkpoint import read_config
 from ptuning.model.checkpoint_hub import CONFIG_FILE
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.linear import Linear, pack_weights_
 from ptuning.model.prefix_artefact import prefix_shape, read_prefix_tensors
 from ptuning.model.tuned import read_tuned_info
 from ptuning.train.base_model import choose_dtype, load_tokenizer
@@ -167,13 +168,15 @@ def model_size(arguments: Arguments, config: ChatGLMConfig, dtype: torch.dtype) 
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Time a product of two large matrices on the device, the best of four: FLOP/s."""
+    """Time the product of a large linear map, as a run computes it, best of four: FLOP/s."""
     length = PRODUCT_SIZE.get(device.type, PRODUCT_SIZE["cpu"])
-    first = torch.ones(length, length, device=device, dtype=dtype)
+    linear = Linear(length, length, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    pack_weights_(linear, room_bytes=2 * linear.weight.nbytes)
+    x = torch.ones(length, length, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
         started = time.perf_counter()
-        (first @ first)[0, 0].item()  # waits for the device
+        linear.product(x)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)
     return 2 * length**3 / best
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.linear import can_pack, pack_weights_
 from ptuning.model.quantization.conversion import quantize_model_
 from ptuning.train.memory.memory_model import (
     Batch,
@@ -15,10 +16,12 @@ from ptuning.train.memory.memory_model import (
     activation_bytes,
     answering_memory,
     cache_bytes,
+    packed_bytes,
     size_of,
     training_memory,
     weight_bytes,
 )
+from ptuning.train.memory.packed_copies import size_as_packed
 
 PROMPTS, ANSWERS = (30, 21, 9), (40, 33, 50)
 LENGTHS = tuple(p + a for p, a in zip(PROMPTS, ANSWERS, strict=True))
@@ -91,6 +94,25 @@ def test_weights_are_counted_to_the_byte(dtype: torch.dtype, bits: int) -> None:
         quantize_model_(model, bits)
     parameters = {p.data_ptr(): p.nbytes for _, p in model.base_parameters()}
     assert weight_bytes(size_in(model, weight_bits=bits)) == sum(parameters.values())
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_copies_are_counted_to_the_byte_and_only_where_there_is_room(
+    dtype: torch.dtype, bits: int
+) -> None:
+    model = build(dtype)
+    if bits:
+        quantize_model_(model, bits)
+    plain = size_in(model, weight_bits=bits)
+    free = weight_bytes(plain) + 4 * packed_bytes(plain)  # a quarter may be taken
+    assert not size_as_packed(plain, dtype, free=free - 4, num_processes=1).packs
+    assert not size_as_packed(plain, dtype, free=free, num_processes=2).packs
+    size = size_as_packed(plain, dtype, free=free, num_processes=1)
+    taken = pack_weights_(model, room_bytes=packed_bytes(plain))
+    assert weight_bytes(size) - weight_bytes(plain) == taken
+    assert size.packs == can_pack(dtype) == bool(taken)
+    assert packed_bytes(size_in(model, tuning="full")) == 0, "what is trained is not packed"
 
 
 @pytest.mark.parametrize("project", [False, True])

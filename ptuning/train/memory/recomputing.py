@@ -59,7 +59,7 @@ def give_back_freed_memory() -> bool:
     By itself it raises that limit as blocks are freed and keeps them in pieces: a small int4 model
     that recomputed every layer held 1.21 GB in place of 0.72. New blocks cost a little more time.
     """
-    return _set_malloc({M_MMAP_THRESHOLD: LARGE_BLOCK_BYTES})
+    return _set_malloc(mmap=LARGE_BLOCK_BYTES, trim=LARGE_BLOCK_BYTES, pad=0)
 
 
 def keep_freed_memory() -> bool:
@@ -68,20 +68,20 @@ def keep_freed_memory() -> bool:
     By itself it gives the top of the heap back and faults it in anew, 20,000 pages in a step of a
     small model: little while the machine is at rest, a tenth of the step on a crowded one.
     """
-    return _set_malloc(
-        {
-            M_MMAP_THRESHOLD: HEAP_BLOCK,  # the most that glibc takes
-            M_TRIM_THRESHOLD: 2**31 - 1,
-            M_TOP_PAD: 2 * HEAP_BLOCK,
-        }
-    )
+    return _set_malloc(mmap=HEAP_BLOCK, trim=2**31 - 1, pad=2 * HEAP_BLOCK)
 
 
-def _set_malloc(options: Mapping[int, int]) -> bool:
+def _set_malloc(*, mmap: int, trim: int, pad: int) -> bool:
+    """Set glibc's limits in bytes, and give back what is free beyond them."""
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(name, value) for name, value in options.items())
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        return False
+    limits = {M_MMAP_THRESHOLD: mmap, M_TRIM_THRESHOLD: trim, M_TOP_PAD: pad}
+    are_set = [bool(libc.mallopt(name, limit)) for name, limit in limits.items()]
+    libc.malloc_trim(pad)
+    return all(are_set)
 
 
 class Choice(NamedTuple):
