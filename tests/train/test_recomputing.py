@@ -143,19 +143,16 @@ def faults_of_a_step():
     blocks = [torch.ones(2**20) for _ in range(20)]  # 4 MiB each: 20,480 pages
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-for arrange in (keep_freed_memory, give_back_freed_memory):
-    arranged = arrange()
-    print(int(arranged), min(faults_of_a_step() for _ in range(5)))
+arranged = keep_freed_memory()
+print(min(faults_of_a_step() for _ in range(5)), arranged, give_back_freed_memory())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
-def test_freed_memory_is_kept_for_the_next_step_or_given_back() -> None:
+def test_freed_memory_is_kept_for_the_next_step() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    kept, given_back = (tuple(map(int, line.split())) for line in done.stdout.splitlines())
-    assert kept[0] == given_back[0] == 1
-    # Huge pages, where the system gives them, are 512 to a fault.
-    assert kept[1] < 40  # 20,480 pages are 40 huge ones
-    assert given_back[1] >= 40
+    kept, *arranged = done.stdout.split()
+    assert arranged == ["True", "True"]
+    assert int(kept) < 40  # by itself glibc faults in all 20,480 pages, or 40 huge ones
