@@ -113,11 +113,18 @@ def assert_same_log(found: Path, wanted: Path) -> None:
                 assert abs(entry[name] - reference[name]) < 1e-5, entry
 
 
-def assert_same_weights(found: Path, wanted: Path, name: str, *, atol: float = 1e-5) -> None:
+def assert_same_weights(found: Path, wanted: Path, name: str, *, learning_rate: float) -> None:
+    """Within a thousandth of a step, and on average far closer.
+
+    AdamW divides a gradient by its own size: where a row's share cancels another's, the rounding
+    of the sum, which depends on who is in a batch, moves that entry by much more than itself.
+    """
     one, other = load_file(found / name), load_file(wanted / name)
     assert one.keys() == other.keys()
     for key in other:
-        torch.testing.assert_close(one[key], other[key], rtol=0, atol=atol)
+        difference = (one[key] - other[key]).abs()
+        assert difference.max() < 1e-3 * learning_rate, key
+        assert difference.mean() < 1e-5 * learning_rate, key
 
 
 def scores_of(out: Path) -> dict[str, Any]:
@@ -151,7 +158,9 @@ def test_several_processes_train_as_one(layout, launcher, tmp_path):
     several = argv_of(launcher, tmp_path / "several", num_rows, f"{flags} {shared}", NANO)
     launcher.finish(several, processes, no_dropout=True)
     assert_same_log(tmp_path / "several", tmp_path / "one")
-    assert_same_weights(tmp_path / "several", tmp_path / "one", "prefix.safetensors")
+    assert_same_weights(
+        tmp_path / "several", tmp_path / "one", "prefix.safetensors", learning_rate=2e-2
+    )
 
 
 @pytest.mark.parametrize(
