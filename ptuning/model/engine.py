@@ -93,7 +93,7 @@ class Engine:
             row.finish_reason = "cancelled"
         self.waiting.clear()
         self.rows.clear()
-        self._leave()
+        self.release()
 
     @torch.no_grad()
     def step(self) -> list[Row]:
@@ -183,11 +183,19 @@ class Engine:
                 self.slots.move(len(self.rows), slot, last.length)
                 self.rows[slot] = last
         if self.is_idle:
-            self.seen_prefixes.forget()
-            if self.graphed is not None:
-                self.graphed.forget()
-        if not self.waiting:
-            self.slots.give_back(len(self.rows), max((row.length for row in self.rows), default=0))
+            # Recorded steps hold for the slots as they lie, and are worth more than little memory.
+            if self.graphed is None or self.slots.num_bytes > self.slots.small_bytes:
+                self.release()
+        elif not self.waiting:
+            self.slots.give_back(len(self.rows), max(row.length for row in self.rows))
+
+    def release(self) -> None:
+        """Give back all memory that is kept for what may come; rows decode on as before."""
+        self.seen_prefixes.forget()
+        if self.graphed is not None:
+            self.graphed.forget()
+        if self.is_idle:
+            self.slots.give_back(0, 0)
 
 
 class GreedyEngine(Engine):

@@ -11,7 +11,8 @@ Shapes: R rows decoding, N rows with the idle ones, E hidden size.
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +26,12 @@ from ptuning.model.shared_prefix import Shares
 
 ROWS_STEP = 8  # above 8 rows, counts are filled up to multiples of it; below, to powers of 2
 COLUMNS_STEP = 64
-STEPS_BEFORE = 3  # recording costs about as much as ten plain steps: not for what ends at once
-MOST_GRAPHS = 32  # each holds a step's intermediate tensors
-MOST_DIFFERENCE = 0.05  # of the largest state: half precision's rounding, summed in another order
+# Recording costs about as much as ten plain steps: not for what ends at once, and not for a mixture
+# of prefixes, which the next row that joins or leaves makes another, before it has lasted a while.
+STEPS_BEFORE, MIXED_STEPS_BEFORE = 3, 16
+MOST_GRAPHS = 32  # each holds its result and its launches; intermediate tensors share one pool
+MOST_SHAPES = 4096  # whose plain steps are counted
+MOST_DIFFERENCE = 0.01  # of a row's length: half precision's rounding, summed in another order
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +55,34 @@ class Shape(NamedTuple):
     num_columns: int
     shares: tuple[Shares, ...]  # what each of the N rows sees
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows see the same."""
+        return all(shares == self.shares[0] for shares in self.shares)
+
+
+class Addresses(NamedTuple):
+    """Where recorded steps read and write; they hold for nothing else."""
+
+    slots: Slots
+    generation: int  # of the slots
+    weight: int  # a model that is moved or cast takes this weight with it
+
 
 class GraphedSteps:
     """Takes decoding steps, recorded where the same shape comes again and again."""
 
-    def __init__(self, transformer: ChatGLMModel, record: Record | None = None) -> None:
-        """Take a model on CUDA; another way to record is for tests."""
+    def __init__(
+        self, transformer: ChatGLMModel, make_recorder: Callable[[], Record] | None = None
+    ) -> None:
+        """Take a model on CUDA; other recorders are for tests."""
         self.transformer = transformer
         self.why_not = ""  # once recording has failed, how
-        self._record = record or CudaRecorder(transformer.inverse_frequencies.device)
+        self._make_recorder = make_recorder or self._cuda_recorder
+        self._record: Record | None = None
         self._graphs: dict[Shape, Graph] = {}
         self._steps: Counter[Shape] = Counter()  # plain ones, by shape
-        self._slots: tuple[Slots, int] | None = None  # those recorded with, and their generation
+        self._addresses: Addresses | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -71,9 +91,14 @@ class GraphedSteps:
 
     def step(self, rows: Sequence[Row], slots: Slots, seen: SeenPrefixes) -> Tensor:
         """Return the final states (R, E) of the newest tokens; they hold until the next step."""
-        if self._slots != (slots, slots.generation):
+        if self.why_not:
+            return self._plain(rows, slots, seen)
+        addresses = Addresses(
+            slots, slots.generation, self.transformer.final_layernorm.weight.data_ptr()
+        )
+        if addresses != self._addresses:
             self.forget()
-            self._slots = (slots, slots.generation)
+            self._addresses = addresses
         shape = self._shape_of(rows, slots)
         graph = self._graphs.get(shape)
         if graph is not None:
@@ -81,16 +106,25 @@ class GraphedSteps:
             graph.replay()
             return graph.output[: len(rows)]
         self._steps[shape] += 1
-        if self.why_not or self._steps[shape] < STEPS_BEFORE:
-            prefixes = seen.of([row.request.shares for row in rows])
-            return decode_step(self.transformer, rows, slots, prefixes)
+        if self._steps[shape] < (STEPS_BEFORE if shape.is_uniform else MIXED_STEPS_BEFORE):
+            if len(self._steps) > MOST_SHAPES:
+                self._steps.clear()
+            return self._plain(rows, slots, seen)
         return self._first_of(shape, rows, slots, seen.of(shape.shares))[: len(rows)]
 
     def forget(self) -> None:
         """Drop all recorded steps, and with them their memory."""
         self._graphs.clear()
         self._steps.clear()
-        self._slots = None
+        self._addresses = None
+        self._record = None  # a pool of memory that all graphs have left takes no new ones
+
+    def _cuda_recorder(self) -> "CudaRecorder":
+        return CudaRecorder(self.transformer.final_layernorm.weight.device)
+
+    def _plain(self, rows: Sequence[Row], slots: Slots, seen: SeenPrefixes) -> Tensor:
+        prefixes = seen.of([row.request.shares for row in rows])
+        return decode_step(self.transformer, rows, slots, prefixes)
 
     def _shape_of(self, rows: Sequence[Row], slots: Slots) -> Shape:
         num_rows = min(filled_rows(len(rows)), slots.num_slots)
@@ -115,21 +149,25 @@ class GraphedSteps:
             return run_step(self.transformer, numbers, slots, shape.num_columns, prefixes)
 
         expected = work()
+        if not bool(expected.isfinite().all()):
+            del self._steps[shape]  # the model overflows: nothing to compare with
+            return expected
+        if len(self._graphs) >= MOST_GRAPHS:  # graphs share memory: all go or none
+            addresses = self._addresses
+            self.forget()
+            self._addresses = addresses
+        self._record = self._record or self._make_recorder()
         try:
             replay, output = self._record(work)
             replay()
         except RuntimeError as error:
-            self._give_up(" ".join(str(error).split())[:300] or type(error).__name__)
+            cause = error.__context__ or error  # a capture's end fails too once a step in it has
+            self._give_up(" ".join(str(cause).split())[:300] or type(cause).__name__)
             return expected
-        largest, difference = expected.abs().max(), (output - expected).abs().max()
-        if not bool(difference <= MOST_DIFFERENCE * largest):  # so that a NaN counts as one
-            self._give_up(
-                f"a recorded step differs by {difference.item():.3g} from a plain one, whose "
-                f"largest state is {largest.item():.3g}"
-            )
+        difference = _largest_difference(output[: len(rows)], expected[: len(rows)])
+        if not difference <= MOST_DIFFERENCE:  # so that a NaN counts as one
+            self._give_up(f"a recorded step differs from a plain one by {difference:.3g} of itself")
             return expected
-        if len(self._graphs) >= MOST_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
         self._graphs[shape] = Graph(numbers, replay, output, prefixes)
         return output
 
@@ -137,8 +175,17 @@ class GraphedSteps:
         self.forget()
         self.why_not = reason
         logger.warning(
-            "Decoding steps are not recorded as CUDA graphs, which is slower: %s", reason
+            "Decoding steps are not recorded as CUDA graphs from here on, so answers take longer: "
+            "%s. Engine(record_steps=False) takes plain steps from the start.",
+            reason,
         )
+
+
+def _largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the length of the difference over that of the row expected, in the worst row."""
+    expected = expected.float()
+    ratios = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return ratios.max().item()
 
 
 def filled_rows(num_rows: int) -> int:
@@ -156,23 +203,27 @@ class CudaRecorder:
     """Records CUDA graphs that share one pool of memory: they are replayed one at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
+        self._device = device
+        self._stream = _recording_stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Record work, after running it on the same stream: libraries set themselves up there."""
-        with torch.cuda.device(self.device):
-            if self._stream is None:
-                self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream):  # left for the caller's, also by a failed capture
                 work()
+                # Other threads may use the device meanwhile: a server reads a prefix, say.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    output = work()
             torch.cuda.current_stream().wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device meanwhile: a server reads a prefix, say.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                output = work()
         return graph.replay, output
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the device's one stream to record on: cuBLAS keeps memory for each it has seen."""
+    return torch.cuda.Stream(device)

@@ -2,14 +2,15 @@
 
 A slot holds real tokens from column 0 on. In memory the columns of a key lie side by side: so one
 query's scores are read twice as fast. Memory follows the rows in use: it grows by at least half or
-to what is needed (at once to what may be needed, where that is little), shrinks when three quarters
-lie idle, and is given back when nothing is left.
+to what is needed, shrinks when three quarters
+lie idle, and is given back when nothing is left; little is taken at once and stays as it is.
 Shapes: H heads, D head width.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -18,6 +19,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 COLUMN_STEP = 16  # capacities are multiples: fast products want rows to begin at round addresses
 FEWEST_SLOTS, FEWEST_COLUMNS = 4, 64  # below this, memory is not worth moving tensors for
 SMALL_BYTES = 64 * 2**20  # up to this, all that the rows can ever need is taken at once
+SMALL_BYTES_CUDA, SMALL_SHARE_CUDA = 2**30, 1 / 16  # ... on a card: what moves is recorded anew
 IDLE_SHARE = 4  # shrink when a quarter or less is in use
 
 
@@ -32,6 +34,7 @@ class Slots:
         self.generation = 0  # how often the tensors were replaced
         self._heads = (config.num_attention_heads, config.head_dim)
         self._like = model.transformer.final_layernorm.weight
+        self.small_bytes = _small_bytes(self._like.device)
         self.keys = [self._allocate_keys() for _ in range(config.num_layers)]
         self.values = [self._allocate() for _ in range(config.num_layers)]
 
@@ -72,7 +75,7 @@ class Slots:
             num_slots = max(num_rows, min(most_rows, max(2 * num_slots, FEWEST_SLOTS)))
         if columns > capacity:
             ahead = max(round_up(capacity * 3 // 2), FEWEST_COLUMNS)
-            if num_slots * most_columns * self._column_bytes <= SMALL_BYTES:
+            if num_slots * most_columns * self._column_bytes <= self.small_bytes:
                 ahead = most_columns
             capacity = max(columns, min(most_columns, ahead))
         self._resize(num_slots, capacity)
@@ -85,7 +88,7 @@ class Slots:
         num_slots, capacity = self.num_slots, self.capacity
         if num_rows * IDLE_SHARE <= num_slots > FEWEST_SLOTS:
             num_slots = max(2 * num_rows, FEWEST_SLOTS)
-        is_small = num_slots * capacity * self._column_bytes <= SMALL_BYTES
+        is_small = num_slots * capacity * self._column_bytes <= self.small_bytes
         if columns * IDLE_SHARE <= capacity > FEWEST_COLUMNS and not is_small:
             capacity = max(round_up(2 * columns), FEWEST_COLUMNS)
         self._resize(num_slots, capacity)
@@ -118,6 +121,13 @@ class Slots:
             for index, old in enumerate(stored):
                 stored[index] = allocate()
                 stored[index][:rows, :, :columns] = old[:rows, :, :columns]
+
+
+def _small_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SMALL_BYTES
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(SMALL_BYTES, min(SMALL_BYTES_CUDA, int(total * SMALL_SHARE_CUDA)))
 
 
 def round_up(columns: int) -> int:
