@@ -40,8 +40,7 @@ from ptuning.train.curve import CurveCallback
 from ptuning.train.faults.endings import ending_of, memory_settings
 from ptuning.train.memory.eval_rows import settle_eval_rows
 from ptuning.train.memory.memory_errors import memory_explained
-from ptuning.train.memory.packed_copies import pack_where_roomy
-from ptuning.train.memory.recompute_run import recompute_as_asked, size_of_model
+from ptuning.train.memory.recompute_run import pack_for_run, recompute_as_asked
 from ptuning.train.processes.launch import launched_index, process_name
 from ptuning.train.processes.processes import check_same_everywhere, check_shared_folder, gather
 from ptuning.train.resume.resume_checks import check_same_run, fingerprint_rows
@@ -151,8 +150,7 @@ def work(
             **hub,
         )
         tuning.attach(model)
-        pack_where_roomy(model, training.device, num_processes=training.world_size)
-        size = size_of_model(model, model_flags, training)
+        size = pack_for_run(model, model_flags, training, rows.train)
         settle_eval_rows(arguments, rows, settings, size, free=None)
         trainer = make_trainer(model, tokenizer, rows, arguments, settings, tuning, stop)
     if training.do_train:

@@ -125,7 +125,7 @@ def train(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -> N
     """Take two optimiser steps, so that the second finds the optimiser's state."""
     encoder = model.prefix_encoder
     assert encoder is not None, "make_model attaches one"
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
     batch = pad_right([row._asdict() for row in rows], pad_id=3)
     for _ in range(2):
         model(**{name: value.to(model.device) for name, value in batch.items()}).loss.backward()

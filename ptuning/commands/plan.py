@@ -29,9 +29,9 @@ from ptuning.train.memory.memory_model import (
     ModelSize,
     TrainingMemory,
     size_of,
+    trained_bytes,
     weight_bytes,
 )
-from ptuning.train.memory.packed_copies import size_as_packed
 from ptuning.train.memory.plan import (
     TRAINING_SHARE,
     Advice,
@@ -46,7 +46,8 @@ from ptuning.train.memory.plan import (
     memory_of,
     training_flops,
 )
-from ptuning.train.memory.recomputing import FREE_SHARE, choose_recomputed, free_bytes
+from ptuning.train.memory.recompute_run import choose_for_run, size_as_run
+from ptuning.train.memory.recomputing import FREE_SHARE, free_bytes
 from ptuning.train.rows import Rows, load_rows
 from ptuning.train.settings import RunSettings, resolve_settings
 
@@ -63,7 +64,7 @@ class Situation(NamedTuple):
     size: ModelSize
     device: torch.device
     process: int  # bytes that Python and its libraries hold; 0 where only the device counts
-    free: int  # bytes
+    free: int  # bytes, before anything is loaded; of a CPU's, this process's part
     product_flops: float  # per second
 
     @property
@@ -126,12 +127,15 @@ def look(arguments: Arguments) -> Situation:
         import psutil
 
         process = int(psutil.Process().memory_info().rss)
-    free = free_bytes(device)
-    if device.type == "cpu":
-        size = size_as_packed(size, dtype, free=free, num_processes=training.world_size)
-    beside_model = max(0, free - weight_bytes(size)) // training.world_size
-    settle_eval_rows(arguments, rows, settings, size, free=beside_model)
+    free = free_bytes(device, training.world_size)
+    size = size_as_run(size, dtype, training, rows.train, free=beside_model(size, free))
+    settle_eval_rows(arguments, rows, settings, size, free=beside_model(size, free))
     return Situation(arguments, settings, rows, size, device, process, free, flops)
+
+
+def beside_model(size: ModelSize, free: int) -> int:
+    """Return the bytes that are left once the model, with what is trained, is there."""
+    return max(0, free - weight_bytes(size) - trained_bytes(size))
 
 
 def read_configuration(name: str, hub: Mapping[str, Any]) -> ChatGLMConfig:
@@ -201,16 +205,7 @@ def plan_training(situation: Situation, rows: TokenDataset) -> tuple[list[str], 
     training, size = situation.arguments.training, situation.size
     lengths, contexts = rows.lengths, rows.arrays.context_lengths
     batch = largest_batch(lengths, contexts, training.per_device_train_batch_size)
-    empty = memory_of(size, batch, run_shape(situation, 0), on_cpu=situation.on_cpu)
-    choice = choose_recomputed(
-        getattr(training, "recomputing", "auto"),
-        size,
-        batch,
-        free=max(0, situation.free - empty.weights - empty.trained),
-        on_cpu=situation.on_cpu,
-        accumulates=training.gradient_accumulation_steps > 1,
-        num_layers=getattr(training, "checkpoint_layers", None),
-    )
+    choice = choose_for_run(training, size, rows, beside_model(size, situation.free))
     shape = run_shape(situation, choice.num_recomputed)
     steps = count_steps(len(rows), shape)
     memory = memory_of(size, batch, shape, on_cpu=situation.on_cpu)
@@ -237,16 +232,14 @@ def plan_training(situation: Situation, rows: TokenDataset) -> tuple[list[str], 
         f"{flops / 1e9:.0f} GFLOP at {speed.training_share:.0%} (assumed) of the "
         f"{speed.product_flops / 1e9:.0f} GFLOP/s measured in a product",
     ]
-    needed = memory.total
-    fits = needed <= FREE_SHARE * situation.free
-    if not fits:
+    if not choice.fits:
         lines += advice_lines(
             advise_training(
                 size, lengths, contexts, shape, on_cpu=situation.on_cpu, available=situation.free
             ),
             situation,
         )
-    return lines, fits
+    return lines, choice.fits
 
 
 def plan_answering(situation: Situation) -> tuple[list[str], bool]:
@@ -271,7 +264,8 @@ def plan_answering(situation: Situation) -> tuple[list[str], bool]:
         f"  time       at most {in_words(time_s)}, when no answer ends early, at "
         f"{speed.answering_share:.0%} (assumed) of the product's speed",
     ]
-    fits = memory.total <= FREE_SHARE * situation.free
+    beside = beside_model(size, situation.free)
+    fits = memory.cache + memory.working <= FREE_SHARE * beside
     if not fits:
         lines += advice_lines(
             advise_answering(size, prompts, shape, on_cpu=situation.on_cpu), situation
@@ -288,8 +282,8 @@ def memory_lines(memory: TrainingMemory | AnsweringMemory, situation: Situation)
     shown = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
     return [
         f"  memory     {total / 1e9:.2f} GB at the peak: {shown}",
-        f"             {situation.free / 1e9:.2f} GB are free on {situation.device}, of which "
-        f"{FREE_SHARE:.0%} are planned with",
+        f"             {situation.free / 1e9:.2f} GB are free on {situation.device}; of what the "
+        f"model leaves, {FREE_SHARE:.0%} are planned with",
     ]
 
 

@@ -23,7 +23,10 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Return 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), element by element."""
+    """Return 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), element by element.
+
+    On a CPU the gradient is a number for |x| up to 1e12, where x^3 is one too.
+    """
     if x.device.type != "cpu" or x.dtype not in TYPES or prefers_plain_torch():
         return functional.gelu(x, approximate="tanh")
     if torch.is_grad_enabled() and x.requires_grad:

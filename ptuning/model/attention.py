@@ -27,7 +27,7 @@ class LayerInputs(NamedTuple):
     mask: Tensor | None  # (B or 1, 1, S, K), 0 for visible, else very low; None: all are visible
     prefix_dropout: float  # 0 outside training
     packing: Packing | None  # None: hidden states are (B, S, E); else (1, T, E), rows end to end
-    rows: PackedRows | None = None  # with a packing on a CPU: attention row by row
+    rows: PackedRows | None = None  # with a packing on a CPU: attention in groups of rows
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -239,7 +239,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return LayerInputs(rotation, mask, dropout, packing)
 
     def attends_by_rows(self) -> bool:
-        """Say whether packed rows pass attention one by one: on a CPU, unless weights are asked."""
+        """Say whether packed rows pass attention in groups: on a CPU, unless weights are asked."""
         on_cpu = self.inverse_frequencies.device.type == "cpu"
         return on_cpu and self.config._attn_implementation != "eager"
 

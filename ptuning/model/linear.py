@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-PACKING_SHARE = 0.25  # of free memory that packed copies may take
 MIN_ROWS = 4  # below, an unpacked weight is read from memory once and any product takes as long
 
 _plain_torch = False
@@ -43,7 +42,7 @@ class PackedWeight(NamedTuple):
 
     copy: Tensor
     source: Tensor
-    version: int
+    state: tuple[Any, ...]
 
 
 class Linear(nn.Linear):
@@ -79,17 +78,20 @@ class Linear(nn.Linear):
     def pack_(self) -> None:
         """Keep a copy of the weight in oneDNN's layout beside it.
 
-        A weight that is changed or moved later drops its copy.
+        A weight that is changed, replaced, moved, cast or trained later drops its copy. What is
+        written in place through `weight.data`, as peft's merge does, PyTorch cannot tell: pack anew
+        after it.
         """
         copy = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-        self._packed = PackedWeight(copy, self.weight, self.weight._version)
+        self._packed = PackedWeight(copy, self.weight, _state_of(self.weight))
 
     def packed_weight(self) -> PackedWeight | None:
         """Return the copy while it is that of the weight as it is now."""
         packed = self._packed
         if packed is None:
             return None
-        if packed.source is not self.weight or packed.version != self.weight._version:
+        weight = self.weight
+        if packed.source is not weight or packed.state != _state_of(weight) or weight.requires_grad:
             self._packed = None
         return self._packed
 
@@ -99,12 +101,12 @@ class Linear(nn.Linear):
             not prefers_plain_torch()
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype
-            and not (torch.is_grad_enabled() and self._is_trained())
-            and not torch.is_autocast_enabled("cpu")
             and (
                 self.packed_weight() is not None
                 or (x.dtype is torch.float32 and x.numel() >= MIN_ROWS * x.shape[-1])
             )
+            and not (torch.is_grad_enabled() and self._is_trained())
+            and not torch.is_autocast_enabled("cpu")
             and has_onednn()
         )
 
@@ -114,15 +116,18 @@ class Linear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear":
         """Move or cast, and drop the copy of what was there before."""
-        address = self.weight.data_ptr()
         super()._apply(fn, recurse)
-        if self.weight.data_ptr() != address:  # trainers move a model to where it is already
-            self._packed = None
+        self.packed_weight()  # kept where nothing changed: trainers move a model to where it is
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed copy out of pickles and deep copies."""
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+def _state_of(weight: Tensor) -> tuple[Any, ...]:
+    """Return what differs once a weight has other values or another form."""
+    return weight.data_ptr(), weight._version, weight.dtype, weight.shape
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -152,7 +157,7 @@ def pack_weights_(model: nn.Module, *, room_bytes: int) -> int:
         and can_pack(module.weight.dtype)
         and not module.weight.requires_grad
     ]
-    needed = sum(m.weight.numel() * m.weight.element_size() for m in maps)
+    needed = sum(module.weight.nbytes for module in maps)
     if needed > room_bytes:
         return 0
     for module in maps:

@@ -88,6 +88,7 @@ class Scheduler:
         self._tickets: dict[Row, Ticket] = {}  # of the engine's thread
         self._inbox: list[Ticket] = []
         self._cancelled: list[Ticket] = []
+        self._is_to_release = False
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -126,6 +127,12 @@ class Scheduler:
             self._cancelled.append(ticket)
             self._wake.notify()
 
+    def release(self) -> None:
+        """Have the engine give back what it keeps for requests to come, say a prefix's."""
+        with self._wake:
+            self._is_to_release = self._thread is not None
+            self._wake.notify()
+
     def close(self) -> None:
         """End the thread; what is not finished is cancelled."""
         with self._wake:
@@ -158,13 +165,22 @@ class Scheduler:
         """Wait for work and hand it to the engine; False when closed."""
         with self._wake:
             self._wake.wait_for(
-                lambda: self._is_closed or self._inbox or self._cancelled or not self.engine.is_idle
+                lambda: (
+                    self._is_closed
+                    or self._inbox
+                    or self._cancelled
+                    or self._is_to_release
+                    or not self.engine.is_idle
+                )
             )
+            is_to_release, self._is_to_release = self._is_to_release, False
             inbox, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
             for ticket in inbox:
                 self._tickets[ticket.row] = ticket
                 self.engine.add_row(ticket.row)
+        if is_to_release:
+            self.engine.release()
         for ticket in cancelled:
             if ticket.row in self._tickets:
                 self.engine.cancel(ticket.row)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-import psutil
 import torch
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
@@ -19,7 +18,6 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu_threads import limit_threads, release_helper_threads
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request
-from ptuning.model.linear import PACKING_SHARE, pack_weights_
 from ptuning.model.prefix_artefact import load_prefix
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.model.tuned import TunedInfo
@@ -27,6 +25,7 @@ from ptuning.serve.scheduler import Scheduler, Ticket
 from ptuning.serve.session_front import Load, NamedPrefix, SessionFront, Weighted
 from ptuning.serve.tuned_model import find_model
 from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
+from ptuning.train.memory.packed_copies import pack_where_roomy
 
 MAX_ROWS = 32  # decoded together; more wait
 JOIN_PATIENCE = 3  # steps that a request may wait for others to be read together with
@@ -96,8 +95,7 @@ class Session(SessionFront[LoadedPrefix]):
         if named.adapter is not None:
             load_adapter(model, named.adapter)
             logger.info("Adapter %s on %s: every answer is its own", named.adapter, named.weights)
-        room_bytes = int(PACKING_SHARE * psutil.virtual_memory().available)
-        pack_weights_(model, room_bytes=room_bytes)
+        pack_where_roomy(model, device)
         release_helper_threads()  # the engine's thread computes from here on
         return cls(model, tokenizer, max_rows=max_rows, max_queue=max_queue, tuned=named.info)
 
@@ -109,6 +107,11 @@ class Session(SessionFront[LoadedPrefix]):
         release_helper_threads()
         logger.info("Prefix %s: %d tokens, from %s", name, info.prefix_length, path)
         return LoadedPrefix(name, path, info, shared)
+
+    def remove_prefix(self, name: str) -> None:
+        """Forget a prefix, and have the engine let go of it."""
+        super().remove_prefix(name)
+        self.scheduler.release()
 
     @property
     def load_now(self) -> Load:

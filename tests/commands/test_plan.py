@@ -58,7 +58,7 @@ def test_a_run_that_does_not_fit_names_settings_with_their_numbers_and_ends_with
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(plan, "free_bytes", lambda device: 6_000_000)
+    monkeypatch.setattr(plan, "free_bytes", lambda *_: 6_000_000)
     assert main(["plan", *flags]) == plan.NOT_FITTING == 3
     text = capsys.readouterr().out
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 2" in text

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from ptuning.model import linear as linear_module
@@ -106,6 +107,60 @@ def test_a_changed_moved_or_copied_weight_drops_its_packed_copy(frozen, dtype):
     assert frozen.to("cpu").to(dtype).packed_weight() is kept, "it is there already"
     frozen.to(torch.float64)
     assert frozen.packed_weight() is None
+
+
+@needs_onednn
+def test_a_replaced_or_trained_weight_drops_its_packed_copy(frozen):
+    x = torch.randn(8, 24)
+    other = torch.randn_like(frozen.weight)
+
+    def replaces():
+        frozen.weight = nn.Parameter(other, requires_grad=False)
+
+    def assigns():
+        frozen.weight.data = other.clone()
+
+    def trains():
+        frozen.weight.requires_grad_(True)
+        optimizer = torch.optim.AdamW([frozen.weight], lr=1.0, fused=True)
+        frozen(x).sum().backward()
+        optimizer.step()
+        frozen.weight.requires_grad_(False)
+
+    def shrinks():
+        frozen.weight.data = frozen.weight.data[:7].contiguous()
+        frozen.bias.data = frozen.bias.data[:7].contiguous()
+
+    for change in (replaces, assigns, trains, shrinks):
+        assert pack_weights_(frozen, room_bytes=PLENTY)
+        change()
+        assert frozen.packed_weight() is None, change.__name__
+        expected = functional.linear(x, frozen.weight, frozen.bias)
+        torch.testing.assert_close(frozen(x), expected)
+
+
+@needs_onednn
+@pytest.mark.parametrize("cast", ["half", "double", "bfloat16"])
+def test_a_tied_head_drops_its_packed_copy_with_the_embedding(cast):
+    """The embedding is cast first, and the head's weight, the same parameter, with it."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(24, 8)
+            self.head = Linear(8, 24, bias=False)
+            self.head.weight = self.embedding.weight.requires_grad_(False)
+
+    model = Tied()
+    assert pack_weights_(model, room_bytes=PLENTY)
+    getattr(model, cast)()
+    assert model.head.packed_weight() is None
+    states = torch.randn(3, 8).to(model.head.weight.dtype)
+    torch.testing.assert_close(model.head(states), functional.linear(states, model.head.weight))
+    model.float()
+    torch.testing.assert_close(
+        model.head(states.float()), functional.linear(states.float(), model.head.weight)
+    )
 
 
 @needs_onednn

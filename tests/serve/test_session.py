@@ -1,5 +1,6 @@
 """The session answers as evaluation does, streams what it will not take back, and stops when told."""
 
+import queue
 import threading
 import time
 
@@ -195,6 +196,19 @@ def test_prefixes_come_and_go_while_answers_run(session, prefix_dirs):
     for name in ("base", "", "a/b", "x" * 65):
         with pytest.raises(ValueError, match="cannot name a prefix"):
             session.add_prefix(name, prefix_dirs["adgen"])
+
+
+def test_the_engine_lets_go_of_a_removed_prefix_in_its_own_thread(
+    session, prefix_dirs, monkeypatch
+):
+    session.chat("你好", max_new_tokens=2).read()
+    released = queue.Queue()
+    monkeypatch.setattr(
+        session.scheduler.engine, "release", lambda: released.put(threading.current_thread().name)
+    )
+    session.add_prefix("passing", prefix_dirs["adgen"])
+    session.remove_prefix("passing")
+    assert released.get(timeout=10) == "engine"
 
 
 @pytest.mark.parametrize("length", [0, -3, 5000])

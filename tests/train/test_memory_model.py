@@ -22,6 +22,7 @@ from ptuning.train.memory.memory_model import (
     weight_bytes,
 )
 from ptuning.train.memory.packed_copies import size_as_packed
+from ptuning.train.memory.recomputing import Choice, choose_recomputed
 
 PROMPTS, ANSWERS = (30, 21, 9), (40, 33, 50)
 LENGTHS = tuple(p + a for p, a in zip(PROMPTS, ANSWERS, strict=True))
@@ -105,14 +106,35 @@ def test_packed_copies_are_counted_to_the_byte_and_only_where_there_is_room(
     if bits:
         quantize_model_(model, bits)
     plain = size_in(model, weight_bits=bits)
-    free = weight_bytes(plain) + 4 * packed_bytes(plain)  # a quarter may be taken
-    assert not size_as_packed(plain, dtype, free=free - 4, num_processes=1).packs
-    assert not size_as_packed(plain, dtype, free=free, num_processes=2).packs
-    size = size_as_packed(plain, dtype, free=free, num_processes=1)
+    free = 4 * packed_bytes(plain)  # a quarter may be taken
+    assert not size_as_packed(plain, dtype, free=free - 4).packs
+    size = size_as_packed(plain, dtype, free=free)
     taken = pack_weights_(model, room_bytes=packed_bytes(plain))
     assert weight_bytes(size) - weight_bytes(plain) == taken
     assert size.packs == can_pack(dtype) == bool(taken)
     assert packed_bytes(size_in(model, tuning="full")) == 0, "what is trained is not packed"
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch was built without oneDNN")
+@pytest.mark.parametrize("wanted", ["auto", "false"])
+def test_packed_copies_cost_no_recomputed_layer_and_no_run(wanted: str) -> None:
+    """However much is free, the choice beside the copies is the one without them."""
+    size = size_in(build(torch.float32, num_layers=8))
+    batch = Batch((60, 50, 40) * 8, 300)
+    copies = packed_bytes(size)
+
+    def choose(free: int) -> Choice:
+        return choose_recomputed(wanted, size, batch, free=free, on_cpu=True, accumulates=False)
+
+    packing = []
+    most = 2 * choose(0).needed_without
+    for free in range(4 * copies, 4 * copies + most, most // 200):
+        packs = size_as_packed(size, torch.float32, free=free, choose=choose).packs
+        beside = choose(free - copies)
+        assert not packs or (beside.fits and beside.num_recomputed == choose(free).num_recomputed)
+        packing.append(packs)
+    assert packing[-1], "there is room for everything"
+    assert packing.count(False), "there is not: the copies would take what a step needs"
 
 
 @pytest.mark.parametrize("project", [False, True])

@@ -37,7 +37,7 @@ def settle_eval_rows(
     if training.eval_rows_typed or training.device.type != "cpu":
         return
     if free is None:
-        free = free_bytes(training.device) // training.world_size
+        free = free_bytes(training.device, training.world_size)
     if training.do_train:  # its gradients and optimiser are not there yet
         free -= size.trained * (FLOAT32 + ADAM_BYTES)
     fitting = fitting_rows(

@@ -18,8 +18,8 @@ from ptuning.model.packed_attention import group_rows, round_up_keys
 FLOAT32 = 4  # bytes; prefix, optimiser and softmax are float32 whatever the base is
 SCALE_BYTES = 2  # of a quantised weight's row, float16
 ADAM_BYTES = 2 * FLOAT32  # two running means for each trained parameter
-# Float logits beside each other while the loss of a chunk is formed: themselves and the
-# exponentials that logsumexp makes of them.
+# Float logits beside each other while the loss of a chunk is formed: themselves and their
+# log-softmax.
 LOGIT_COPIES = 2
 # Widths of E, per token, that a layer's backward pass holds beside what the forward pass kept: the
 # gradients on both sides of the inner activation (2 I) and those around it.
@@ -163,6 +163,12 @@ def packed_bytes(size: ModelSize) -> int:
     return (layers + head) * size.dtype_bytes
 
 
+def trained_bytes(size: ModelSize) -> int:
+    """Return the trained parameters outside the base, and the prefix in the base's dtype."""
+    in_use = size.prefix_entries * size.dtype_bytes if size.prefix_length else 0
+    return (0 if size.tuning == "full" else size.trained * FLOAT32) + in_use
+
+
 def _stored(rows: int, columns: int, bits: int, dtype_bytes: int) -> int:
     if not bits:
         return rows * columns * dtype_bytes
@@ -253,7 +259,6 @@ def training_memory(
     unit = size.dtype_bytes
     is_full = size.tuning == "full"
     in_use = size.prefix_entries * unit if size.prefix_length else 0
-    trained = (0 if is_full else size.trained * FLOAT32) + in_use
     gradients, state = size.trained * FLOAT32, size.trained * ADAM_BYTES
     widths = BACKWARD_WIDTHS * size.hidden_size + 2 * size.inner_size
     backward = batch.tokens * widths * unit
@@ -276,7 +281,12 @@ def training_memory(
     shown_logits = min(logits, peak - activations)
     working = max(0, peak - activations - shown_logits - pending)
     return TrainingMemory(
-        weight_bytes(size), trained, state + pending, activations, shown_logits, working
+        weight_bytes(size),
+        trained_bytes(size),
+        state + pending,
+        activations,
+        shown_logits,
+        working,
     )
 
 
@@ -327,11 +337,9 @@ def answering_memory(
     reading += cache_bytes(size, 1, read_at_once)
     reading += 2 * rows_at_once * (size.prefix_length + longest) * hidden * unit
     choosing = num_rows * size.vocab_size * unit
-    prefix = size.prefix_entries * unit if size.prefix_length else 0
-    trained = 0 if size.tuning == "full" else size.trained * FLOAT32
     return AnsweringMemory(
         weight_bytes(size),
-        trained + prefix,
+        trained_bytes(size),
         cache_bytes(size, num_rows, longest + new_tokens),
         max(reading, choosing),
     )

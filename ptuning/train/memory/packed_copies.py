@@ -1,36 +1,41 @@
 """Frozen weights held a second time on a CPU, laid out for its processor, where there is room."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.linear import PACKING_SHARE, can_pack, pack_weights_
-from ptuning.train.memory.memory_model import ModelSize, packed_bytes, weight_bytes
-from ptuning.train.memory.recomputing import free_bytes
+from ptuning.model.linear import can_pack, pack_weights_
+from ptuning.train.memory.memory_model import ModelSize, packed_bytes
+from ptuning.train.memory.recomputing import Choice, free_bytes
+
+PACKING_SHARE = 0.25  # of free memory that packed copies may take
 
 
-def pack_where_roomy(
-    model: ChatGLMForConditionalGeneration, device: torch.device, *, num_processes: int = 1
-) -> int:
+def pack_where_roomy(model: ChatGLMForConditionalGeneration, device: torch.device) -> int:
     """Pack the weights of a model that is to run on device; return the bytes that this took."""
     if device.type != "cpu":
         return 0
-    return pack_weights_(model, room_bytes=packing_room(free_bytes(device), num_processes))
+    return pack_weights_(model, room_bytes=int(PACKING_SHARE * free_bytes(device)))
 
 
 def size_as_packed(
-    size: ModelSize, dtype: torch.dtype, *, free: int, num_processes: int
+    size: ModelSize,
+    dtype: torch.dtype,
+    *,
+    free: int,
+    choose: Callable[[int], Choice] | None = None,
 ) -> ModelSize:
-    """Return the size that a model of dtype will have on a CPU of which `free` bytes are free."""
-    room = packing_room(max(0, free - weight_bytes(size)), num_processes)
-    return replace(size, packs=can_pack(dtype) and packed_bytes(size) <= room)
+    """Return the size that a model of dtype is to have on a CPU; free is in bytes beside it.
 
-
-def packing_room(free: int, num_processes: int) -> int:
-    """Return the bytes that packed copies of a process's weights may take, of those that are free.
-
-    >>> packing_room(8 * 10**9, 2)
-    1000000000
+    Copies take at most a quarter of what is free. They save a few per cent of a training step, a
+    recomputed layer costs more: choose says which layers are recomputed with so many bytes free,
+    and copies that would add to them, or leave a step too little, are not made.
     """
-    return int(PACKING_SHARE * free) // num_processes
+    copies = packed_bytes(size)
+    packs = can_pack(dtype) and 0 < copies <= PACKING_SHARE * free
+    if packs and choose is not None:
+        beside = choose(free - copies)
+        packs = beside.fits and beside.num_recomputed == choose(free).num_recomputed
+    return replace(size, packs=packs)

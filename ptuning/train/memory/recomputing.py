@@ -159,12 +159,12 @@ def _needs(
     return needed
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free on a device now, in bytes."""
+def free_bytes(device: torch.device, num_processes: int = 1) -> int:
+    """Return the memory that is free on a device now, in bytes; of a CPU's, each process's part."""
     if device.type == "cuda":
         # What torch's allocator keeps for reuse is free to us too.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // num_processes
