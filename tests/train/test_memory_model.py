@@ -21,7 +21,7 @@ from ptuning.train.memory.memory_model import (
     training_memory,
     weight_bytes,
 )
-from ptuning.train.memory.packed_copies import size_as_packed
+from ptuning.train.memory.packed_copies import pack_where_roomy, size_as_packed
 from ptuning.train.memory.recomputing import Choice, choose_recomputed
 
 PROMPTS, ANSWERS = (30, 21, 9), (40, 33, 50)
@@ -111,7 +111,8 @@ def test_packed_copies_are_counted_to_the_byte_and_only_where_there_is_room(
     size = size_as_packed(plain, dtype, free=free)
     taken = pack_weights_(model, room_bytes=packed_bytes(plain))
     assert weight_bytes(size) - weight_bytes(plain) == taken
-    assert size.packs == can_pack(dtype) == bool(taken)
+    assert size.packs == bool(taken) == (can_pack(dtype) and not bits)
+    assert pack_where_roomy(model, torch.device("cpu")) == taken
     assert packed_bytes(size_in(model, tuning="full")) == 0, "what is trained is not packed"
 
 

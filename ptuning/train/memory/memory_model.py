@@ -155,12 +155,11 @@ def weight_bytes(size: ModelSize) -> int:
 
 
 def packed_bytes(size: ModelSize) -> int:
-    """Return what packed copies of the frozen float maps take (`ptuning.model.linear`)."""
-    if size.tuning == "full":
+    """Return what packed copies of the frozen float maps take (`packed_copies`)."""
+    if size.tuning == "full" or size.weight_bits:
         return 0
-    layers = 0 if size.weight_bits else size.layer_weights
     head = 0 if size.embedding_bits else size.vocab_size * size.hidden_size
-    return (layers + head) * size.dtype_bytes
+    return (size.layer_weights + head) * size.dtype_bytes
 
 
 def trained_bytes(size: ModelSize) -> int:

@@ -1,4 +1,7 @@
-"""Frozen weights held a second time on a CPU, laid out for its processor, where there is room."""
+"""Frozen weights held a second time on a CPU, laid out for its processor, where there is room.
+
+A quantised base is there to be small: its float output head is not held twice.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +18,7 @@ PACKING_SHARE = 0.25  # of free memory that packed copies may take
 
 def pack_where_roomy(model: ChatGLMForConditionalGeneration, device: torch.device) -> int:
     """Pack the weights of a model that is to run on device; return the bytes that this took."""
-    if device.type != "cpu":
+    if device.type != "cpu" or model.config.quantization_bit:
         return 0
     return pack_weights_(model, room_bytes=int(PACKING_SHARE * free_bytes(device)))
 
