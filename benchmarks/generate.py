@@ -36,8 +36,8 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import PUBLISHED_SAMPLING
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request, Row
+from ptuning.model.packed_copies import pack_where_roomy
 from ptuning.model.shared_prefix import SharedPrefix, Shares, mix_prefixes
-from ptuning.train.memory.packed_copies import pack_where_roomy
 
 NO_END: frozenset[int] = frozenset()  # every row goes to its budget
 BANDWIDTH_BYTES = 2**29  # of the tensor that is read to measure the device: far above any cache
@@ -240,7 +240,7 @@ def main(argv: list[str]) -> int:
     """Print the table."""
     flags = parse(argv)
     model = make_model(flags).eval()
-    pack_where_roomy(model, model.device)
+    pack_where_roomy(model)
     bandwidth = memory_gb_per_s(flags.device)
     sys.stdout.write(
         f"{machine()}\n{flags.size}, {flags.dtype}, P {flags.prefix}, up to {flags.batch_size} "

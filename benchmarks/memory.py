@@ -34,6 +34,7 @@ from benchmarks.setting import (
 from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine import GreedyEngine
+from ptuning.model.packed_copies import pack_where_roomy
 from ptuning.model.quantization.conversion import quantize_model_
 from ptuning.train.memory.memory_model import (
     Batch,
@@ -41,7 +42,6 @@ from ptuning.train.memory.memory_model import (
     size_of,
     training_memory,
 )
-from ptuning.train.memory.packed_copies import pack_where_roomy
 from ptuning.train.memory.recomputing import recompute_layers
 
 MORE_SIZES = {  # name -> layers, hidden size, heads, vocabulary
@@ -160,7 +160,7 @@ def measure(case: Case, flags: Namespace) -> Result:
         model.config,
         dtype_bytes=model.dtype.itemsize,
         weight_bits=case.bits,
-        packs=pack_where_roomy(model, model.device) > 0,
+        packs=pack_where_roomy(model) > 0,
         prefix_length=flags.prefix,
     )
     forget_peak(flags.device)

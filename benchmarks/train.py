@@ -33,7 +33,7 @@ from benchmarks.setting import (
 from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.linear import plain_torch
-from ptuning.train.memory.packed_copies import pack_where_roomy
+from ptuning.model.packed_copies import pack_where_roomy
 from ptuning.train.memory.recomputing import recompute_layers
 
 ROWS_PER_STEP = 16
@@ -116,7 +116,7 @@ def measure(name: str, flags: Namespace) -> dict[str, float]:
     model = make_model(flags)
     if name == "ours":
         recompute_layers(model, 0)
-        pack_where_roomy(model, model.device)
+        pack_where_roomy(model)
     rows = make_rows(flags, model.config, ROWS_PER_STEP)
     tokens = sum(len(row.input_ids) for row in rows)
     peak = matmul_flops_per_s(flags)

@@ -18,6 +18,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu_threads import limit_threads, release_helper_threads
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request
+from ptuning.model.packed_copies import pack_where_roomy
 from ptuning.model.prefix_artefact import load_prefix
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.model.tuned import TunedInfo
@@ -25,7 +26,6 @@ from ptuning.serve.scheduler import Scheduler, Ticket
 from ptuning.serve.session_front import Load, NamedPrefix, SessionFront, Weighted
 from ptuning.serve.tuned_model import find_model
 from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
-from ptuning.train.memory.packed_copies import pack_where_roomy
 
 MAX_ROWS = 32  # decoded together; more wait
 JOIN_PATIENCE = 3  # steps that a request may wait for others to be read together with
@@ -95,7 +95,7 @@ class Session(SessionFront[LoadedPrefix]):
         if named.adapter is not None:
             load_adapter(model, named.adapter)
             logger.info("Adapter %s on %s: every answer is its own", named.adapter, named.weights)
-        pack_where_roomy(model, device)
+        pack_where_roomy(model)
         release_helper_threads()  # the engine's thread computes from here on
         return cls(model, tokenizer, max_rows=max_rows, max_queue=max_queue, tuned=named.info)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import can_pack, pack_weights_
+from ptuning.model.packed_copies import pack_where_roomy
 from ptuning.model.quantization.conversion import quantize_model_
 from ptuning.train.memory.memory_model import (
     Batch,
@@ -21,7 +22,7 @@ from ptuning.train.memory.memory_model import (
     training_memory,
     weight_bytes,
 )
-from ptuning.train.memory.packed_copies import pack_where_roomy, size_as_packed
+from ptuning.train.memory.packed_size import size_as_packed
 from ptuning.train.memory.recomputing import Choice, choose_recomputed
 
 PROMPTS, ANSWERS = (30, 21, 9), (40, 33, 50)
@@ -112,7 +113,7 @@ def test_packed_copies_are_counted_to_the_byte_and_only_where_there_is_room(
     taken = pack_weights_(model, room_bytes=packed_bytes(plain))
     assert weight_bytes(size) - weight_bytes(plain) == taken
     assert size.packs == bool(taken) == (can_pack(dtype) and not bits)
-    assert pack_where_roomy(model, torch.device("cpu")) == taken
+    assert pack_where_roomy(model) == taken
     assert packed_bytes(size_in(model, tuning="full")) == 0, "what is trained is not packed"
 
 

@@ -155,7 +155,7 @@ def weight_bytes(size: ModelSize) -> int:
 
 
 def packed_bytes(size: ModelSize) -> int:
-    """Return what packed copies of the frozen float maps take (`packed_copies`)."""
+    """Return what packed copies of the frozen float maps take (`ptuning.model.packed_copies`)."""
     if size.tuning == "full" or size.weight_bits:
         return 0
     head = 0 if size.embedding_bits else size.vocab_size * size.hidden_size

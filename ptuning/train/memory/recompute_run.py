@@ -10,7 +10,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.linear import Linear, pack_weights_
 from ptuning.train.flags import ModelArguments, TrainingArguments
 from ptuning.train.memory.memory_model import ModelSize, packed_bytes, size_of
-from ptuning.train.memory.packed_copies import size_as_packed
+from ptuning.train.memory.packed_size import size_as_packed
 from ptuning.train.memory.plan import largest_batch
 from ptuning.train.memory.recomputing import (
     Choice,

@@ -1,26 +1,14 @@
-"""Frozen weights held a second time on a CPU, laid out for its processor, where there is room.
-
-A quantised base is there to be small: its float output head is not held twice.
-"""
+"""Whether a run on a CPU holds its frozen weights twice (`ptuning.model.packed_copies`)."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.linear import can_pack, pack_weights_
+from ptuning.model.linear import can_pack
+from ptuning.model.packed_copies import PACKING_SHARE
 from ptuning.train.memory.memory_model import ModelSize, packed_bytes
-from ptuning.train.memory.recomputing import Choice, free_bytes
-
-PACKING_SHARE = 0.25  # of free memory that packed copies may take
-
-
-def pack_where_roomy(model: ChatGLMForConditionalGeneration, device: torch.device) -> int:
-    """Pack the weights of a model that is to run on device; return the bytes that this took."""
-    if device.type != "cpu" or model.config.quantization_bit:
-        return 0
-    return pack_weights_(model, room_bytes=int(PACKING_SHARE * free_bytes(device)))
+from ptuning.train.memory.recomputing import Choice
 
 
 def size_as_packed(
