@@ -1,9 +1,9 @@
 """Linear maps of a frozen base, with the fastest matrix products that PyTorch has on a CPU.
 
-PyTorch multiplies float32 with MKL, which leaves half of the vector width of AMD's processors
-unused. oneDNN, which PyTorch carries for other types, uses all of it, on the weight as it is
-stored; on a copy laid out for the processor (`pack_weights_`) it is faster again, above all for a
-few rows. docs/performance.md has the figures.
+PyTorch multiplies float32 with MKL, which leaves half of the vector width of AMD's processors with
+AVX-512 unused. oneDNN, which PyTorch carries for other types, uses all of it, on the weight as it
+is stored; on a copy laid out for the processor (`pack_weights_`) it is faster again, above all for
+a few rows. Without AVX-512 MKL is ahead for many rows. docs/performance.md has the figures.
 Shapes: T rows (tokens), I input features, O output features.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 MIN_ROWS = 4  # below, an unpacked weight is read from memory once and any product takes as long
+MOST_ROWS_NARROW = 256  # without AVX-512, from here on a float32 product is MKL's
 
 _plain_torch = False
 
@@ -71,7 +72,8 @@ class Linear(nn.Linear):
 
     def product_back(self, gradient: Tensor) -> Tensor:
         """Return gradient (..., O) times the weight (..., I): the gradient of `product`'s input."""
-        if not self._takes(gradient) or gradient.dtype is not torch.float32:
+        is_float32 = gradient.dtype is torch.float32
+        if not (is_float32 and has_avx512() and self._takes(gradient)):
             return gradient @ self.weight
         return _onednn(gradient, self.weight.t(), None)
 
@@ -101,14 +103,20 @@ class Linear(nn.Linear):
             not prefers_plain_torch()
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype
-            and (
-                self.packed_weight() is not None
-                or (x.dtype is torch.float32 and x.numel() >= MIN_ROWS * x.shape[-1])
-            )
+            and self._gains(x)
             and not (torch.is_grad_enabled() and self._is_trained())
             and not torch.is_autocast_enabled("cpu")
             and has_onednn()
         )
+
+    def _gains(self, x: Tensor) -> bool:
+        """Say whether oneDNN is the faster one for so many rows."""
+        is_packed = self.packed_weight() is not None
+        if x.dtype is not torch.float32:
+            return is_packed
+        num_rows = x.numel() // x.shape[-1]
+        is_few = num_rows < MOST_ROWS_NARROW or has_avx512()
+        return is_few and (is_packed or num_rows >= MIN_ROWS)
 
     def _is_trained(self) -> bool:
         bias = self.bias
@@ -170,6 +178,12 @@ def can_pack(dtype: torch.dtype) -> bool:
     if dtype is torch.bfloat16:
         return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype is torch.float32 and has_onednn()
+
+
+@cache
+def has_avx512() -> bool:
+    """Say whether PyTorch computes with vectors of 512 bits here."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @cache

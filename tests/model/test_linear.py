@@ -21,9 +21,11 @@ def frozen() -> Linear:
     return Linear(24, 40).requires_grad_(False)
 
 
+@pytest.mark.parametrize("is_wide", [False, True])
 @pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("shape", [(1, 24), (3, 24), (2, 5, 24), (64, 24)])
-def test_output_and_gradient_are_those_of_torch(frozen, shape, is_packed):
+@pytest.mark.parametrize("shape", [(1, 24), (3, 24), (2, 5, 24), (300, 24)])
+def test_output_and_gradient_are_those_of_torch(frozen, shape, is_packed, is_wide, monkeypatch):
+    monkeypatch.setattr(linear_module, "has_avx512", lambda: is_wide)
     if is_packed:
         pack_weights_(frozen, room_bytes=PLENTY)
     x = torch.randn(shape, requires_grad=True)
@@ -57,6 +59,23 @@ def test_a_frozen_weight_takes_onednn_and_the_context_takes_torch(frozen, fast_p
     assert len(fast_products) == 1
     frozen(x[:1])
     assert len(fast_products) == 1, "a single row is left to torch"
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("is_wide", "num_rows", "calls"),
+    [(True, 8, 2), (True, 300, 2), (False, 8, 1), (False, 300, 0)],
+)
+def test_without_avx512_many_rows_and_gradients_are_left_to_torch(
+    frozen, fast_products, monkeypatch, is_wide, num_rows, calls
+):
+    monkeypatch.setattr(linear_module, "has_avx512", lambda: is_wide)
+    for pack in (False, True):
+        if pack:
+            pack_weights_(frozen, room_bytes=PLENTY)
+        fast_products.clear()
+        frozen(torch.randn(num_rows, 24, requires_grad=True)).sum().backward()
+        assert len(fast_products) == calls
 
 
 @needs_onednn
