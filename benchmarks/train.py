@@ -136,7 +136,7 @@ def main(argv: list[str]) -> int:
     parser = ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
     add_common_flags(parser)
     parser.add_argument("--recipe", choices=("both", *STEPS), default="both")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps; the median counts")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
     flags = parser.parse_args(argv)
     refuse_below_one(parser, flags, "steps")
     sys.stdout.write(f"{flags.size}, P {flags.prefix}, {ROWS_PER_STEP} rows a step\n")

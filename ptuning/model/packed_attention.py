@@ -3,7 +3,7 @@
 Nothing is laid out in a grid of the longest row, and the prefix's dropout mask, one for each row as
 the published code draws it, comes from random bytes. On a CPU this takes a half (float32) to a
 quarter (bfloat16) of the time of PyTorch's fused attention.
-Shapes: T tokens of all rows, C cells of all groups, R rows of a group, S tokens of its longest, P
+Shapes: T tokens of all rows, R rows of a group, S tokens of its longest, C = R x S its cells, P
 prefix, K keys, P + S and at most 31 that nobody sees, H heads, D width of a head.
 """
 
@@ -22,7 +22,6 @@ from ptuning.model.rotary import Rotation, swap_quarters
 PRODUCTS = 32  # matrices in one call: its overhead is small then, and the scores stay in the cache
 PADDED_SHARE = 8  # a row joins a group whose longest is longer by an eighth at most
 KEY_STEP = 32  # numbers of 16 bits in a vector: the softmax of others takes up to twice as long
-BLOCK_ELEMENTS = 2**18  # rotated at a time: 1 MiB in float32, which stays in the cache
 BYTES = 2**8  # a mask entry is drawn as one of so many numbers
 BITS = {  # the integers as wide as a floating type
     torch.float16: torch.int16,
@@ -33,28 +32,25 @@ BITS = {  # the integers as wide as a floating type
 
 
 class RowGroup(NamedTuple):
-    """R rows of about one length, S the longest, attended by the same products."""
+    """R rows of about one length, S the longest, attended by the same products.
+
+    Cells behind a shorter row's end hold its last token again; nobody sees them.
+    """
 
     rows: Tensor  # (R,) which rows of the batch
     members: slice  # the same, counted through all groups
-    cells: slice  # their R x S places
+    tokens: tuple[slice, ...]  # of the T, each row's own
+    sources: Tensor  # (C,) which of the T tokens lies in each cell
+    cos: Tensor  # (C, 1, 2, D) float32: of queries, with their scale, and of keys
+    sin: Tensor  # the same, signed as a Rotation's
     mask: Tensor  # (R, 1, S, K - P), summands of the scores: 0 or very low
 
 
 class PackedRows(NamedTuple):
-    """Where the rows of a packed batch lie, whom their tokens see, and the rotation of all.
-
-    The cells of the groups, one after the other, are C places; those behind a shorter row's end
-    hold its last token again on the way in, and nothing on the way out.
-    """
+    """The rows of a packed batch: where they lie, whom their tokens see, how these turn."""
 
     groups: tuple[RowGroup, ...]
-    spans: tuple[slice, ...]  # each row's real tokens among the C places
-    sources: Tensor  # (C,) which of the T tokens lies in each place
-    padding: Tensor  # places behind a row's end
-    places: Tensor  # (T,) the place of each token
-    cos: Tensor  # (T, 1, 2, D) float32: of queries, with their scale, and of keys
-    sin: Tensor  # the same, signed as a Rotation's
+    spans: tuple[slice, ...]  # each row's real tokens among the cells of all groups
     prefix_mask: Tensor | None = None  # (B, 1, P), summands of the prefix's scores; None: all 0
 
 
@@ -68,7 +64,10 @@ def find_rows(
     num_rows, length = packing.shape
     sizes = torch.bincount(packing.tokens // length, minlength=num_rows)
     firsts = sizes.cumsum(0) - sizes
-    groups, sources, padding = [], [], []
+    cos, sin = (_of_tokens(angle, packing) for angle in rotation)
+    scale = cos.new_tensor([cos.shape[-1] ** -0.5, 1.0]).view(1, 1, 2, 1)
+    cos, sin = cos * scale, sin * scale
+    groups = []
     spans: dict[int, slice] = {}
     start = 0
     for members in group_rows(sizes.tolist(), num_heads=num_heads):
@@ -76,34 +75,29 @@ def find_rows(
         last = sizes[rows, None] - 1  # (R, 1)
         steps = torch.arange(int(last.max()) + 1)
         source = firsts[rows, None] + torch.minimum(steps, last)  # (R, S)
-        beyond = steps > last  # (R, S)
-        sources.append(source.flatten())
-        padding.append(start + beyond.flatten().nonzero().squeeze(1))
-        seen = _mask_of(rows, packing.tokens[source] % length, beyond, mask)
+        seen = _mask_of(rows, packing.tokens[source] % length, steps > last, mask)
         seen = functional.pad(
             seen,
             (0, round_up_keys(prefix_length + len(steps)) - prefix_length - len(steps)),
             value=torch.finfo(mask.dtype).min,
         )
-        first_member = len(spans)
+        first_member, source = len(spans), source.flatten()
         for index, row in enumerate(members):
             first = start + index * len(steps)
             spans[row] = slice(first, first + int(sizes[row]))
-        cells = slice(start, start + source.numel())
-        groups.append(RowGroup(rows, slice(first_member, len(spans)), cells, seen))
-        start = cells.stop
-    in_order = tuple(spans[row] for row in range(num_rows))
-    cos, sin = (_of_tokens(angle, packing) for angle in rotation)
-    scale = cos.new_tensor([cos.shape[-1] ** -0.5, 1.0]).view(1, 1, 2, 1)
-    return PackedRows(
-        tuple(groups),
-        in_order,
-        torch.cat(sources),
-        torch.cat(padding),
-        torch.cat([torch.arange(span.start, span.stop) for span in in_order]),
-        cos * scale,
-        sin * scale,
-    )
+        groups.append(
+            RowGroup(
+                rows,
+                slice(first_member, len(spans)),
+                tuple(slice(int(firsts[row]), int(firsts[row] + sizes[row])) for row in members),
+                source,
+                cos[source],
+                sin[source],
+                seen,
+            )
+        )
+        start += len(source)
+    return PackedRows(tuple(groups), tuple(spans[row] for row in range(num_rows)))
 
 
 def group_rows(sizes: Sequence[int], *, num_heads: int) -> list[list[int]]:
@@ -186,23 +180,36 @@ def _attend(
     fused: Tensor, rows: PackedRows, prefix: "_Prefix", num_heads: int
 ) -> tuple[Tensor, list[_Attended]]:
     """Return the output (1, T, E), and what each group's attention went through."""
-    turned = _rotated(fused.view(fused.shape[1], num_heads, 3, -1), rows.cos, rows.sin)
-    turned = turned.index_select(0, rows.sources)  # (C, H, 3, D)
-    output = fused.new_empty(turned.shape[0], num_heads, turned.shape[-1])
+    tokens = fused[0].unflatten(1, (num_heads, 3, -1))  # (T, H, 3, D)
+    output = fused.new_empty(len(tokens), num_heads, tokens.shape[-1])
     attended = []
     for group in rows.groups:
-        heads = turned[group.cells].unflatten(0, (len(group.rows), -1)).permute(3, 0, 2, 1, 4)
-        query = heads[0].contiguous()  # (R, H, S, D)
-        joined = prefix.join(group, heads[1:])
+        cells = tokens.index_select(0, group.sources)  # (C, H, 3, D)
+        turned, key = (_by_head(x, group) for x in _turn(cells[:, :, :2], group).unbind(2))
+        query = fused.new_empty(turned.shape).copy_(turned)  # (R, H, S, D)
+        joined = prefix.join(group, key, _by_head(cells[:, :, 2], group))
         weights = _products(query, joined[0].transpose(2, 3))  # (R, H, S, K)
         weights[..., prefix.length :] += group.mask
         if rows.prefix_mask is not None:
             weights[..., : prefix.length] += rows.prefix_mask[group.rows].unsqueeze(1)
         torch.softmax(weights, dim=-1, out=weights)
         read = _products(weights, joined[1]).transpose(1, 2)  # (R, S, H, D)
-        output[group.cells].view(read.shape).copy_(read)
+        for index, place in enumerate(group.tokens):
+            output[place] = read[index, : place.stop - place.start]
         attended.append(_Attended(query, joined, weights))
-    return output.flatten(1).index_select(0, rows.places).unsqueeze(0), attended
+    return output.flatten(1).unsqueeze(0), attended
+
+
+def _turn(pairs: Tensor, group: RowGroup, *, sign: float = 1.0) -> Tensor:
+    """Return pairs (C, H, 2, D) of queries and keys turned, in float32; they may be overwritten."""
+    exact = pairs.float()
+    partner = swap_quarters(exact)
+    return exact.mul_(group.cos).addcmul_(partner, group.sin, value=sign)
+
+
+def _by_head(cells: Tensor, group: RowGroup) -> Tensor:
+    """Return cells (C, H, D) as (R, H, S, D)."""
+    return cells.unflatten(0, (len(group.rows), -1)).transpose(1, 2)
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
@@ -236,30 +243,27 @@ class _RowAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         num_kept = 3 * len(rows.groups)
         keep = saved[num_kept] if len(saved) > num_kept else None
-        num_heads, width = saved[0].shape[1], saved[0].shape[3]
-        grad_prefix = turned = None
+        grad_prefix = grad_fused = None
         length = 0 if ctx.prefix_shape is None else ctx.prefix_shape[3]
         if ctx.prefix_shape is not None:
             grad_prefix = saved[0].new_zeros(ctx.prefix_shape, dtype=torch.float32)
-        grad = grad_outputs[0][0].index_select(0, rows.sources)  # (C, E)
-        grad.index_fill_(0, rows.padding, 0.0)
+        grad = grad_outputs[0][0].unflatten(1, (saved[0].shape[1], -1))  # (T, H, D)
         if ctx.needs_input_grad[0]:
-            turned = grad.new_empty(len(grad), num_heads, 3, width)
+            grad_fused = grad.new_empty(*grad.shape[:2], 3, grad.shape[2])
         for index, group in enumerate(rows.groups):
             attended = _Attended(*saved[3 * index : 3 * index + 3])
-            grad_rows = grad[group.cells].view(len(group.rows), -1, num_heads, width)
-            slope, grad_joined = _slopes(attended, grad_rows.transpose(1, 2).contiguous())
+            grad_rows = torch.zeros_like(attended.query)
+            for place, target in zip(group.tokens, grad_rows, strict=True):
+                target[:, : place.stop - place.start] = grad[place].transpose(0, 1)
+            slope, grad_joined = _slopes(attended, grad_rows)
             if grad_prefix is not None:
                 _add_prefix_gradient(grad_prefix, grad_joined, keep, group)
-            if turned is not None:
-                place = turned[group.cells].unflatten(0, (len(group.rows), -1))  # (R, S, H, 3, D)
-                own = slice(length, length + place.shape[1])
-                place[:, :, :, 0] = _products(slope, attended.joined[0]).transpose(1, 2)
-                place[:, :, :, 1:] = grad_joined[:, :, :, own].permute(1, 3, 2, 0, 4)
-        grad_fused = None
-        if turned is not None:
-            turned = turned.index_select(0, rows.places)  # (T, H, 3, D)
-            grad_fused = _rotated(turned, rows.cos, rows.sin, sign=-1.0).flatten(1).unsqueeze(0)
+            if grad_fused is not None:
+                own = grad_joined[:, :, :, length : length + slope.shape[2]]  # (2, R, H, S, D)
+                grad_query = _products(slope, attended.joined[0])
+                _add_own_gradient(grad_fused, grad_query, own, group)
+        if grad_fused is not None:
+            grad_fused = grad_fused.flatten(1).unsqueeze(0)
         if grad_prefix is not None:
             grad_prefix = (grad_prefix / (1.0 - ctx.dropout)).to(grad.dtype)
         return grad_fused, grad_prefix, None, None, None
@@ -275,6 +279,22 @@ def _slopes(attended: _Attended, grad_rows: Tensor) -> tuple[Tensor, Tensor]:
         left, right = left.flatten(0, 1), right.flatten(0, 1)
         torch.bmm(left.transpose(1, 2), right, out=grad_joined[half].flatten(0, 1))
     return slope, grad_joined
+
+
+def _add_own_gradient(
+    grad_fused: Tensor, grad_query: Tensor, grad_own: Tensor, group: RowGroup
+) -> None:
+    """Write to grad_fused (T, H, 3, D) the gradients of these rows' queries, keys and values.
+
+    grad_query is (R, H, S, D), of rotated queries; grad_own (2, R, H, S, D), of keys and values.
+    """
+    turned = torch.stack((grad_query, grad_own[0]), dim=3)  # (R, H, S, 2, D)
+    turned = turned.transpose(1, 2).flatten(0, 1)  # (C, H, 2, D)
+    turned = _turn(turned, group, sign=-1.0).unflatten(0, (len(group.rows), -1))
+    for index, place in enumerate(group.tokens):
+        num_tokens = place.stop - place.start
+        grad_fused[place, :, :2] = turned[index, :num_tokens]
+        grad_fused[place, :, 2] = grad_own[1, index, :, :num_tokens].transpose(0, 1)
 
 
 def _add_prefix_gradient(
@@ -301,11 +321,11 @@ class _Prefix:
             self.prefix = prefix / (1.0 - dropout)
             self.keep = draw_keep_mask((2, num_rows, *prefix.shape[2:]), dropout)
 
-    def join(self, group: RowGroup, own: Tensor) -> Tensor:
-        """Return keys and values of a group (2, R, H, K, D), given its own (2, R, H, S, D)."""
-        _, num_rows, num_heads, length, width = own.shape
+    def join(self, group: RowGroup, key: Tensor, value: Tensor) -> Tensor:
+        """Return keys and values of a group (2, R, H, K, D), given its own (R, H, S, D) each."""
+        num_rows, num_heads, length, width = value.shape
         num_keys = self.length + group.mask.shape[3]
-        joined = own.new_empty(2, num_rows, num_heads, num_keys, width)
+        joined = value.new_empty(2, num_rows, num_heads, num_keys, width)
         if self.prefix is not None:
             prefix = self.prefix
             if prefix.shape[1] > 1:
@@ -315,7 +335,8 @@ class _Prefix:
                 place.copy_(prefix)
             else:
                 _keep(prefix, self.keep[:, group.members], place)
-        joined[:, :, :, self.length : self.length + length] = own
+        joined[0, :, :, self.length : self.length + length] = key
+        joined[1, :, :, self.length : self.length + length] = value
         joined[:, :, :, self.length + length :] = 0.0
         return joined
 
@@ -343,17 +364,3 @@ def _keep(values: Tensor, mask: Tensor, out: Tensor) -> None:
     """Write values to out, zero where the mask is; the shapes are those of out."""
     bits = BITS[values.dtype]
     torch.bitwise_and(values.view(bits), mask, out=out.view(bits))
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float = 1.0) -> Tensor:
-    """Return x (T, H, 3, D) with queries and keys rotated; the arithmetic is float32."""
-    rotated = torch.empty_like(x)
-    block = max(1, BLOCK_ELEMENTS // x[0].numel())
-    for start in range(0, len(x), block):
-        part = slice(start, start + block)
-        exact = x[part].to(torch.float32, copy=True)
-        pairs = exact[:, :, :2]
-        partner = swap_quarters(pairs)
-        pairs.mul_(cos[part]).addcmul_(partner, sin[part], value=sign)
-        rotated[part] = exact
-    return rotated
