@@ -35,8 +35,13 @@ choose_python run
 if [ -z "${MODEL:-}" ]; then
   MODEL=$("$PYTHON" -c '
 import json, sys
-with open(sys.argv[1], encoding="utf-8") as file:
-    sys.stdout.write(json.load(file).get("base_model_name_or_path") or "")' "$about")
+try:
+    with open(sys.argv[1], encoding="utf-8") as file:
+        sys.stdout.write(json.load(file).get("base_model_name_or_path") or "")
+except (ValueError, AttributeError) as error:
+    sys.stderr.write(f"evaluate.sh: {sys.argv[1]} is damaged ({error}); "
+        "give another prefix, PREFIX=..., or name the base, MODEL=...\n")
+    sys.exit(2)' "$about")
   [ -n "$MODEL" ] || refuse "$about names no base model; add MODEL=... before the command."
 fi
 if [ -z "$about" ]; then

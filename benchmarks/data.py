@@ -17,7 +17,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.setting import MAX_LENGTH, ROOT, machine, refuse_below_one, write_json
+from benchmarks.setting import MAX_LENGTH, ROOT, json_file, machine, refuse_below_one, write_json
 from ptuning.data.dataset import load_training_dataset
 from ptuning.data.reading import read_rows
 from ptuning.data.tokenizer import ChatGLMTokenizer
@@ -120,7 +120,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--rows", type=int, default=20000, help="rows of the file")
     parser.add_argument("--published_rows", type=int, default=2000, help="rows taken one by one")
     parser.add_argument("--repeats", type=int, default=3, help="the median counts")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=json_file, help="write the figures here too")
     flags = parser.parse_args(argv)
     refuse_below_one(parser, flags, "rows", "published_rows", "repeats")
     return flags

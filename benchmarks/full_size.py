@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_checkpoint import BITS, check_room, checkpoint_bytes, write_checkpoint
-from benchmarks.setting import MAX_LENGTH, SIZES, machine, synchronise, write_json
+from benchmarks.setting import MAX_LENGTH, SIZES, json_file, machine, synchronise, write_json
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint import check_checkpoint
 from ptuning.train.base_model import load_base
@@ -236,7 +236,7 @@ def parse(argv: list[str]) -> Namespace:
         help="where to write, or a checkpoint to load as it lies; unset is the temporary folder",
     )
     parser.add_argument("--keep", action="store_true", help="do not remove what was written")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=json_file, help="write the figures here too")
     flags = parser.parse_args(argv)
     if flags.stored_bit is None:
         flags.stored_bit = flags.quantization_bit

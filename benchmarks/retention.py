@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.setting import machine, write_json
+from benchmarks.setting import json_file, machine, write_json
 from ptuning.atomic_file import write_atomically
 from ptuning.data.general import FILE_NAME, read_general_prompts
 from ptuning.nano.general import general_text, sample_general_prompts
@@ -66,7 +66,7 @@ def main() -> int:
     names = [case.name for case in CASES]
     parser.add_argument("--only", nargs="+", choices=names, help="run these cases alone")
     parser.add_argument("--output", type=Path, default=Path("output/retention-table"))
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=json_file, help="write the figures here too")
     parser.add_argument("--picture", type=Path, help="draw score against retention here")
     flags = parser.parse_args()
     mix = make_general_rows(flags.output.absolute())

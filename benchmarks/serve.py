@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 import ptuning
-from benchmarks.setting import ROOT, machine, write_json
+from benchmarks.setting import ROOT, json_file, machine, write_json
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.nano.paths import NANO_DIR
 from scripts.local_server import free_port, running
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prefix", metavar="DIRECTORY", help="take this trained prefix 4 times")
     parser.add_argument("--rows_file", type=Path, default=ROOT / "AdvertiseGen/sample/dev.json")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="the median counts")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=json_file, help="write the figures here too")
     flags = parser.parse_args(argv)
     names = [f"p{index}" for index in range(NUM_PREFIXES)]
     jobs = read_jobs([*names, "base"], flags.rows_file)

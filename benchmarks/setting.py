@@ -7,7 +7,7 @@ Weights and token ids are random; the lengths of prompts and answers are those o
 import json
 import platform
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +60,7 @@ def add_common_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", default=str(NANO_DIR), help="folder of the tokenizer that gives the lengths"
     )
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=json_file, help="write the figures here too")
 
 
 def make_model(flags: Namespace) -> ChatGLMForConditionalGeneration:
@@ -152,6 +152,14 @@ def machine() -> str:
         f"{device or platform.machine()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, transformers {transformers.__version__}"
     )
+
+
+def json_file(text: str) -> Path:
+    """Return a path for --json, of which the folder is there: a benchmark writes last."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise ArgumentTypeError(f"{text}: there is no folder {path.absolute().parent}; make it")
+    return path
 
 
 def write_json(flags: Namespace, figures: dict[str, object]) -> None:

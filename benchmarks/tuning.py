@@ -17,7 +17,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.setting import machine, write_json
+from benchmarks.setting import json_file, machine, write_json
 from ptuning.model.checkpoint_files import open_safetensors
 from ptuning.nano.paths import NANO_DIR
 
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=150, help="optimiser steps of each way")
     parser.add_argument("--batch_size", type=int, default=16, help="rows per step")
     parser.add_argument("--output", type=Path, default=Path("output/tuning-table"))
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=json_file, help="write the figures here too")
     flags = parser.parse_args()
     outcomes = {way: run(way, flags) for way in WAYS}
     base = base_scores(flags.output / "full")

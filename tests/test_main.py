@@ -306,6 +306,14 @@ WRONG = {
     "no prefix there": (["--ptuning_checkpoint", "nowhere"], "nowhere"),
     "hub data": (["--dataset_name", "adgen"], "--train_file"),
     "both dtypes": (["--bf16", "--fp16"], "one dtype"),
+    "no rows": (
+        ["--per_device_train_batch_size", "0"],
+        "--per_device_train_batch_size is 0; give 1 or more",
+    ),
+    "no rows to answer": (
+        ["--per_device_eval_batch_size", "-1"],
+        "--per_device_eval_batch_size is -1; give 1 or more",
+    ),
     "nothing to resume": (["--resume_from_checkpoint", "nowhere"], "nowhere"),
 }
 

@@ -369,6 +369,17 @@ def test_evaluation_refuses_a_prefix_that_is_not_there(checkout: Path) -> None:
     assert "PREFIX=no/such is no directory" in result.stderr
 
 
+def test_evaluation_names_a_damaged_file(checkout: Path) -> None:
+    prefix = write_prefix(checkout / "output" / "run", "THUDM/chatglm-6b", age_s=0)
+    about = prefix / "prefix_config.json"
+    for text in (about.read_text("utf-8")[:-9], "[]"):
+        about.write_text(text, encoding="utf-8")
+        result = run(checkout / "evaluate.sh")
+        assert result.returncode == 2
+        assert "prefix_config.json is damaged" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
 # Which Python
 
 

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     api_key = arguments.api_key
     if api_key is None:
         api_key = os.environ.get(KEY_VARIABLE)
-    check_address(arguments.host, api_key)
+    check_address(arguments.host, arguments.port, api_key)
     served = choose_served(arguments.model, arguments.prefix)
     with SessionProcess.load(
         served.model,

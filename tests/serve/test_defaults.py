@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 
 import pytest
 
@@ -65,9 +66,21 @@ def test_other_machines_need_a_key():
         False,
         False,
     ]
-    check_address("127.0.0.1", None)
-    check_address("0.0.0.0", "secret")
+    check_address("127.0.0.1", 0, None)
+    check_address("0.0.0.0", 0, "secret")
     with pytest.raises(ValueError, match=r"--host is 0\.0\.0\.0.*--api_key"):
-        check_address("0.0.0.0", None)
+        check_address("0.0.0.0", 0, None)
     with pytest.raises(ValueError, match="--api_key is empty"):
-        check_address("127.0.0.1", " ")
+        check_address("127.0.0.1", 0, " ")
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with pytest.raises(
+            ValueError, match=f"--port {port} cannot be listened on.*another --port"
+        ):
+            check_address("127.0.0.1", port, None)
+    check_address("127.0.0.1", port, None)
+    with pytest.raises(ValueError, match="--port 70000"):
+        check_address("127.0.0.1", 70000, None)
