@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from ptuning.model.tuned import FULL
 from ptuning.train.answering_flags import AnsweringArguments
 from ptuning.train.compiling import take_compiling
+from ptuning.train.count_flags import check_counts
 from ptuning.train.forgetting_flags import GeneralArguments, StartArguments, check_forgetting
 from ptuning.train.legacy_flags import translate_flags, translate_keys
 from ptuning.train.presets import preset_values, with_preset
@@ -213,11 +214,7 @@ class TrainingArguments(AnsweringArguments):
             raise ValueError(
                 "--bf16 and --fp16 are both given; the frozen base has one dtype, so keep one."
             )
-        self._refuse_below_one(
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        )
+        check_counts(self)
         self.recomputing, self.recomputing_options = take_recomputing(self)
         self.compiling = take_compiling(self)
         self.base_dtype: str | None = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
@@ -228,12 +225,6 @@ class TrainingArguments(AnsweringArguments):
         self.visible_devices = keep_to_one_device(self)
         if self.device.type != "cuda":
             self.dataloader_pin_memory = False  # it only helps copies to a CUDA device
-
-    def _refuse_below_one(self, *names: str) -> None:
-        for name in names:
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ValueError(f"--{name} is {count}; give 1 or more.")
 
 
 class Arguments(NamedTuple):
