@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments
 
+from ptuning.train.count_flags import check_counts
+
 ROWS = 8  # transformers' own default
 # On a CPU a step's time is the reading of the weights until many rows share it: 64 rows are about
 # ten times as fast as one (docs/performance.md). Prompts are read in small passes whatever it is.
@@ -24,6 +26,7 @@ class AnsweringArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         """Take the device's default where nothing was typed."""
+        check_counts(self)
         self.eval_rows_typed = self.per_device_eval_batch_size is not None
         if not self.eval_rows_typed:
             self.per_device_eval_batch_size = ROWS

@@ -17,7 +17,6 @@ from transformers import HfArgumentParser
 from ptuning.model.tuned import FULL
 from ptuning.train.answering_flags import AnsweringArguments
 from ptuning.train.compiling import take_compiling
-from ptuning.train.count_flags import check_counts
 from ptuning.train.forgetting_flags import GeneralArguments, StartArguments, check_forgetting
 from ptuning.train.legacy_flags import translate_flags, translate_keys
 from ptuning.train.presets import preset_values, with_preset
@@ -214,7 +213,6 @@ class TrainingArguments(AnsweringArguments):
             raise ValueError(
                 "--bf16 and --fp16 are both given; the frozen base has one dtype, so keep one."
             )
-        check_counts(self)
         self.recomputing, self.recomputing_options = take_recomputing(self)
         self.compiling = take_compiling(self)
         self.base_dtype: str | None = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
