@@ -2,8 +2,8 @@
 
 A slot holds real tokens from column 0 on. In memory the columns of a key lie side by side: so one
 query's scores are read twice as fast. Memory follows the rows in use: it grows by at least half or
-to what is needed, shrinks when three quarters
-lie idle, and is given back when nothing is left; little is taken at once and stays as it is.
+to what is needed, shrinks when three quarters lie idle, and is given back when nothing is left;
+little is taken at once.
 Shapes: H heads, D head width.
 """
 
