@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ptuning.model.quantization.backends.interface import Backend
 from ptuning.model.quantization.reference import (
     check_bits,
     dequantize_weight,
@@ -23,32 +22,74 @@ from ptuning.model.quantization.reference import (
 )
 from ptuning.model.quantization.selection import AUTO, pick_backend
 
+# Operators of their own, so that the compiler takes a product as one node: which back end runs it
+# is settled inside, by device and dtype.
+_library = torch.library.Library("ptuning", "DEF")
+_library.define(
+    "quantized_product(Tensor x, Tensor packed, Tensor scale, int bits, str backend) -> Tensor"
+)
+_library.define(
+    "quantized_product_back(Tensor grad, Tensor packed, Tensor scale, int bits, str backend)"
+    " -> Tensor"
+)
+
+
+def _multiply(x: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str) -> Tensor:
+    """Return x (M, num_in) times the transposed weight: (M, num_out), in x's dtype."""
+    if not x.shape[0]:
+        return _multiply_shape(x, packed, scale, bits, backend)
+    chosen = pick_backend(backend, x.device, x.dtype, bits)
+    with torch.autocast(x.device.type, enabled=False):
+        return chosen.matmul(x.contiguous(), packed, scale, bits)
+
+
+def _multiply_shape(x: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], packed.shape[0])
+
+
+def _multiply_back(grad: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str) -> Tensor:
+    """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
+    if not grad.shape[0]:
+        return _multiply_back_shape(grad, packed, scale, bits, backend)
+    chosen = pick_backend(backend, grad.device, grad.dtype, bits)
+    with torch.autocast(grad.device.type, enabled=False):
+        return chosen.matmul_transposed(grad.contiguous(), packed, scale, bits)
+
+
+def _multiply_back_shape(
+    grad: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], packed.shape[1] * (8 // bits))
+
+
+for _name, _run, _shape in (
+    ("quantized_product", _multiply, _multiply_shape),
+    ("quantized_product_back", _multiply_back, _multiply_back_shape),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ptuning::{_name}", _shape)
+
 
 class QuantizedProduct(torch.autograd.Function):
-    """Multiply by the packed weight; saves that and its scale, no float, for the way back."""
+    """Multiply by the packed weight; saves that and its scale, no float, for the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: Backend
+        ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str
     ) -> Tensor:
         """Return (M, out_features) in x's dtype."""
         ctx.save_for_backward(packed, scale)
         ctx.bits, ctx.backend = bits, backend
-        if not x.shape[0]:
-            return x.new_empty(0, packed.shape[0])
-        with torch.autocast(x.device.type, enabled=False):
-            return backend.matmul(x.contiguous(), packed, scale, bits)
+        product: Tensor = torch.ops.ptuning.quantized_product(x, packed, scale, bits, backend)
+        return product
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Return the gradient of x (M, in_features); nothing else is trained."""
         packed, scale = ctx.saved_tensors
-        if not grad.shape[0]:
-            return grad.new_empty(0, packed.shape[1] * (8 // ctx.bits)), None, None, None, None
-        with torch.autocast(grad.device.type, enabled=False):
-            product = ctx.backend.matmul_transposed(grad.contiguous(), packed, scale, ctx.bits)
-        return product, None, None, None, None
+        back = torch.ops.ptuning.quantized_product_back
+        return back(grad, packed, scale, ctx.bits, ctx.backend), None, None, None, None
 
 
 def keep_dtype(
@@ -68,8 +109,7 @@ def keep_dtype(
 class QuantizedLinear(nn.Module):
     """Replaces nn.Linear; weight stays int8, weight_scale float16, through every `.to(dtype)`.
 
-    `backend` is a back end's name or "auto", resolved for the device and dtype at hand when the
-    layer runs.
+    `backend` is a back end's name or "auto", which the product resolves by device and dtype.
     """
 
     weight: nn.Parameter
@@ -142,9 +182,10 @@ class QuantizedLinear(nn.Module):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        backend = pick_backend(self.backend, x.device, x.dtype, self.bits)
         rows = x.reshape(-1, self.in_features)  # (M, in_features)
-        product = QuantizedProduct.apply(rows, self.weight, self.weight_scale, self.bits, backend)
+        product = QuantizedProduct.apply(
+            rows, self.weight, self.weight_scale, self.bits, self.backend
+        )
         if self.bias is not None:
             product = product.add_(self.bias.to(product.dtype))
         return product.unflatten(0, x.shape[:-1]) if x.dim() != 2 else product

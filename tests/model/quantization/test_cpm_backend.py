@@ -14,14 +14,15 @@ import torch
 from ptuning.model.quantization.backends import cpm_backend, nvrtc
 from ptuning.model.quantization.backends.blockwise import (
     blockwise_matmul,
-    blockwise_matmul_transposed,
+    transposed_by_columns,
+    transposed_by_rows,
 )
 from ptuning.model.quantization.backends.cpm_backend import (
     KERNEL_SOURCE,
     CpmBackend,
     Launch,
     cuda_path_of_this_process,
-    kernel_extractor,
+    kernel_dequantizer,
     kernel_name,
     kernel_names,
     loaded_libraries,
@@ -74,7 +75,7 @@ def test_every_byte_with_every_scale_gives_the_reference_weight(
     packed = torch.arange(-128, 128).to(torch.int8).repeat(len(scale), 1)  # (rows, 256)
     block = torch.empty(len(scale), 256 * (8 // bits), dtype=dtype)
     launch = host_launch(host_library, kernel_name(bits, dtype))
-    kernel_extractor(launch, packed, scale, bits, stream=0)(0, len(scale), block)
+    kernel_dequantizer(launch, stream=0)(packed, scale, block)
     expected = dequantize_weight(packed, scale, bits, dtype)
     integers = torch.int32 if dtype == torch.float32 else torch.int16
     same = block.view(integers) == expected.view(integers)
@@ -84,8 +85,8 @@ def test_every_byte_with_every_scale_gives_the_reference_weight(
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_in", [64, 42])
-def test_blocks_of_rows_aligned_or_not_multiply_as_the_reference(
+@pytest.mark.parametrize("num_in", [192, 42])
+def test_blocks_of_rows_and_columns_aligned_or_not_multiply_as_the_reference(
     host_library: ctypes.CDLL,
     make_weight: Callable[..., QuantizedWeight],
     monkeypatch: pytest.MonkeyPatch,
@@ -93,20 +94,22 @@ def test_blocks_of_rows_aligned_or_not_multiply_as_the_reference(
     dtype: torch.dtype,
     num_in: int,
 ) -> None:
-    """64 columns take the 16-byte path, 42 the narrow one; 5 rows a block leave a shorter last block of 37."""
+    """192 columns take the 16-byte path, in blocks of 64, 42 the narrow one; 5 rows a block leave a last one of 2."""
     monkeypatch.setattr(
         "ptuning.model.quantization.backends.blockwise.CPU_BLOCK_BYTES", 5 * num_in * dtype.itemsize
     )
     weight = make_weight(37, num_in, bits)
     launch = host_launch(host_library, kernel_name(bits, dtype))
-    extract = kernel_extractor(launch, *weight, bits, stream=0)
+    dequantize = kernel_dequantizer(launch, stream=0)
     x, grad = torch.randn(3, num_in).to(dtype), torch.randn(3, 37).to(dtype)
-    forward = blockwise_matmul(x, 37, extract)
+    forward = blockwise_matmul(x, *weight, bits, dequantize)
     error = (forward.double() - exact_product(x, weight, bits, transposed=False)).abs()
     assert bool((error <= product_tolerance(x, weight, bits, transposed=False)).all())
-    backward = blockwise_matmul_transposed(grad, num_in, extract)
-    error = (backward.double() - exact_product(grad, weight, bits, transposed=True)).abs()
-    assert bool((error <= product_tolerance(grad, weight, bits, transposed=True)).all())
+    bound = product_tolerance(grad, weight, bits, transposed=True)
+    for by_blocks in (transposed_by_rows, transposed_by_columns):
+        backward = by_blocks(grad, *weight, bits, dequantize)
+        error = (backward.double() - exact_product(grad, weight, bits, transposed=True)).abs()
+        assert bool((error <= bound).all())
 
 
 def test_threads_past_the_last_row_touch_nothing(host_library: ctypes.CDLL) -> None:

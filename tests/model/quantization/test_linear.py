@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -68,6 +70,30 @@ def test_nothing_float_of_the_weight_is_saved_for_the_way_back(layer: QuantizedL
         layer.weight.data_ptr(),
         layer.weight_scale.data_ptr(),
     }
+
+
+def test_a_compiler_sees_one_operator_and_no_break(layer: QuantizedLinear) -> None:
+    """The back end is chosen inside the operator, where nothing is traced."""
+    nodes: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., object]:
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    x = torch.randn(5, 16, requires_grad=True)
+    result = compiled(x)
+    result.sum().backward()
+    twin = x.detach().clone().requires_grad_()
+    expected = layer(twin)
+    expected.sum().backward()
+    assert torch.equal(result, expected)
+    assert torch.equal(x.grad, twin.grad)
+    products = [name for name in nodes if name.startswith("ptuning.")]
+    assert products == [
+        "ptuning.quantized_product.default",
+        "ptuning.quantized_product_back.default",
+    ]
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(layer: QuantizedLinear) -> None:

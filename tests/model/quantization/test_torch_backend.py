@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from ptuning.model.quantization.backends import blockwise
-from ptuning.model.quantization.backends.blockwise import rows_per_block
-from ptuning.model.quantization.backends.torch_backend import TorchBackend
+from ptuning.model.quantization.backends.blockwise import (
+    columns_per_block,
+    rows_per_block,
+    transposed_by_columns,
+)
+from ptuning.model.quantization.backends.torch_backend import Dequantizer, TorchBackend
 from ptuning.model.quantization.reference import QuantizedWeight
 from tests.model.quantization.conftest import exact_product, product_tolerance
 
@@ -39,6 +43,23 @@ def test_both_products_agree_with_the_reference(
         assert bool((error <= product_tolerance(x, weight, bits, transposed=transposed)).all())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_in", [192, 160, 42])
+def test_blocks_of_columns_agree_with_the_reference(
+    make_weight: Callable[..., QuantizedWeight],
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    num_in: int,
+) -> None:
+    """As on a GPU: codes in their own order, blocks of 64 columns and a narrower last one."""
+    monkeypatch.setattr(blockwise, "CPU_BLOCK_BYTES", 64 * NUM_OUT * 2)
+    weight = make_weight(NUM_OUT, num_in, bits)
+    grad = torch.randn(6, NUM_OUT, generator=torch.Generator().manual_seed(1)).bfloat16()
+    result = transposed_by_columns(grad, *weight, bits, Dequantizer(in_halves=False))
+    error = (result.double() - exact_product(grad, weight, bits, transposed=True)).abs()
+    assert bool((error <= product_tolerance(grad, weight, bits, transposed=True)).all())
+
+
 def test_the_tolerance_catches_a_weight_that_was_not_rounded_to_float16(
     make_weight: Callable[..., QuantizedWeight],
 ) -> None:
@@ -55,6 +76,9 @@ def test_a_block_is_never_larger_than_its_budget_nor_empty() -> None:
     assert rows_per_block(16384, 4096, x) == 256  # 4 MiB / (4096 x 4 bytes)
     assert rows_per_block(100, 4096, x) == 100
     assert rows_per_block(100, 2**21, x) == 1
+    assert columns_per_block(16384, 4096, x) == 64
+    assert columns_per_block(1000, 4096, x) == 1024  # 1,048 rounded down to a multiple of 64
+    assert columns_per_block(16, 100, x) == 100
 
 
 def test_float16_products_that_overflow_on_the_way_do_not_overflow_here() -> None:

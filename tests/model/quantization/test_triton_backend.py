@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptuning.model.quantization.backends import triton_backend
-from ptuning.model.quantization.backends.triton_backend import TritonBackend, fits_fused
+from ptuning.model.quantization.backends import triton_backend, triton_kernels
+from ptuning.model.quantization.backends.triton_backend import TritonBackend, fits_fused, fused_tile
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,7 +29,8 @@ def test_both_products_agree_with_the_reference_in_the_interpreter() -> None:
     )
     assert result.returncode == 0, result.stderr
     worst = json.loads(result.stdout)
-    assert len(worst) == 2 * (10 + 10 + 4)  # bits x (float32 + float16 + what bfloat16 has left)
+    # bits x (float32 + float16 + what bfloat16 has left + one by columns for each)
+    assert len(worst) == 2 * (10 + 10 + 4 + 3)
     assert all(ratio <= 1 for ratio in worst.values()), worst
 
 
@@ -54,7 +56,30 @@ def test_cards_too_old_for_it_are_named(
     assert TritonBackend().unavailable_reason(torch.device("cuda"), dtype, 4) == expected
 
 
-def test_a_large_batch_is_left_to_the_library() -> None:
+def test_a_large_batch_and_float32_are_left_to_the_library() -> None:
     assert fits_fused(torch.empty(256, 1, dtype=torch.float16))
     assert not fits_fused(torch.empty(257, 1, dtype=torch.float16))
-    assert not fits_fused(torch.empty(17, 1))
+    assert not fits_fused(torch.empty(5, 1))
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True)])
+def test_fused_products_need_tensor_cores_that_triton_uses(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr(triton_backend, "capability", lambda _device: capability)
+    with FakeTensorMode():
+        assert fits_fused(torch.empty(8, 1, dtype=torch.float16, device="cuda")) is expected
+
+
+def test_tiles_are_wide_where_that_leaves_a_program_for_each_multiprocessor() -> None:
+    assert fused_tile(128, 4096, transposed=False)[:3] == (128, 32, 64)
+    assert fused_tile(128, 12288, transposed=False)[:3] == (128, 64, 64)
+    assert fused_tile(256, 16384, transposed=True)[:3] == (128, 64, 128)
+    assert fused_tile(64, 16384, transposed=False)[:3] == (64, 128, 64)
+
+
+def test_sizes_that_change_with_a_batch_are_not_compiled_in() -> None:
+    pytest.importorskip("triton")
+    for kernel in (triton_kernels.matmul_kernel, triton_kernels.dequantize_kernel):
+        rows = next(p for p in kernel.params if p.name == "num_rows")
+        assert rows.do_not_specialize

@@ -6,12 +6,17 @@ bits were integers (`tl.dot`), so the fused products are left out in bfloat16; a
 
 import json
 import sys
+from typing import Any
 
 import torch
+from triton.runtime import interpreter
 
+from ptuning.model.quantization.backends import blockwise
+from ptuning.model.quantization.backends.blockwise import transposed_by_columns
 from ptuning.model.quantization.backends.triton_backend import (
     MAX_MATVEC_ROWS,
     TritonBackend,
+    dequantize,
     fits_fused,
 )
 from ptuning.model.quantization.reference import quantize_weight
@@ -21,10 +26,22 @@ NUM_OUT, NUM_IN = 72, 96  # neither divides into whole tiles
 ROWS = (1, 3, 6, 40, 300)
 
 
+def index_by_item(patch: Any) -> Any:
+    """Let a loop run to a size that is an argument: numpy 2.4 makes no number of an array (1,)."""
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patched
+
+
 def main() -> None:
+    interpreter._patch_lang_tensor = index_by_item(interpreter._patch_lang_tensor)
     backend = TritonBackend()
     reason = backend.unavailable_reason(torch.device("cpu"), torch.float32, 4)
     assert reason is None, reason
+    blockwise.CPU_BLOCK_BYTES = 1  # the smallest blocks
     torch.manual_seed(0)
     worst = {}
     for bits in (4, 8):
@@ -44,6 +61,12 @@ def main() -> None:
                     worst[f"int{bits} {dtype} M={num_rows} transposed={transposed}"] = (
                         ratio.max().item()
                     )
+            # What a GPU does with a large gradient: blocks of 64 columns and of 32.
+            grad = torch.randn(8, NUM_OUT).to(dtype)
+            product = transposed_by_columns(grad, *weight, bits, dequantize)
+            error = product.double() - exact_product(grad, weight, bits, transposed=True)
+            ratio = error.abs() / product_tolerance(grad, weight, bits, transposed=True)
+            worst[f"int{bits} {dtype} by columns"] = ratio.max().item()
     json.dump(worst, sys.stdout)
 
 

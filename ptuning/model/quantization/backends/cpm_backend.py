@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ptuning.model.quantization.backends import nvrtc
 from ptuning.model.quantization.backends.blockwise import (
-    Extract,
+    Dequantize,
     blockwise_matmul,
     blockwise_matmul_transposed,
 )
@@ -107,18 +107,15 @@ def load_kernels(capability: int) -> Mapping[str, Launch]:
     return {name: KernelFunction(module, name) for name in kernel_names()}
 
 
-def kernel_extractor(
-    launch: Launch, packed: Tensor, scale: Tensor, bits: int, stream: int
-) -> Extract:
-    """Return the function that writes the float weight rows start..stop into a block, through
-    `launch`.
-    """
+def kernel_dequantizer(launch: Launch, stream: int) -> Dequantize:
+    """Return a `blockwise.Dequantize` that goes through `launch`."""
 
-    def extract(start: int, stop: int, block: Tensor) -> None:
+    def dequantize(packed: Tensor, scale: Tensor, block: Tensor) -> None:
         rows, columns = block.shape
-        source = packed[start:stop]
-        addresses = (source.data_ptr(), block.data_ptr())
-        wide = columns % WEIGHTS_PER_THREAD == 0 and all(address % 16 == 0 for address in addresses)
+        stride = packed.stride(0)
+        # Eight codes are one load, eight weights one or two stores: all at round addresses.
+        are_round = (packed.data_ptr(), block.data_ptr(), stride)
+        wide = columns % WEIGHTS_PER_THREAD == 0 and all(value % 16 == 0 for value in are_round)
         threads = rows * -(-columns // WEIGHTS_PER_THREAD)
         launch(
             (-(-threads // THREADS_PER_BLOCK), 1, 1),
@@ -126,16 +123,17 @@ def kernel_extractor(
             0,
             stream,
             [
-                ctypes.c_void_p(addresses[0]),
-                ctypes.c_void_p(scale[start:stop].data_ptr()),
-                ctypes.c_void_p(addresses[1]),
+                ctypes.c_void_p(packed.data_ptr()),
+                ctypes.c_void_p(scale.data_ptr()),
+                ctypes.c_void_p(block.data_ptr()),
                 ctypes.c_longlong(rows),
                 ctypes.c_int(columns),
+                ctypes.c_int(stride),
                 ctypes.c_int(wide),
             ],
         )
 
-    return extract
+    return dequantize
 
 
 class CpmBackend:
@@ -173,20 +171,18 @@ class CpmBackend:
     def matmul(self, x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return x (M, num_in) times the transposed weight: (M, num_out), in x's dtype."""
         with torch.cuda.device(x.device):
-            extract = self._extractor(packed, scale, bits, x.dtype)
-            return blockwise_matmul(x, packed.shape[0], extract)
+            return blockwise_matmul(x, packed, scale, bits, self._dequantizer(x, bits))
 
     def matmul_transposed(self, grad: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
         with torch.cuda.device(grad.device):
-            extract = self._extractor(packed, scale, bits, grad.dtype)
-            return blockwise_matmul_transposed(grad, packed.shape[1] * (8 // bits), extract)
+            dequantize = self._dequantizer(grad, bits)
+            return blockwise_matmul_transposed(grad, packed, scale, bits, dequantize)
 
     @staticmethod
-    def _extractor(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Extract:
-        launch = load_kernels(capability_of(packed.device))[kernel_name(bits, dtype)]
-        stream = torch.cuda.current_stream(packed.device).cuda_stream
-        return kernel_extractor(launch, packed, scale, bits, stream)
+    def _dequantizer(like: Tensor, bits: int) -> Dequantize:
+        launch = load_kernels(capability_of(like.device))[kernel_name(bits, like.dtype)]
+        return kernel_dequantizer(launch, torch.cuda.current_stream(like.device).cuda_stream)
 
 
 def capability_of(device: torch.device) -> int:
@@ -200,6 +196,7 @@ def launch_nothing(launch: Launch) -> None:
     memory.
     """
     nothing = ctypes.c_void_p(0)
-    counts = [ctypes.c_longlong(0), ctypes.c_int(WEIGHTS_PER_THREAD), ctypes.c_int(1)]
+    sizes = [ctypes.c_int(size) for size in (WEIGHTS_PER_THREAD, WEIGHTS_PER_THREAD, 1)]
+    parameters = [nothing, nothing, nothing, ctypes.c_longlong(0), *sizes]
     stream = torch.cuda.current_stream().cuda_stream
-    launch((1, 1, 1), (THREADS_PER_BLOCK, 1, 1), 0, stream, [nothing, nothing, nothing, *counts])
+    launch((1, 1, 1), (THREADS_PER_BLOCK, 1, 1), 0, stream, parameters)

@@ -6,7 +6,8 @@
 //
 // The product code x scale is exact in float32 (8 and 11 significant bits). It is rounded to float16, as the published
 // numbers are, and that value is then written in the dtype asked for.
-// Int4: the even column is the high nibble, the odd one the low nibble, both signed.
+// Int4: the even column is the high nibble, the odd one the low nibble, both signed. `stride` is the distance of two rows
+// of codes in bytes.
 //
 // The file is also C++: a test compiles it with the host's compiler and walks the same grid on the CPU. Only the two
 // conversions marked DEVICE ASSEMBLY have another body there.
@@ -130,12 +131,13 @@ union EightOf {
 };
 
 template <int BITS, class T>
-INLINE void extract(const signed char* packed, const bits16* scale, T* out, long long rows, int columns, int wide) {
+INLINE void extract(const signed char* packed, const bits16* scale, T* out, long long rows, int columns, int stride,
+                    int wide) {
     int groups = (columns + 7) / 8;  // threads per row
     long long row = KERNEL_INDEX / groups;
     if (row >= rows) return;
     int first = (int)(KERNEL_INDEX % groups) * 8;
-    const signed char* packed_row = packed + row * (columns / (8 / BITS));
+    const signed char* packed_row = packed + row * stride;
     T* out_row = out + row * columns;
     float row_scale = half_to_float(scale[row]);
     if (wide) {
@@ -155,8 +157,8 @@ INLINE void extract(const signed char* packed, const bits16* scale, T* out, long
 
 #define DEFINE_KERNEL(name, bits, type)                                                                     \
     KERNEL name(const signed char* packed, const bits16* scale, type* out, long long rows, int columns,     \
-                int wide) {                                                                                 \
-        extract<bits, type>(packed, scale, out, rows, columns, wide);                                       \
+                int stride, int wide) {                                                                     \
+        extract<bits, type>(packed, scale, out, rows, columns, stride, wide);                               \
     }
 
 DEFINE_KERNEL(extract_int4_float16, 4, Half)

@@ -1,8 +1,8 @@
 """The `torch` back end: plain PyTorch operations, so it runs on every device.
 
-The weight is converted block by block into the reference's float values. In int4 the two nibbles of
-a byte are written to the two halves of the block instead of being interleaved, which vectorises;
-the columns of the activations, which are few, are reordered to match.
+The weight is dequantised block by block into the reference's float values. In int4 on a CPU the two
+nibbles of a byte are written to the two halves of the block instead of being interleaved, which
+vectorises; the columns of the activations, which are few, are reordered to match.
 Shapes: M rows of activations, num_out x num_in the weight.
 """
 
@@ -44,46 +44,53 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-class WeightBlocks:
-    """Writes rows of the float weight into a block; an `Extract` that reuses its scratch memory.
+def writes_halves(x: Tensor, bits: int) -> bool:
+    """Return whether a block holds even columns, then odd ones: on a CPU, where that vectorises."""
+    return bits == 4 and x.device.type == "cpu"
 
-    In int4 a row has its even columns first, then its odd ones. Code x scale is formed in
-    float16 where devices are fast in it, and on a CPU in float32, where it is exact, and then
+
+class Dequantizer:
+    """A `blockwise.Dequantize` that reuses its scratch memory.
+
+    In int4 on a CPU a block has its even columns first, then its odd ones. Code x scale is formed
+    in float16 where devices are fast in it, and on a CPU in float32, where it is exact, and then
     rounded to float16: the same numbers.
     """
 
-    def __init__(self, packed: Tensor, scale: Tensor, bits: int) -> None:
-        self.packed, self.bits = packed, bits
-        self.product_dtype = torch.float32 if packed.device.type == "cpu" else torch.float16
-        self.factors = scale.to(self.product_dtype)[:, None]  # (num_out, 1)
+    def __init__(self, *, in_halves: bool) -> None:
+        self.in_halves = in_halves
         self._scratch: dict[torch.dtype, Tensor] = {}
 
-    def __call__(self, start: int, stop: int, block: Tensor) -> None:
-        """Fill block (stop - start, num_in)."""
-        same = block.dtype == self.product_dtype
-        product = block if same else self._scratch_for(self.product_dtype, block.shape)
-        self._write_codes(self.packed[start:stop], product)
-        product.mul_(self.factors[start:stop])
-        if self.product_dtype != torch.float16:
-            product = self._scratch_for(torch.float16, block.shape).copy_(product)
+    def __call__(self, packed: Tensor, scale: Tensor, block: Tensor) -> None:
+        """Fill block (rows, columns)."""
+        product_dtype = torch.float32 if packed.device.type == "cpu" else torch.float16
+        same = block.dtype == product_dtype
+        product = block if same else self._scratch_for(product_dtype, block)
+        self._write_codes(packed, product)
+        product.mul_(scale.to(product_dtype)[:, None])
+        if product_dtype != torch.float16:
+            product = self._scratch_for(torch.float16, block).copy_(product)
         if product is not block:
             block.copy_(product)
 
     def _write_codes(self, packed: Tensor, block: Tensor) -> None:
-        if self.bits == 8:
+        half = packed.shape[1]
+        if half == block.shape[1]:  # int8
             block.copy_(packed)
             return
-        half = packed.shape[1]
-        nibbles = self._scratch_for(torch.int8, packed.shape)
-        block[:, :half].copy_(torch.bitwise_right_shift(packed, 4, out=nibbles))
+        evens, odds = block[:, 0::2], block[:, 1::2]
+        if self.in_halves:
+            evens, odds = block[:, :half], block[:, half:]
+        nibbles = self._scratch_for(torch.int8, packed)
+        evens.copy_(torch.bitwise_right_shift(packed, 4, out=nibbles))
         torch.bitwise_left_shift(packed, 4, out=nibbles)
-        block[:, half:].copy_(nibbles.bitwise_right_shift_(4))
+        odds.copy_(nibbles.bitwise_right_shift_(4))
 
-    def _scratch_for(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-        """Return scratch of this shape; the first block asks first and is the largest."""
+    def _scratch_for(self, dtype: torch.dtype, like: Tensor) -> Tensor:
+        """Return scratch of like's shape; the first block asks first and is the largest."""
         if dtype not in self._scratch:
-            self._scratch[dtype] = torch.empty(shape, dtype=dtype, device=self.packed.device)
-        return self._scratch[dtype][: shape[0]]
+            self._scratch[dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        return self._scratch[dtype][: like.numel()].view(like.shape)
 
 
 class TorchBackend:
@@ -97,15 +104,17 @@ class TorchBackend:
 
     def matmul(self, x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return x (M, num_in) times the transposed weight: (M, num_out), in x's dtype."""
-        columns = x if bits == 8 else evens_then_odds(x)  # (M, num_in)
-        extract = WeightBlocks(packed, scale, bits)
-        product = blockwise_matmul(columns.to(working_dtype(x)), packed.shape[0], extract)
-        return product.to(x.dtype)
+        in_halves = writes_halves(x, bits)
+        columns = evens_then_odds(x) if in_halves else x  # (M, num_in)
+        dequantize = Dequantizer(in_halves=in_halves)
+        columns = columns.to(working_dtype(x))
+        return blockwise_matmul(columns, packed, scale, bits, dequantize).to(x.dtype)
 
     def matmul_transposed(self, grad: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
-        num_in = packed.shape[1] * (8 // bits)
-        extract = WeightBlocks(packed, scale, bits)
-        product = blockwise_matmul_transposed(grad.to(working_dtype(grad)), num_in, extract)
+        in_halves = writes_halves(grad, bits)
+        dequantize = Dequantizer(in_halves=in_halves)
+        working = grad.to(working_dtype(grad))
+        product = blockwise_matmul_transposed(working, packed, scale, bits, dequantize)
         product = product.to(grad.dtype)
-        return product if bits == 8 else interleave_halves(product)
+        return interleave_halves(product) if in_halves else product

@@ -1,10 +1,9 @@
-"""The `triton` back end: products that convert the packed weight on the fly, compiled for the card
-by Triton.
+"""The `triton` back end: products that dequantise the packed weight on the fly, compiled by Triton.
 
 Three ways, by the number of activation rows M: a few (decoding) read the weight once per row
-without tensor cores; up to MAX_FUSED_ROWS the conversion happens inside the product; beyond that
-each weight tile would be converted many times over, so a block of the weight is converted once and
-a library product does the rest.
+without tensor cores; up to MAX_FUSED_ROWS in half precision the weight is dequantised inside the
+product; otherwise each weight tile would be dequantised many times over, or tensor cores be left
+idle, so a block of the weight is dequantised once and a library product does the rest.
 Shapes: M rows of activations, num_out x num_in the weight.
 """
 
@@ -13,13 +12,12 @@ import os
 import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ptuning.model.quantization.backends.blockwise import (
-    Extract,
     blockwise_matmul,
     blockwise_matmul_transposed,
 )
@@ -27,60 +25,12 @@ from ptuning.model.quantization.backends.interface import dtype_reason
 
 MAX_MATVEC_ROWS = 4
 MAX_FUSED_ROWS = 256
-# In float32 there are no full-precision tensor cores to feed, and larger tiles outgrow most cards.
-MAX_FUSED_ROWS_FLOAT32 = 16
-# Tiles (BLOCK_N, BLOCK_K, warps, stages) tried once per shape; few, since each one is compiled.
-TILES = ((32, 128, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3))
-TRANSPOSED_TILES = ((128, 32, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3))
+MIN_CAPABILITY = (7, 0)
+# Triton's products use tensor cores from here on; below they are plain multiply-adds that spill.
+MIN_FUSED_CAPABILITY = (8, 0)
+MIN_PROGRAMS = 128  # an A100 has 108 multiprocessors, an H100 132
 MATVEC_TILE = (8, 512)
-EXTRACT_TILE = (16, 256)
-
-
-def interpreting() -> bool:
-    """Return whether TRITON_INTERPRET is set: kernels then run in Python, on CPU tensors, for
-    tests.
-    """
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def rows_tile(num_rows: int) -> int:
-    """Return BLOCK_M: a power of two from 16, the least tensor cores take, to 128.
-
-    >>> rows_tile(1), rows_tile(100), rows_tile(1000)
-    (16, 128, 128)
-    """
-    return min(128, max(16, 1 << (num_rows - 1).bit_length()))
-
-
-def fits_fused(x: Tensor) -> bool:
-    """Return whether converting inside the product pays for these activation rows (M, anything)."""
-    limit = MAX_FUSED_ROWS_FLOAT32 if x.dtype == torch.float32 else MAX_FUSED_ROWS
-    return x.shape[0] <= limit
-
-
-@cache
-def tuned_kernel(name: str, tiles: tuple[tuple[int, int, int, int], ...]) -> Any:
-    """Return a kernel that tries `tiles` the first time it meets a shape; the interpreter takes the
-    first one.
-    """
-    import triton
-
-    from ptuning.model.quantization.backends import triton_kernels
-
-    configs = [
-        triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-        for n, k, warps, stages in tiles
-    ]
-    key = ["num_out", "num_in", "BITS", "BLOCK_M"]
-    tune = triton.autotune(configs=configs[:1] if interpreting() else configs, key=key)
-    return tune(getattr(triton_kernels, name))
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make device the current card, which is where Triton launches; nothing to do under the
-    interpreter.
-    """
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+DEQUANTIZE_TILE = (16, 256)
 
 
 def ceil_div(count: int, size: int) -> int:
@@ -90,6 +40,69 @@ def ceil_div(count: int, size: int) -> int:
     3
     """
     return -(-count // size)
+
+
+class Tile(NamedTuple):
+    """The part of a product that one program of a fused kernel computes, and how."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int = 3
+
+
+def fused_tile(num_rows: int, product_width: int, *, transposed: bool) -> Tile:
+    """Return the tile for a product (num_rows, product_width).
+
+    A table in place of autotuning: no trial runs, whose 256 MiB buffer would fall into the first
+    backward pass, and the same order of sums in every process. Tiles are as wide as still leaves
+    MIN_PROGRAMS of them, and none spills (tests/model/quantization/test_triton_aot.py).
+
+    >>> fused_tile(16, 4096, transposed=False)
+    Tile(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=3)
+    """
+    block_m = min(128, max(16, 1 << (num_rows - 1).bit_length()))  # tensor cores take 16 at least
+    width = 128
+    while (
+        width > 32 and ceil_div(num_rows, block_m) * ceil_div(product_width, width) < MIN_PROGRAMS
+    ):
+        width //= 2
+    depth = 64 if block_m == 128 or width == 128 else 128
+    num_warps = 8 if width == 128 else 4
+    if transposed:
+        return Tile(block_m, depth, width, num_warps)
+    return Tile(block_m, width, depth, num_warps)
+
+
+def interpreting() -> bool:
+    """Return whether TRITON_INTERPRET is set: kernels then run in Python, on CPU tensors, for
+    tests.
+    """
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def fits_fused(x: Tensor) -> bool:
+    """Return whether dequantising inside the product pays for these activation rows (M, anything).
+
+    Not in float32, which has no full-precision tensor cores and whose tiles spill registers.
+    """
+    if x.dtype == torch.float32 or x.shape[0] > MAX_FUSED_ROWS:
+        return False
+    return x.device.type != "cuda" or capability(x.device) >= MIN_FUSED_CAPABILITY
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return a card's compute capability."""
+    return torch.cuda.get_device_capability(device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make device the current card, which is where Triton launches; nothing to do under the
+    interpreter.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class TritonBackend:
@@ -106,12 +119,12 @@ class TritonBackend:
         if device.type == "cuda":
             if not torch.cuda.is_available():
                 return "it needs a card and a CUDA build of PyTorch; this PyTorch sees none"
-            needed = (8, 0) if dtype == torch.bfloat16 else (7, 0)
-            capability = torch.cuda.get_device_capability(device)
-            if capability < needed:
+            needed = (8, 0) if dtype == torch.bfloat16 else MIN_CAPABILITY
+            found = torch.cuda.get_device_capability(device)
+            if found < needed:
                 return (
                     f"{dtype} needs compute capability {needed[0]}.{needed[1]}; "
-                    f"the card has {capability[0]}.{capability[1]}"
+                    f"the card has {found[0]}.{found[1]}"
                 )
         return dtype_reason(dtype) or self._compiling_reason(device)
 
@@ -135,75 +148,55 @@ class TritonBackend:
             if x.shape[0] <= MAX_MATVEC_ROWS:
                 return self._matvec(x, packed, scale, bits)
             if not fits_fused(x):
-                return blockwise_matmul(x, packed.shape[0], tile_extractor(packed, scale, bits))
-            product = x.new_empty(x.shape[0], packed.shape[0])
-            self._fused("matmul_kernel", TILES, "BLOCK_N", x, packed, scale, product, bits)
-            return product
+                return blockwise_matmul(x, packed, scale, bits, dequantize)
+            return self._fused(x, packed, scale, bits, transposed=False)
 
     def matmul_transposed(self, grad: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
-        num_in = packed.shape[1] * (8 // bits)
         with on_device(grad.device):
             if not fits_fused(grad):
-                extract = tile_extractor(packed, scale, bits)
-                return blockwise_matmul_transposed(grad, num_in, extract)
-            product = grad.new_empty(grad.shape[0], num_in)
-            kernel = "matmul_transposed_kernel"
-            self._fused(kernel, TRANSPOSED_TILES, "BLOCK_K", grad, packed, scale, product, bits)
-            return product
+                return blockwise_matmul_transposed(grad, packed, scale, bits, dequantize)
+            return self._fused(grad, packed, scale, bits, transposed=True)
 
     @staticmethod
-    def _fused(
-        name: str,
-        tiles: tuple[tuple[int, int, int, int], ...],
-        tiled: str,
-        x: Tensor,
-        packed: Tensor,
-        scale: Tensor,
-        product: Tensor,
-        bits: int,
-    ) -> None:
-        """Fill product (M, width): one program per BLOCK_M rows and per tile of the width, which
-        `tiled` names.
-        """
-        num_rows, width = product.shape
-        block_m = rows_tile(num_rows)
+    def _fused(x: Tensor, packed: Tensor, scale: Tensor, bits: int, *, transposed: bool) -> Tensor:
+        """Return the product (M, its width): a program per BLOCK_M rows and tile of the width."""
+        from ptuning.model.quantization.backends import triton_kernels
 
-        def grid(chosen: dict[str, int]) -> tuple[int, int]:
-            return ceil_div(num_rows, block_m), ceil_div(width, chosen[tiled])
-
-        tuned_kernel(name, tiles)[grid](
-            x, packed, scale, product, num_rows, packed.shape[0], packed.shape[1] * (8 // bits),
-            BITS=bits, BLOCK_M=block_m,
-            # float32 products in full precision: tensor cores would keep 10 of 23 bits
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_rows, (num_out, width) = x.shape[0], packed.shape
+        product = x.new_empty(num_rows, width * (8 // bits) if transposed else num_out)
+        product_width = product.shape[1]
+        tile = fused_tile(num_rows, product_width, transposed=transposed)
+        kernel, block_width = triton_kernels.matmul_kernel, tile.block_n
+        if transposed:
+            kernel, block_width = triton_kernels.matmul_transposed_kernel, tile.block_k
+        kernel[ceil_div(num_rows, tile.block_m), ceil_div(product_width, block_width)](
+            x, packed, scale, product, num_rows, num_out, width, BITS=bits,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+        return product
 
     @staticmethod
     def _matvec(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         from ptuning.model.quantization.backends.triton_kernels import matvec_kernel
 
-        num_out, num_in = packed.shape[0], packed.shape[1] * (8 // bits)
+        num_out, width = packed.shape
         product = x.new_empty(x.shape[0], num_out)
         block_n, block_k = MATVEC_TILE
-        grid = (ceil_div(num_out, block_n), x.shape[0])
-        matvec_kernel[grid](
-            x, packed, scale, product, num_out, num_in, BITS=bits, BLOCK_N=block_n, BLOCK_K=block_k
+        matvec_kernel[ceil_div(num_out, block_n), x.shape[0]](
+            x, packed, scale, product, num_out, width, BITS=bits, BLOCK_N=block_n, BLOCK_K=block_k
         )
         return product
 
 
-def tile_extractor(packed: Tensor, scale: Tensor, bits: int) -> Extract:
-    """Return the function that writes the float weight rows start..stop into a block."""
-    from ptuning.model.quantization.backends.triton_kernels import extract_kernel
+def dequantize(packed: Tensor, scale: Tensor, block: Tensor) -> None:
+    """Fill block (rows, columns) with the float weight; see `blockwise.Dequantize`."""
+    from ptuning.model.quantization.backends.triton_kernels import dequantize_kernel
 
-    def extract(start: int, stop: int, block: Tensor) -> None:
-        rows, num_in = block.shape
-        block_n, block_k = EXTRACT_TILE
-        grid = (ceil_div(rows, block_n), ceil_div(num_in, block_k))
-        extract_kernel[grid](
-            packed[start:stop], scale[start:stop], block, rows, num_in,
-            BITS=bits, BLOCK_N=block_n, BLOCK_K=block_k,
-        )  # fmt: skip
-
-    return extract
+    (num_rows, num_columns), width = block.shape, packed.shape[1]
+    block_n, block_k = DEQUANTIZE_TILE
+    dequantize_kernel[ceil_div(num_rows, block_n), ceil_div(num_columns, block_k)](
+        packed, scale, block, num_rows, width, packed.stride(0),
+        BITS=8 * width // num_columns, BLOCK_N=block_n, BLOCK_K=block_k,
+    )  # fmt: skip
