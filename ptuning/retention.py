@@ -3,13 +3,12 @@
 It joins decoding (`ptuning.model`), prompts (`ptuning.data`) and figures (`ptuning.evaluate`),
 which do not know each other. First the base answers, then the tuned model: the two need not be in
 memory together, so what is kept of the base are its answers and its likeliest next tokens.
-Shapes: B rows of a batch, S tokens, T scored tokens of a batch, V vocabulary.
+Shapes: B rows of a batch, S tokens, N scored tokens of a batch, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.evaluate.retention import Retention, RetentionRow
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
+from ptuning.model.packing import Packing
 
 MAX_SOURCE_LENGTH = 512  # tokens of a general prompt
 MAX_NEW_TOKENS = 64
@@ -141,16 +141,15 @@ def _score_batch(
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     batch = pad_right(rows, pad_id=pad_id)
-    # The token at one position is said by the position before it.
-    needed = (batch["labels"] != IGNORED_LABEL).roll(-1, dims=1).to(model.device)  # (B, S)
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    input_ids, targets = batch["input_ids"], batch["targets"]
     hidden_states = model.transformer(
-        batch["input_ids"].to(model.device),
-        attention_mask=batch["attention_mask"].to(model.device),
+        input_ids,
+        attention_mask=batch["attention_mask"],
         use_cache=False,
-        needed=needed,
-    ).last_hidden_state  # (B, S, E)
-    logits = model.lm_head(hidden_states[needed])  # (T of all rows, V)
-    targets = torch.tensor(list(chain.from_iterable(answers)), device=logits.device)
+        packing=Packing((len(input_ids), input_ids.shape[1]), batch["tokens"], batch["needed"]),
+    ).last_hidden_state  # (1, N, E)
+    logits = model.lm_head(hidden_states[0])  # (N, V)
     lengths = [len(answer) for answer in answers]
     for row_logits, row_targets in zip(logits.split(lengths), targets.split(lengths), strict=True):
         yield row_logits.float().log_softmax(-1), row_targets

@@ -1,7 +1,8 @@
 """Step 4 of 4: token sequences to one padded batch.
 
 Training rows are padded on the right, prompts on the left, so that generation continues the text.
-A batch is as long as its longest row. Shapes: B rows, S tokens.
+A batch is as long as its longest row.
+Shapes: B rows, S tokens of the longest, T tokens of all rows, N of them with a target.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,10 @@ def pad_right(
 ) -> dict[str, Tensor]:
     """Return input_ids, attention_mask (1 for tokens) and labels (-100 for padding), each (B, S).
 
-    S is the longest row, rounded up to pad_to_multiple_of, or pad_to_length; None leaves it so.
+    S is the longest row, rounded up to pad_to_multiple_of, or pad_to_length; None leaves it so. In
+    addition, so that the model need not compute them on a GPU and wait: tokens (T,), the cells of
+    the flattened grid that hold tokens; needed (N,), which of those have a label after them;
+    targets (N,), those labels.
 
     >>> rows = [{"input_ids": [7, 8], "labels": [-100, 8]}, {"input_ids": [9], "labels": [9]}]
     >>> pad_right(rows, pad_id=3)["input_ids"].tolist()
@@ -38,6 +42,7 @@ def pad_right(
         "attention_mask": torch.zeros(size, dtype=torch.long),
         "labels": torch.full(size, IGNORED_LABEL, dtype=torch.long),
     }
+    tokens, needed, targets, num_tokens = [], [], [], 0
     for index, (row_ids, row_labels) in enumerate(zip(ids, labels, strict=True)):
         if len(row_ids) != len(row_labels):
             raise ValueError(
@@ -47,7 +52,13 @@ def pad_right(
         padded["input_ids"][index, : len(row_ids)] = row_ids
         padded["attention_mask"][index, : len(row_ids)] = 1
         padded["labels"][index, : len(row_ids)] = row_labels
-    return padded
+        has_target = row_labels[1:] != IGNORED_LABEL
+        tokens.append(torch.arange(index * length, index * length + len(row_ids)))
+        needed.append(has_target.nonzero().squeeze(1) + num_tokens)
+        targets.append(row_labels[1:][has_target])
+        num_tokens += len(row_ids)
+    indices = {"tokens": tokens, "needed": needed, "targets": targets}
+    return padded | {name: torch.cat(parts) for name, parts in indices.items()}
 
 
 def pad_left(

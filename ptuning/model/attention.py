@@ -2,7 +2,8 @@
 
 The prefix is joined outside the key/value cache, so that a cache holds real tokens only and a
 prefix can be changed or left out at any call. Softmax runs in float32.
-Shapes: B batch, S tokens, K = P + cached + S keys, P prefix, H heads, D width of a head, E = H x D.
+Shapes: B batch, S tokens, T real tokens of a packed batch, N needed ones, K = P + cached + S keys,
+P prefix, H heads, D width of a head, E = H x D.
 """
 
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from ptuning.model.config import ChatGLMConfig
@@ -19,11 +21,20 @@ from ptuning.model.packing import Packing, pack, take_needed, unpack
 from ptuning.model.prefix_encoder import join_prefix
 from ptuning.model.rotary import Rotation, rotate
 
+# cuDNN's attention builds an execution plan for every new shape, about a second for forward and
+# backward, and nearly every batch has a new length.
+# https://github.com/modelscope/FunASR/issues/3704
+CUDA_ATTENTION = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
 
 class LayerInputs(NamedTuple):
     """What every layer of one forward pass shares."""
 
-    rotation: Rotation
+    rotation: Rotation  # of the tokens in the hidden states: (B, S, D), or (1, T, D) if packed
     mask: Tensor | None  # (B or 1, 1, S, K), 0 for visible, else very low; None: all are visible
     prefix_dropout: float  # 0 outside training
     packing: Packing | None  # None: hidden states are (B, S, E); else (1, T, E), rows end to end
@@ -33,7 +44,8 @@ class LayerInputs(NamedTuple):
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return bool visible (..., K) as summands of the scores: 0, or the lowest number of dtype.
 
-    Rows are stored 16 elements apart, which fused CUDA kernels want; else they copy at every call.
+    Row strides are padded to a multiple of 16 elements: fused CUDA kernels copy the mask at every
+    call otherwise.
     """
     stored = visible.new_empty(*visible.shape[:-1], -(-visible.shape[-1] // 16) * 16, dtype=dtype)
     mask = stored[..., : visible.shape[-1]]
@@ -51,6 +63,14 @@ def eager_attention(
         scores = scores + mask
     weights = scores.softmax(dim=-1).to(query.dtype)
     return weights @ value, weights
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the output (B, H, S, D) of PyTorch's fused attention; on CUDA not by cuDNN."""
+    if query.device.type != "cuda":
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with sdpa_kernel(CUDA_ATTENTION):
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 class Attention(nn.Module):
@@ -74,7 +94,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output, shaped as the input, and the weights (B, H, S, K), None unless eager.
 
-        only_needed leaves out the packed tokens that nobody reads: (1, N, E).
+        only_needed leaves out the packed tokens whose output is not read: (1, N, E).
         """
         fused = self.query_key_value(hidden_states)  # (B, S, 3E)
         if shared.packing is not None and shared.rows is not None:
@@ -82,11 +102,11 @@ class Attention(nn.Module):
             if only_needed:
                 output = take_needed(output, shared.packing)
             return self.dense(output), None
+        heads = fused.unflatten(-1, (self.num_heads, 3, -1))  # (B, S, H, 3, D), or (1, T, ...)
+        heads = rotate(heads, shared.rotation)
         if shared.packing is not None:
-            fused = unpack(fused, shared.packing)
-        fused = fused.unflatten(-1, (self.num_heads, -1))  # (B, S, H, 3D)
-        query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # (B, H, S, D) each
-        query, key = rotate(query, shared.rotation), rotate(key, shared.rotation)
+            heads = unpack(heads, shared.packing)  # (B, S, H, 3, D)
+        query, key, value = heads.transpose(1, 2).unbind(3)  # (B, H, S, D) each
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)
         if prefix is not None:
@@ -95,9 +115,7 @@ class Attention(nn.Module):
         if self.config._attn_implementation == "eager":
             output, weights = eager_attention(query, key, value, shared.mask)
         else:
-            output = functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=shared.mask
-            )
+            output = fused_attention(query, key, value, shared.mask)
         output = output.transpose(1, 2).flatten(2)  # (B, S, E)
         if shared.packing is not None:
             output = pack(output, shared.packing, only_needed=only_needed)

@@ -21,7 +21,7 @@ from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.layer import Layer
 from ptuning.model.packed_attention import find_rows
-from ptuning.model.packing import Packing, find_packing, pack, unpack_needed
+from ptuning.model.packing import Packing, find_packing, pack, unpack
 from ptuning.model.positions import Context, find_context, position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTable
 from ptuning.model.rotary import inverse_frequencies, rotation_at
@@ -122,7 +122,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions: bool | None = None,
         inputs_embeds: Tensor | None = None,
         return_dict: bool | None = None,
-        needed: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> BaseModelOutputWithPast:
         """Return the hidden states (B, S, E) of input_ids (B, S).
 
@@ -130,8 +130,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         mask (B, 1, S, K). position_ids (B, 2, S) override the derived ones. use_prefix=False leaves
         the prefix out of this call; prefix_key_values (L tensors (2, 1 or B, H, P, D)) takes the
         place of the model's own prefix. hidden_states, when asked for, are the L inputs of the
-        layers and then the final output. needed, bool (B, S), names the positions that will be
-        read; the others, like padding, may come back as zeros.
+        layers and then the final output. With a packing (`packs` says where one can be taken) only
+        the N needed tokens come back, (1, N, E); without, padding may come back as zeros.
         """
         if inputs_embeds is not None:
             raise ValueError(
@@ -145,9 +145,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values = DynamicCache()
         wants_hidden_states = self._wants("output_hidden_states", output_hidden_states)
         wants_attentions = self._wants("output_attentions", output_attentions)
-        packing = None
-        if not (wants_hidden_states or _is_filled(past_key_values)):
-            packing = _packing_of(input_ids, attention_mask, needed)
+        returns_grid = packing is None
+        if packing is None and self.packs(attention_mask, past_key_values, output_hidden_states):
+            packing = _packing_of_padding(input_ids, attention_mask)
         positions, visible = self._place(input_ids, attention_mask, position_ids, past_key_values)
         prefix = self.prefix_for(use_prefix, prefix_key_values)
         shared = self._layer_inputs(
@@ -174,14 +174,29 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
             all_weights.append(weights)
         hidden_states = self.final_layernorm(hidden_states)
-        if packing is not None:
-            hidden_states = unpack_needed(hidden_states, packing)  # (B, S, E)
+        if packing is not None and returns_grid:
+            hidden_states = unpack(hidden_states, packing)  # (B, S, E)
         all_hidden_states.append(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(all_hidden_states) if wants_hidden_states else None,
             attentions=tuple(all_weights) if wants_attentions else None,
+        )
+
+    def packs(
+        self,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        output_hidden_states: bool | None,
+    ) -> bool:
+        """Say whether a call with these arguments can take a packing: not behind a filled cache,
+        with a ready mask, or where every hidden state is asked for.
+        """
+        return not (
+            self._wants("output_hidden_states", output_hidden_states)
+            or _is_filled(past_key_values)
+            or _is_ready(attention_mask)
         )
 
     def _wants(self, name: str, given: bool | None) -> bool:
@@ -223,8 +238,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if self.training and self.prefix_encoder is not None:
             dropout = self.prefix_encoder.dropout
         dtype = self.final_layernorm.weight.dtype
-        rotation = rotation_at(positions, self.inverse_frequencies)
         if packing is not None and visible is not None and row_by_row:
+            rotation = rotation_at(positions, self.inverse_frequencies)
             rows = find_rows(
                 packing,
                 additive_mask(visible, dtype),
@@ -233,6 +248,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 prefix_length=0 if prefix is None else prefix[0].shape[3],
             )
             return LayerInputs(rotation, None, dropout, packing, rows)
+        if packing is not None:
+            grid = positions.expand(packing.shape[0], -1, -1).transpose(1, 2)  # (B, S, 2)
+            positions = pack(grid, packing).transpose(1, 2)  # (1, 2, T)
+        rotation = rotation_at(positions, self.inverse_frequencies)
         if prefix is not None and visible is not None:
             visible = functional.pad(visible, (prefix[0].shape[3], 0), value=True)
         mask = None if visible is None else additive_mask(visible, dtype)
@@ -318,17 +337,11 @@ def _is_filled(past_key_values: Cache | None) -> bool:
     return isinstance(length, Tensor) or length > 0
 
 
-def _packing_of(
-    input_ids: Tensor, attention_mask: Tensor | None, needed: Tensor | None
-) -> Packing | None:
-    """Return how to leave padding and unread tokens out; None where there is neither."""
-    if attention_mask is None:
-        return None if needed is None else find_packing(torch.ones_like(input_ids), needed)
-    if _is_ready(attention_mask) or attention_mask.shape != input_ids.shape:
+def _packing_of_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Packing | None:
+    """Return how to leave padding out; None where there is none."""
+    if attention_mask is None or attention_mask.shape != input_ids.shape:
         return None
-    if needed is None and bool(attention_mask.all()):
-        return None
-    return find_packing(attention_mask, needed)
+    return None if bool(attention_mask.all()) else find_packing(attention_mask, None)
 
 
 def _is_ready(attention_mask: Tensor | None) -> bool:

@@ -21,6 +21,7 @@ from ptuning.model.checkpoint_load import load_pretrained
 from ptuning.model.checkpoint_quantized import prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import Linear
+from ptuning.model.packing import Packing, find_packing, pack
 from ptuning.model.positions import position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder
 
@@ -120,17 +121,25 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         inputs_embeds: Tensor | None = None,
         return_dict: bool | None = None,
+        tokens: Tensor | None = None,
+        needed: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Return logits (B, S, V); with labels (B, S), the shifted loss instead and logits None.
 
         The arguments are ChatGLMModel.forward's. The loss is the mean over labels that are not
         -100, or their sum over num_items_in_batch. logits_to_keep keeps the last n positions, 0 for
-        all.
+        all. tokens (T,), needed (N,) and targets (N,) say what labels and attention_mask say, as
+        indices (`ptuning.data.collation.pad_right` makes them): with them, the host never waits for
+        the device; None derives them.
         """
-        targets = needed = None
+        packing = None
         if labels is not None:
-            targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # (B, S), shifted
-            needed = targets != IGNORED_LABEL
+            if tokens is None or targets is None:
+                packing, targets = _pack_labels(labels, attention_mask)
+            else:
+                packing = Packing((input_ids.shape[0], input_ids.shape[1]), tokens, needed)
+        packs = self.transformer.packs(attention_mask, past_key_values, output_hidden_states)
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -142,13 +151,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             inputs_embeds=inputs_embeds,
-            needed=needed,
+            packing=packing if packs else None,
             return_dict=True,
         )
-        hidden_states = outputs.last_hidden_state  # (B, S, E)
+        hidden_states = outputs.last_hidden_state  # (B, S, E), or packed (1, N, E)
         logits = loss = None
-        if targets is not None:
-            loss = self.answer_loss(hidden_states, targets, num_items_in_batch)
+        if packing is not None and targets is not None:
+            if not packs:
+                hidden_states = pack(hidden_states, packing, only_needed=True)
+            loss = self.answer_loss(hidden_states[0], targets, num_items_in_batch)
         elif isinstance(logits_to_keep, int):
             logits = self.lm_head(hidden_states[:, -logits_to_keep:])
         else:
@@ -164,13 +175,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def answer_loss(
         self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None = None
     ) -> Tensor:
-        """Return the cross-entropy of targets (B, S), -100 where there is none, given (B, S, E)."""
-        wanted = targets != IGNORED_LABEL
-        total = summed_loss(
-            hidden_states[wanted], self.lm_head, targets[wanted].to(hidden_states.device)
-        )
+        """Return the cross-entropy of targets (N,) given hidden_states (N, E): their mean, or
+        their sum over num_items_in_batch.
+        """
+        total = summed_loss(hidden_states, self.lm_head, targets.to(hidden_states.device))
         if num_items_in_batch is None:
-            return total / wanted.sum()
+            return total / len(targets)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
@@ -292,3 +302,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
         )
         return inputs
+
+
+def _pack_labels(labels: Tensor, attention_mask: Tensor | None) -> tuple[Packing, Tensor]:
+    """Return how labels (B, S) pack, needed where the next token has one, and those labels (N,)."""
+    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # (B, S)
+    if attention_mask is None or attention_mask.shape != labels.shape:
+        attention_mask = torch.ones_like(labels)
+    packing = find_packing(attention_mask, shifted != IGNORED_LABEL)
+    return packing, shifted.flatten()[packing.tokens][packing.needed]

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.packed_attention import find_rows
-from ptuning.model.packing import find_packing, pack, unpack_needed
+from ptuning.model.packing import pack, pack_prompts
 from ptuning.model.positions import Context, position_ids, visible_keys
 from ptuning.model.prefix_rows import PrefixRows
 from ptuning.model.rotary import rotation_at
@@ -47,12 +47,13 @@ def read_prompts(
     columns = torch.arange(width, device=device)
     real = (columns < lengths[:, None]).long()  # (B, S)
     context = transformer.find_context(input_ids, real)
-    packing = find_packing(real, columns == lengths[:, None] - 1)
-    rotation = rotation_at(position_ids(context, 0, width), transformer.inverse_frequencies)
+    packing = pack_prompts([len(prompt) for prompt in prompts], device)
+    positions = position_ids(context, 0, width)  # (B, 2, S)
     dtype = transformer.final_layernorm.weight.dtype
     visible = visible_keys(context.end, real, 0, width, width)  # (B, 1, S, S)
     rows = mask = None
     if transformer.attends_by_rows():
+        rotation = rotation_at(positions, transformer.inverse_frequencies)
         rows = find_rows(
             packing,
             additive_mask(visible, dtype),
@@ -63,6 +64,8 @@ def read_prompts(
         if prefixes is not None:
             rows = rows._replace(prefix_mask=_prefix_mask(prefixes, dtype))
     else:
+        packed = pack(positions.transpose(1, 2), packing).transpose(1, 2)  # (1, 2, T)
+        rotation = rotation_at(packed, transformer.inverse_frequencies)
         mask = _mask_of(visible, prefixes, dtype)
     inputs = LayerInputs(rotation, mask, 0.0, packing, rows)
     cache = DynamicCache()
@@ -75,9 +78,8 @@ def read_prompts(
             past_key_values=cache,
             only_needed=index == len(transformer.layers) - 1,
         )
-    states = unpack_needed(transformer.final_layernorm(states), packing)  # (B, S, E)
-    last = states[torch.arange(len(prompts), device=device), lengths - 1]  # (B, E)
-    return ReadPrompts(cache, None if rows is None else rows.spans, context, last)
+    last_states = transformer.final_layernorm(states)[0]  # (B, E)
+    return ReadPrompts(cache, None if rows is None else rows.spans, context, last_states)
 
 
 def _mask_of(visible: Tensor, prefixes: PrefixRows | None, dtype: torch.dtype) -> Tensor:

@@ -95,11 +95,10 @@ def _plan_step(
 def _attend(layer: Layer, index: int, slots: Slots, normalised: Tensor, step: Step) -> Tensor:
     """Return the attention output (R, E) of one new token in each row."""
     fused = layer.attention.query_key_value(normalised)
-    fused = fused.unflatten(-1, (layer.attention.num_heads, 3, -1))  # (R, H, 3, D)
-    # Query and key lie where rotate expects two tokens, and turn alike: one call for both.
-    query, key = rotate(fused[:, :, :2], step.rotation).unbind(2)  # (R, H, D) each
+    heads = fused.unflatten(-1, (layer.attention.num_heads, 3, -1)).unsqueeze(1)  # (R, 1, H, 3, D)
+    query, key, value = rotate(heads, step.rotation)[:, 0].unbind(2)  # (R, H, D) each
     slots.keys[index][step.places, :, step.columns] = key
-    slots.values[index][step.places, :, step.columns] = fused[:, :, 2]
+    slots.values[index][step.places, :, step.columns] = value
     num_rows, width = len(step.columns), step.prefix_columns
     num_columns = step.mask.shape[-1] - width
     own_keys = slots.keys[index][:num_rows, :, :num_columns]  # (R, H, C, D)

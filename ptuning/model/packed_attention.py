@@ -135,8 +135,8 @@ def _mask_of(rows: Tensor, columns: Tensor, beyond: Tensor, mask: Tensor) -> Ten
 
 
 def _of_tokens(angle: Tensor, packing: Packing) -> Tensor:
-    """Return angle (B or 1, 1, S, D) of every token: (T, 1, 1, D)."""
-    grid = angle[:, 0].expand(packing.shape[0], -1, -1)
+    """Return angle (B or 1, S, D) of every token: (T, 1, 1, D)."""
+    grid = angle.expand(packing.shape[0], -1, -1)
     return grid.flatten(0, 1).index_select(0, packing.tokens)[:, None, None]
 
 

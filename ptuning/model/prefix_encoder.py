@@ -86,4 +86,6 @@ def join_prefix(
     prefix = prefix.to(keys.dtype).expand(-1, keys.shape[0], -1, -1, -1)
     if dropout > 0.0:
         prefix = functional.dropout(prefix, dropout)
-    return torch.cat((prefix[0], keys), dim=2), torch.cat((prefix[1], values), dim=2)
+    # One backward node for both halves: indexing each would fill a gradient of zeros for the other.
+    prefix_keys, prefix_values = prefix.unbind(0)
+    return torch.cat((prefix_keys, keys), dim=2), torch.cat((prefix_values, values), dim=2)

@@ -1,9 +1,11 @@
-"""Two-dimensional rotary position embedding.
+"""Two-dimensional rotary position embedding of queries and keys.
 
 Each head's width D is cut in two halves; the first is rotated by the first position channel, the
 second by the other. Inverse frequencies are rounded to float16, as the published checkpoint stores
-them.
-Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; GLM's use of it in ChatGLM-6B.
+them. On CUDA the rotation is one Triton kernel (`ptuning.model.rotary_triton`), in compiled layers
+the compiler's, else the plain operations here, which are the reference for both.
+Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, section 3.4.2; two position channels as in
+GLM, Du et al. 2021, https://arxiv.org/abs/2103.10360, section 2.3.
 Shapes: B batch, S tokens, H heads, D width of a head.
 """
 
@@ -12,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ptuning.model.rotary_triton import can_rotate
+
 
 class Rotation(NamedTuple):
-    """Cosines and sines of every entry's angle, float32 (B, 1, S, D).
+    """Cosines and sines of every entry's angle, float32 (B, S, D).
 
     In each half of D the first quarter's entries turn with the second's (`swap_quarters`).
     """
@@ -39,7 +43,7 @@ def rotation_at(position_ids: Tensor, frequencies: Tensor) -> Rotation:
     angles = position_ids.transpose(1, 2).unsqueeze(-1).float() * frequencies  # (B, S, 2, D/4)
     cos, sin = angles.cos(), angles.sin()
     both = torch.stack((cos, cos), dim=-2), torch.stack((-sin, sin), dim=-2)  # (B, S, 2, 2, D/4)
-    return Rotation(*(of_entries.flatten(-3).unsqueeze(1) for of_entries in both))
+    return Rotation(*(of_entries.flatten(-3) for of_entries in both))
 
 
 def swap_quarters(x: Tensor) -> Tensor:
@@ -52,19 +56,22 @@ def swap_quarters(x: Tensor) -> Tensor:
     return torch.stack((second, first), dim=-2).flatten(-3)
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Return x (B, H, S, D) rotated, in the same shape and dtype; the arithmetic is float32."""
-    rotated: Tensor = _Rotate.apply(x, rotation.cos, rotation.sin)
+def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
+    """Return heads (B, S, H, 3, D) with queries and keys rotated and values as they are.
+
+    The arithmetic is float32; the result has heads' dtype.
+    """
+    rotated: Tensor = _Rotate.apply(heads, rotation.cos, rotation.sin)
     return rotated
 
 
 class _Rotate(torch.autograd.Function):
-    """The rotation; its backward pass is the rotation back, so only the angles are kept."""
+    """The rotation; its backward pass is the inverse rotation, so only the angles are kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, sign=1.0)
+        return _rotated(heads, cos, sin, sign=1.0)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
@@ -72,6 +79,11 @@ class _Rotate(torch.autograd.Function):
         return _rotated(grad_outputs[0], cos, sin, sign=-1.0), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
-    exact = x.float()
-    return torch.mul(exact, cos).addcmul_(swap_quarters(exact), sin, value=sign).to(x.dtype)
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
+    if not torch.compiler.is_compiling() and can_rotate(heads.device, heads.dtype):
+        by_kernel: Tensor = torch.ops.ptuning.rotate(heads, cos, sin, sign)
+        return by_kernel
+    exact = heads[..., :2, :].float()  # (B, S, H, 2, D)
+    cos, sin = cos[:, :, None, None], sin[:, :, None, None]
+    turned = torch.mul(exact, cos).addcmul_(swap_quarters(exact), sin, value=sign)
+    return torch.cat((turned.to(heads.dtype), heads[..., 2:, :]), dim=-2)

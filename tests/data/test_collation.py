@@ -17,7 +17,19 @@ def test_training_rows_are_padded_on_the_right_to_the_longest() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 8, 9], [5, -100, -100]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, 3)}
+    grids = ("input_ids", "attention_mask", "labels")
+    assert {tuple(batch[name].shape) for name in grids} == {(2, 3)}
+
+
+def test_a_batch_says_where_its_tokens_and_targets_are() -> None:
+    labels = [[-100, 8, 9, -100, 6], [-100, -100], [-100, 4]]
+    rows = [{"input_ids": list(range(10, 10 + len(row))), "labels": row} for row in labels]
+    batch = pad_right(rows, pad_id=3)
+    assert batch["tokens"].tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11]
+    packed = batch["input_ids"].flatten()[batch["tokens"]]
+    assert packed.tolist() == [10, 11, 12, 13, 14, 10, 11, 10, 11]
+    assert batch["needed"].tolist() == [0, 1, 3, 7]
+    assert batch["targets"].tolist() == [8, 9, 6, 4]
 
 
 def test_prompts_are_padded_on_the_left_to_the_longest() -> None:

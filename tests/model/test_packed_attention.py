@@ -51,10 +51,9 @@ def plain(fused, prefix, given, keep=None, dropout=0.0):
     for row in range(packing.shape[0]):
         own = packing.tokens // longest == row
         columns = packing.tokens[own] % longest
-        heads = fused[0, own].unflatten(-1, (H, 3 * D)).transpose(0, 1)  # (H, S, 3D)
-        query, key, value = heads.chunk(3, dim=-1)
-        turn = type(rotation)(*(angle[row][:, columns][None] for angle in rotation))
-        query, key = rotate(query[None], turn)[0], rotate(key[None], turn)[0]
+        heads = fused[:, own].unflatten(-1, (H, 3, D))  # (1, S, H, 3, D)
+        turn = type(rotation)(*(angle[row, columns][None] for angle in rotation))
+        query, key, value = rotate(heads, turn)[0].transpose(0, 1).unbind(2)  # (H, S, D) each
         seen = visible[row, 0][columns][:, columns]
         if prefix is not None:
             mine = prefix[:, min(row, prefix.shape[1] - 1)]

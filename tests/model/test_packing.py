@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
-from ptuning.model.packing import find_packing, pack, take_needed, unpack, unpack_needed
+from ptuning.data.collation import pad_right
+from ptuning.model.packing import find_packing, pack, take_needed, unpack
 
 LENGTHS = (19, 7, 30, 12)
 
@@ -108,5 +109,27 @@ def test_packing_and_unpacking_are_inverse():
     assert packed.shape == (1, 4, 4)
     assert unpack(packed, packing).equal(grid)
     assert take_needed(packed, packing).equal(pack(grid, packing, only_needed=True))
-    both = (mask.bool() & needed)[..., None]
-    assert unpack_needed(take_needed(packed, packing), packing).equal(grid * both)
+    assert take_needed(packed, packing)[0].equal(grid[mask.bool() & needed])
+
+
+def test_a_batch_as_collated_gives_the_loss_and_gradient_of_its_labels(model):
+    """The collator's indices and those that the model derives by itself are the same."""
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in training_rows(model)]
+    collated = pad_right(rows, pad_id=3)
+    grids = [collated[name] for name in ("input_ids", "labels", "attention_mask")]
+    expected = loss_and_gradient(model, [grids], total=7)
+    model.prefix_encoder.zero_grad()
+    loss = model(**collated, num_items_in_batch=7).loss
+    loss.backward()
+    assert loss.item() == expected[0]
+    assert model.prefix_encoder.embedding.weight.grad.equal(expected[1])
+
+
+def test_hidden_states_can_be_had_beside_the_loss(model):
+    """All of them are asked for, so nothing is packed; the loss is the same."""
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in training_rows(model)]
+    collated = pad_right(rows, pad_id=3)
+    packed = model(**collated)
+    whole = model(**collated, output_hidden_states=True)
+    assert whole.hidden_states[-1].shape[:2] == collated["input_ids"].shape
+    torch.testing.assert_close(whole.loss, packed.loss)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptuning.model.rotary import inverse_frequencies, rotate, rotation_at
+from ptuning.model.rotary import Rotation, inverse_frequencies, rotate, rotation_at
+
+
+def turned(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate x (B, S, H, D) as queries; as keys they must turn alike, as values stay as they are."""
+    query, key, value = rotate(torch.stack((x, x, x), dim=3), rotation).unbind(3)
+    assert torch.equal(query, key)
+    assert torch.equal(value, x)
+    return query
 
 
 def rotated_half(half: Tensor, position: int) -> Tensor:
@@ -30,14 +38,14 @@ def test_frequencies_are_those_of_one_half_rounded_to_float16(head_dim: int) -> 
 @pytest.mark.parametrize("head_dim", [4, 16, 128])
 def test_each_half_follows_its_own_channel(head_dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 4, head_dim, generator=generator)  # (B, H, S, D)
+    x = torch.randn(2, 4, 3, head_dim, generator=generator)  # (B, S, H, D)
     positions = torch.tensor([[[0, 1, 2, 3], [0, 0, 5, 1000]], [[7, 7, 7, 7], [1, 2, 3, 4]]])
-    found = rotate(x, rotation_at(positions, inverse_frequencies(head_dim)))
+    found = turned(x, rotation_at(positions, inverse_frequencies(head_dim)))
     assert found.shape == x.shape
     for row in range(2):
         for head in range(3):
             for token in range(4):
-                first, second = x[row, head, token].double().chunk(2)
+                first, second = x[row, token, head].double().chunk(2)
                 wanted = torch.cat(
                     (
                         rotated_half(first, int(positions[row, 0, token])),
@@ -46,29 +54,29 @@ def test_each_half_follows_its_own_channel(head_dim: int) -> None:
                 )
                 # An angle of 1000 rounded to float32 is off by 3e-5.
                 torch.testing.assert_close(
-                    found[row, head, token].double(), wanted, atol=2e-4, rtol=0
+                    found[row, token, head].double(), wanted, atol=2e-4, rtol=0
                 )
 
 
 def test_shapes_of_a_rotation() -> None:
     rotation = rotation_at(torch.zeros(2, 2, 5, dtype=torch.long), inverse_frequencies(16))
-    assert rotation.cos.shape == rotation.sin.shape == (2, 1, 5, 16)
+    assert rotation.cos.shape == rotation.sin.shape == (2, 5, 16)
     assert rotation.cos.dtype == torch.float32
 
 
 def test_position_zero_rotates_nothing() -> None:
-    x = torch.randn(1, 2, 3, 8)
+    x = torch.randn(1, 3, 2, 8)
     rotation = rotation_at(torch.zeros(1, 2, 3, dtype=torch.long), inverse_frequencies(8))
-    assert torch.equal(rotate(x, rotation), x)
+    assert torch.equal(turned(x, rotation), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_dtype_stays_and_the_arithmetic_is_float32(dtype: torch.dtype) -> None:
-    x = torch.randn(1, 1, 2, 8).to(dtype)
+    x = torch.randn(1, 2, 1, 8).to(dtype)
     rotation = rotation_at(torch.tensor([[[3, 900], [0, 2]]]), inverse_frequencies(8))
-    found = rotate(x, rotation)
+    found = turned(x, rotation)
     assert found.dtype == dtype
-    assert torch.equal(found, rotate(x.float(), rotation).to(dtype))
+    assert torch.equal(found, turned(x.float(), rotation).to(dtype))
 
 
 def test_scores_depend_on_distance_only() -> None:
@@ -79,8 +87,8 @@ def test_scores_depend_on_distance_only() -> None:
         def at(position: int) -> Tensor:
             return torch.tensor([[[position], [position]]])
 
-        turned_query = rotate(query, rotation_at(at(query_at), frequencies))
-        return float((turned_query * rotate(key, rotation_at(at(key_at), frequencies))).sum())
+        turned_query = turned(query, rotation_at(at(query_at), frequencies))
+        return float((turned_query * turned(key, rotation_at(at(key_at), frequencies))).sum())
 
     assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-4)
     assert score(9, 4) != pytest.approx(score(9, 7), abs=1e-3)

@@ -29,7 +29,7 @@ _library.define(
     "quantized_product(Tensor x, Tensor packed, Tensor scale, int bits, str backend) -> Tensor"
 )
 _library.define(
-    "quantized_product_back(Tensor grad, Tensor packed, Tensor scale, int bits, str backend)"
+    "quantized_product_transposed(Tensor grad, Tensor packed, Tensor scale, int bits, str backend)"
     " -> Tensor"
 )
 
@@ -47,16 +47,18 @@ def _multiply_shape(x: Tensor, packed: Tensor, scale: Tensor, bits: int, backend
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-def _multiply_back(grad: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str) -> Tensor:
+def _multiply_transposed(
+    grad: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str
+) -> Tensor:
     """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
     if not grad.shape[0]:
-        return _multiply_back_shape(grad, packed, scale, bits, backend)
+        return _multiply_transposed_shape(grad, packed, scale, bits, backend)
     chosen = pick_backend(backend, grad.device, grad.dtype, bits)
     with torch.autocast(grad.device.type, enabled=False):
         return chosen.matmul_transposed(grad.contiguous(), packed, scale, bits)
 
 
-def _multiply_back_shape(
+def _multiply_transposed_shape(
     grad: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str
 ) -> Tensor:
     return grad.new_empty(grad.shape[0], packed.shape[1] * (8 // bits))
@@ -64,7 +66,7 @@ def _multiply_back_shape(
 
 for _name, _run, _shape in (
     ("quantized_product", _multiply, _multiply_shape),
-    ("quantized_product_back", _multiply_back, _multiply_back_shape),
+    ("quantized_product_transposed", _multiply_transposed, _multiply_transposed_shape),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ptuning::{_name}", _shape)
@@ -88,7 +90,7 @@ class QuantizedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Return the gradient of x (M, in_features); nothing else is trained."""
         packed, scale = ctx.saved_tensors
-        back = torch.ops.ptuning.quantized_product_back
+        back = torch.ops.ptuning.quantized_product_transposed
         return back(grad, packed, scale, ctx.bits, ctx.backend), None, None, None, None
 
 

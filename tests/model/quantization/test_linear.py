@@ -92,7 +92,7 @@ def test_a_compiler_sees_one_operator_and_no_break(layer: QuantizedLinear) -> No
     products = [name for name in nodes if name.startswith("ptuning.")]
     assert products == [
         "ptuning.quantized_product.default",
-        "ptuning.quantized_product_back.default",
+        "ptuning.quantized_product_transposed.default",
     ]
 
 
