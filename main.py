@@ -44,7 +44,7 @@ from ptuning.train.memory.recompute_run import pack_for_run, recompute_as_asked
 from ptuning.train.processes.launch import launched_index, process_name
 from ptuning.train.processes.processes import check_same_everywhere, check_shared_folder, gather
 from ptuning.train.resume.resume_checks import check_same_run, fingerprint_rows
-from ptuning.train.resume.resuming_trainer import rows_per_step
+from ptuning.train.resume.resuming_trainer import rows_per_step, tokens_to_train
 from ptuning.train.resume.run_directory import (
     checkpoint_to_resume,
     checkpoints,
@@ -286,7 +286,8 @@ def train(trainer: Seq2SeqTrainer, arguments: Arguments, resume: Path | None) ->
     assert isinstance(trainer.train_dataset, TokenDataset), "load_rows made it"
     choice = recompute_as_asked(trainer.chatglm, arguments.model, training, trainer.train_dataset)
     logger.info(choice.describe())
-    compile_layers(trainer.chatglm, training.compiling, training.device)
+    num_tokens = tokens_to_train(training, trainer.train_dataset.lengths)
+    compile_layers(trainer.chatglm, training.compiling, training.device, num_tokens=num_tokens)
     with trainer.stop.deferred():
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model()

@@ -45,7 +45,7 @@ ALLOWED = {
     "main": {"ptuning", "arguments", "trainer_seq2seq", *(f"ptuning.{room}" for room in ROOMS)},
 }
 MAY_PRINT = {"ptuning/serve/cli.py", "main.py"}
-MAX_LINES = 400
+MAX_LINES = 700  # of a file that is one idea; most have 100 to 500
 
 
 def source_files() -> list[Path]:

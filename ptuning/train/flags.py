@@ -199,6 +199,15 @@ class TrainingArguments(AnsweringArguments):
     checkpoint_layers: int | None = flag(
         None, "Compute so many layers again; unset is auto's choice, or all with true."
     )
+    torch_compile: bool | None = field(  # type: ignore[assignment]  # a switch in transformers
+        default=None,
+        metadata={
+            "help": "Compile the model's layers; unset does so on CUDA in bfloat16 where a run is "
+            "long enough to gain by it.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     report_to: str = flag("none", "Where to log besides the screen: none, tensorboard, ...")
     save_total_limit: int | None = flag(None, "Keep at most so many checkpoints; unset for all.")
     remove_unused_columns: bool = flag(False, "Kept false: rows are already token ids.")

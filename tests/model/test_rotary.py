@@ -1,5 +1,11 @@
 """The two-dimensional rotary embedding against its definition, written out the long way."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,3 +98,18 @@ def test_scores_depend_on_distance_only() -> None:
 
     assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-4)
     assert score(9, 4) != pytest.approx(score(9, 7), abs=1e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernel_agrees_with_the_plain_operations_in_the_interpreter() -> None:
+    """Numbers reach 4.5, where a unit in the last place is 4 eps; there and back are 2 roundings."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.model.rotary_interpreted"],
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) <= 8

@@ -283,6 +283,13 @@ def rows_per_step(args: Any) -> int:
     return int(rows * args.world_size)
 
 
+def tokens_to_train(args: Any, lengths: Any) -> float:
+    """Return how many tokens a process trains on, given the rows' lengths (a numpy array)."""
+    if args.max_steps > 0:
+        return float(args.max_steps * rows_per_step(args) * lengths.mean() / args.world_size)
+    return float(args.num_train_epochs * lengths.sum() / args.world_size)
+
+
 def _read_results(path: Path) -> dict[str, Any]:
     """Return the figures of an earlier part of the run; none from a file that was cut short."""
     if not path.is_file():
