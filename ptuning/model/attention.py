@@ -103,10 +103,11 @@ class Attention(nn.Module):
                 output = take_needed(output, shared.packing)
             return self.dense(output), None
         heads = fused.unflatten(-1, (self.num_heads, 3, -1))  # (B, S, H, 3, D), or (1, T, ...)
-        heads = rotate(heads, shared.rotation)
+        parts = rotate(heads, shared.rotation).unbind(3)  # (B, S, H, D) each, or (1, T, H, D)
         if shared.packing is not None:
-            heads = unpack(heads, shared.packing)  # (B, S, H, 3, D)
-        query, key, value = heads.transpose(1, 2).unbind(3)  # (B, H, S, D) each
+            # One by one: what keeps the queries for the backward pass keeps nothing else then.
+            parts = tuple(unpack(part, shared.packing) for part in parts)
+        query, key, value = (part.transpose(1, 2) for part in parts)  # (B, H, S, D) each
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)
         if prefix is not None:

@@ -159,7 +159,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if packing is not None and targets is not None:
             if not packs:
                 hidden_states = pack(hidden_states, packing, only_needed=True)
-            loss = self.answer_loss(hidden_states[0], targets, num_items_in_batch)
+            loss = self.answer_loss(hidden_states.squeeze(0), targets, num_items_in_batch)
         elif isinstance(logits_to_keep, int):
             logits = self.lm_head(hidden_states[:, -logits_to_keep:])
         else:

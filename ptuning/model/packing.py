@@ -63,7 +63,7 @@ def unpack(packed: Tensor, packing: Packing) -> Tensor:
     """Put packed tokens (1, T, ...) back in their cells, zeros elsewhere: (B, S, ...)."""
     num_rows, length = packing.shape
     grid = packed.new_zeros(num_rows * length, *packed.shape[2:])
-    return grid.index_copy_(0, packing.tokens, packed[0]).unflatten(0, (num_rows, length))
+    return grid.index_copy_(0, packing.tokens, packed.squeeze(0)).unflatten(0, (num_rows, length))
 
 
 def take_needed(packed: Tensor, packing: Packing) -> Tensor:
