@@ -63,7 +63,9 @@ def unpack(packed: Tensor, packing: Packing) -> Tensor:
     """Put packed tokens (1, T, ...) back in their cells, zeros elsewhere: (B, S, ...)."""
     num_rows, length = packing.shape
     grid = packed.new_zeros(num_rows * length, *packed.shape[2:])
-    return grid.index_copy_(0, packing.tokens, packed.squeeze(0)).unflatten(0, (num_rows, length))
+    # index_copy_ would keep the packed tokens for its backward pass, which reads only their shape.
+    grid.index_put_((packing.tokens,), packed.squeeze(0))
+    return grid.unflatten(0, (num_rows, length))
 
 
 def take_needed(packed: Tensor, packing: Packing) -> Tensor:

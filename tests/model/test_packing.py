@@ -112,6 +112,17 @@ def test_packing_and_unpacking_are_inverse():
     assert take_needed(packed, packing)[0].equal(grid[mask.bool() & needed])
 
 
+def test_unpacking_keeps_nothing_of_the_packed_tokens_for_the_backward_pass():
+    packing = find_packing(torch.tensor([[1, 1, 0], [0, 1, 1]]), None)
+    packed = torch.randn(1, 4, 5, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        grid = unpack(packed, packing)
+    assert not [tensor for tensor in kept if tensor.is_floating_point()]
+    (gradient,) = torch.autograd.grad((grid * 3).sum(), packed)
+    assert gradient.equal(torch.full_like(packed, 3.0))
+
+
 def test_a_batch_as_collated_gives_the_loss_and_gradient_of_its_labels(model):
     """The collator's indices and those that the model derives by itself are the same."""
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in training_rows(model)]
