@@ -44,6 +44,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 slope = logprobs.exp_()  # softmax, in place
                 slope.scatter_add_(1, wanted, slope.new_full((1, 1), -1.0).expand_as(wanted))
                 gradient[part] = head.product_back(slope.to(head.weight.dtype))
+                del slope
+            del logprobs  # or the next chunk's logits would be formed beside it
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
         return total
 

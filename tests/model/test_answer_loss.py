@@ -1,5 +1,7 @@
 """The chunked loss is the ordinary one."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional
@@ -42,6 +44,24 @@ def test_no_matrix_of_tokens_by_vocabulary_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         summed_loss(hidden, head, targets, chunk_tokens=8)
     assert kept == [hidden.shape]
+
+
+def test_a_chunk_is_freed_before_the_next_one_is_formed():
+    head, hidden, targets = case(torch.float32)
+    slopes, alive, product, product_back = [], [], head.product, head.product_back
+
+    def watched(x):
+        alive.extend(slope for slope in slopes if slope() is not None)
+        return product(x)
+
+    def remembered(slope):  # float32 as it is, so not a copy
+        slopes.append(weakref.ref(slope))
+        return product_back(slope)
+
+    head.product, head.product_back = watched, remembered
+    summed_loss(hidden, head, targets, chunk_tokens=8)
+    assert len(slopes) == 5
+    assert not alive
 
 
 def test_no_gradient_is_formed_while_validating():
