@@ -183,7 +183,7 @@ class Engine:
                 self.slots.move(len(self.rows), slot, last.length)
                 self.rows[slot] = last
         if self.is_idle:
-            # Recorded steps hold for the slots as they lie, and are worth more than little memory.
+            # Graphs are valid only for these slots, and are worth the little memory of both.
             if self.graphed is None or self.slots.num_bytes > self.slots.small_bytes:
                 self.release()
         elif not self.waiting:

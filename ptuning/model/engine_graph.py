@@ -1,11 +1,12 @@
-"""Decoding steps recorded and replayed: on CUDA a whole step is one launch in place of hundreds.
+"""Decoding steps as CUDA graphs: one launch per step instead of hundreds.
 
-A card reads ChatGLM-6B's int4 weights in about a millisecond, but launching a step's kernels one by
-one takes several. A CUDA graph fixes shapes and addresses, so rows are filled up to few counts with
-idle ones, which write where no row is, and columns to multiples of 64; the step's numbers lie in
-one tensor that is overwritten. A recorded step is compared with a plain one before it is used.
+An H100 reads ChatGLM-6B's int4 weights in about a millisecond, but launching a step's kernels one
+by one takes several. A CUDA graph fixes shapes and addresses, so a batch is padded to one of a few
+row counts with idle rows, which write to unused slots; columns are rounded up to a multiple of 64;
+and token ids, columns and positions are copied into one static tensor before each replay. A graph
+is validated against an eager step before it is used.
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-Shapes: R rows decoding, N rows with the idle ones, E hidden size.
+Shapes: R rows decoding, N rows including idle ones, E hidden size.
 """
 
 import logging
@@ -24,75 +25,81 @@ from ptuning.model.engine_step import decode_step, run_step, step_numbers
 from ptuning.model.prefix_rows import PrefixRows, SeenPrefixes
 from ptuning.model.shared_prefix import Shares
 
-ROWS_STEP = 8  # above 8 rows, counts are filled up to multiples of it; below, to powers of 2
+ROWS_STEP = 8  # row counts above 8 are padded to a multiple of it, smaller ones to a power of 2
 COLUMNS_STEP = 64
-# Recording costs about as much as ten plain steps: not for what ends at once, and not for a mixture
-# of prefixes, which the next row that joins or leaves makes another, before it has lasted a while.
+# A capture costs about four eager steps on the host, by count and not measured: the reference step,
+# the warm-up, the capture with its instantiation, and the replay that is validated. So a shape is
+# captured only once it has recurred, and a mix of prefixes much later, since any row that joins or
+# leaves changes the mix.
 STEPS_BEFORE, MIXED_STEPS_BEFORE = 3, 16
 MOST_GRAPHS = 32  # each holds its result and its launches; intermediate tensors share one pool
-MOST_SHAPES = 4096  # whose plain steps are counted
-MOST_DIFFERENCE = 0.01  # of a row's length: half precision's rounding, summed in another order
+MOST_SHAPES = 4096  # whose eager steps are counted
+MOST_DIFFERENCE = 0.01  # relative, per row: half-precision rounding when sums are reordered
 
 logger = logging.getLogger(__name__)
 
-# Records what a function does with tensors: how to do it again, and the tensor that it fills.
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+# Captures a function; returns how to replay it and the tensor that each replay overwrites.
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 class Graph(NamedTuple):
-    """One recorded step, with what its kernels read and write."""
+    """One captured step, with the tensors its kernels read and write."""
 
     numbers: Tensor  # (4, N)
     replay: Callable[[], None]
     output: Tensor  # (N, E)
-    prefixes: PrefixRows | None  # held, as the kernels read from their addresses
+    prefixes: PrefixRows | None  # kept alive: the kernels read from it
 
 
 class Shape(NamedTuple):
-    """What a recorded step holds for."""
+    """The key of a graph: a graph is valid for nothing else."""
 
     num_rows: int  # N
     num_columns: int
-    shares: tuple[Shares, ...]  # what each of the N rows sees
+    shares: tuple[Shares, ...]  # the prefixes of each of the N rows
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all rows see the same."""
+        """Whether all rows see the same prefixes."""
         return all(shares == self.shares[0] for shares in self.shares)
 
 
 class Addresses(NamedTuple):
-    """Where recorded steps read and write; they hold for nothing else."""
+    """Where all graphs read and write; a change invalidates them."""
 
     slots: Slots
     generation: int  # of the slots
-    weight: int  # a model that is moved or cast takes this weight with it
+    weight: int  # moves when the model is moved or cast
 
 
 class GraphedSteps:
-    """Takes decoding steps, recorded where the same shape comes again and again."""
+    """Runs decoding steps, replaying a CUDA graph wherever a shape recurs."""
 
     def __init__(
-        self, transformer: ChatGLMModel, make_recorder: Callable[[], Record] | None = None
+        self, transformer: ChatGLMModel, make_capture: Callable[[], Capture] | None = None
     ) -> None:
-        """Take a model on CUDA; other recorders are for tests."""
+        """Take a model on CUDA; make_capture replaces CUDA's own capture in tests."""
         self.transformer = transformer
-        self.why_not = ""  # once recording has failed, how
-        self._make_recorder = make_recorder or self._cuda_recorder
-        self._record: Record | None = None
+        self.why_not = ""  # why graphs are disabled, once a capture has failed
+        # Not a bound method: that would be a reference cycle, and keep the graphs' memory until the
+        # garbage collector runs.
+        self._make_capture = make_capture or (
+            lambda: CudaCapture(transformer.final_layernorm.weight.device)
+        )
+        self._capture: Capture | None = None
         self._graphs: dict[Shape, Graph] = {}
-        self._steps: Counter[Shape] = Counter()  # plain ones, by shape
+        self._steps: Counter[Shape] = Counter()  # eager steps by shape
         self._addresses: Addresses | None = None
 
     @property
     def num_graphs(self) -> int:
-        """How many recorded steps are held."""
+        """Graphs held."""
         return len(self._graphs)
 
     def step(self, rows: Sequence[Row], slots: Slots, seen: SeenPrefixes) -> Tensor:
-        """Return the final states (R, E) of the newest tokens; they hold until the next step."""
+        """Return the final states (R, E) of the newest tokens, valid until the next step."""
         if self.why_not:
-            return self._plain(rows, slots, seen)
+            return self._eager(rows, slots, seen)
         addresses = Addresses(
             slots, slots.generation, self.transformer.final_layernorm.weight.data_ptr()
         )
@@ -109,25 +116,24 @@ class GraphedSteps:
         if self._steps[shape] < (STEPS_BEFORE if shape.is_uniform else MIXED_STEPS_BEFORE):
             if len(self._steps) > MOST_SHAPES:
                 self._steps.clear()
-            return self._plain(rows, slots, seen)
+            return self._eager(rows, slots, seen)
         return self._first_of(shape, rows, slots, seen.of(shape.shares))[: len(rows)]
 
     def forget(self) -> None:
-        """Drop all recorded steps, and with them their memory."""
+        """Drop all graphs, and with them their memory."""
         self._graphs.clear()
         self._steps.clear()
         self._addresses = None
-        self._record = None  # a pool of memory that all graphs have left takes no new ones
+        # The memory pool goes too: PyTorch asserts (`use_count > 0`) that a pool still has a graph
+        # when another one is captured into it.
+        self._capture = None
 
-    def _cuda_recorder(self) -> "CudaRecorder":
-        return CudaRecorder(self.transformer.final_layernorm.weight.device)
-
-    def _plain(self, rows: Sequence[Row], slots: Slots, seen: SeenPrefixes) -> Tensor:
+    def _eager(self, rows: Sequence[Row], slots: Slots, seen: SeenPrefixes) -> Tensor:
         prefixes = seen.of([row.request.shares for row in rows])
         return decode_step(self.transformer, rows, slots, prefixes)
 
     def _shape_of(self, rows: Sequence[Row], slots: Slots) -> Shape:
-        num_rows = min(filled_rows(len(rows)), slots.num_slots)
+        num_rows = min(padded_rows(len(rows)), slots.num_slots)
         longest = max(row.length for row in rows) + 1
         num_columns = min(-(-longest // COLUMNS_STEP) * COLUMNS_STEP, slots.capacity)
         shares = [row.request.shares for row in rows]
@@ -142,7 +148,7 @@ class GraphedSteps:
     def _first_of(
         self, shape: Shape, rows: Sequence[Row], slots: Slots, prefixes: PrefixRows | None
     ) -> Tensor:
-        """Take a plain step of the filled-up shape, record it, and keep it if it does the same."""
+        """Run an eager step of the padded shape, capture it, and keep the graph if it agrees."""
         numbers = self._numbers(rows, shape).to(self.transformer.final_layernorm.weight.device)
 
         def work() -> Tensor:
@@ -150,48 +156,49 @@ class GraphedSteps:
 
         expected = work()
         if not bool(expected[: len(rows)].isfinite().all()):
-            del self._steps[shape]  # the model overflows: nothing to compare with
+            del self._steps[shape]  # the model overflows: nothing to validate against
             return expected
         if len(self._graphs) >= MOST_GRAPHS:  # graphs share memory: all go or none
             addresses = self._addresses
             self.forget()
             self._addresses = addresses
-        self._record = self._record or self._make_recorder()
+        capture = self._capture or self._make_capture()
         try:
-            replay, output = self._record(work)
+            replay, output = capture(work)
             replay()
         except RuntimeError as error:
-            cause = error.__context__ or error  # a capture's end fails too once a step in it has
+            cause = error.__context__ or error  # an error in a capture makes its end fail as well
             self._give_up(" ".join(str(cause).split())[:300] or type(cause).__name__)
             return expected
         difference = _largest_difference(output[: len(rows)], expected[: len(rows)])
-        if not difference <= MOST_DIFFERENCE:  # so that a NaN counts as one
-            self._give_up(f"a recorded step differs from a plain one by {difference:.3g} of itself")
+        if not difference <= MOST_DIFFERENCE:  # true for NaN too
+            self._give_up(f"a graph's output differs from an eager step's by {difference:.2%}")
             return expected
         self._graphs[shape] = Graph(numbers, replay, output, prefixes)
+        self._capture = capture  # only now that a graph keeps its memory pool in use
         return output
 
     def _give_up(self, reason: str) -> None:
         self.forget()
         self.why_not = reason
         logger.warning(
-            "Decoding steps are not recorded as CUDA graphs from here on, so answers take longer: "
-            "%s. Engine(record_steps=False) takes plain steps from the start.",
+            "CUDA graphs are disabled and decoding continues with eager steps, which are slower: "
+            "%s. Engine(record_steps=False) disables them from the start.",
             reason,
         )
 
 
 def _largest_difference(found: Tensor, expected: Tensor) -> float:
-    """Return the length of the difference over that of the row expected, in the worst row."""
+    """Return the norm of the difference relative to that of expected, for the worst row."""
     expected = expected.float()
     ratios = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     return ratios.max().item()
 
 
-def filled_rows(num_rows: int) -> int:
-    """Return how many rows a recorded step has for num_rows.
+def padded_rows(num_rows: int) -> int:
+    """Return how many rows a graph for num_rows has.
 
-    >>> [filled_rows(count) for count in (1, 2, 3, 8, 9, 17)]
+    >>> [padded_rows(count) for count in (1, 2, 3, 8, 9, 17)]
     [1, 2, 4, 8, 16, 24]
     """
     if num_rows > ROWS_STEP:
@@ -199,31 +206,44 @@ def filled_rows(num_rows: int) -> int:
     return 1 << (num_rows - 1).bit_length()
 
 
-class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory: they are replayed one at a time."""
+class CudaCapture:
+    """Captures CUDA graphs that share one memory pool: they are replayed one at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = _recording_stream(device)
+        self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record work, after running it on the same stream: libraries set themselves up there."""
-        graph = torch.cuda.CUDAGraph()
+        """Warm up on the capture stream, where cuBLAS allocates a workspace, then capture."""
         with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):  # left for the caller's, also by a failed capture
+            caller = torch.cuda.current_stream()
+            self._stream.wait_stream(caller)
+            with torch.cuda.stream(self._stream):
                 work()
-                # Other threads may use the device meanwhile: a server reads a prefix, say.
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    output = work()
-            torch.cuda.current_stream().wait_stream(self._stream)
+                caller.wait_stream(self._stream)  # for the warm-up; a capture executes nothing
+                try:
+                    return self._captured(work)
+                except torch.OutOfMemoryError:  # a capture may not free the allocator's cache
+                    torch.cuda.empty_cache()
+                    return self._captured(work)
+
+    def _captured(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Capture work on the current stream.
+
+        torch.cuda.graph would synchronise the device and empty the allocator's cache every time.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device during the capture: a server prefills, for example.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            output = work()
+        finally:
+            graph.capture_end()
         return graph.replay, output
 
 
 @cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the device's one stream to record on: cuBLAS keeps memory for each it has seen."""
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the device's only capture stream: cuBLAS keeps a workspace for every stream."""
     return torch.cuda.Stream(device)

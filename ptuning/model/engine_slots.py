@@ -19,7 +19,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 COLUMN_STEP = 16  # capacities are multiples: fast products want rows to begin at round addresses
 FEWEST_SLOTS, FEWEST_COLUMNS = 4, 64  # below this, memory is not worth moving tensors for
 SMALL_BYTES = 64 * 2**20  # up to this, all that the rows can ever need is taken at once
-SMALL_BYTES_CUDA, SMALL_SHARE_CUDA = 2**30, 1 / 16  # ... on a card: what moves is recorded anew
+SMALL_BYTES_CUDA, SMALL_SHARE_CUDA = 2**30, 1 / 16  # ... on CUDA: a resize drops all graphs
 IDLE_SHARE = 4  # shrink when a quarter or less is in use
 
 

@@ -1,12 +1,15 @@
-"""Recorded decoding steps give the tokens of plain ones; a recording that fails or errs is not used.
+"""Decoding with graphs gives the tokens of eager steps; a graph that fails or errs is not used.
 
-CUDA's own recording is tested on a card (tests/gpu/test_engine_graph.py). Here what was recorded is
-computed again into the same tensor, which is all that a replay may do: it reads its inputs where
-they lay when it was recorded, and no others.
+CUDA's own capture is tested on a GPU (tests/gpu/test_engine_graph.py). Here a replay runs the
+captured function again and overwrites the same tensor, which is all that a replay may do: it reads
+its inputs at the addresses they had during the capture, and no others.
 """
 
+import gc
 import json
-from dataclasses import replace
+import weakref
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -17,22 +20,22 @@ from transformers import AutoModelForCausalLM
 import ptuning  # noqa: F401  (registers the model)
 from ptuning.model import engine_graph
 from ptuning.model.engine import Engine, GreedyEngine
-from ptuning.model.engine_graph import GraphedSteps, filled_rows
+from ptuning.model.engine_graph import CudaCapture, GraphedSteps, padded_rows
 from ptuning.model.engine_row import Request
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 
 NEVER = frozenset({1023})
 
 
-class Recorder:
-    """Records as CUDA does, without CUDA; counts."""
+class Capture:
+    """Captures as CUDA does, without CUDA; counts."""
 
     def __init__(self):
-        self.recorded = self.replayed = 0
+        self.captured = self.replayed = 0
 
     def __call__(self, work):
-        self.recorded += 1
-        output = torch.full_like(work(), float("nan"))  # recording computes nothing
+        self.captured += 1
+        output = torch.full_like(work(), float("nan"))  # a capture computes nothing
 
         def replay():
             self.replayed += 1
@@ -50,18 +53,18 @@ def model(golden):
 
 
 @pytest.fixture
-def recorder():
-    return Recorder()
+def capture():
+    return Capture()
 
 
-def graphed(engine, recorder):
-    engine.graphed = GraphedSteps(engine.model.transformer, lambda: recorder)
+def graphed(engine, capture):
+    engine.graphed = GraphedSteps(engine.model.transformer, lambda: capture)
     return engine
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 5, 64])
 @pytest.mark.parametrize("case", ["generate_prefix", "generate_plain"])
-def test_tokens_are_the_published_ones(model, golden, case, max_rows, recorder, monkeypatch):
+def test_tokens_are_the_published_ones(model, golden, case, max_rows, capture, monkeypatch):
     monkeypatch.setattr(model.config, "eos_token_id", 1023)
     numbers = json.loads((golden / "chatglm-tiny" / "cases.json").read_text())["cases"][case]
     engine = GreedyEngine(
@@ -71,10 +74,10 @@ def test_tokens_are_the_published_ones(model, golden, case, max_rows, recorder, 
         max_new_tokens=24,
         use_prefix=case == "generate_prefix",
     )
-    answers = dict(graphed(engine, recorder).run())
+    answers = dict(graphed(engine, capture).run())
     assert [answers[i] for i in range(12)] == numbers["greedy_new_tokens_one_by_one"] * 3
-    assert recorder.recorded
-    assert recorder.replayed > 10 * recorder.recorded, "most steps were replayed"
+    assert capture.captured
+    assert capture.replayed > 10 * capture.captured, "most steps were replayed"
     engine.release()
     assert (engine.graphed.num_graphs, engine.slots.num_bytes) == (0, 0)
 
@@ -110,20 +113,20 @@ def answers_of(engine, asked):
 
 
 @pytest.mark.parametrize("max_rows", [1, 5, 12])
-def test_rows_of_all_kinds_that_join_and_leave_answer_as_in_plain_steps(model, max_rows, recorder):
+def test_rows_of_all_kinds_that_join_and_leave_answer_as_in_eager_steps(model, max_rows, capture):
     asked = requests(model, 6 + max_rows)
     plain = answers_of(Engine(model, max_rows=max_rows, patience=0), asked)
-    engine = graphed(Engine(model, max_rows=max_rows, patience=0), recorder)
+    engine = graphed(Engine(model, max_rows=max_rows, patience=0), capture)
     assert answers_of(engine, asked) == plain
-    assert recorder.replayed
+    assert capture.replayed
 
 
-def test_slots_that_move_in_memory_end_what_was_recorded(model, recorder, monkeypatch):
-    """A replay writes to the addresses it was recorded with."""
+def test_slots_that_move_in_memory_invalidate_the_graphs(model, capture, monkeypatch):
+    """A replay writes to the addresses of its capture."""
     monkeypatch.setattr("ptuning.model.engine_slots.SMALL_BYTES", 0)
     monkeypatch.setattr(engine_graph, "COLUMNS_STEP", 512)  # so that no other reason is left
     ends = [model.config.gmask_token_id, model.config.bos_token_id]
-    engine = graphed(Engine(model, max_rows=1), recorder)
+    engine = graphed(Engine(model, max_rows=1), capture)
     row = engine.add(Request([7, 8, 9, *ends], 200, end_ids=NEVER))
     generations = []
     while not engine.is_idle:
@@ -131,7 +134,7 @@ def test_slots_that_move_in_memory_end_what_was_recorded(model, recorder, monkey
         generations.append(engine.slots.generation)
     moves = sum(before != after for before, after in pairwise(generations[1:-1]))
     assert moves >= 2
-    assert recorder.recorded >= moves
+    assert capture.captured >= moves
     plain = Engine(model, max_rows=1)
     expected = plain.add(Request([7, 8, 9, *ends], 200, end_ids=NEVER))
     while not plain.is_idle:
@@ -146,42 +149,40 @@ def answer(engine, request):
     return row.answer
 
 
-def test_the_next_request_finds_the_steps_of_the_last(model, recorder):
+def test_the_next_request_reuses_the_graphs_of_the_last(model, capture):
     request = requests(model, 2)[1]
-    engine = graphed(Engine(model, max_rows=1), recorder)
+    engine = graphed(Engine(model, max_rows=1), capture)
     first = answer(engine, request)
-    recorded, replayed = recorder.recorded, recorder.replayed
-    assert recorded
+    captured, replayed = capture.captured, capture.replayed
+    assert captured
     assert answer(engine, request) == first
-    assert recorder.recorded == recorded, "nothing is recorded twice"
-    assert recorder.replayed - replayed == len(first) - 1, "no step is taken plainly"
+    assert capture.captured == captured, "nothing is captured twice"
+    assert capture.replayed - replayed == len(first) - 1, "no step is eager"
     engine.release()
     assert answer(engine, request) == first
-    assert recorder.recorded == 2 * recorded
+    assert capture.captured == 2 * captured
 
 
-def test_large_slots_are_given_back_when_idle_and_their_steps_with_them(
-    model, recorder, monkeypatch
-):
+def test_large_slots_are_freed_when_idle_and_their_graphs_with_them(model, capture, monkeypatch):
     monkeypatch.setattr("ptuning.model.engine_slots.SMALL_BYTES", 0)
-    engine = graphed(Engine(model, max_rows=1), recorder)
+    engine = graphed(Engine(model, max_rows=1), capture)
     answer(engine, requests(model, 2)[1])
-    assert recorder.replayed
+    assert capture.replayed
     assert (engine.graphed.num_graphs, engine.slots.num_bytes) == (0, 0)
 
 
-def test_a_model_that_was_moved_is_recorded_anew(golden, recorder):
+def test_a_model_that_was_moved_is_captured_again(golden, capture):
     folder = golden / "chatglm-tiny"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    engine = graphed(Engine(model, max_rows=1), recorder)
+    engine = graphed(Engine(model, max_rows=1), capture)
     request = requests_of_base(model)
     plain = answer(engine, request)
-    recorded = recorder.recorded
-    assert recorded
+    captured = capture.captured
+    assert captured
     layer_norm = model.transformer.final_layernorm
     layer_norm.weight.data = layer_norm.weight.data.clone()
     assert answer(engine, request) == plain
-    assert recorder.recorded == 2 * recorded
+    assert capture.captured == 2 * captured
 
 
 def requests_of_base(model):
@@ -189,10 +190,10 @@ def requests_of_base(model):
     return Request([7, 8, 9, *ends], 40, end_ids=NEVER)
 
 
-def test_a_mixture_of_prefixes_is_recorded_only_once_it_has_lasted(model, recorder, monkeypatch):
+def test_a_mix_of_prefixes_is_captured_only_once_it_has_lasted(model, capture, monkeypatch):
     asked = requests(model, 2)
     for shared in (False, True):
-        engine = graphed(Engine(model, max_rows=2, patience=0), recorder)
+        engine = graphed(Engine(model, max_rows=2, patience=0), capture)
         rows = [
             engine.add(
                 replace(asked[1], shares=asked[int(shared or one)].shares, max_new_tokens=15)
@@ -202,16 +203,16 @@ def test_a_mixture_of_prefixes_is_recorded_only_once_it_has_lasted(model, record
         while not engine.is_idle:
             engine.step()
         assert [len(row.answer) for row in rows] == [15, 15]
-        assert bool(recorder.recorded) is shared
+        assert bool(capture.captured) is shared
 
 
-def test_a_model_that_overflows_is_no_reason_to_give_up(golden, recorder):
+def test_a_model_that_overflows_is_no_reason_to_give_up(golden, capture):
     folder = golden / "chatglm-tiny"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.transformer.layers[1].mlp.dense_h_to_4h.bias.data.fill_(float("inf"))
-    engine = graphed(Engine(model, max_rows=1), recorder)
+    engine = graphed(Engine(model, max_rows=1), capture)
     assert len(answer(engine, requests_of_base(model))) == 40
-    assert (engine.graphed.why_not, recorder.recorded) == ("", 0)
+    assert (engine.graphed.why_not, capture.captured) == ("", 0)
 
 
 def fails(work):
@@ -228,42 +229,177 @@ def is_empty(work):
 
 
 @pytest.mark.parametrize(
-    ("record", "reason"),
+    ("capture", "reason"),
     [
         (fails, "not permitted when stream"),
-        (reads_other_memory, "by 0.5 of itself"),
+        (reads_other_memory, "by 50.00%"),
         (is_empty, "nan"),
     ],
 )
-def test_a_recording_that_fails_or_errs_is_told_once_and_left(model, record, reason, caplog):
+def test_a_capture_that_fails_or_errs_disables_graphs_with_one_warning(
+    model, capture, reason, caplog
+):
     asked = requests(model, 9)
     plain = answers_of(Engine(model, max_rows=4), asked)
-    engine = graphed(Engine(model, max_rows=4), record)
+    engine = graphed(Engine(model, max_rows=4), capture)
     assert answers_of(engine, asked) == plain
     assert reason in engine.graphed.why_not
     assert [reason in message for message in caplog.messages] == [True]
     assert engine.graphed.num_graphs == 0
 
 
-def test_few_graphs_are_held(model, recorder, monkeypatch):
+class Device:
+    """Stands in for torch.cuda: tracks the current stream and logs captures and clean-up."""
+
+    def __init__(self):
+        self.streams = ["caller's"]
+        self.calls = []
+        self.end_error = None  # of capture_end
+
+    def current_stream(self):
+        return Stream(self, self.streams[-1])
+
+    @contextmanager
+    def stream(self, stream):
+        self.streams.append(stream.name)
+        try:
+            yield
+        finally:
+            self.streams.pop()
+
+    def log(self, call):
+        self.calls.append((call, self.streams[-1]))
+
+
+@dataclass
+class Stream:
+    device: Device
+    name: str
+
+    def wait_stream(self, stream):
+        self.device.calls.append((f"{self.name} waits", stream.name))
+
+
+class Graph:
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def capture_begin(self, pool=None, capture_error_mode="global"):
+        assert (pool, capture_error_mode) == ((0, 1), "thread_local")
+        self.device.log("begin")
+
+    def capture_end(self):
+        self.device.log("end")
+        if self.device.end_error:
+            raise self.device.end_error
+
+    def replay(self):
+        self.device.log("replay")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = Device()
+    for name, stand_in in {
+        "CUDAGraph": lambda: Graph(device),
+        "current_stream": device.current_stream,
+        "device": lambda _: nullcontext(),
+        "empty_cache": lambda: device.log("empty_cache"),
+        "graph_pool_handle": lambda: (0, 1),
+        "stream": device.stream,
+        "synchronize": lambda: device.log("synchronize"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(gc, "collect", lambda: device.log("collect"))
+    monkeypatch.setattr(engine_graph, "_capture_stream", lambda _: Stream(device, "capture"))
+    return device
+
+
+def capture_on(device, fails=None, error=None):
+    """Capture a function whose calls of the numbers given fail; return what a capture returns."""
+
+    def work():
+        device.log("work")
+        if [call for call, _ in device.calls].count("work") in (fails or ()):
+            raise error
+        return torch.ones(1)
+
+    return CudaCapture(torch.device("cuda", 0))(work)
+
+
+WARM_UP = [
+    ("capture waits", "caller's"),
+    ("work", "capture"),
+    ("caller's waits", "capture"),
+]
+CAPTURE = [("begin", "capture"), ("work", "capture"), ("end", "capture")]
+
+
+def test_a_capture_neither_synchronises_nor_empties_the_cache(device):
+    replay, output = capture_on(device)
+    replay()
+    assert output == 1
+    assert device.calls == [*WARM_UP, *CAPTURE, ("replay", "caller's")]
+
+
+@pytest.mark.parametrize("end_error", [None, RuntimeError("capture invalidated")])
+def test_an_error_in_a_capture_ends_it_and_leaves_the_callers_stream(device, end_error):
+    device.end_error = end_error
+    error = ValueError("not permitted")
+    with pytest.raises(type(end_error or error)) as raised:
+        capture_on(device, fails={2}, error=error)
+    assert device.calls == [*WARM_UP, *CAPTURE]
+    assert device.streams == ["caller's"]
+    assert raised.value is (end_error or error)
+    assert raised.value.__context__ is (error if end_error else None)
+
+
+def test_an_error_in_the_warm_up_starts_no_capture(device):
+    with pytest.raises(ValueError, match="not permitted"):
+        capture_on(device, fails={1}, error=ValueError("not permitted"))
+    assert device.calls == WARM_UP[:2]
+    assert device.streams == ["caller's"]
+
+
+def test_a_capture_out_of_memory_is_retried_once_with_an_empty_cache(device):
+    retried = [*WARM_UP, *CAPTURE, ("empty_cache", "capture"), *CAPTURE]
+    capture_on(device, fails={2}, error=torch.OutOfMemoryError())
+    assert device.calls == retried
+    device.calls.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        capture_on(device, fails={2, 3}, error=torch.OutOfMemoryError())
+    assert device.calls == retried
+    assert device.streams == ["caller's"]
+
+
+def test_graphs_are_freed_with_their_engine_and_not_by_the_garbage_collector(model):
+    steps = GraphedSteps(model.transformer)
+    freed = weakref.ref(steps)
+    del steps
+    assert freed() is None
+
+
+def test_few_graphs_are_held(model, capture, monkeypatch):
     monkeypatch.setattr(engine_graph, "MOST_GRAPHS", 2)
     monkeypatch.setattr(engine_graph, "COLUMNS_STEP", 16)
-    engine = graphed(Engine(model, max_rows=1), recorder)
+    engine = graphed(Engine(model, max_rows=1), capture)
     engine.add(requests(model, 6)[5])
     most = 0
     while not engine.is_idle:
         engine.step()
         most = max(most, engine.graphed.num_graphs)
-    assert recorder.recorded > most == 2
+    assert capture.captured > most == 2
 
 
-def test_counts_are_filled_up_little():
+def test_row_counts_are_padded_little():
     for count in range(1, 200):
-        filled = filled_rows(count)
-        assert count <= filled < count + 8
-        assert filled == filled_rows(filled)
-        assert filled < 2 * count
+        padded = padded_rows(count)
+        assert count <= padded < count + 8
+        assert padded == padded_rows(padded)
+        assert padded < 2 * count
 
 
-def test_a_cpu_takes_plain_steps(model):
+def test_a_cpu_takes_eager_steps(model):
     assert Engine(model, max_rows=1).graphed is None
