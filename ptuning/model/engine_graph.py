@@ -32,7 +32,12 @@ COLUMNS_STEP = 64
 # captured only once it has recurred, and a mix of prefixes much later, since any row that joins or
 # leaves changes the mix.
 STEPS_BEFORE, MIXED_STEPS_BEFORE = 3, 16
-MOST_GRAPHS = 32  # each holds its result and its launches; intermediate tensors share one pool
+# The least recently used graph beyond this many is evicted. 128 rows meet 19 row counts x 3 widths
+# (192 columns) = 57 shapes, which all fit, so they do not evict one another in turn. A graph holds
+# its output, at most 1 MiB (128 x 4096 in half precision), and CUDA's record of some 830 kernels:
+# before driver 550, 64 KiB each or 3.2 GiB in 64 graphs; less since then.
+# Source: https://docs.pytorch.org/docs/stable/torch.compiler_cudagraph_trees.html
+MAX_GRAPHS = 64
 MOST_SHAPES = 4096  # whose eager steps are counted
 MOST_DIFFERENCE = 0.01  # relative, per row: half-precision rounding when sums are reordered
 
@@ -87,7 +92,7 @@ class GraphedSteps:
             lambda: CudaCapture(transformer.final_layernorm.weight.device)
         )
         self._capture: Capture | None = None
-        self._graphs: dict[Shape, Graph] = {}
+        self._graphs: dict[Shape, Graph] = {}  # least recently used first
         self._steps: Counter[Shape] = Counter()  # eager steps by shape
         self._addresses: Addresses | None = None
 
@@ -107,8 +112,9 @@ class GraphedSteps:
             self.forget()
             self._addresses = addresses
         shape = self._shape_of(rows, slots)
-        graph = self._graphs.get(shape)
+        graph = self._graphs.pop(shape, None)
         if graph is not None:
+            self._graphs[shape] = graph  # last, as the most recently used
             graph.numbers.copy_(self._numbers(rows, shape))
             graph.replay()
             return graph.output[: len(rows)]
@@ -158,10 +164,6 @@ class GraphedSteps:
         if not bool(expected[: len(rows)].isfinite().all()):
             del self._steps[shape]  # the model overflows: nothing to validate against
             return expected
-        if len(self._graphs) >= MOST_GRAPHS:  # graphs share memory: all go or none
-            addresses = self._addresses
-            self.forget()
-            self._addresses = addresses
         capture = self._capture or self._make_capture()
         try:
             replay, output = capture(work)
@@ -176,6 +178,9 @@ class GraphedSteps:
             return expected
         self._graphs[shape] = Graph(numbers, replay, output, prefixes)
         self._capture = capture  # only now that a graph keeps its memory pool in use
+        if len(self._graphs) > MAX_GRAPHS:  # only now: the pool must not lose its last graph
+            evicted = next(iter(self._graphs))
+            del self._graphs[evicted], self._steps[evicted]  # to be captured, it has to recur again
         return output
 
     def _give_up(self, reason: str) -> None:

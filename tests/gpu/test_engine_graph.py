@@ -116,13 +116,24 @@ def test_captures_leave_the_allocators_cache(
     assert_same(model, 4)
 
 
-def test_few_graphs_are_held(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are dropped at once, and others are captured after them."""
-    monkeypatch.setattr(engine_graph, "MOST_GRAPHS", 2)
+@pytest.mark.parametrize("max_graphs", [1, 2, 3])
+def test_few_graphs_are_held(
+    device: torch.device, max_graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs are evicted from a memory pool that the others go on using."""
+    captures = []
+    captured = engine_graph.CudaCapture._captured
+
+    def counts(*args: Any) -> Any:
+        captures.append(args)
+        return captured(*args)
+
+    monkeypatch.setattr(engine_graph.CudaCapture, "_captured", counts)
+    monkeypatch.setattr(engine_graph, "MAX_GRAPHS", max_graphs)
     monkeypatch.setattr(engine_graph, "COLUMNS_STEP", 16)
     engine = assert_same(build(device), 4)
     assert engine.graphed is not None
-    assert engine.graphed.num_graphs <= 2
+    assert engine.graphed.num_graphs <= max_graphs < len(captures)
 
 
 def test_a_capture_out_of_memory_is_retried(

@@ -22,6 +22,7 @@ from ptuning.model import engine_graph
 from ptuning.model.engine import Engine, GreedyEngine
 from ptuning.model.engine_graph import CudaCapture, GraphedSteps, padded_rows
 from ptuning.model.engine_row import Request
+from ptuning.model.engine_slots import Slots
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 
 NEVER = frozenset({1023})
@@ -381,16 +382,55 @@ def test_graphs_are_freed_with_their_engine_and_not_by_the_garbage_collector(mod
     assert freed() is None
 
 
-def test_few_graphs_are_held(model, capture, monkeypatch):
-    monkeypatch.setattr(engine_graph, "MOST_GRAPHS", 2)
+def test_the_least_recently_used_graph_is_evicted(model, capture, monkeypatch):
+    monkeypatch.setattr(engine_graph, "MAX_GRAPHS", 2)
     monkeypatch.setattr(engine_graph, "COLUMNS_STEP", 16)
     engine = graphed(Engine(model, max_rows=1), capture)
-    engine.add(requests(model, 6)[5])
-    most = 0
-    while not engine.is_idle:
-        engine.step()
-        most = max(most, engine.graphed.num_graphs)
-    assert capture.captured > most == 2
+    engine.slots = Slots(model, 1, 64)  # as large as the longest row, so that graphs stay valid
+    ends = [model.config.gmask_token_id, model.config.bos_token_id]
+    short, middle, long = (
+        Request([*range(10, 10 + length), *ends], 6, end_ids=NEVER) for length in (4, 20, 36)
+    )
+
+    def counts(request):
+        """Decode one token in prefill and five in steps of one shape: captures and replays."""
+        captured, replayed = capture.captured, capture.replayed
+        assert answer(engine, request) == answer(Engine(model, max_rows=1), request)
+        assert engine.graphed.num_graphs <= 2
+        return capture.captured - captured, capture.replayed - replayed
+
+    assert counts(short) == (1, 3)  # captured in its third step
+    assert counts(middle) == (1, 3)
+    assert counts(short) == (0, 5)  # so that the middle one is the least recently used
+    assert counts(long) == (1, 3)
+    assert counts(short) == counts(long) == (0, 5)
+    assert counts(middle) == (1, 3), "evicted, and captured again once it has recurred"
+    assert counts(long) == (0, 5)
+    assert counts(short) == (1, 3)
+
+
+def test_a_pool_is_never_captured_into_without_a_graph(model, monkeypatch):
+    """PyTorch asserts that a pool it knows is in use; the first capture creates the pool."""
+    monkeypatch.setattr(engine_graph, "MAX_GRAPHS", 1)
+    monkeypatch.setattr(engine_graph, "COLUMNS_STEP", 16)
+    held = []
+
+    class Capturing(Capture):
+        def __call__(self, work):
+            held.append(engine.graphed.num_graphs)
+            return super().__call__(work)
+
+    engine = graphed(Engine(model, max_rows=1), Capturing())
+    engine.slots = Slots(model, 1, 64)
+    answer(engine, requests_of_base(model))
+    assert held == [0, 1, 1]
+    assert engine.graphed.num_graphs == 1
+
+
+def test_no_graph_is_evicted_with_128_rows_and_three_widths():
+    row_counts = {padded_rows(count) for count in range(1, 129)}
+    assert len(row_counts) == 19
+    assert 3 * len(row_counts) <= engine_graph.MAX_GRAPHS
 
 
 def test_row_counts_are_padded_little():
