@@ -105,9 +105,8 @@ class GraphedSteps:
         """Return the final states (R, E) of the newest tokens, valid until the next step."""
         if self.why_not:
             return self._eager(rows, slots, seen)
-        addresses = Addresses(
-            slots, slots.generation, self.transformer.final_layernorm.weight.data_ptr()
-        )
+        weight = self.transformer.final_layernorm.weight
+        addresses = Addresses(slots, slots.generation, weight.data_ptr())
         if addresses != self._addresses:
             self.forget()
             self._addresses = addresses
@@ -115,7 +114,8 @@ class GraphedSteps:
         graph = self._graphs.pop(shape, None)
         if graph is not None:
             self._graphs[shape] = graph  # last, as the most recently used
-            graph.numbers.copy_(self._numbers(rows, shape))
+            numbers = step_numbers(rows, shape.num_rows, weight.device)
+            graph.numbers.copy_(numbers, non_blocking=True)
             graph.replay()
             return graph.output[: len(rows)]
         self._steps[shape] += 1
@@ -146,16 +146,12 @@ class GraphedSteps:
         shares += shares[:1] * (num_rows - len(rows))
         return Shape(num_rows, num_columns, tuple(shares))
 
-    def _numbers(self, rows: Sequence[Row], shape: Shape) -> Tensor:
-        """Return (4, N) on the CPU; an idle row is token 0 in column 0 of its slot."""
-        own = step_numbers(rows)
-        return torch.cat((own, own.new_zeros(4, shape.num_rows - len(rows))), dim=1)
-
     def _first_of(
         self, shape: Shape, rows: Sequence[Row], slots: Slots, prefixes: PrefixRows | None
     ) -> Tensor:
         """Run an eager step of the padded shape, capture it, and keep the graph if it agrees."""
-        numbers = self._numbers(rows, shape).to(self.transformer.final_layernorm.weight.device)
+        device = self.transformer.final_layernorm.weight.device
+        numbers = step_numbers(rows, shape.num_rows, device).to(device, non_blocking=True)
 
         def work() -> Tensor:
             return run_step(self.transformer, numbers, slots, shape.num_columns, prefixes)

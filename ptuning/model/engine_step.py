@@ -1,9 +1,9 @@
 """One decoding step of the engine: one new token in each row, every row with its own prefixes.
 
-A row's scores, its prefixes' in the first W columns and its own after them, meet in one softmax in
-float32.
-Shapes: R rows decoding, C columns of the longest row, rounded up, W columns of the widest prefixes,
-H heads, D head width, E = H x D.
+A row's scores, for its prefixes in the first W columns and for its own tokens after them, go
+through one softmax in float32.
+Shapes: R rows decoding, N rows including idle ones, C columns of the longest row, rounded up,
+W columns of the widest prefixes, H heads, D head width, E = H x D.
 """
 
 from collections.abc import Sequence
@@ -40,18 +40,24 @@ def decode_step(
     transformer: ChatGLMModel, rows: Sequence[Row], slots: Slots, prefixes: PrefixRows | None
 ) -> Tensor:
     """Return the final states (R, E) of the newest tokens; row i's keys go to slot i."""
-    numbers = step_numbers(rows).to(transformer.final_layernorm.weight.device)
+    device = transformer.final_layernorm.weight.device
+    numbers = step_numbers(rows, len(rows), device).to(device, non_blocking=True)
     num_columns = round_up(max(row.length for row in rows) + 1)
     return run_step(transformer, numbers, slots, num_columns, prefixes)
 
 
-def step_numbers(rows: Sequence[Row]) -> Tensor:
-    """Return (4, R) on the CPU: each row's newest token, its column and its two positions."""
+def step_numbers(rows: Sequence[Row], num_rows: int, device: torch.device) -> Tensor:
+    """Return (4, N) on the CPU: each row's newest token, its column and its two positions.
+
+    The N - R idle rows have token 0 in column 0. For CUDA the tensor is pinned: a non_blocking copy
+    does not synchronise, and PyTorch does not reuse the memory before the copy has finished.
+    """
     numbers = [
         (row.answer[-1], row.length, row.first_position, row.length - row.context_end + 1)
         for row in rows
     ]
-    return torch.tensor(numbers).t().contiguous()
+    numbers += [(0, 0, 0, 0)] * (num_rows - len(rows))
+    return torch.tensor(list(zip(*numbers, strict=True)), pin_memory=device.type == "cuda")
 
 
 def run_step(
@@ -61,9 +67,9 @@ def run_step(
     num_columns: int,
     prefixes: PrefixRows | None,
 ) -> Tensor:
-    """Return the final states (R, E) for numbers (4, R) on the device, which it never waits for.
+    """Return the final states (R, E) for numbers (4, R) on the device, without synchronising.
 
-    The same numbers again write and return the same: keys and values go to their columns once more.
+    Repeating a step is harmless: it writes the same keys and values to the same columns.
     """
     hidden = transformer.word_embeddings(numbers[0])  # (R, E)
     step = _plan_step(transformer, numbers, num_columns, prefixes)

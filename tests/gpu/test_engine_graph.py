@@ -10,8 +10,8 @@ from ptuning.model.adapter import adapter_parameters, add_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.engine import Engine
-from ptuning.model.engine_row import Request
-from ptuning.model.engine_step import run_step
+from ptuning.model.engine_row import Request, Row
+from ptuning.model.engine_step import run_step, step_numbers
 from ptuning.model.quantization.conversion import quantize_embeddings_, quantize_model_
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 
@@ -103,6 +103,19 @@ def test_tokens_are_the_same_with_an_adapter(device: torch.device) -> None:
         torch.nn.init.normal_(parameter, std=0.02)
     model.add_prefix(16)
     assert_same(model.eval(), 4)
+
+
+def test_the_numbers_of_a_step_are_copied_without_synchronising(device: torch.device) -> None:
+    row = Row(Request([5, 1023, 1020], 4), frozenset())
+    row.take(7, None)
+    numbers = step_numbers([row], 2, device)
+    assert numbers.is_pinned()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        copied = numbers.to(device, non_blocking=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert copied.tolist() == numbers.tolist()
 
 
 def test_captures_leave_the_allocators_cache(

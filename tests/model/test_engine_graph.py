@@ -23,6 +23,7 @@ from ptuning.model.engine import Engine, GreedyEngine
 from ptuning.model.engine_graph import CudaCapture, GraphedSteps, padded_rows
 from ptuning.model.engine_row import Request
 from ptuning.model.engine_slots import Slots
+from ptuning.model.engine_step import step_numbers
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 
 NEVER = frozenset({1023})
@@ -431,6 +432,19 @@ def test_no_graph_is_evicted_with_128_rows_and_three_widths():
     row_counts = {padded_rows(count) for count in range(1, 129)}
     assert len(row_counts) == 19
     assert 3 * len(row_counts) <= engine_graph.MAX_GRAPHS
+
+
+def test_the_numbers_of_a_step_are_padded_with_idle_rows(model):
+    engine = Engine(model, max_rows=2)
+    rows = [engine.add(request) for request in requests(model, 2)]
+    engine.step()
+    numbers = step_numbers(rows, 4, torch.device("cpu"))
+    tokens, columns, first_positions, second_positions = numbers.tolist()
+    assert tokens == [row.answer[-1] for row in rows] + [0, 0]
+    assert columns == [row.length for row in rows] + [0, 0]
+    assert first_positions == [row.first_position for row in rows] + [0, 0]
+    assert second_positions == [2, 2, 0, 0], "<sop> has 1"
+    assert numbers.is_contiguous(), "as an asynchronous copy requires"
 
 
 def test_row_counts_are_padded_little():
