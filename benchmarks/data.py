@@ -17,7 +17,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.setting import MAX_LENGTH, ROOT, json_file, machine, refuse_below_one, write_json
+from benchmarks.row_lengths import MAX_LENGTH
+from benchmarks.setting import ROOT, json_file, machine, refuse_below_one, write_json
 from ptuning.data.dataset import load_training_dataset
 from ptuning.data.reading import read_rows
 from ptuning.data.tokenizer import ChatGLMTokenizer

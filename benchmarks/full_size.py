@@ -1,11 +1,12 @@
 """Full-size proof without weights: a random ChatGLM-6B on disk as published, loaded and trained.
 
-    python -m benchmarks.full_size [--quantization_bit 4] [--directory DIR] [--keep] [--json FILE]
+    python -m benchmarks.full_size [--quantization_bit 4] [--recompute 16] [--directory DIR]
 
 Writes the checkpoint in a process of its own, so that the peak memory of this one is that of
 loading and training alone; then loads it as main.py does and takes training steps of the published
-setting: one row of 128 tokens, a prefix of 128. Values are random, so the loss means nothing beyond
-being finite.
+setting: one row of 128 tokens, a prefix of 128. --recompute is the number of layers with gradient
+checkpointing, 0 unless given; main.py chooses it by the memory that is free. Values are random, so
+the loss means nothing beyond being finite.
 """
 
 import math
@@ -25,10 +26,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_checkpoint import BITS, check_room, checkpoint_bytes, write_checkpoint
-from benchmarks.setting import MAX_LENGTH, SIZES, json_file, machine, synchronise, write_json
+from benchmarks.row_lengths import MAX_LENGTH
+from benchmarks.setting import SIZES, json_file, machine, synchronise, write_json
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint import check_checkpoint
 from ptuning.train.base_model import load_base
+from ptuning.train.memory.recomputing import recompute_layers
 
 LEARNING_RATE = 2e-2  # the published one
 
@@ -108,6 +111,8 @@ def load(directory: Path, flags: Namespace) -> ChatGLMForConditionalGeneration:
     )
     model.add_prefix(flags.prefix)
     model.freeze_base()
+    if flags.recompute:
+        recompute_layers(model, flags.recompute)
     return model.train()
 
 
@@ -205,7 +210,8 @@ def describe(flags: Namespace) -> str:
     stored = f"int{flags.stored_bit}" if flags.stored_bit else "float16"
     return (
         f"{flags.size}, {weights} weights from {stored}, {flags.dtype} activations on "
-        f"{flags.device}, batch 1 x {2 * MAX_LENGTH} tokens, prefix {flags.prefix}"
+        f"{flags.device}, batch 1 x {2 * MAX_LENGTH} tokens, prefix {flags.prefix}, gradient "
+        f"checkpointing of {flags.recompute} layers"
     )
 
 
@@ -231,6 +237,12 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--prefix", type=int, default=128, help="prefix length in tokens")
     parser.add_argument("--steps", type=int, default=1, help="training steps, each timed alone")
     parser.add_argument(
+        "--recompute",
+        type=int,
+        default=0,
+        help="number of layers with gradient checkpointing",
+    )
+    parser.add_argument(
         "--directory",
         type=Path,
         help="where to write, or a checkpoint to load as it lies; unset is the temporary folder",
@@ -245,6 +257,9 @@ def parse(argv: list[str]) -> Namespace:
             f"--stored_bit is {flags.stored_bit} with --quantization_bit {flags.quantization_bit}; "
             "use 0 or the same."
         )
+    num_layers = SIZES[flags.size][0]
+    if not 0 <= flags.recompute <= num_layers:
+        parser.error(f"--recompute is {flags.recompute}; use 0 to {num_layers}.")
     if flags.dtype is None:
         is_small = flags.device == "cpu" and flags.quantization_bit
         flags.dtype = "float32" if is_small else "bfloat16"

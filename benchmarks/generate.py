@@ -1,13 +1,15 @@
-"""Generation speed: real-length rows in one batch that rows leave and join, and one at a time.
+"""Generation speed: many rows in one continuous batch, and one row at a time.
 
-    python -m benchmarks.generate [--size small] [--threads 2] [--json FILE]
+    python -m benchmarks.generate [--size small] [--quantization_bit 4] [--new_tokens 64]
 
-Weights are random and never end an answer, so every row is given the length of its real answer as
-its budget: rows leave at real lengths, and waiting rows take their places. `batched` and `batch 1`
-are the same engine with many rows and with one; `published` is what the published evaluation did:
-one row at a time, its prompt padded to 64 tokens, sampled (top_p 0.7, temperature 0.95) by
-transformers' `generate`. The last two answer every n-th row only. GB/s are those of decoding steps,
-prompts left out: weights, prefix and cache that a step must read, beside what the device reads.
+Prompts have the lengths of real ADGEN rows unless --rows_file names others. Weights are random and
+never end an answer, so every row decodes --new_tokens tokens; with 0 as many as its real answer
+has, so that rows finish at different times and waiting rows are admitted in their place. `batched`
+and `batch 1` are the same engine with many rows and with one; `published` is what the published
+evaluation did: one row at a time, its prompt padded to 64 tokens, sampled (top_p 0.7, temperature
+0.95) by transformers' `generate`. The last two answer every n-th row only. GB/s are those of
+decoding steps without prefill: weights, prefix and cache that a step must read, and their share of
+the bandwidth that the device reaches.
 """
 
 import sys
@@ -19,16 +21,17 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.row_lengths import MAX_LENGTH
 from benchmarks.setting import (
-    MAX_LENGTH,
     BenchRow,
     add_common_flags,
     machine,
     make_model,
     make_rows,
-    refuse_below_one,
+    parse_common,
     seconds,
     synchronise,
+    weights_of,
     write_json,
 )
 from ptuning.data.collation import pad_left
@@ -40,12 +43,14 @@ from ptuning.model.packed_copies import pack_where_roomy
 from ptuning.model.shared_prefix import SharedPrefix, Shares, mix_prefixes
 
 NO_END: frozenset[int] = frozenset()  # every row goes to its budget
-BANDWIDTH_BYTES = 2**29  # of the tensor that is read to measure the device: far above any cache
+# Of the tensor that is read to measure the device: far above any cache, and on CUDA long enough
+# that a launch does not count.
+BANDWIDTH_BYTES, BANDWIDTH_BYTES_CUDA = 2**29, 2**31
 RECIPES = ("batched", "batch1", "published")
 
 
 class Question(NamedTuple):
-    """A prompt, and the tokens of its real answer, <eop> included."""
+    """A prompt, and how many tokens to decode; from `to_question` those of the real answer."""
 
     prompt: list[int]
     num_answer_tokens: int
@@ -59,6 +64,7 @@ class Speed(NamedTuple):
     answers: dict[int, list[int]]  # by the row's number
     read_bytes: float = 0.0  # by decoding steps
     decode_time_s: float = 0.0
+    why_no_graphs: str = ""  # why CUDA graphs were given up; "" also where none were asked for
 
     @property
     def tokens_per_s(self) -> float:
@@ -114,7 +120,9 @@ def answer(
             read_bytes += step_bytes(model, prefix_length, columns)
     time_s = time.perf_counter() - started
     answers = {number: row.answer for row, number in rows.items()}
-    return Speed(sum(map(len, answers.values())), time_s, answers, read_bytes, decode_time_s)
+    why_no_graphs = engine.graphed.why_not if engine.graphed else ""
+    num_tokens = sum(map(len, answers.values()))
+    return Speed(num_tokens, time_s, answers, read_bytes, decode_time_s, why_no_graphs)
 
 
 def answer_as_published(
@@ -128,7 +136,8 @@ def answer_as_published(
     for number, (prompt, budget) in questions.items():
         inputs = pad_left([prompt], pad_id=pad_id, pad_to_length=MAX_LENGTH)
         output = model.generate(
-            **{name: value.to(model.device) for name, value in inputs.items()},
+            inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
             max_new_tokens=budget,
             min_new_tokens=budget,
             do_sample=True,
@@ -142,8 +151,9 @@ def answer_as_published(
 
 
 def memory_gb_per_s(device: str) -> float:
-    """Measure what the device reads, best of five sums over half a GiB: 10**9 bytes a second."""
-    block = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    """Measure the device's read bandwidth, best of six large sums: 10**9 bytes a second."""
+    num_bytes = BANDWIDTH_BYTES_CUDA if device.startswith("cuda") else BANDWIDTH_BYTES
+    block = torch.ones(num_bytes // 4, device=device)
     best = min(seconds(device, block.sum) for _ in range(6))
     return block.nbytes / best / 1e9
 
@@ -168,15 +178,27 @@ def row_of(name: str, speed: Speed, bandwidth: float) -> str:
     )
 
 
-def measure(flags: Namespace, model: ChatGLMForConditionalGeneration) -> dict[str, Speed]:
-    """Answer in every way asked for; the first rows warm each up."""
-    questions = [to_question(row) for row in make_rows(flags, model.config, flags.rows)]
-    numbered = dict(enumerate(questions))
-    some = every_nth(questions, flags.single_rows)
+def own_prefix(model: ChatGLMForConditionalGeneration) -> Shares:
+    """Return the model's prefix as every row of the engine sees it."""
     with torch.no_grad():
         key_values = model.transformer.prefix_for(True)
     assert key_values is not None, "make_model attaches a prefix"
-    shares = mix_prefixes([(SharedPrefix(key_values), 1.0)])
+    return mix_prefixes([(SharedPrefix(key_values), 1.0)])
+
+
+def make_questions(
+    flags: Namespace, model: ChatGLMForConditionalGeneration, count: int, new_tokens: int
+) -> list[Question]:
+    """Return `count` questions of new_tokens each, or with 0 of their real answers' lengths."""
+    real = [to_question(row) for row in make_rows(flags, model.config, count)]
+    return [Question(prompt, new_tokens or answered) for prompt, answered in real]
+
+
+def measure(flags: Namespace, model: ChatGLMForConditionalGeneration) -> dict[str, Speed]:
+    """Answer in every way asked for; the first rows warm each up."""
+    questions = make_questions(flags, model, flags.rows, flags.new_tokens)
+    numbered = dict(enumerate(questions))
+    some = every_nth(questions, flags.single_rows)
     warm = {number: Question(question.prompt, 2) for number, question in list(some.items())[:2]}
     speeds: dict[str, Speed] = {}
     for name, asked, max_rows in (("batched", numbered, flags.batch_size), ("batch1", some, 1)):
@@ -184,7 +206,7 @@ def measure(flags: Namespace, model: ChatGLMForConditionalGeneration) -> dict[st
             run = partial(
                 answer,
                 max_rows=max_rows,
-                shares=shares,
+                shares=own_prefix(model),
                 device=flags.device,
                 record_steps=not flags.no_graphs,
             )
@@ -226,13 +248,20 @@ def parse(argv: list[str]) -> Namespace:
         help="what to measure; unset measures all",
     )
     parser.add_argument("--rows", type=int, default=320, help="rows answered in the batch")
+    parser.add_argument(
+        "--new_tokens",
+        type=int,
+        default=MAX_LENGTH,
+        help="tokens decoded for each row; 0 for the length of its real answer",
+    )
     parser.add_argument("--single_rows", type=int, default=8, help="rows answered one at a time")
     parser.add_argument("--batch_size", type=int, default=128, help="rows decoded at a time")
     parser.add_argument(
         "--no_graphs", action="store_true", help="on CUDA: launch decoding steps kernel by kernel"
     )
-    flags = parser.parse_args(argv)
-    refuse_below_one(parser, flags, "rows", "single_rows", "batch_size")
+    flags = parse_common(parser, argv, "rows", "single_rows", "batch_size")
+    if flags.new_tokens < 0:
+        parser.error(f"--new_tokens is {flags.new_tokens}; use 1 or more, or 0 for real lengths.")
     return flags
 
 
@@ -243,8 +272,8 @@ def main(argv: list[str]) -> int:
     pack_where_roomy(model)
     bandwidth = memory_gb_per_s(flags.device)
     sys.stdout.write(
-        f"{machine()}\n{flags.size}, {flags.dtype}, P {flags.prefix}, up to {flags.batch_size} "
-        f"rows at a time; the device reads {bandwidth:.1f} GB/s\n"
+        f"{machine()}\n{flags.size}, {weights_of(flags)}, P {flags.prefix}, up to "
+        f"{flags.batch_size} rows at a time; the device reads {bandwidth:.1f} GB/s\n"
         f"{'':<12}{'rows':>6}{'tokens':>9}{'s':>9}{'tokens/s':>11}{'decode GB/s':>20}\n"
     )
     speeds = measure(flags, model)

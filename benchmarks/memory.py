@@ -1,11 +1,16 @@
 """Peak memory of training and answering, measured, beside what `python -m ptuning plan` predicts.
 
-    python -m benchmarks.memory [--cases small-float32 small-int4 ...] [--json FILE]
+    python -m benchmarks.memory [--cases small-float32 small-int4-float32 ...] [--json FILE]
+    python -m benchmarks.memory --cases chatglm-6b-int4-bfloat16 --recompute 16 --work recompute
 
 Every figure comes from a process of its own, which builds a random model, then takes two training
-steps of a packed batch, or answers the rows. On a CPU the measure is the largest resident set while
-that goes on, Python and its libraries included, which the prediction takes from the same process
-before the model is built; on CUDA it is what torch's allocator handed out.
+steps of a packed batch, or answers the rows. The work `recompute` is training with gradient
+checkpointing, of every layer or of the first --recompute. The cases of ChatGLM-6B's size are in the
+default on CUDA only. Rows have the lengths of real ADGEN rows unless --rows_file names others.
+
+On a CPU the measure is the largest resident set while that goes on, Python and its libraries
+included, which the prediction takes from the same process before the model is built; on CUDA it is
+what torch's allocator handed out.
 """
 
 import ctypes
@@ -21,21 +26,21 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from benchmarks.row_lengths import MAX_LENGTH
 from benchmarks.setting import (
-    MAX_LENGTH,
     SIZES,
     BenchRow,
     add_common_flags,
     machine,
     make_model,
     make_rows,
+    parse_common,
     write_json,
 )
 from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine import GreedyEngine
 from ptuning.model.packed_copies import pack_where_roomy
-from ptuning.model.quantization.conversion import quantize_model_
 from ptuning.train.memory.memory_model import (
     Batch,
     answering_memory,
@@ -59,7 +64,7 @@ class Case(NamedTuple):
     dtype: str
     bits: int
     rows: int
-    work: str  # "train", "recompute" (every layer) or "answer"
+    work: str  # "train", "recompute" (with gradient checkpointing) or "answer"
 
     @property
     def name(self) -> str:
@@ -67,6 +72,7 @@ class Case(NamedTuple):
         return f"{self.size}-{f'int{self.bits}-' if self.bits else ''}{self.dtype}"
 
 
+GPU_SIZE = "chatglm-6b"
 CASES = tuple(
     Case(size, dtype, bits, rows, work)
     for size, dtype, bits, rows in (
@@ -77,6 +83,7 @@ CASES = tuple(
         ("small", "float32", 4, 16),
         ("wide", "float32", 0, 4),
         ("wide", "bfloat16", 0, 4),
+        *((GPU_SIZE, "bfloat16", bits, rows) for bits in (0, 8, 4) for rows in (1, 16)),
     )
     for work in ("train", "recompute", "answer")
 )
@@ -147,11 +154,9 @@ def measure(case: Case, flags: Namespace) -> Result:
     """Build the case's model in this process, predict, then work and read the peak."""
     SIZES.update(MORE_SIZES)
     on_cpu = not flags.device.startswith("cuda")
-    flags.size, flags.dtype = case.size, case.dtype
+    flags.size, flags.dtype, flags.quantization_bit = case.size, case.dtype, case.bits
     base = resident_bytes(flags.device)
     model = make_model(flags)
-    if case.bits:
-        quantize_model_(model, case.bits, progress=False)
     built = resident_bytes(flags.device)
     rows = make_rows(flags, model.config, case.rows)
     base += max(0, resident_bytes(flags.device) - built)  # the tokenizer, as plan has it loaded
@@ -174,7 +179,8 @@ def measure(case: Case, flags: Namespace) -> Result:
         ).total
         answer(model.eval(), prompts)
     else:
-        recomputed = size.num_layers if case.work == "recompute" else 0
+        wanted = size.num_layers if flags.recompute is None else flags.recompute
+        recomputed = min(wanted, size.num_layers) if case.work == "recompute" else 0
         recompute_layers(model, recomputed)
         answers = sum(int((row.labels[1:] != -100).sum()) for row in rows)
         batch = Batch(tuple(len(row.input_ids) for row in rows), answers)
@@ -195,21 +201,45 @@ def parse(argv: list[str]) -> Namespace:
     parser = ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     add_common_flags(parser)
     names = list(dict.fromkeys(case.name for case in CASES))
-    parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument(
-        "--work", nargs="+", choices=("train", "recompute", "answer"), default=["train", "answer"]
+        "--cases",
+        nargs="+",
+        choices=names,
+        help=f"unset takes all, those of {GPU_SIZE} on CUDA only",
     )
-    flags = parser.parse_args(argv)
-    if flags.size != "small" or flags.dtype != "float32":
-        parser.error("--size and --dtype are parts of a case's name here; use --cases.")
+    parser.add_argument(
+        "--work",
+        nargs="+",
+        choices=("train", "recompute", "answer"),
+        help="unset is train and answer, and recompute with --recompute",
+    )
+    parser.add_argument(
+        "--recompute",
+        type=int,
+        help="layers with gradient checkpointing in the work recompute; unset is all",
+    )
+    flags = parse_common(parser, argv)
+    if flags.size != "small" or flags.dtype != "float32" or flags.quantization_bit:
+        parser.error(
+            "--size, --dtype and --quantization_bit are parts of a case's name here; use --cases."
+        )
+    if flags.recompute is not None and flags.recompute < 0:
+        parser.error(f"--recompute is {flags.recompute}; use 0 or more.")
+    on_cuda = flags.device.startswith("cuda")
+    flags.cases = flags.cases or [n for n in names if on_cuda or not n.startswith(GPU_SIZE)]
+    flags.work = flags.work or ["train", "answer"] + ["recompute"] * (flags.recompute is not None)
+    if flags.recompute is not None and "recompute" not in flags.work:
+        parser.error("--recompute is for the work recompute; add it to --work.")
     return flags
 
 
 def main(argv: list[str]) -> int:
     """Print the table, a line as soon as it is measured."""
     flags = parse(argv)
+    layers = "all layers" if flags.recompute is None else f"{flags.recompute} layers"
     sys.stdout.write(
-        f"{machine()}\nGB of 10**9; {flags.device}, prefix {flags.prefix}\n{'':<20}{'work':<11}"
+        f"{machine()}\nGB of 10**9; {flags.device}, prefix {flags.prefix}, recompute: "
+        f"{layers}\n{'':<25}{'work':<11}"
         f"{'rows':>5}{'process':>9}{'predicted':>11}{'measured':>10}{'error %':>9}\n"
     )
     lines = []
@@ -220,14 +250,15 @@ def main(argv: list[str]) -> int:
         error = result.predicted / result.measured - 1
         base, predicted, measured = (value / 1e9 for value in result)
         sys.stdout.write(
-            f"{case.name:<20}{case.work:<11}{case.rows:>5}{base:>9.2f}{predicted:>11.2f}"
+            f"{case.name:<25}{case.work:<11}{case.rows:>5}{base:>9.2f}{predicted:>11.2f}"
             f"{measured:>10.2f}{100 * error:>+9.1f}\n"
         )
         sys.stdout.flush()
         lines.append({**case._asdict(), **result._asdict(), "error": error})
     worst = max((abs(line["error"]) for line in lines), default=0.0)
     sys.stdout.write(f"largest error: {worst:.1%}\n")
-    write_json(flags, {"machine": machine(), "cases": lines, "largest_error": worst})
+    figures = {"cases": lines, "recompute": flags.recompute, "largest_error": worst}
+    write_json(flags, {"machine": machine(), **figures})
     return 0
 
 

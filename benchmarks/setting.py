@@ -1,14 +1,15 @@
-"""What every benchmark needs: a random model of a given size, real row lengths, the machine in
-words.
+"""What every benchmark needs: a random model of a given size, rows, the machine in words.
 
-Weights and token ids are random; the lengths of prompts and answers are those of real rows.
+Weights and token ids are random; the lengths of prompts and answers are those of real rows of ADGEN
+(`benchmarks.row_lengths`), or of the rows that --rows_file names.
 """
 
 import json
 import platform
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,19 +17,20 @@ import torch
 import transformers
 from torch import Tensor
 
-from ptuning.data.dataset import load_training_dataset
-from ptuning.data.tokenizer import ChatGLMTokenizer
+from benchmarks.row_lengths import ADGEN, RowLength, lengths_of
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import Linear, pack_weights_
+from ptuning.model.quantization.conversion import quantize_model_
+from ptuning.model.quantization.reference import SUPPORTED_BITS
 from ptuning.nano.paths import NANO_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # name -> layers, hidden size, heads, vocabulary
+    "tiny": (2, 64, 2, 512),  # to try a command; its figures mean nothing
     "small": (28, 512, 8, 16384),
     "chatglm-6b": (28, 4096, 32, 130528),
 }
-MAX_LENGTH = 64  # tokens of prompt and of answer, as published
 
 
 def refuse_below_one(parser: ArgumentParser, flags: Namespace, *names: str) -> None:
@@ -49,22 +51,36 @@ def add_common_flags(parser: ArgumentParser) -> None:
     """Declare the flags that all benchmarks of the model share."""
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--quantization_bit",
+        type=int,
+        choices=SUPPORTED_BITS,
+        help="bits of the layers' weights; unset leaves them in --dtype",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; unset is torch's own choice")
     parser.add_argument("--prefix", type=int, default=128, help="prefix length in tokens")
     parser.add_argument(
-        "--rows_file",
-        default=str(ROOT / "AdvertiseGen/sample/train.json"),
-        help="rows whose lengths count",
+        "--rows_file", help="take the lengths of these rows; unset takes real ones of ADGEN"
     )
     parser.add_argument(
-        "--tokenizer", default=str(NANO_DIR), help="folder of the tokenizer that gives the lengths"
+        "--tokenizer",
+        help="folder of the tokenizer that counts the tokens of --rows_file; unset is nano's",
     )
     parser.add_argument("--json", type=json_file, help="write the figures here too")
 
 
+def parse_common(parser: ArgumentParser, argv: list[str], *counts: str) -> Namespace:
+    """Read the flags; a named count below 1 and a tokenizer without rows are refused."""
+    flags = parser.parse_args(argv)
+    refuse_below_one(parser, flags, *counts)
+    if flags.tokenizer and not flags.rows_file:
+        parser.error("--tokenizer counts the tokens of --rows_file; give that too.")
+    return flags
+
+
 def make_model(flags: Namespace) -> ChatGLMForConditionalGeneration:
-    """Build a random model with a fresh prefix, its base frozen."""
+    """Build a random model on the device, quantised there, with a fresh prefix, its base frozen."""
     if flags.threads:
         torch.set_num_threads(flags.threads)
     torch.manual_seed(0)
@@ -88,32 +104,29 @@ def make_model(flags: Namespace) -> ChatGLMForConditionalGeneration:
             model = ChatGLMForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(torch.float32)
+    bits = getattr(flags, "quantization_bit", None)
+    if bits:
+        quantize_model_(model, bits, progress=False)
+        if flags.device.startswith("cuda"):
+            torch.cuda.empty_cache()  # or the float weights stay reserved
     model.add_prefix(flags.prefix)
     model.freeze_base()
     return model
 
 
 def make_rows(flags: Namespace, config: ChatGLMConfig, count: int) -> list[BenchRow]:
-    """Return random rows with the lengths of the first `count` rows of the file."""
-    tokenizer = ChatGLMTokenizer.from_pretrained(flags.tokenizer)
-    dataset, _ = load_training_dataset(
-        Path(flags.rows_file),
-        tokenizer,
-        prompt_column="content",
-        response_column="summary",
-        max_source_length=MAX_LENGTH,
-        max_target_length=MAX_LENGTH,
-        max_rows=count,
-        show_progress=False,
-    )
+    """Return `count` random rows with real lengths, which repeat where there are fewer."""
+    lengths: Sequence[RowLength] = ADGEN
+    if flags.rows_file:
+        lengths = lengths_of(Path(flags.rows_file), flags.tokenizer or str(NANO_DIR), count)
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for index in range(len(dataset)):
-        labels = dataset[index]["labels"]
-        context = int((labels == -100).sum())
-        ids = torch.randint(10, config.vocab_size - 10, (len(labels),), generator=generator)
-        ids[context - 1], ids[context] = config.gmask_token_id, config.bos_token_id
-        rows.append(BenchRow(ids, torch.where(labels == -100, -100, ids)))
+    for prompt, answer in islice(cycle(lengths), count):
+        ids = torch.randint(10, config.vocab_size - 10, (prompt + answer,), generator=generator)
+        ids[prompt - 1], ids[prompt] = config.gmask_token_id, config.bos_token_id
+        labels = ids.clone()
+        labels[:prompt] = -100
+        rows.append(BenchRow(ids, labels))
     return rows
 
 
@@ -143,6 +156,12 @@ def matmul_flops_per_s(flags: Namespace) -> float:
     pack_weights_(linear, room_bytes=2**30)
     best = min(best, *(seconds(flags.device, lambda: linear.product(x)) for _ in range(6)))
     return 2 * size**3 / best
+
+
+def weights_of(flags: Namespace) -> str:
+    """Name what the layers' weights are stored in, and the dtype of the activations."""
+    bits = getattr(flags, "quantization_bit", None)
+    return f"int{bits} in {flags.dtype}" if bits else str(flags.dtype)
 
 
 def machine() -> str:

@@ -1,11 +1,13 @@
 """Training speed: this toolkit beside what the published code does, on one model in one run.
 
-    python -m benchmarks.train [--size small] [--dtype float32] [--json FILE]
+    python -m benchmarks.train [--size small] [--dtype float32] [--quantization_bit 4] [--rows 16]
 
-Both take optimiser steps of 16 rows. `published` pads every row to 128 tokens, takes one row at a
-time, recomputes every layer in the backward pass, forms all logits, uses torch's own products and,
-on a CPU, float32, as the published code does; `ours` takes the rows as one packed batch in --dtype.
-Real tokens are those of prompts and answers, padding not counted. Model FLOP utilisation counts the
+Both take optimiser steps of --rows rows, with the lengths of real ADGEN rows (16 of them have 1,547
+tokens) unless --rows_file names others. `published` pads every row to 128 tokens, takes one row at
+a time, recomputes every layer in the backward pass, forms all logits, uses torch's own products
+and, on a CPU, float32, as the published code does; `ours` takes the rows as one packed batch in
+--dtype. With --quantization_bit both multiply by the quantised weights of this toolkit. Real tokens
+are those of prompts and answers, padding not counted. Model FLOP utilisation counts the
 useful work alone (docs/performance.md) against the fastest matrix product measured in the same run.
 """
 
@@ -13,21 +15,23 @@ import statistics
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
+from benchmarks.row_lengths import MAX_LENGTH
 from benchmarks.setting import (
-    MAX_LENGTH,
     BenchRow,
     add_common_flags,
     machine,
     make_model,
     make_rows,
     matmul_flops_per_s,
-    refuse_below_one,
+    parse_common,
     seconds,
+    weights_of,
     write_json,
 )
 from ptuning.data.collation import pad_right
@@ -36,8 +40,8 @@ from ptuning.model.linear import plain_torch
 from ptuning.model.packed_copies import pack_where_roomy
 from ptuning.train.memory.recomputing import recompute_layers
 
-ROWS_PER_STEP = 16
-WARM_UP_STEPS = 2  # the first allocate, and have oneDNN write its kernels
+ROWS_PER_STEP = 16  # as published: one row at a time, accumulated over 16
+WARM_UP_STEPS = 2  # the first allocate, and have oneDNN and Triton write their kernels
 
 
 def published_step(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -> None:
@@ -77,28 +81,34 @@ def useful_flops(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow
     return total
 
 
+class StepTimes(NamedTuple):
+    """Seconds of whole optimiser steps."""
+
+    first_s: float  # with kernels that are compiled and memory that is allocated once
+    median_s: float  # after WARM_UP_STEPS
+
+
 def time_recipe(
-    step: Callable[[ChatGLMForConditionalGeneration, Sequence[BenchRow]], None],
+    name: str,
     model: ChatGLMForConditionalGeneration,
     rows: Sequence[BenchRow],
     flags: Namespace,
-) -> float:
-    """Return the median seconds of a whole optimiser step."""
+) -> StepTimes:
+    """Take the warm-up steps and --steps more by one recipe."""
     encoder = model.prefix_encoder
     assert encoder is not None, "make_model attaches one"
-    fused = True if step is our_step else None  # None leaves torch's own choice
+    fused = True if name == "ours" else None  # None leaves torch's own choice
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=fused)
 
     def whole_step() -> None:
-        step(model, rows)
+        STEPS[name](model, rows)
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     model.train()
-    for _ in range(WARM_UP_STEPS):
-        whole_step()
-    return statistics.median(seconds(flags.device, whole_step) for _ in range(flags.steps))
+    times = [seconds(flags.device, whole_step) for _ in range(WARM_UP_STEPS + flags.steps)]
+    return StepTimes(times[0], statistics.median(times[WARM_UP_STEPS:]))
 
 
 STEPS = {"published": published_step, "ours": our_step}
@@ -111,36 +121,58 @@ def recipe_flags(name: str, flags: Namespace) -> Namespace:
     return flags
 
 
-def measure(name: str, flags: Namespace) -> dict[str, float]:
-    """Time one recipe on a model of its own and return its figures."""
-    model = make_model(flags)
+def measure_steps(
+    name: str,
+    model: ChatGLMForConditionalGeneration,
+    rows: Sequence[BenchRow],
+    flags: Namespace,
+    matmul_rate: float,
+) -> dict[str, float]:
+    """Time one recipe and return its figures; matmul_rate is the machine's, in FLOP/s."""
     if name == "ours":
         recompute_layers(model, 0)
-        pack_where_roomy(model)
-    rows = make_rows(flags, model.config, ROWS_PER_STEP)
-    tokens = sum(len(row.input_ids) for row in rows)
-    peak = matmul_flops_per_s(flags)
-    if flags.device.startswith("cuda"):
+    on_cuda = flags.device.startswith("cuda")
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    step_time_s = time_recipe(STEPS[name], model, rows, flags)
-    return {
-        "matmul_flops_per_s": peak,
-        "step_time_s": step_time_s,
-        "real_tokens_per_s": tokens / step_time_s,
-        "mfu": useful_flops(model, rows) / step_time_s / peak,
+    times = time_recipe(name, model, rows, flags)
+    tokens = sum(len(row.input_ids) for row in rows)
+    figures = {
+        "matmul_flops_per_s": matmul_rate,
+        "first_step_s": times.first_s,
+        "step_time_s": times.median_s,
+        "real_tokens": tokens,
+        "real_tokens_per_s": tokens / times.median_s,
+        "mfu": useful_flops(model, rows) / times.median_s / matmul_rate,
     }
+    if on_cuda:
+        figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return figures
+
+
+def measure(name: str, flags: Namespace) -> dict[str, float]:
+    """Time one recipe on a model of its own."""
+    model = make_model(flags)
+    if name == "ours":
+        pack_where_roomy(model)
+    rows = make_rows(flags, model.config, flags.rows)
+    return measure_steps(name, model, rows, flags, matmul_flops_per_s(flags))
+
+
+def parse(argv: list[str]) -> Namespace:
+    """Read the flags; counts below 1 are refused."""
+    parser = ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    add_common_flags(parser)
+    parser.add_argument("--recipe", choices=("both", *STEPS), default="both")
+    parser.add_argument("--rows", type=int, default=ROWS_PER_STEP, help="rows of a step")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
+    return parse_common(parser, argv, "rows", "steps")
 
 
 def main(argv: list[str]) -> int:
     """Print the table."""
-    parser = ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
-    add_common_flags(parser)
-    parser.add_argument("--recipe", choices=("both", *STEPS), default="both")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
-    flags = parser.parse_args(argv)
-    refuse_below_one(parser, flags, "steps")
-    sys.stdout.write(f"{flags.size}, P {flags.prefix}, {ROWS_PER_STEP} rows a step\n")
-    sys.stdout.write(f"{'':<23}{'s/step':>10}{'tokens/s':>12}{'MFU %':>9}{'peak GiB':>10}\n")
+    flags = parse(argv)
+    sys.stdout.write(f"{flags.size}, P {flags.prefix}, {flags.rows} rows per step\n")
+    sys.stdout.write(f"{'':<29}{'s/step':>10}{'tokens/s':>12}{'MFU %':>9}{'peak GB':>10}\n")
     figures: dict[str, object] = {}
     speeds = {}
     for name in STEPS:
@@ -149,11 +181,10 @@ def main(argv: list[str]) -> int:
         own = recipe_flags(name, flags)
         measured = measure(name, own)
         speeds[name] = measured["real_tokens_per_s"]
-        memory = ""
-        if flags.device.startswith("cuda"):
-            memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}"
+        peak = measured.get("peak_memory_bytes")
+        memory = "" if peak is None else f"{peak / 1e9:.2f}"
         sys.stdout.write(
-            f"{name:<11}{own.dtype:<12}{measured['step_time_s']:>10.3f}{speeds[name]:>12.1f}"
+            f"{name:<11}{weights_of(own):<18}{measured['step_time_s']:>10.3f}{speeds[name]:>12.1f}"
             f"{100 * measured['mfu']:>9.1f}{memory:>10}\n"
         )
         figures |= {f"{name}_{key}": value for key, value in measured.items()}
