@@ -63,18 +63,23 @@ class Speed(NamedTuple):
     time_s: float
     answers: dict[int, list[int]]  # by the row's number
     read_bytes: float = 0.0  # by decoding steps
-    decode_time_s: float = 0.0
+    step_times_s: Sequence[float] = ()  # of decoding steps, those that capture a graph included
     why_no_graphs: str = ""  # why CUDA graphs were given up; "" also where none were asked for
 
     @property
     def tokens_per_s(self) -> float:
-        """Answer tokens per second, prompts' time included."""
+        """Answer tokens per second, prefill included."""
         return self.tokens / self.time_s
+
+    @property
+    def decode_time_s(self) -> float:
+        """Seconds of all decoding steps."""
+        return sum(self.step_times_s)
 
     @property
     def read_gb_per_s(self) -> float | None:
         """What decoding steps read, 10**9 bytes a second; None where that was not counted."""
-        return self.read_bytes / self.decode_time_s / 1e9 if self.decode_time_s else None
+        return self.read_bytes / self.decode_time_s / 1e9 if self.step_times_s else None
 
 
 def to_question(row: BenchRow) -> Question:
@@ -107,7 +112,7 @@ def answer(
     for number, (prompt, budget) in questions.items():
         rows[engine.add(Request(prompt, budget, shares, end_ids=NO_END))] = number
     prefix_length = sum(share.prefix.length for share in shares)
-    read_bytes = decode_time_s = 0.0
+    read_bytes, step_times_s = 0.0, []
     synchronise(device)
     started = time.perf_counter()
     while not engine.is_idle:
@@ -116,13 +121,13 @@ def answer(
         engine.step()
         synchronise(device)
         if len(engine.waiting) == num_waiting:
-            decode_time_s += time.perf_counter() - step_started
+            step_times_s.append(time.perf_counter() - step_started)
             read_bytes += step_bytes(model, prefix_length, columns)
     time_s = time.perf_counter() - started
     answers = {number: row.answer for row, number in rows.items()}
     why_no_graphs = engine.graphed.why_not if engine.graphed else ""
     num_tokens = sum(map(len, answers.values()))
-    return Speed(num_tokens, time_s, answers, read_bytes, decode_time_s, why_no_graphs)
+    return Speed(num_tokens, time_s, answers, read_bytes, step_times_s, why_no_graphs)
 
 
 def answer_as_published(
