@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import full_size
+from benchmarks.cuda_tiles import tile_times
 from benchmarks.generate import Speed, answer, make_questions, memory_gb_per_s, own_prefix
 from benchmarks.memory import forget_peak, peak_bytes
 from benchmarks.row_lengths import MAX_LENGTH
@@ -351,6 +352,14 @@ def compiled(target: Target, bits: int) -> Iterator[Figure]:
 
 PAIRS = [Decoding(batch, batch, graphs) for batch in (1, 64) for graphs in (True, False)]
 DEV_ROWS = [Decoding(1070, batch) for batch in (64, 128)]  # as many as ADGEN's dev.json has
+
+
+def tiles(target: Target) -> Iterator[Figure]:
+    """Time the fused int4 kernels' tiles."""
+    for figure in tile_times(target.device, target.size):
+        yield Figure(*figure)
+
+
 STAGES = {  # the smallest first
     "device": Stage(device, 40),
     "smoke": Stage(smoke, 60),
@@ -365,4 +374,5 @@ STAGES = {  # the smallest first
     "train-int8": Stage(partial(train, bits=8), 60),
     "evaluate-int4": Stage(partial(decode, bits=4, cases=DEV_ROWS), 60),
     "compiled-bf16": Stage(partial(compiled, bits=0), 90),
+    "tiles": Stage(tiles, 120, needs_cuda=True),
 }

@@ -16,8 +16,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cuda, cuda_stages, full_size, generate, memory, row_lengths, setting, train
+from benchmarks import (
+    cuda,
+    cuda_stages,
+    cuda_tiles,
+    full_size,
+    generate,
+    memory,
+    row_lengths,
+    setting,
+    train,
+)
 from benchmarks.cuda_stages import Decoding, Figure, Stage, Target
+from ptuning.model.quantization.backends import triton_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
@@ -224,6 +235,36 @@ def test_the_decoding_stage_shares_out_the_bandwidth() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_kernels_of_all_four_weights_run(bits: int) -> None:
     assert cuda_stages.run_products(ON_CPU, bits, 3) == "torch"
+
+
+def test_the_tiles_stage_times_every_candidate_by_the_back_end_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = triton_backend.fused_tile
+    seen: list[Any] = []
+
+    def fused(self: Any, x: Any, packed: Any, scale: Any, bits: int) -> None:
+        seen.append(triton_backend.fused_tile(len(x), packed.shape[0], transposed=False))
+
+    def matvec(x: Any, packed: Any, scale: Any, bits: int) -> None:
+        seen.append(triton_backend.MATVEC_TILE)
+
+    def median_ms(device: str, work: Any) -> float:
+        work()
+        return 1e-3 * max(seen[-1])  # as if a tile cost its longest side
+
+    monkeypatch.setattr(triton_backend.TritonBackend, "matmul_transposed", fused)
+    monkeypatch.setattr(triton_backend.TritonBackend, "_matvec", staticmethod(matvec))
+    monkeypatch.setattr(cuda_tiles, "median_ms", median_ms)
+    kinds = [cuda_tiles.Product(1, False), cuda_tiles.Product(16, True)]
+    monkeypatch.setattr(cuda_tiles, "PRODUCTS", kinds)
+    figures = figures_of(cuda_stages.tiles(ON_CPU))
+    assert len(figures) == 4 * 2 * 2, "weights, products, used and fastest"
+    assert figures["64 x 64, 1 rows: used (8, 512)"] == pytest.approx(512)
+    assert figures["64 x 64, 1 rows: fastest (4, 256)"] == pytest.approx(256)
+    assert figures["64 x 64, 16 rows, back: fastest (16, 64, 32, 4, 3)"] == pytest.approx(64)
+    assert set(seen) >= {*cuda_tiles.MATVEC_TILES, *cuda_tiles.candidates(kinds[1])}
+    assert triton_backend.fused_tile is table
 
 
 # cuda: the process that runs the stages
