@@ -135,7 +135,7 @@ def look(arguments: Arguments) -> Situation:
 
 def beside_model(size: ModelSize, free: int) -> int:
     """Return the bytes that are left once the model, with what is trained, is there."""
-    return max(0, free - weight_bytes(size) - trained_bytes(size))
+    return max(0, free - weight_bytes(size) - trained_bytes(size, with_prefix_in_use=True))
 
 
 def read_configuration(name: str, hub: Mapping[str, Any]) -> ChatGLMConfig:

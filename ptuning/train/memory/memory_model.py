@@ -2,7 +2,8 @@
 
 The terms of a layer are the tensors that its backward pass needs, so they follow
 `ptuning.model.layer`, `attention` and `packed_attention`; tests/train/test_memory_model.py counts
-them in a real pass. All figures are bytes.
+them in a real pass, and compares CUDA's peaks with those of steps on fake tensors. All figures are
+bytes.
 Letters: B rows, S tokens of the longest row, T tokens of all rows, N answer tokens, P prefix, L
 layers, H heads, E hidden size, I inner size, V vocabulary.
 """
@@ -14,6 +15,8 @@ from typing import NamedTuple
 from ptuning.model.answer_loss import chunk_tokens_on
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.packed_attention import group_rows, round_up_keys
+from ptuning.model.quantization.backends.blockwise import MOST_DEVICE_BLOCK_BYTES
+from ptuning.model.quantization.backends.triton_backend import MAX_FUSED_ROWS
 
 FLOAT32 = 4  # bytes; prefix, optimiser and softmax are float32 whatever the base is
 SCALE_BYTES = 2  # of a quantised weight's row, float16
@@ -44,6 +47,10 @@ class ModelSize:
     weight_bits: int = 0
     embedding_bits: int = 0
     packs: bool = False  # frozen float maps are held a second time, laid out for the processor
+    # What products need on a GPU: the largest block of a weight dequantised at once, and cuBLAS's
+    # workspace (`ptuning.train.memory.recomputing.gpu_terms`).
+    block_bytes: int = MOST_DEVICE_BLOCK_BYTES
+    workspace_bytes: int = 0
     prefix_length: int = 0
     projects_prefix: bool = False
     tuning: str = "ptuning"  # or "lora", "full"
@@ -70,6 +77,11 @@ class ModelSize:
     def prefix_entries(self) -> int:
         """Keys and values of the prefix in all layers."""
         return self.prefix_length * 2 * self.num_layers * self.hidden_size
+
+    @property
+    def prefix_in_use(self) -> int:
+        """Bytes of the prefix in the base's dtype, as the layers read it."""
+        return self.prefix_entries * self.dtype_bytes
 
     @property
     def trained(self) -> int:
@@ -117,11 +129,12 @@ class TrainingMemory:
     """What a training step holds at its peak, in bytes."""
 
     weights: int
-    trained: int  # trained parameters outside the base, and the prefix in the base's dtype
+    trained: int  # parameters outside the base; on a CPU the prefix in the base's dtype too
     optimizer: int  # its state, and the gradients
     activations: int
     logits: int  # of one chunk, with its gradient
     working: int  # what else one operation needs for a moment
+    workspace: int  # cuBLAS's
 
     @property
     def total(self) -> int:
@@ -142,6 +155,7 @@ class TrainingMemory:
             "activations": self.activations,
             "logits chunk": self.logits,
             "working space": self.working,
+            "cuBLAS": self.workspace,
         }
 
 
@@ -164,9 +178,12 @@ def packed_bytes(size: ModelSize) -> int:
     return (size.layer_weights + head) * size.dtype_bytes
 
 
-def trained_bytes(size: ModelSize) -> int:
-    """Return the trained parameters outside the base, and the prefix in the base's dtype."""
-    in_use = size.prefix_entries * size.dtype_bytes if size.prefix_length else 0
+def trained_bytes(size: ModelSize, *, with_prefix_in_use: bool) -> int:
+    """Return the trained parameters outside the base, and the prefix in the base's dtype.
+
+    Training on a GPU counts the latter where a step holds it (`_peak_on_gpu`).
+    """
+    in_use = size.prefix_in_use if with_prefix_in_use else 0
     return (0 if size.tuning == "full" else size.trained * FLOAT32) + in_use
 
 
@@ -234,11 +251,22 @@ def _left_out_of_last_layer(size: ModelSize, batch: Batch) -> int:
     return unread * (size.hidden_size + size.inner_size) * size.dtype_bytes
 
 
-def logits_bytes(size: ModelSize, batch: Batch, *, on_cpu: bool) -> int:
-    """Return the float logits of one chunk and what its loss forms beside them."""
+def forms_chunks(size: ModelSize) -> bool:
+    """Tell whether the loss is formed in chunks: the head is neither trained nor quantised."""
+    return size.tuning != "full" and not size.embedding_bits
+
+
+def logits_bytes(
+    size: ModelSize, batch: Batch, *, on_cpu: bool, chunk_tokens: int | None = None
+) -> int:
+    """Return the float logits of one chunk and what its loss forms beside them.
+
+    chunk_tokens None is the device's own choice.
+    """
     num_tokens = batch.answer_tokens
-    if size.tuning != "full" and not size.embedding_bits:
-        num_tokens = min(num_tokens, chunk_tokens_on(size.vocab_size, on_cpu=on_cpu))
+    if forms_chunks(size):
+        chosen = chunk_tokens or chunk_tokens_on(size.vocab_size, on_cpu=on_cpu)
+        num_tokens = min(num_tokens, chosen)
     half = size.dtype_bytes if size.dtype_bytes < FLOAT32 else 0
     return num_tokens * size.vocab_size * (LOGIT_COPIES * FLOAT32 + half)
 
@@ -250,48 +278,118 @@ def training_memory(
     on_cpu: bool,
     recomputed_layers: int = 0,
     accumulates: bool = False,
+    chunk_tokens: int | None = None,
 ) -> TrainingMemory:
     """Return what a training step of one batch holds at its largest.
 
     accumulates: gradients of earlier batches are still there (--gradient_accumulation_steps).
-    The peak is the largest of three moments: the loss, when all activations stand; the recomputing
-    of a layer, when kept layers are gone; and the optimiser's step, when all are.
+    chunk_tokens: tokens of the loss formed at once, None for the device's own choice.
+    """
+    gradients, state = size.trained * FLOAT32, size.trained * ADAM_BYTES
+    pending = gradients if accumulates or size.tuning == "full" else 0
+    logits = logits_bytes(size, batch, on_cpu=on_cpu, chunk_tokens=chunk_tokens)
+    peak_on_device = _peak_on_cpu if on_cpu else _peak_on_gpu
+    kept, peak = peak_on_device(size, batch, recomputed_layers, logits, pending)
+    activations = min(kept, peak)
+    shown_logits = min(logits, peak - activations)
+    return TrainingMemory(
+        weight_bytes(size),
+        trained_bytes(size, with_prefix_in_use=on_cpu),
+        state + pending,
+        activations,
+        shown_logits,
+        max(0, peak - activations - shown_logits - pending),
+        0 if on_cpu else size.workspace_bytes,
+    )
+
+
+def _peak_on_cpu(
+    size: ModelSize, batch: Batch, recomputed_layers: int, logits: int, pending: int
+) -> tuple[int, int]:
+    """Return the activations kept, and the peak beside weights, prefix and optimiser state.
+
+    The largest of three moments: the loss, when all activations stand; the recomputing of a layer,
+    when kept layers are gone; and the optimiser's step, when all are.
     """
     unit = size.dtype_bytes
-    is_full = size.tuning == "full"
-    in_use = size.prefix_entries * unit if size.prefix_length else 0
-    gradients, state = size.trained * FLOAT32, size.trained * ADAM_BYTES
-    widths = BACKWARD_WIDTHS * size.hidden_size + 2 * size.inner_size
-    backward = batch.tokens * widths * unit
-    kept = activation_bytes(size, batch, on_cpu=on_cpu, recomputed_layers=recomputed_layers)
-    logits = logits_bytes(size, batch, on_cpu=on_cpu)
+    gradients = size.trained * FLOAT32
+    backward = _backward_bytes(size, batch)
+    kept = activation_bytes(size, batch, on_cpu=True, recomputed_layers=recomputed_layers)
     recomputing = 0
-    is_in_heap = on_cpu and batch.tokens * size.inner_size * unit <= HEAP_BLOCK
+    is_in_heap = batch.tokens * size.inner_size * unit <= HEAP_BLOCK
     if is_in_heap and not recomputed_layers:
         kept += int(PIECES_SHARE * kept)
     if recomputed_layers:
         recomputing = recomputed_layers * batch.tokens * size.hidden_size * unit
-        recomputing += layer_bytes(size, batch, on_cpu=on_cpu) + backward
+        recomputing += layer_bytes(size, batch, on_cpu=True) + backward
         if is_in_heap:
             # Freed blocks of one pass lie where the next cannot use them: about a layer's worth.
-            kept += layer_bytes(size, batch, on_cpu=on_cpu)
-            recomputing += layer_bytes(size, batch, on_cpu=on_cpu)
-    pending = gradients if accumulates or is_full else 0
-    # The prefix's gradient is gathered layer by layer, joined, and made float32.
-    joining = 0 if is_full else 2 * in_use + gradients
-    stepping = gradients + (size.trained * FLOAT32 if on_cpu else 0)  # one temporary on the CPU
-    peak = max(kept + max(logits, backward) + pending, recomputing + pending, joining, stepping)
-    activations = min(kept, peak)
-    shown_logits = min(logits, peak - activations)
-    working = max(0, peak - activations - shown_logits - pending)
-    return TrainingMemory(
-        weight_bytes(size),
-        trained_bytes(size),
-        state + pending,
-        activations,
-        shown_logits,
-        working,
-    )
+            kept += layer_bytes(size, batch, on_cpu=True)
+            recomputing += layer_bytes(size, batch, on_cpu=True)
+    stepping = 2 * gradients  # one temporary beside them
+    moments = (kept + max(logits, backward) + pending, recomputing + pending, stepping)
+    return kept, max(*moments, _joining_bytes(size))
+
+
+def _peak_on_gpu(
+    size: ModelSize, batch: Batch, recomputed_layers: int, logits: int, pending: int
+) -> tuple[int, int]:
+    """Return the same on a GPU, where the prefix in the base's dtype counts only while it is held.
+
+    The forward pass holds it to its end, checkpointed layers until they are recomputed.
+    """
+    in_use, backward = size.prefix_in_use, _backward_bytes(size, batch)
+    held = in_use if recomputed_layers else 0
+    block = _block_bytes(size, batch.tokens)
+    kept = activation_bytes(size, batch, on_cpu=False, recomputed_layers=recomputed_layers)
+    # Of the answer tokens: the last norm's input and output, the loss's gradient.
+    answers = 3 * batch.answer_tokens * size.hidden_size * size.dtype_bytes
+    reading = kept + in_use + _forward_bytes(size, batch.tokens) + block
+    losing = kept + held + answers + logits
+    going_back = kept + held + answers + backward + block
+    recomputing = 0
+    if recomputed_layers:
+        inputs = recomputed_layers * batch.tokens * size.hidden_size * size.dtype_bytes
+        layer = layer_bytes(size, batch, on_cpu=False)
+        # The prefix's gradient is there already for the layers that were kept.
+        gathered = in_use * (size.num_layers - recomputed_layers) // size.num_layers
+        recomputing = inputs + layer + backward + block + held + gathered
+    moments = (reading, losing, going_back, recomputing, _joining_bytes(size))
+    return kept, max(max(moments) + pending, size.trained * FLOAT32)
+
+
+def _joining_bytes(size: ModelSize) -> int:
+    """Return what it takes to join the layers' prefix gradients and make them float32."""
+    return 0 if size.tuning == "full" else 2 * size.prefix_in_use + size.trained * FLOAT32
+
+
+def _backward_bytes(size: ModelSize, batch: Batch) -> int:
+    widths = BACKWARD_WIDTHS * size.hidden_size + 2 * size.inner_size
+    return batch.tokens * widths * size.dtype_bytes
+
+
+def _forward_bytes(size: ModelSize, tokens: int) -> int:
+    widths = FORWARD_WIDTHS * size.hidden_size + 2 * size.inner_size
+    return tokens * widths * size.dtype_bytes
+
+
+def _block_bytes(size: ModelSize, tokens: int) -> int:
+    """Return the float block that a quantised weight is multiplied from on a GPU.
+
+    There is none for few tokens, whose products dequantise as they go.
+    """
+    if not size.weight_bits or tokens <= MAX_FUSED_ROWS:
+        return 0
+    largest = max(rows * columns for rows, columns in size.linears.values())
+    return min(size.block_bytes, largest * size.dtype_bytes)
+
+
+def validating_bytes(size: ModelSize, batch: Batch, *, on_cpu: bool) -> int:
+    """Return what a forward pass with a loss that keeps nothing takes beside the model."""
+    needed = _forward_bytes(size, batch.tokens) + logits_bytes(size, batch, on_cpu=on_cpu)
+    if on_cpu:
+        return needed
+    return needed + size.prefix_in_use + _block_bytes(size, batch.tokens) + size.workspace_bytes
 
 
 def cache_bytes(size: ModelSize, num_rows: int, columns: int) -> int:
@@ -306,7 +404,7 @@ class AnsweringMemory:
     weights: int
     trained: int  # the prefix, float32 and in the base's dtype
     cache: int
-    working: int  # reading prompts, or the logits of a step
+    working: int  # reading prompts, or the logits of a step; cuBLAS's workspace
 
     @property
     def total(self) -> int:
@@ -336,14 +434,18 @@ def answering_memory(
     cells = PREFILL_TOKENS_CPU if on_cpu else PREFILL_TOKENS
     read_at_once = max(longest, min(cells, num_rows * longest))
     rows_at_once = -(-read_at_once // longest)
-    reading = read_at_once * (FORWARD_WIDTHS * hidden + 2 * size.inner_size) * unit
+    reading = _forward_bytes(size, read_at_once)
     # Keys and values of the prompts are copied into their slots once all layers have been read.
     reading += cache_bytes(size, 1, read_at_once)
     reading += 2 * rows_at_once * (size.prefix_length + longest) * hidden * unit
     choosing = num_rows * size.vocab_size * unit
+    workspace = 0
+    if not on_cpu:
+        reading += _block_bytes(size, read_at_once)
+        workspace = size.workspace_bytes
     return AnsweringMemory(
         weight_bytes(size),
-        trained_bytes(size),
+        trained_bytes(size, with_prefix_in_use=True),
         cache_bytes(size, num_rows, longest + new_tokens),
-        max(reading, choosing),
+        max(reading, choosing) + workspace,
     )
