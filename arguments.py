@@ -9,6 +9,7 @@ from ptuning.train.flags import (
     ModelArguments,
     TrainingArguments,
     UsageError,
+    check_gpu_is_here,
     parse_arguments,
 )
 
@@ -18,5 +19,6 @@ __all__ = [
     "ModelArguments",
     "TrainingArguments",
     "UsageError",
+    "check_gpu_is_here",
     "parse_arguments",
 ]

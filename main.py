@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 import ptuning  # noqa: F401  # registers the model and its tokenizer with transformers
-from arguments import Arguments, UsageError, parse_arguments
+from arguments import Arguments, UsageError, check_gpu_is_here, parse_arguments
 from ptuning.data.collation import pad_right
 from ptuning.data.dataset import TokenDataset
 from ptuning.data.tokenizer import ChatGLMTokenizer
@@ -89,6 +89,7 @@ def run(arguments: Arguments, stop: StopRequest) -> None:
     started = time.monotonic()
     for notice in arguments.notices:
         logger.info(notice)
+    check_gpu_is_here(arguments.training)
     model_flags, output_dir = arguments.model, Path(arguments.training.output_dir)
     checkpoint_to_go_on_from(arguments)  # refuses; what is there is looked at again under the lock
     hub = {
@@ -151,8 +152,8 @@ def work(
         )
         tuning.attach(model)
         size = pack_for_run(model, model_flags, training, rows.train)
-        settle_eval_rows(arguments, rows, settings, size, free=None)
         trainer = make_trainer(model, tokenizer, rows, arguments, settings, tuning, stop)
+        settle_eval_rows(arguments, rows, settings, size, free=None)  # the model is on its device
     if training.do_train:
         train(trainer, arguments, resume)
     if training.do_eval:

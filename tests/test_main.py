@@ -314,6 +314,10 @@ WRONG = {
         ["--per_device_eval_batch_size", "-1"],
         "--per_device_eval_batch_size is -1; give 1 or more",
     ),
+    "no GPU to keep to": (
+        ["--gpu_memory", "4.6", "--use_cpu"],
+        "--gpu_memory is 4.6 and this run computes on cpu, which is not a CUDA device; leave it out",
+    ),
     "nothing to resume": (["--resume_from_checkpoint", "nowhere"], "nowhere"),
 }
 

@@ -2,7 +2,8 @@
 
 Reads config.json and the tokenizer, tokenises the rows (from the cache when they are there), times
 one matrix product, and prints tokens, steps, memory and time. Exit status 0 when it is expected to
-fit, 3 when not, 2 when the flags or files are at fault. GB are 10**9 bytes.
+fit, 3 when not, 2 when the flags or files are at fault. With --gpu_memory it plans for a GPU of
+that size, also where there is none; then without the time. GB are 10**9 bytes.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from ptuning.train.memory.plan import (
     Advice,
     RunShape,
     Speed,
+    Steps,
     advise_answering,
     advise_training,
     answering_flops,
@@ -47,11 +49,12 @@ from ptuning.train.memory.plan import (
     training_flops,
 )
 from ptuning.train.memory.recompute_run import choose_for_run, size_as_run
-from ptuning.train.memory.recomputing import FREE_SHARE, free_bytes
+from ptuning.train.memory.recomputing import FREE_SHARE, Choice, free_bytes, gpu_terms
 from ptuning.train.rows import Rows, load_rows
 from ptuning.train.settings import RunSettings, resolve_settings
 
 NOT_FITTING = 3  # exit status
+NO_TIME = "not planned: the GPU is not in this machine, so nothing was measured"
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that are timed
 
 
@@ -65,12 +68,19 @@ class Situation(NamedTuple):
     device: torch.device
     process: int  # bytes that Python and its libraries hold; 0 where only the device counts
     free: int  # bytes, before anything is loaded; of a CPU's, this process's part
-    product_flops: float  # per second
+    product_flops: float | None  # per second; None where the GPU is not here
 
     @property
     def on_cpu(self) -> bool:
         """Whether the run computes on the CPU."""
-        return self.device.type == "cpu"
+        return self.arguments.training.on_cpu
+
+    @property
+    def place(self) -> str:
+        """Where memory is free, in words."""
+        if self.product_flops is None:
+            return "the planned GPU"
+        return str(self.device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +101,8 @@ def make_plan(arguments: Arguments) -> tuple[str, bool]:
     """Return the plan in words, and whether it fits."""
     situation = look(arguments)
     lines, fits = [], True
+    if arguments.training.gpu_memory is not None:
+        lines.append(f"planned for a GPU with {arguments.training.gpu_memory:.1f} GB")
     if situation.rows.train is not None:
         part, part_fits = plan_training(situation, situation.rows.train)
         lines += part
@@ -117,25 +129,29 @@ def look(arguments: Arguments) -> Situation:
     tokenizer = load_tokenizer(model.tokenizer_name or name, **hub)
     rows = load_rows(arguments, settings, tokenizer)
     device = training.device
-    dtype = choose_dtype(device, training.base_dtype)
-    if training.tuning == "full":
-        dtype = torch.float32
+    is_here = training.on_cpu or device.type == "cuda"
+    dtype = torch.float32
+    if training.tuning != "full":
+        # On most GPUs bfloat16 is chosen; float16 has the same size.
+        dtype = choose_dtype(device, training.base_dtype or (None if is_here else "bfloat16"))
     size = model_size(arguments, read_configuration(name, hub), dtype)
-    flops = product_flops(device, dtype)
+    flops = product_flops(device, dtype) if is_here else None
     process = 0
-    if device.type == "cpu":
+    if training.on_cpu:
         import psutil
 
         process = int(psutil.Process().memory_info().rss)
-    free = free_bytes(device, training.world_size)
-    size = size_as_run(size, dtype, training, rows.train, free=beside_model(size, free))
-    settle_eval_rows(arguments, rows, settings, size, free=beside_model(size, free))
+    free = free_bytes(device, training.world_size, training.memory_target)
+    beside = beside_model(size, free, on_cpu=training.on_cpu)
+    size = size_as_run(size, dtype, training, rows.train, free=beside)
+    beside = beside_model(size, free, on_cpu=training.on_cpu)
+    settle_eval_rows(arguments, rows, settings, size, free=beside)
     return Situation(arguments, settings, rows, size, device, process, free, flops)
 
 
-def beside_model(size: ModelSize, free: int) -> int:
+def beside_model(size: ModelSize, free: int, *, on_cpu: bool) -> int:
     """Return the bytes that are left once the model, with what is trained, is there."""
-    return max(0, free - weight_bytes(size) - trained_bytes(size, with_prefix_in_use=True))
+    return max(0, free - weight_bytes(size) - trained_bytes(size, with_prefix_in_use=on_cpu))
 
 
 def read_configuration(name: str, hub: Mapping[str, Any]) -> ChatGLMConfig:
@@ -168,6 +184,7 @@ def model_size(arguments: Arguments, config: ChatGLMConfig, dtype: torch.dtype) 
         tuning=tuning,
         lora_rank=model.lora_rank or 8,
         lora_targets=tuple((model.lora_target_modules or "query_key_value").split(",")),
+        **gpu_terms(arguments.training.device, arguments.training.memory_target),
     )
 
 
@@ -185,8 +202,8 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * length**3 / best
 
 
-def run_shape(situation: Situation, recomputed_layers: int) -> RunShape:
-    """Return what the flags say of the run's shape."""
+def run_shape(situation: Situation, choice: Choice | None = None) -> RunShape:
+    """Return what the flags say of the run's shape, and what was chosen for training."""
     training, data = situation.arguments.training, situation.arguments.data
     return RunShape(
         batch_rows=training.per_device_train_batch_size,
@@ -194,9 +211,10 @@ def run_shape(situation: Situation, recomputed_layers: int) -> RunShape:
         processes=training.world_size,
         epochs=training.num_train_epochs,
         max_steps=training.max_steps,
-        recomputed_layers=recomputed_layers,
+        recomputed_layers=choice.num_recomputed if choice else 0,
         answer_rows=training.per_device_eval_batch_size,
         new_tokens=data.val_max_target_length or situation.settings.max_target_length,
+        chunk_tokens=choice.chunk_tokens if choice else None,
     )
 
 
@@ -205,8 +223,9 @@ def plan_training(situation: Situation, rows: TokenDataset) -> tuple[list[str], 
     training, size = situation.arguments.training, situation.size
     lengths, contexts = rows.lengths, rows.arrays.context_lengths
     batch = largest_batch(lengths, contexts, training.per_device_train_batch_size)
-    choice = choose_for_run(training, size, rows, beside_model(size, situation.free))
-    shape = run_shape(situation, choice.num_recomputed)
+    beside = beside_model(size, situation.free, on_cpu=situation.on_cpu)
+    choice = choose_for_run(training, size, rows, beside)
+    shape = run_shape(situation, choice)
     steps = count_steps(len(rows), shape)
     memory = memory_of(size, batch, shape, on_cpu=situation.on_cpu)
     tokens, answers = int(lengths.sum()), int((lengths - contexts).sum())
@@ -218,8 +237,6 @@ def plan_training(situation: Situation, rows: TokenDataset) -> tuple[list[str], 
         answer_tokens=answers * share,
         recomputed_layers=choice.num_recomputed,
     )
-    speed = speed_of(situation)
-    step_time_s = flops / shape.processes / (speed.product_flops * speed.training_share)
     lines = [
         "Training",
         f"  tokens     {steps.rows_per_step} rows a step: {tokens * share:.0f} tokens on average, "
@@ -228,9 +245,7 @@ def plan_training(situation: Situation, rows: TokenDataset) -> tuple[list[str], 
         f"  steps      {steps.total}, {steps.per_epoch} an epoch: {steps.epochs:.2f} epochs",
         *memory_lines(memory, situation),
         f"  layers     {choice.describe()}",
-        f"  time       {in_words(steps.total * step_time_s)}: {step_time_s:.2f} s a step of "
-        f"{flops / 1e9:.0f} GFLOP at {speed.training_share:.0%} (assumed) of the "
-        f"{speed.product_flops / 1e9:.0f} GFLOP/s measured in a product",
+        f"  time       {training_time(speed_of(situation), flops, steps, shape)}",
     ]
     if not choice.fits:
         lines += advice_lines(
@@ -242,29 +257,46 @@ def plan_training(situation: Situation, rows: TokenDataset) -> tuple[list[str], 
     return lines, choice.fits
 
 
+def training_time(speed: Speed | None, flops: float, steps: Steps, shape: RunShape) -> str:
+    """Say how long training takes, and from which numbers; flops are those of one step."""
+    if speed is None:
+        return NO_TIME
+    step_time_s = flops / shape.processes / (speed.product_flops * speed.training_share)
+    return (
+        f"{in_words(steps.total * step_time_s)}: {step_time_s:.2f} s a step of "
+        f"{flops / 1e9:.0f} GFLOP at {speed.training_share:.0%} (assumed) of the "
+        f"{speed.product_flops / 1e9:.0f} GFLOP/s measured in a product"
+    )
+
+
 def plan_answering(situation: Situation) -> tuple[list[str], bool]:
     """Return the lines on answering and scoring, and whether it fits."""
     rows, size = situation.rows.test, situation.size
     assert rows is not None, "asked for only where there are rows to answer"
-    shape = run_shape(situation, 0)
+    shape = run_shape(situation)
     prompts = [int(length) for length in rows.lengths]
     memory = answering_of(size, prompts, shape, on_cpu=situation.on_cpu)
     passes = 2 if situation.arguments.data.compare_base else 1
     flops = passes * answering_flops(
         size, prompt_tokens=sum(prompts), new_tokens=len(prompts) * shape.new_tokens
     )
+    time_text = NO_TIME
     speed = speed_of(situation)
-    time_s = flops / (speed.product_flops * speed.answering_share)
+    if speed is not None:
+        time_s = flops / (speed.product_flops * speed.answering_share)
+        time_text = (
+            f"at most {in_words(time_s)}, when no answer ends early, at "
+            f"{speed.answering_share:.0%} (assumed) of the product's speed"
+        )
     base = " with and without what was tuned" if passes == 2 else ""
     lines = [
         "Answering",
         f"  tokens     {len(prompts)} prompts of {sum(prompts) / len(prompts):.1f} tokens, answers "
         f"of at most {shape.new_tokens}{base}, {shape.answer_rows} rows at a time",
         *memory_lines(memory, situation),
-        f"  time       at most {in_words(time_s)}, when no answer ends early, at "
-        f"{speed.answering_share:.0%} (assumed) of the product's speed",
+        f"  time       {time_text}",
     ]
-    beside = beside_model(size, situation.free)
+    beside = max(0, situation.free - memory.weights - memory.trained)
     fits = memory.cache + memory.working <= FREE_SHARE * beside
     if not fits:
         lines += advice_lines(
@@ -282,7 +314,7 @@ def memory_lines(memory: TrainingMemory | AnsweringMemory, situation: Situation)
     shown = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
     return [
         f"  memory     {total / 1e9:.2f} GB at the peak: {shown}",
-        f"             {situation.free / 1e9:.2f} GB are free on {situation.device}; of what the "
+        f"             {situation.free / 1e9:.2f} GB are free on {situation.place}; of what the "
         f"model leaves, {FREE_SHARE:.0%} are planned with",
     ]
 
@@ -300,8 +332,10 @@ def advice_lines(advice: list[Advice], situation: Situation) -> list[str]:
     ]
 
 
-def speed_of(situation: Situation) -> Speed:
-    """Return the measured product and the shares assumed for this device and dtype."""
+def speed_of(situation: Situation) -> Speed | None:
+    """Return the measured product and the shares assumed for device and dtype; None unmeasured."""
+    if situation.product_flops is None:
+        return None
     kind = "cuda"
     if situation.on_cpu:
         kind = "cpu-float32" if situation.size.dtype_bytes == 4 else "cpu-half"

@@ -36,6 +36,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         "lm_head.weight": "transformer.word_embeddings.weight"
     }
 
+    loss_chunk_tokens: int | None = None  # answer tokens in the loss at a time; None: by device
+
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
@@ -178,7 +180,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """Return the cross-entropy of targets (N,) given hidden_states (N, E): their mean, or
         their sum over num_items_in_batch.
         """
-        total = summed_loss(hidden_states, self.lm_head, targets.to(hidden_states.device))
+        total = summed_loss(
+            hidden_states,
+            self.lm_head,
+            targets.to(hidden_states.device),
+            chunk_tokens=self.loss_chunk_tokens,
+        )
         if num_items_in_batch is None:
             return total / len(targets)
         if isinstance(num_items_in_batch, Tensor):

@@ -7,6 +7,7 @@ translated, a flag that has lost its meaning is accepted and named once
 
 import difflib
 import json
+import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -199,6 +200,12 @@ class TrainingArguments(AnsweringArguments):
     checkpoint_layers: int | None = flag(
         None, "Compute so many layers again; unset is auto's choice, or all with true."
     )
+    gpu_memory: float | None = flag(
+        None,
+        "GPU memory to stay within, in GB of 10**9 bytes: checkpointed layers, the loss's chunk "
+        "and the rows answered at a time are chosen to fit; unset uses what is free. python -m "
+        "ptuning plan takes it without such a GPU.",
+    )
     torch_compile: bool | None = field(  # type: ignore[assignment]  # a switch in transformers
         default=None,
         metadata={
@@ -232,6 +239,16 @@ class TrainingArguments(AnsweringArguments):
         self.visible_devices = keep_to_one_device(self)
         if self.device.type != "cuda":
             self.dataloader_pin_memory = False  # it only helps copies to a CUDA device
+
+    @property
+    def memory_target(self) -> int | None:
+        """--gpu_memory in bytes."""
+        return None if self.gpu_memory is None else int(self.gpu_memory * 10**9)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Tell whether memory is counted for a CPU; --gpu_memory means a GPU, here or not."""
+        return self.device.type == "cpu" and self.gpu_memory is None
 
 
 class Arguments(NamedTuple):
@@ -300,6 +317,16 @@ def make_parser() -> FlagParser:
         description="Tune ChatGLM-6B (P-Tuning v2, LoRA or whole), validate it, score its answers.",
         allow_abbrev=False,
     )
+
+
+def check_gpu_is_here(training: TrainingArguments) -> None:
+    """Refuse --gpu_memory for a run without a CUDA device; a plan takes it (UsageError)."""
+    if training.gpu_memory is not None and training.device.type != "cuda":
+        raise UsageError(
+            f"--gpu_memory is {training.gpu_memory:g} and this run computes on {training.device}, "
+            "which is not a CUDA device; leave it out, or plan for a GPU with python -m ptuning "
+            "plan and the same flags."
+        )
 
 
 def _flag_names() -> set[str]:
@@ -378,6 +405,10 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
     if training.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise UsageError(
             "--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps."
+        )
+    if training.gpu_memory is not None and not 0 < training.gpu_memory < math.inf:
+        raise UsageError(
+            f"--gpu_memory is {training.gpu_memory:g}; give GB above 0, such as 8, or leave it out."
         )
     for name, value, lowest in (
         ("pre_seq_len", model.pre_seq_len, 1),

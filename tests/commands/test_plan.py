@@ -1,6 +1,7 @@
 """The plan of a run: its numbers come from the rows and the configuration, no weight is read."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,49 @@ def test_a_run_that_does_not_fit_names_settings_with_their_numbers_and_ends_with
     assert "GB  --quantization_bit 4" in text
     assert "Answering and validating 8 rows at a time, as 64 need more than" in caplog.text
     assert "Does not fit" in text
+
+
+def test_a_gpu_that_is_not_here_is_planned_without_a_time(
+    flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A GPU's dtype and no packed copies; the flags are those of a run there."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(plan, "product_flops", lambda *_: pytest.fail("there is nothing to time"))
+    assert main(["plan", *flags, "--gpu_memory", "8"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("planned for a GPU with 8.0 GB\n")
+    assert "8.00 GB are free on the planned GPU" in text
+    assert "Python" not in text, "the process's memory is not the GPU's"
+    assert "64 rows at a time" in text
+    assert text.count(f"  time       {plan.NO_TIME}\n") == 2
+    situation = plan.look(plan.parse_arguments([*flags, "--gpu_memory", "8"]))
+    size = situation.size
+    assert (size.dtype_bytes, size.packs, situation.on_cpu) == (2, False, False)
+
+    assert main(["plan", *flags, "--gpu_memory", "0.01"]) == 3
+    text = capsys.readouterr().out
+    assert "it may not fit" in text
+    assert "GB  --quantization_bit 4" in text
+    assert "Answering and validating 8 rows at a time, as 64 need more than" in caplog.text
+
+
+def test_the_published_model_is_planned_for_a_small_gpu(
+    flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """ChatGLM-6B's size with the nano model's tokenizer: what is chosen is what is counted."""
+    config = tmp_path / "base" / "config.json"
+    config.write_text(ChatGLMConfig(tie_word_embeddings=True).to_json_string(), encoding="utf-8")
+    more = ["--per_device_train_batch_size", "1", "--pre_seq_len", "128", "--quantization_bit", "4"]
+    for target, code in (("4.8", 0), ("4.6", 0), ("4.2", 3)):
+        typed = [*(flag for flag in flags if flag != "--do_predict"), *more]
+        assert main(["plan", *typed, "--gpu_memory", target]) == code, target
+        text = capsys.readouterr().out
+        (peak,) = re.findall(r"memory     ([\d.]+) GB at the peak", text)
+        assert code or float(peak) <= float(target)
+        assert "cuBLAS 0.03" in text
 
 
 def test_wrong_flags_are_one_line_and_help_names_the_command(

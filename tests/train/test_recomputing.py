@@ -4,17 +4,36 @@ import platform
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from ptuning.data.cache import TokenArrays
+from ptuning.data.dataset import TokenDataset
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.layer import Layer
-from ptuning.train.flags import TrainingArguments, UsageError, parse_arguments
+from ptuning.train.flags import (
+    TrainingArguments,
+    UsageError,
+    check_gpu_is_here,
+    parse_arguments,
+)
+from ptuning.train.memory import recompute_run, recomputing
 from ptuning.train.memory.memory_model import Batch, size_of, training_memory
-from ptuning.train.memory.recomputing import FREE_SHARE, choose_recomputed, recompute_layers
+from ptuning.train.memory.recompute_run import recompute_as_asked
+from ptuning.train.memory.recomputing import (
+    FREE_SHARE,
+    Choice,
+    choose_recomputed,
+    free_bytes,
+    gpu_terms,
+    recompute_layers,
+)
 
 NUM_LAYERS = 4
 IDS = {"bos_token_id": 60, "eos_token_id": 61, "mask_token_id": 62, "gmask_token_id": 63}
@@ -78,14 +97,111 @@ def choose(wanted: str, free: float, num_layers: int | None = None) -> int:
     ).num_recomputed
 
 
-def test_auto_recomputes_nothing_where_memory_is_free_and_the_fewest_layers_elsewhere() -> None:
-    def needed(count: int) -> int:
-        return training_memory(SIZE, BATCH, on_cpu=False, recomputed_layers=count).of_step
+def needed(count: int, chunk_tokens: int | None = None, *, batch: Batch = BATCH) -> int:
+    return training_memory(
+        SIZE, batch, on_cpu=False, recomputed_layers=count, chunk_tokens=chunk_tokens
+    ).of_step
 
+
+def choose_way(
+    free: float, *, batch: Batch = BATCH, wanted: str = "auto"
+) -> tuple[int, int | None]:
+    choice = choose_recomputed(wanted, SIZE, batch, free=int(free), on_cpu=False, accumulates=False)
+    assert choice.needed == needed(choice.num_recomputed, choice.chunk_tokens, batch=batch)
+    return choice.num_recomputed, choice.chunk_tokens
+
+
+def test_auto_recomputes_nothing_where_memory_is_free_and_the_fewest_layers_elsewhere() -> None:
     assert choose("auto", 2 * needed(0)) == 0
-    middle = choose("auto", needed(10) / FREE_SHARE + 1)
+    middle = choose("auto", needed(10, 16) / FREE_SHARE + 1)
     assert middle == 10
-    assert choose("auto", 1) == min(range(29), key=needed)
+    assert choose("auto", 1) == min(range(29), key=lambda count: needed(count, 16))
+
+
+def test_the_loss_gets_a_smaller_chunk_before_a_layer_is_recomputed() -> None:
+    assert choose_way(needed(0) / FREE_SHARE + 1) == (0, None)
+    for chunk in (256, 128):  # the largest that fits: every chunk reads the head again
+        assert choose_way(needed(0, chunk) / FREE_SHARE + 1) == (0, chunk)
+    count, chunk = choose_way(0.99 * needed(0, 16) / FREE_SHARE)
+    assert count >= 1
+    assert needed(count, chunk) == needed(count, 16), "the chunk that needs the least"
+    assert needed(count, 2 * (chunk or 0)) > needed(count, 16), "and the largest of those"
+
+
+def test_a_chunk_is_smaller_only_where_that_lowers_the_peak() -> None:
+    """With few answer tokens the peak is elsewhere, and a chunk of all of them is no chunk."""
+    batch = Batch((1000,), 16)
+    assert choose_way(1, batch=batch)[1] is None
+
+
+@pytest.mark.parametrize("how", [{"embedding_bits": 8}, {"tuning": "full", "prefix_length": 0}])
+def test_the_chunk_stays_on_a_cpu_and_where_there_is_none(how: dict[str, Any]) -> None:
+    for size, on_cpu in ((SIZE, True), (replace(SIZE, **how), False)):
+        choice = choose_recomputed("auto", size, BATCH, free=1, on_cpu=on_cpu, accumulates=False)
+        assert choice.chunk_tokens is None
+
+
+def test_a_fixed_number_of_layers_still_leaves_the_chunk_to_what_fits() -> None:
+    for wanted, expected in (("false", 0), ("true", 28)):
+        count, chunk = choose_way(1, wanted=wanted)
+        assert count == expected
+        assert needed(count, chunk) == needed(count, 16) < needed(count)
+    assert choose_way(10**12, wanted="true") == (28, None)
+
+
+def test_a_choice_says_its_chunk() -> None:
+    choice = choose_recomputed(
+        "auto", SIZE, BATCH, free=int(needed(0, 128) / FREE_SHARE) + 1,
+        on_cpu=False, accumulates=False,
+    )  # fmt: skip
+    said = choice.describe()
+    assert "no layer is recomputed, the loss is computed in chunks of 128 tokens; a step" in said
+    assert f", {needed(0) / 1e9:.2f} without," in said
+
+
+def test_the_chunk_that_was_chosen_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    loss, gradient = loss_and_gradient(model, None, 0)
+    rows = TokenDataset(TokenArrays(np.zeros(8, np.int32), np.array([0, 8]), np.array([4])))
+    arguments = parse_arguments([*BARE, "--use_cpu"])
+    choice = Choice(2, NUM_LAYERS, 1, 2, 3, "auto", 2)
+    monkeypatch.setattr(recompute_run, "choose_for_run", lambda *_: choice)
+    assert recompute_as_asked(model, arguments.model, arguments.training, rows) is choice
+    head: Any = model.lm_head
+    formed, product = [], head.product
+    head.product = lambda x: formed.append(len(x)) or product(x)
+    again, in_chunks = loss_and_gradient(model, None, 2)
+    assert formed == [2, 2, 2, 2, 1], "9 answer tokens"
+    assert again == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(in_chunks, gradient)
+
+
+def test_free_memory_is_what_a_target_leaves_beside_this_processs_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (50, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 15)
+    assert free_bytes(gpu) == 55
+    assert free_bytes(gpu, target=40) == 25
+    assert free_bytes(gpu, target=10) == 0
+    assert free_bytes(gpu, target=79) == 55, "other processes hold the rest"
+    assert free_bytes(torch.device("cpu"), 1, 40) == 40, "a GPU that is not here is empty"
+
+
+def test_a_gpus_block_and_workspace_are_those_of_its_size_and_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(recomputing, "block_bytes", lambda _: 7)
+    for capability, mebibytes in (((9, 0), 32), ((8, 6), 8.125)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        expected = {"block_bytes": 7, "workspace_bytes": int(mebibytes * 2**20)}
+        assert gpu_terms(gpu, None) == gpu_terms(gpu, 8 * 10**9) == expected
+    assert gpu_terms(torch.device("cpu"), None) == {}
+    planned = gpu_terms(torch.device("cpu"), 6 * 10**9)
+    assert planned == {"block_bytes": 6 * 10**9 // 64, "workspace_bytes": 32 * 2**20}
 
 
 def test_true_takes_all_or_the_number_given_and_false_none() -> None:
@@ -132,6 +248,24 @@ def test_options_for_torch_are_kept_and_other_words_refused() -> None:
     with pytest.raises(UsageError, match="--gradient_checkpointing is perhaps; use auto, true"):
         parse_arguments([*BARE, "--gradient_checkpointing", "perhaps"])
     assert TrainingArguments(output_dir="y", gradient_checkpointing=True).recomputing == "true"
+
+
+@pytest.mark.parametrize("typed", ["0", "-8", "nan", "inf"])
+def test_a_memory_target_is_a_number_above_0(typed: str) -> None:
+    with pytest.raises(UsageError, match=f"--gpu_memory is {typed}; give GB above 0, such as 8"):
+        parse_arguments([*BARE, "--gpu_memory", typed])
+
+
+def test_a_memory_target_means_a_gpu_here_or_not() -> None:
+    training = parse_arguments([*BARE, "--use_cpu", "--gpu_memory", "4.6"]).training
+    assert training.memory_target == 4_600_000_000
+    assert not training.on_cpu
+    with pytest.raises(UsageError, match=r"--gpu_memory is 4\.6 and this run computes on cpu"):
+        check_gpu_is_here(training)
+    plain = parse_arguments([*BARE, "--use_cpu"]).training
+    assert plain.memory_target is None
+    assert plain.on_cpu
+    check_gpu_is_here(plain)
 
 
 FAULTS = """

@@ -46,6 +46,7 @@ class RunShape:
     recomputed_layers: int
     answer_rows: int  # decoded at a time
     new_tokens: int  # of an answer at most
+    chunk_tokens: int | None = None  # of the loss at a time; None: the device's own
 
 
 class Steps(NamedTuple):
@@ -128,6 +129,7 @@ def memory_of(size: ModelSize, batch: Batch, shape: RunShape, *, on_cpu: bool) -
         on_cpu=on_cpu,
         recomputed_layers=shape.recomputed_layers,
         accumulates=shape.accumulation > 1,
+        chunk_tokens=shape.chunk_tokens,
     )
 
 

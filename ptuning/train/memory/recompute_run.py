@@ -1,4 +1,6 @@
-"""What a run's flags, its rows and the free memory say of recomputed layers and packed copies."""
+"""What a run's flags, its rows and the free memory say of recomputed layers, the loss's chunk and
+packed copies.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -16,6 +18,7 @@ from ptuning.train.memory.recomputing import (
     Choice,
     choose_recomputed,
     free_bytes,
+    gpu_terms,
     recompute_layers,
 )
 from ptuning.train.processes.processes import gather
@@ -29,9 +32,10 @@ def recompute_as_asked(
 ) -> Choice:
     """Set up a model that is loaded and on its device; return what was chosen, to be printed."""
     size = size_of_model(model, flags, training)
-    free = free_bytes(training.device, training.world_size)
+    free = free_bytes(training.device, training.world_size, training.memory_target)
     choice = choose_for_run(training, size, rows, free)
     recompute_layers(model, choice.num_recomputed, training.recomputing_options)
+    model.loss_chunk_tokens = choice.chunk_tokens
     return choice
 
 
@@ -45,7 +49,7 @@ def choose_for_run(
         size,
         largest_batch(lengths, contexts, training.per_device_train_batch_size),
         free=free,
-        on_cpu=training.device.type == "cpu",
+        on_cpu=training.on_cpu,
         accumulates=training.gradient_accumulation_steps > 1,
         num_layers=training.checkpoint_layers,
     )
@@ -63,7 +67,7 @@ def size_as_run(
 
     rows are those to train on, None when nothing is trained. A compiler multiplies by itself.
     """
-    if training.device.type != "cpu" or training.torch_compile:
+    if not training.on_cpu or training.torch_compile:
         return size
     choose = None if rows is None else partial(choose_for_run, training, size, rows)
     return size_as_packed(size, dtype, free=free, choose=choose)
@@ -91,7 +95,7 @@ def pack_for_run(
 def size_of_model(
     model: ChatGLMForConditionalGeneration, flags: ModelArguments, training: TrainingArguments
 ) -> ModelSize:
-    """Return the sizes of a model that is loaded and has what is tuned attached."""
+    """Return the sizes of a model that is loaded and has what is tuned attached, and its GPU's."""
     config = model.config
     return size_of(
         config,
@@ -104,4 +108,5 @@ def size_of_model(
         tuning=training.tuning or "ptuning",
         lora_rank=flags.lora_rank or 8,
         lora_targets=tuple((flags.lora_target_modules or "query_key_value").split(",")),
+        **gpu_terms(training.device, training.memory_target),
     )

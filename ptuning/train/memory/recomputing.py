@@ -1,4 +1,4 @@
-"""Which layers are computed again in the backward pass, and how many have to be.
+"""Which layers are computed again in the backward pass, and how many have to be; the loss's chunk.
 
 A recomputed layer keeps its input alone, so memory falls and every such layer costs another forward
 pass. The first layers are the ones to recompute: when their turn comes in the backward pass, what
@@ -7,8 +7,8 @@ the later layers kept is gone already.
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,26 @@ from torch.utils.checkpoint import checkpoint
 
 from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.layer import Layer
-from ptuning.train.memory.memory_model import HEAP_BLOCK, Batch, ModelSize, training_memory
+from ptuning.model.quantization.backends.blockwise import block_bytes, device_block_bytes
+from ptuning.train.memory.memory_model import (
+    HEAP_BLOCK,
+    Batch,
+    ModelSize,
+    forms_chunks,
+    training_memory,
+)
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 LARGE_BLOCK_BYTES = 256 * 1024
 FREE_SHARE = 0.9  # of free memory may be planned; allocators lose the rest between blocks
+# Tokens of the loss formed at once on a GPU where memory is short. Every chunk reads the output
+# head, forwards and backwards: 16 tokens cost a row of 64 answer tokens about as much as four
+# layers computed again, and fewer save next to nothing.
+SMALLER_CHUNKS = (256, 128, 64, 32, 16)
+# cuBLAS's workspace, as PyTorch allocates it: parseChosenWorkspaceSize in
+# https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/cuda/CublasHandlePool.cpp
+HOPPER = 9  # major compute capability
+HOPPER_WORKSPACE, OTHER_WORKSPACE = 8 * 4096 * 1024, (2 * 4096 + 8 * 16) * 1024
 
 
 def recompute_layers(
@@ -89,10 +104,11 @@ class Choice(NamedTuple):
 
     num_recomputed: int
     num_layers: int
-    needed: int  # bytes, with that many recomputed
-    needed_without: int  # bytes, with none
+    needed: int  # bytes, as chosen
+    needed_without: int  # bytes, with no layer recomputed and the device's own chunk
     free: int  # bytes
     reason: str  # "auto", "true" or "false", as asked
+    chunk_tokens: int | None = None  # of the loss at a time; None: the device's own
 
     @property
     def fits(self) -> bool:
@@ -107,11 +123,13 @@ class Choice(NamedTuple):
         """  # noqa: E501
         named = {0: "no layer is", self.num_layers: f"all {self.num_layers} layers are"}
         count = named.get(self.num_recomputed, f"{self.num_recomputed} of {self.num_layers} are")
-        without = ""
-        if self.num_recomputed:
+        chunk = without = ""
+        if self.chunk_tokens is not None:
+            chunk = f", the loss is computed in chunks of {self.chunk_tokens} tokens"
+        if self.num_recomputed or self.chunk_tokens is not None:
             without = f", {self.needed_without / 1e9:.2f} without"
         text = (
-            f"Gradient checkpointing {self.reason}: {count} recomputed; a step needs "
+            f"Gradient checkpointing {self.reason}: {count} recomputed{chunk}; a step needs "
             f"{self.needed / 1e9:.2f} GB beside the model{without}, {self.free / 1e9:.2f} GB are "
             "free"
         )
@@ -131,40 +149,65 @@ def choose_recomputed(
     """Choose for --gradient_checkpointing auto, true or false; free is in bytes.
 
     num_layers is --checkpoint_layers: so many, unless wanted is false; None leaves it to auto, and
-    means all for true. Auto takes the fewest layers that fit, or those that need the least.
+    means all for true. Auto takes the first that fits, or else what needs the least: no layer;
+    no layer and a smaller chunk of the loss; one layer and more, with the chunk that needs least.
     """
-    needs = _needs(size, batch, on_cpu=on_cpu, accumulates=accumulates)
-    none = needs(0)
-    if wanted == "false":
-        chosen = 0
-    elif num_layers is not None:
-        chosen = min(num_layers, size.num_layers)
-    elif wanted == "true":
-        chosen = size.num_layers
-    else:
-        counts = range(size.num_layers + 1)
-        least = min(counts, key=needs)
-        chosen = next((count for count in counts if needs(count) <= FREE_SHARE * free), least)
-    return Choice(chosen, size.num_layers, needs(chosen), none, free, wanted)
 
-
-def _needs(
-    size: ModelSize, batch: Batch, *, on_cpu: bool, accumulates: bool
-) -> Callable[[int], int]:
-    def needed(count: int) -> int:
+    @cache
+    def needed(count: int, chunk: int | None) -> int:
         return training_memory(
-            size, batch, on_cpu=on_cpu, recomputed_layers=count, accumulates=accumulates
+            size,
+            batch,
+            on_cpu=on_cpu,
+            recomputed_layers=count,
+            accumulates=accumulates,
+            chunk_tokens=chunk,
         ).of_step
 
-    return needed
+    counts = range(size.num_layers + 1)
+    if wanted == "false":
+        counts = range(1)
+    elif wanted == "true" or num_layers is not None:
+        asked = size.num_layers if num_layers is None else min(num_layers, size.num_layers)
+        counts = range(asked, asked + 1)
+    chunks: list[int | None] = [None]
+    if forms_chunks(size) and not on_cpu:
+        chunks += [chunk for chunk in SMALLER_CHUNKS if chunk < batch.answer_tokens]
+    ways = [(counts[0], chunk) for chunk in chunks]
+    ways += [(count, min(chunks, key=partial(needed, count))) for count in counts[1:]]
+    fitting = (way for way in ways if needed(*way) <= FREE_SHARE * free)
+    count, chunk = next(fitting, min(ways, key=lambda way: needed(*way)))
+    none = needed(0, None)
+    return Choice(count, size.num_layers, needed(count, chunk), none, free, wanted, chunk)
 
 
-def free_bytes(device: torch.device, num_processes: int = 1) -> int:
-    """Return the memory that is free on a device now, in bytes; of a CPU's, each process's part."""
+def free_bytes(device: torch.device, num_processes: int = 1, target: int | None = None) -> int:
+    """Return the memory that is free on a device now, in bytes; of a CPU's, each process's part.
+
+    target is --gpu_memory in bytes: at most what it leaves beside this process's tensors, and all
+    of it where the device is no GPU (`python -m ptuning plan`).
+    """
     if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
         # What torch's allocator keeps for reuse is free to us too.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+        return free if target is None else max(0, min(free, target - held))
+    if target is not None:
+        return target
     import psutil
 
     return int(psutil.virtual_memory().available) // num_processes
+
+
+def gpu_terms(device: torch.device, target: int | None) -> dict[str, int]:
+    """Return ModelSize's block_bytes and workspace_bytes; nothing on a CPU.
+
+    target is --gpu_memory in bytes, that of a GPU which is not here where device is none.
+    """
+    if device.type == "cuda":
+        is_hopper = torch.cuda.get_device_capability(device)[0] == HOPPER
+        workspace = HOPPER_WORKSPACE if is_hopper else OTHER_WORKSPACE
+        return {"block_bytes": block_bytes(device), "workspace_bytes": workspace}
+    if target is None:
+        return {}
+    return {"block_bytes": device_block_bytes(target), "workspace_bytes": HOPPER_WORKSPACE}
