@@ -54,7 +54,7 @@ give --max_target_length "${MAX_TARGET_LENGTH:-}"  # tokens of the answer
 give --prompt_column "${PROMPT_COLUMN:-}"          # field of a row: what is asked
 give --response_column "${RESPONSE_COLUMN:-}"      # field of a row: the answer
 give --history_column "${HISTORY_COLUMN:-}"        # field of a row: earlier turns
-give --per_device_eval_batch_size "${EVAL_BATCH_SIZE:-}" # rows scored at a time; empty: 8, on a CPU up to 64
+give --per_device_eval_batch_size "${EVAL_BATCH_SIZE:-}" # rows scored at a time; empty: up to 64
 give --quantization_bit "${QUANTIZATION_BIT:-}"    # 4 or 8; empty: the base as it is stored
 if [ -n "${OUTPUT_DIR:-}" ]; then OUTPUT_DIR=$(output_path "$OUTPUT_DIR"); else OUTPUT_DIR=$PREFIX; fi
 

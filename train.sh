@@ -78,7 +78,7 @@ MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} # tokens of the answer
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}    # field of a row: what is asked
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary} # field of a row: the answer
 give --history_column "${HISTORY_COLUMN:-}"     # field of a row: earlier turns; empty: none
-give --per_device_eval_batch_size "${EVAL_BATCH_SIZE:-}" # rows scored at a time; empty: 8, on a CPU up to 64
+give --per_device_eval_batch_size "${EVAL_BATCH_SIZE:-}" # rows scored at a time; empty: up to 64
 give --preset "$PRESET"
 give --quantization_bit "${QUANTIZATION_BIT:-}" # 4 or 8; empty: the base as it is stored
 if [ -n "${OUTPUT_DIR:-}" ]; then

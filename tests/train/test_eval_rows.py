@@ -1,5 +1,6 @@
 """How many rows are answered at a time: what was typed, else what suits the device and its memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,9 @@ def validation_rows(count: int, length: int) -> Rows:
     return Rows(None, TokenDataset(TokenArrays(ids, offsets, np.full(count, length // 2))), None)
 
 
-def fitting(rows: Rows, free_gb: float, *, num_beams: int = 1) -> int:
-    return fitting_rows(SIZE, rows, new_tokens=64, num_beams=num_beams, free=int(free_gb * GB))
+def fitting(rows: Rows, free_gb: float, *, num_beams: int = 1, on_cpu: bool = True) -> int:
+    free = int(free_gb * GB)
+    return fitting_rows(SIZE, rows, new_tokens=64, num_beams=num_beams, free=free, on_cpu=on_cpu)
 
 
 def test_a_processor_takes_64_and_what_was_typed_wins() -> None:
@@ -46,10 +48,22 @@ def test_a_processor_takes_64_and_what_was_typed_wins() -> None:
     assert parse("--per_gpu_eval_batch_size", "8").training.eval_rows_typed
 
 
-def test_a_gpu_keeps_8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_gpu_takes_64_too_and_a_memory_target_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     device = property(lambda self: torch.device("cuda", 0))
     monkeypatch.setattr(TrainingArguments, "device", device)
-    assert TrainingArguments(output_dir=str(tmp_path)).per_device_eval_batch_size == 8
+    assert TrainingArguments(output_dir=str(tmp_path)).per_device_eval_batch_size == 64
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 13 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 13 * GB)
+    size = replace(SIZE, dtype_bytes=2)  # 64 rows of 64 + 128 tokens are 5.6 GB
+    for target, fitting in ((), 64), (("--gpu_memory", "24"), 64), (("--gpu_memory", "18"), 32):
+        arguments = parse(*target)
+        settle_eval_rows(arguments, prompts(100, 64), RunSettings(), size, free=None)
+        assert arguments.training.per_device_eval_batch_size == fitting
+    assert "Answering and validating 32 rows at a time, as 64 need more than the 5.0" in caplog.text
 
 
 def test_rows_are_halved_until_their_keys_and_values_fit() -> None:
@@ -66,6 +80,8 @@ def test_rows_are_halved_until_their_keys_and_values_fit() -> None:
 def test_validation_counts_its_longest_rows() -> None:
     assert fitting(validation_rows(100, 128), 4.0) == 64
     assert fitting(validation_rows(100, 1152), 4.0) == 8
+    assert fitting(validation_rows(100, 128), 4.0, on_cpu=False) == 64
+    assert fitting(validation_rows(100, 1152), 4.0, on_cpu=False) == 8
 
 
 def test_only_an_untyped_number_is_lowered_and_that_is_said(

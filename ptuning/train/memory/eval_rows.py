@@ -1,21 +1,20 @@
-"""How many rows are answered and validated at a time on a CPU, where nobody typed a number.
+"""How many rows are answered and validated at a time, where no number was typed.
 
 Many rows share the reading of the weights, but each holds keys and values of its own: 64 rows of
-128 tokens are 7.5 GB in ChatGLM-6B in float32. So the number is halved until they fit beside the
-loaded model.
+128 tokens are 7.5 GB in ChatGLM-6B in float32, 3.8 GB in 16 bits. So the number is halved until
+they fit in addition to the loaded model.
 """
 
 import logging
 
-from ptuning.train.answering_flags import ROWS, ROWS_CPU
+from ptuning.train.answering_flags import LEAST_ROWS, MOST_ROWS
 from ptuning.train.flags import Arguments
 from ptuning.train.memory.memory_model import (
     ADAM_BYTES,
     FLOAT32,
-    FORWARD_WIDTHS,
     ModelSize,
     answering_memory,
-    logits_bytes,
+    validating_bytes,
 )
 from ptuning.train.memory.plan import largest_batch
 from ptuning.train.memory.recomputing import FREE_SHARE, free_bytes
@@ -29,15 +28,16 @@ logger = logging.getLogger("main")
 def settle_eval_rows(
     arguments: Arguments, rows: Rows, settings: RunSettings, size: ModelSize, *, free: int | None
 ) -> None:
-    """Lower the CPU's --per_device_eval_batch_size to what fits, unless it was typed; say so.
+    """Lower --per_device_eval_batch_size to what fits, unless it was typed; say so.
 
-    free: bytes beside the loaded model, None to ask the machine now. Processes take the same.
+    free: bytes in addition to the loaded model, None to ask the device that it is on. Processes
+    take the same.
     """
     data, training = arguments.data, arguments.training
-    if training.eval_rows_typed or training.device.type != "cpu":
+    if training.eval_rows_typed:
         return
     if free is None:
-        free = free_bytes(training.device, training.world_size)
+        free = free_bytes(training.device, training.world_size, training.memory_target)
     if training.do_train:  # its gradients and optimiser are not there yet
         free -= size.trained * (FLOAT32 + ADAM_BYTES)
     fitting = fitting_rows(
@@ -46,6 +46,7 @@ def settle_eval_rows(
         new_tokens=data.val_max_target_length or settings.max_target_length,
         num_beams=data.num_beams or training.generation_num_beams or 1,
         free=free,
+        on_cpu=training.on_cpu,
     )
     fitting = min(gather(fitting))
     if fitting < training.per_device_eval_batch_size:
@@ -59,12 +60,15 @@ def settle_eval_rows(
     training.per_device_eval_batch_size = fitting
 
 
-def fitting_rows(size: ModelSize, rows: Rows, *, new_tokens: int, num_beams: int, free: int) -> int:
+def fitting_rows(
+    size: ModelSize, rows: Rows, *, new_tokens: int, num_beams: int, free: int, on_cpu: bool
+) -> int:
     """Return 64, halved while a batch of the longest rows needs more than is free; 8 at least."""
-    count = ROWS_CPU
-    while count > ROWS:
+    count = MOST_ROWS
+    while count > LEAST_ROWS:
         needed = max(
-            _validating(size, rows, count), _answering(size, rows, count, num_beams, new_tokens)
+            _validating(size, rows, count, on_cpu=on_cpu),
+            _answering(size, rows, count, num_beams, new_tokens, on_cpu=on_cpu),
         )
         if needed <= FREE_SHARE * free:
             break
@@ -72,7 +76,9 @@ def fitting_rows(size: ModelSize, rows: Rows, *, new_tokens: int, num_beams: int
     return count
 
 
-def _answering(size: ModelSize, rows: Rows, count: int, num_beams: int, new_tokens: int) -> int:
+def _answering(
+    size: ModelSize, rows: Rows, count: int, num_beams: int, new_tokens: int, *, on_cpu: bool
+) -> int:
     """Return the bytes of answering beside the model, each beam a row; 0 without rows to answer."""
     if rows.test is None:
         return 0
@@ -82,16 +88,15 @@ def _answering(size: ModelSize, rows: Rows, count: int, num_beams: int, new_toke
         prompts * num_beams,
         num_rows=count * num_beams,
         new_tokens=new_tokens,
-        on_cpu=True,
+        on_cpu=on_cpu,
     )
     return memory.cache + memory.working
 
 
-def _validating(size: ModelSize, rows: Rows, count: int) -> int:
+def _validating(size: ModelSize, rows: Rows, count: int, *, on_cpu: bool) -> int:
     """Return the bytes of a forward pass that keeps nothing; 0 where nothing is validated."""
     if rows.validation is None:
         return 0
     found = rows.validation
     batch = largest_batch(found.lengths, found.arrays.context_lengths, count)
-    widths = FORWARD_WIDTHS * size.hidden_size + 2 * size.inner_size
-    return batch.tokens * widths * size.dtype_bytes + logits_bytes(size, batch, on_cpu=True)
+    return validating_bytes(size, batch, on_cpu=on_cpu)
