@@ -283,17 +283,22 @@ def profiled(target: Target, name: str, work: Callable[[], object]) -> Iterator[
 
 
 def memory(target: Target, bits: int) -> Iterator[Figure]:
-    """Measure the published setting, 1 row of 128 tokens, with gradient checkpointing of layers."""
+    """Measure the published setting, 1 row of 128 tokens, with more and more layers checkpointed.
+
+    Once with the loss in chunks of 16 tokens too: what --gpu_memory 4.6 chooses for int4.
+    """
     flags = flags_for(target, bits, steps=2)  # the second finds the optimiser's state
     model = make_model(flags).train()
     weight_bytes = sum(value.nbytes for _, value in model.base_parameters())
     yield Figure("weights", weight_bytes / 1e9, "GB")
     num_layers = model.config.num_layers
-    for count in dict.fromkeys((0, min(16, num_layers), num_layers)):
+    some = min(16, num_layers)
+    for count, chunk in dict.fromkeys(((0, None), (some, None), (some, 16), (num_layers, None))):
         recompute_layers(model, count)
+        model.loss_chunk_tokens = chunk
         forget_peak(target.device)
         full_size.train(model, flags)
-        name = f"{count} checkpointed layers"
+        name = f"{count} checkpointed layers{f', chunks of {chunk}' if chunk else ''}"
         yield Figure(f"{name}: peak", peak_bytes(target.device) / 1e9, "GB")
         if target.on_cuda:
             free, total = torch.cuda.mem_get_info()

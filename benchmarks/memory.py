@@ -47,7 +47,7 @@ from ptuning.train.memory.memory_model import (
     size_of,
     training_memory,
 )
-from ptuning.train.memory.recomputing import recompute_layers
+from ptuning.train.memory.recomputing import gpu_terms, recompute_layers
 
 MORE_SIZES = {  # name -> layers, hidden size, heads, vocabulary
     "nano": (4, 192, 4, 1700),
@@ -167,6 +167,7 @@ def measure(case: Case, flags: Namespace) -> Result:
         weight_bits=case.bits,
         packs=pack_where_roomy(model) > 0,
         prefix_length=flags.prefix,
+        **gpu_terms(torch.device(flags.device), None),
     )
     forget_peak(flags.device)
     if case.work == "answer":
