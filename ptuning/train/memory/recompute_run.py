@@ -65,9 +65,9 @@ def size_as_run(
 ) -> ModelSize:
     """Return the size of a run's model, with packed copies or without; free as above.
 
-    rows are those to train on, None when nothing is trained. A compiler multiplies by itself.
+    rows are those to train on, None when nothing is trained. A compiler has its own products.
     """
-    if not training.on_cpu or training.torch_compile:
+    if not training.on_cpu or training.compiling.backend:
         return size
     choose = None if rows is None else partial(choose_for_run, training, size, rows)
     return size_as_packed(size, dtype, free=free, choose=choose)
