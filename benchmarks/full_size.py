@@ -120,7 +120,9 @@ def train(model: ChatGLMForConditionalGeneration, flags: Namespace) -> tuple[lis
     """Take the steps, each a stage; return them and the last loss, finite or FloatingPointError."""
     encoder = model.prefix_encoder
     assert encoder is not None, "load attaches one"
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        encoder.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
+    )  # as the trainer does
     batch = make_batch(model, flags.device)
     losses: list[float] = []
 

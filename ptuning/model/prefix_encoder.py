@@ -70,8 +70,9 @@ class PrefixEncoder(nn.Module):
         table = self.embedding.weight  # (P, 2*L*E), or (P, E) before the projection
         if self.trans is not None:
             table = self.trans(table)
-        table = table.view(-1, 2 * self.num_layers, self.num_heads, self.head_dim)
-        table = table.permute(1, 2, 0, 3).to(dtype)  # (2*L, H, P, D)
+        # Cast first: the backward pass then permutes in dtype, in half the memory of float32.
+        table = table.to(dtype).view(-1, 2 * self.num_layers, self.num_heads, self.head_dim)
+        table = table.permute(1, 2, 0, 3)  # (2*L, H, P, D)
         return table.contiguous().unsqueeze(1).split(2)
 
 

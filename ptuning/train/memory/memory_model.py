@@ -359,8 +359,10 @@ def _peak_on_gpu(
 
 
 def _joining_bytes(size: ModelSize) -> int:
-    """Return what it takes to join the layers' prefix gradients and make them float32."""
-    return 0 if size.tuning == "full" else 2 * size.prefix_in_use + size.trained * FLOAT32
+    """Return what joining the prefix gradients of all layers takes, and making them float32."""
+    if size.tuning == "full":
+        return 0
+    return max(3 * size.prefix_in_use, size.prefix_in_use + size.trained * FLOAT32)
 
 
 def _backward_bytes(size: ModelSize, batch: Batch) -> int:
