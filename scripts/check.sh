@@ -6,6 +6,9 @@ caller=$PWD
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 
+# As in pyproject.toml, but with the tests marked `slow`.
+MARKS_OF_CI='not gpu and not weights and not browser'
+
 step=${1:-check}
 [ $# -eq 0 ] || shift
 
@@ -28,7 +31,7 @@ case $step in
   check)
     lint
     "$PYTHON" -m mypy
-    tests "$@"
+    tests -m "$MARKS_OF_CI" "$@"
     ;;
   test) tests "$@" ;;
   lint) lint ;;

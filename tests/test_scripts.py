@@ -1,9 +1,11 @@
 """The shell around the project: which Python, which paths, which flags, and what is said when it cannot go on."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 
@@ -442,3 +444,17 @@ def test_unknown_step_of_the_checks_is_refused(checkout: Path) -> None:
     result = run(checkout / "scripts" / "check.sh", "tset")
     assert result.returncode == 2
     assert "'tset' is not a step; use check, test, lint, types or format." in result.stderr
+
+
+def test_the_checks_run_slow_tests_and_the_tests_alone_do_not(checkout: Path) -> None:
+    python = checkout.parent / "python"
+    python.write_text('#!/usr/bin/env bash\necho "$@"\n', encoding="utf-8")
+    script = checkout / "scripts" / "check.sh"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    *_, marks = shlex.split(project["tool"]["pytest"]["ini_options"]["addopts"])
+    everything = marks.removesuffix(" and not slow")
+    assert everything != marks
+    checks = run(script, "check", "-k", "x", PYTHON=str(python)).stdout.splitlines()
+    assert checks[-1] == f"-m pytest -q -m {everything} -k x"
+    alone = run(script, "test", "-k", "x", PYTHON=str(python)).stdout.splitlines()
+    assert alone[-1] == "-m pytest -q -k x", "and pyproject.toml leaves the slow ones out"
