@@ -198,7 +198,9 @@ def test_failure_hint_fits_what_pip_said(tmp_path: Path) -> None:
 def pins(name: str) -> dict[str, str]:
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     wanted = [line for line in lines if line and not line.startswith(("#", "-r "))]
-    matches = [re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][0-9A-Za-z.]*)", line) for line in wanted]
+    # A platform's own package has a marker: name==version; platform_system == "Linux"
+    pin = r"([A-Za-z0-9._-]+)==([0-9][0-9A-Za-z.]*)(; .+)?"
+    matches = [re.fullmatch(pin, line) for line in wanted if Requirement(line)]
     assert all(matches), "every line is name==version, without a build suffix"
     return {canonicalize_name(match[1]): match[2] for match in matches if match}
 
