@@ -14,7 +14,6 @@ Source: https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html
 import ast
 import ctypes
 import inspect
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -31,8 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ptuning.model import rotary_triton
-from ptuning.model.quantization.backends import blockwise, triton_backend
+from ptuning.model import rotary, rotary_triton
+from ptuning.model.quantization.backends import blockwise, triton_backend, triton_kernels
 from ptuning.model.quantization.backends.triton_backend import TritonBackend
 from ptuning.model.quantization.selection import pick_backend
 
@@ -46,7 +45,7 @@ MASK_ALIGNMENT = 8
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
 CACHED = (  # functions that remember a device's answers
     pick_backend,
-    rotary_triton.can_rotate,
+    rotary.can_rotate,
     triton_backend.capability,
     blockwise.total_memory,
 )
@@ -291,12 +290,9 @@ def _leftmost(node: ast.expr) -> str:
 def _kernels_replaced(on_launch: OnLaunch) -> Iterator[None]:
     """Replace every Triton kernel in the project's modules."""
     with ExitStack() as stack:
-        for module_name, module in list(sys.modules.items()):
-            if not module_name.startswith("ptuning.model."):
-                continue
-            for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                kernel = getattr(module, name)
-                if plain_function(kernel).__module__.startswith("ptuning.model."):
+        for module in (triton_kernels, rotary_triton):
+            for name, kernel in list(vars(module).items()):
+                if name.endswith("_kernel") and not isinstance(kernel, _Kernel):
                     replacement = _Kernel(kernel, on_launch)
                     stack.enter_context(mock.patch.object(module, name, replacement))
         yield

@@ -9,12 +9,18 @@ GLM, Du et al. 2021, https://arxiv.org/abs/2103.10360, section 2.3.
 Shapes: B batch, S tokens, H heads, D width of a head.
 """
 
+import logging
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ptuning.model.rotary_triton import can_rotate
+from ptuning.model.quantization.backends.triton_backend import TritonBackend, ceil_div, on_device
+
+HEADS_PER_PROGRAM = 8  # 8 heads x 3 x 128 numbers of 16 bits: 6 KiB in registers
+
+logger = logging.getLogger(__name__)
 
 
 class Rotation(NamedTuple):
@@ -87,3 +93,43 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
     cos, sin = cos[:, :, None, None], sin[:, :, None, None]
     turned = torch.mul(exact, cos).addcmul_(swap_quarters(exact), sin, value=sign)
     return torch.cat((turned.to(heads.dtype), heads[..., 2:, :]), dim=-2)
+
+
+_library = torch.library.Library("ptuning", "FRAGMENT")
+_library.define("rotate(Tensor heads, Tensor cos, Tensor sin, float sign) -> Tensor")
+
+
+def launch_rotate(heads: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """Return heads (B, S, H, 3, D) rotated by cos and sin (B, S, D); sign -1 rotates back."""
+    from ptuning.model.rotary_triton import rotate_kernel
+
+    num_rows, num_tokens, num_heads, _, width = heads.shape
+    heads = heads.contiguous()
+    cos, sin = (angles.expand(num_rows, num_tokens, -1).contiguous() for angles in (cos, sin))
+    rotated = torch.empty_like(heads)
+    grid = (num_rows * num_tokens, ceil_div(num_heads, HEADS_PER_PROGRAM))
+    with on_device(heads.device):
+        rotate_kernel[grid](
+            heads, cos, sin, rotated, sign, num_heads,
+            WIDTH=width, BLOCK_H=HEADS_PER_PROGRAM, BLOCK_D=1 << (width - 1).bit_length(),
+        )  # fmt: skip
+    return rotated
+
+
+_library.impl("rotate", launch_rotate, "CUDA")
+
+
+@torch.library.register_fake("ptuning::rotate")
+def _rotate_shape(heads: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    return torch.empty_like(heads, memory_format=torch.contiguous_format)
+
+
+@cache
+def can_rotate(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether the kernel runs there; where a GPU cannot, the log says why, once."""
+    if device.type != "cuda":
+        return False
+    reason = TritonBackend().unavailable_reason(device, dtype, bits=4)
+    if reason is not None:
+        logger.warning("Rotary embedding takes plain operations, which are slower: %s", reason)
+    return reason is None

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ptuning.model.rotary import inverse_frequencies, rotate, rotation_at
-from ptuning.model.rotary_triton import can_rotate
+from ptuning.model.rotary import can_rotate, inverse_frequencies, rotate, rotation_at
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,7 @@ import sys
 
 import torch
 
-from ptuning.model.rotary import inverse_frequencies, rotate, rotation_at
-from ptuning.model.rotary_triton import launch_rotate
+from ptuning.model.rotary import inverse_frequencies, launch_rotate, rotate, rotation_at
 
 
 def main() -> None:
