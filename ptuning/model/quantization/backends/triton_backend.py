@@ -68,9 +68,7 @@ def fused_tile(num_rows: int, product_width: int, *, transposed: bool) -> Tile:
         width > 32 and ceil_div(num_rows, block_m) * ceil_div(product_width, width) < MIN_PROGRAMS
     ):
         width //= 2
-    depth = 64 if block_m == 128 or width == 128 else 128
-    if (block_m, width) == (32, 64) and not transposed:
-        depth = 64  # at 128 and in int4, 4 registers spill on 9.0
+    depth = 128 if block_m * width <= 1024 else 64  # 128 spills for larger ones, on 8.0 or on 9.0
     num_warps = 8 if width == 128 else 4
     if transposed:
         return Tile(block_m, depth, width, num_warps)
