@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.random_checkpoint import BITS, check_room, checkpoint_bytes, write_checkpoint
 from benchmarks.row_lengths import MAX_LENGTH
-from benchmarks.setting import SIZES, json_file, machine, synchronise, write_json
+from benchmarks.setting import SIZES, device_name, json_file, machine, synchronise, write_json
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint import check_checkpoint
 from ptuning.train.base_model import load_base
@@ -229,7 +229,8 @@ def parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument("--quantization_backend", default="auto")
     parser.add_argument("--size", choices=SIZES, default="chatglm-6b")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_name, default=default)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

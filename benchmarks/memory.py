@@ -217,7 +217,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--recompute",
         type=int,
-        help="layers with gradient checkpointing in the work recompute; unset is all",
+        help="layers with gradient checkpointing in the work recompute, at most all; unset is all",
     )
     flags = parse_common(parser, argv)
     if flags.size != "small" or flags.dtype != "float32" or flags.quantization_bit:

@@ -57,7 +57,8 @@ def add_common_flags(parser: ArgumentParser) -> None:
         choices=SUPPORTED_BITS,
         help="bits of the layers' weights; unset leaves them in --dtype",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_name, default=default)
     parser.add_argument("--threads", type=int, help="CPU threads; unset is torch's own choice")
     parser.add_argument("--prefix", type=int, default=128, help="prefix length in tokens")
     parser.add_argument(
@@ -171,6 +172,13 @@ def machine() -> str:
         f"{device or platform.machine()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, transformers {transformers.__version__}"
     )
+
+
+def device_name(text: str) -> str:
+    """Return a --device, unless it is CUDA and PyTorch sees none."""
+    if text.startswith("cuda") and not torch.cuda.is_available():
+        raise ArgumentTypeError(f"{text}: torch {torch.__version__} sees no CUDA device; use cpu")
+    return text
 
 
 def json_file(text: str) -> Path:
