@@ -109,3 +109,17 @@ def test_a_forked_worker_leaves_ctrl_c_to_its_parent():
             os._exit(1)
         _, status = os.waitpid(pid, 0)
     assert os.WTERMSIG(status) == signal.SIGTERM
+
+
+def test_a_signal_after_an_error_does_not_hide_it():
+    """A launcher ends the others when one process fails; what they met is what they report."""
+
+    def work(stop):
+        try:
+            with stop.deferred():
+                raise RuntimeError("connection closed by peer")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopRequest() as stop, pytest.raises(RuntimeError, match="by peer"):
+        work(stop)

@@ -63,12 +63,13 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note the first signal inside; Stopped at the end where nobody acted on it."""
+        """Only note the first signal inside; Stopped at the end where nothing acted on it.
+
+        After an error signals stay deferred: it ends the run, and has to be what the run reports.
+        """
         self._is_deferring = True
-        try:
-            yield
-        finally:
-            self._is_deferring = False
+        yield
+        self._is_deferring = False
         if self.requested is not None:
             raise Stopped(self.requested)
 
