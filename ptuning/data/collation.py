@@ -27,7 +27,7 @@ def pad_right(
     S is the longest row, rounded up to pad_to_multiple_of, or pad_to_length; None leaves it so. In
     addition, so that the model need not compute them on a GPU and wait: tokens (T,), the cells of
     the flattened grid that hold tokens; needed (N,), which of those have a label after them;
-    targets (N,), those labels.
+    targets (N,), those labels. Leave these three out where rows or labels are changed afterwards.
 
     >>> rows = [{"input_ids": [7, 8], "labels": [-100, 8]}, {"input_ids": [9], "labels": [9]}]
     >>> pad_right(rows, pad_id=3)["input_ids"].tolist()

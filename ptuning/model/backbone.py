@@ -190,8 +190,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None,
         output_hidden_states: bool | None,
     ) -> bool:
-        """Say whether a call with these arguments can take a packing: not behind a filled cache,
-        with a ready mask, or where every hidden state is asked for.
+        """Say whether a call with these arguments can take a packing.
+
+        It cannot with a filled cache, a ready mask, or when all hidden states are requested.
         """
         return not (
             self._wants("output_hidden_states", output_hidden_states)

@@ -129,15 +129,16 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return logits (B, S, V); with labels (B, S), the shifted loss instead and logits None.
 
-        The arguments are ChatGLMModel.forward's. The loss is the mean over labels that are not
-        -100, or their sum over num_items_in_batch. logits_to_keep keeps the last n positions, 0 for
-        all. tokens (T,), needed (N,) and targets (N,) say what labels and attention_mask say, as
-        indices (`ptuning.data.collation.pad_right` makes them): with them, the host never waits for
-        the device; None derives them.
+        The arguments are ChatGLMModel.forward's. The loss is the mean over labels that are not -100
+        and whose preceding token is not padding, or their sum over num_items_in_batch.
+        logits_to_keep keeps the last n positions, 0 for all. tokens (T,), needed (N,) and targets
+        (N,) hold what labels and attention_mask say, as indices
+        (`ptuning.data.collation.pad_right` makes them): with all three the host never waits for the
+        device; otherwise they are derived.
         """
         packing = None
         if labels is not None:
-            if tokens is None or targets is None:
+            if tokens is None or needed is None or targets is None:
                 packing, targets = _pack_labels(labels, attention_mask)
             else:
                 packing = Packing((input_ids.shape[0], input_ids.shape[1]), tokens, needed)
@@ -161,7 +162,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if packing is not None and targets is not None:
             if not packs:
                 hidden_states = pack(hidden_states, packing, only_needed=True)
-            loss = self.answer_loss(hidden_states.squeeze(0), targets, num_items_in_batch)
+            loss = self._answer_loss(hidden_states.squeeze(0), targets, num_items_in_batch)
         elif isinstance(logits_to_keep, int):
             logits = self.lm_head(hidden_states[:, -logits_to_keep:])
         else:
@@ -174,7 +175,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def answer_loss(
+    def _answer_loss(
         self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None = None
     ) -> Tensor:
         """Return the cross-entropy of targets (N,) given hidden_states (N, E): their mean, or

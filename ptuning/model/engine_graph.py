@@ -221,8 +221,10 @@ class CudaCapture:
             caller = torch.cuda.current_stream()
             self._stream.wait_stream(caller)
             with torch.cuda.stream(self._stream):
-                work()
-                caller.wait_stream(self._stream)  # for the warm-up; a capture executes nothing
+                try:
+                    work()
+                finally:
+                    caller.wait_stream(self._stream)  # for the warm-up; a capture executes nothing
                 try:
                     return self._captured(work)
                 except torch.OutOfMemoryError:  # a capture may not free the allocator's cache

@@ -80,7 +80,7 @@ def compile_layers(
 
 
 def pays(device: torch.device, dtype: torch.dtype, num_tokens: float) -> bool:
-    """Say whether a run of num_tokens is compiled where nobody said: on CUDA, in bfloat16, long."""
+    """Say whether a run is compiled when no flag decides: on CUDA, in bfloat16, if it is long."""
     is_cuda = device.type == "cuda"
     return is_cuda and dtype is torch.bfloat16 and num_tokens >= TOKENS_TO_AMORTISE
 

@@ -136,6 +136,15 @@ def test_a_batch_as_collated_gives_the_loss_and_gradient_of_its_labels(model):
     assert model.prefix_encoder.embedding.weight.grad.equal(expected[1])
 
 
+def test_indices_that_are_not_complete_are_derived(model):
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in training_rows(model)]
+    collated = pad_right(rows, pad_id=3)
+    expected = model.eval()(**collated).loss
+    for missing in ("tokens", "needed", "targets"):
+        some = {name: value for name, value in collated.items() if name != missing}
+        assert model(**some).loss == expected
+
+
 def test_hidden_states_can_be_had_beside_the_loss(model):
     """All of them are asked for, so nothing is packed; the loss is the same."""
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in training_rows(model)]

@@ -336,7 +336,7 @@ def _peak_on_gpu(
 ) -> tuple[int, int]:
     """Return the same on a GPU, where the prefix in the base's dtype counts only while it is held.
 
-    The forward pass holds it to its end, checkpointed layers until they are recomputed.
+    It is held until the forward pass ends or, with checkpointed layers, until they are recomputed.
     """
     in_use, backward = size.prefix_in_use, _backward_bytes(size, batch)
     held = in_use if recomputed_layers else 0

@@ -150,7 +150,8 @@ def choose_recomputed(
 
     num_layers is --checkpoint_layers: so many, unless wanted is false; None leaves it to auto, and
     means all for true. Auto takes the first that fits, or else what needs the least: no layer;
-    no layer and a smaller chunk of the loss; one layer and more, with the chunk that needs least.
+    no layer and a smaller chunk of the loss; then one layer, two layers and so on, each with the
+    chunk size that needs the least memory.
     """
 
     @cache
@@ -184,8 +185,8 @@ def choose_recomputed(
 def free_bytes(device: torch.device, num_processes: int = 1, target: int | None = None) -> int:
     """Return the memory that is free on a device now, in bytes; of a CPU's, each process's part.
 
-    target is --gpu_memory in bytes: at most what it leaves beside this process's tensors, and all
-    of it where the device is no GPU (`python -m ptuning plan`).
+    target is --gpu_memory in bytes. The result is at most target minus this process's tensors, or
+    target itself where device is no GPU (`python -m ptuning plan`).
     """
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
@@ -202,7 +203,7 @@ def free_bytes(device: torch.device, num_processes: int = 1, target: int | None 
 def gpu_terms(device: torch.device, target: int | None) -> dict[str, int]:
     """Return ModelSize's block_bytes and workspace_bytes; nothing on a CPU.
 
-    target is --gpu_memory in bytes, that of a GPU which is not here where device is none.
+    target is --gpu_memory in bytes: where device is no GPU, the memory of the one planned for.
     """
     if device.type == "cuda":
         is_hopper = torch.cuda.get_device_capability(device)[0] == HOPPER

@@ -7,6 +7,7 @@ import torch
 
 from ptuning.model.quantization.backends import blockwise
 from ptuning.model.quantization.backends.blockwise import (
+    block_bytes,
     columns_per_block,
     rows_per_block,
     transposed_by_columns,
@@ -79,6 +80,11 @@ def test_a_block_is_never_larger_than_its_budget_nor_empty() -> None:
     assert columns_per_block(16384, 4096, x) == 64
     assert columns_per_block(1000, 4096, x) == 1024  # 1,048 rounded down to a multiple of 64
     assert columns_per_block(16, 100, x) == 100
+
+
+def test_other_devices_take_the_smallest_block() -> None:
+    """There is no way to ask them all for their memory."""
+    assert block_bytes(torch.device("mps")) == 32 * 2**20
 
 
 def test_float16_products_that_overflow_on_the_way_do_not_overflow_here() -> None:

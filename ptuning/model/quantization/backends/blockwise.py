@@ -27,7 +27,11 @@ Dequantize = Callable[[Tensor, Tensor, Tensor], None]
 
 def block_bytes(device: torch.device) -> int:
     """Return how large the float block may be on a device."""
-    return CPU_BLOCK_BYTES if device.type == "cpu" else device_block_bytes(total_memory(device))
+    if device.type == "cpu":
+        return CPU_BLOCK_BYTES
+    if device.type != "cuda":
+        return LEAST_DEVICE_BLOCK_BYTES
+    return device_block_bytes(total_memory(device))
 
 
 def device_block_bytes(memory: int) -> int:
@@ -83,7 +87,7 @@ def blockwise_matmul_transposed(
 def transposed_by_columns(
     grad: Tensor, packed: Tensor, scale: Tensor, bits: int, dequantize: Dequantize
 ) -> Tensor:
-    """Do so by blocks of whole columns: every sum is that of one product, written once."""
+    """Return the same product by blocks of whole columns: one sum per entry, written once."""
     (num_rows, num_out), per_byte = grad.shape, 8 // bits
     num_in = packed.shape[1] * per_byte
     step = columns_per_block(num_out, num_in, grad)
@@ -100,7 +104,7 @@ def transposed_by_columns(
 def transposed_by_rows(
     grad: Tensor, packed: Tensor, scale: Tensor, bits: int, dequantize: Dequantize
 ) -> Tensor:
-    """Do so by blocks of rows, which a CPU reads in one piece, adding up in float32."""
+    """Return the same product by blocks of rows, which a CPU reads in one piece: a float32 sum."""
     (num_rows, num_out), num_in = grad.shape, packed.shape[1] * (8 // bits)
     step = rows_per_block(num_out, num_in, grad)
     buffer = grad.new_empty(step, num_in)

@@ -6,8 +6,8 @@
 //
 // The product code x scale is exact in float32 (8 and 11 significant bits). It is rounded to float16, as the published
 // numbers are, and that value is then written in the dtype asked for.
-// Int4: the even column is the high nibble, the odd one the low nibble, both signed. `stride` is the distance of two rows
-// of codes in bytes.
+// Int4: the even column is the high nibble, the odd one the low nibble, both signed. `stride` is the distance in bytes
+// between consecutive rows of codes.
 //
 // The file is also C++: a test compiles it with the host's compiler and walks the same grid on the CPU. Only the two
 // conversions marked DEVICE ASSEMBLY have another body there.

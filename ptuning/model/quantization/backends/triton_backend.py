@@ -2,8 +2,8 @@
 
 Three ways, by the number of activation rows M: a few (decoding) read the weight once per row
 without tensor cores; up to MAX_FUSED_ROWS in half precision the weight is dequantised inside the
-product; otherwise each weight tile would be dequantised many times over, or tensor cores be left
-idle, so a block of the weight is dequantised once and a library product does the rest.
+product; beyond that, fusing would dequantise each tile many times or leave tensor cores idle, so a
+block of the weight is dequantised once and a library product does the rest.
 Shapes: M rows of activations, num_out x num_in the weight.
 """
 
@@ -56,8 +56,8 @@ def fused_tile(num_rows: int, product_width: int, *, transposed: bool) -> Tile:
     """Return the tile for a product (num_rows, product_width).
 
     A table in place of autotuning: no trial runs, whose 256 MiB buffer would fall into the first
-    backward pass, and the same order of sums in every process. Tiles are as wide as still leaves
-    MIN_PROGRAMS of them, and none spills (tests/model/quantization/test_triton_aot.py).
+    backward pass, and the same order of sums in every process. Tiles are as wide as possible while
+    at least MIN_PROGRAMS remain, and none spills (tests/model/quantization/test_triton_aot.py).
 
     >>> fused_tile(16, 4096, transposed=False)
     Tile(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=3)
@@ -137,7 +137,8 @@ class TritonBackend:
         packed = torch.zeros(1, 16, dtype=torch.int8, device=device)
         scale = torch.ones(1, dtype=torch.float16, device=device)
         try:
-            TritonBackend._matvec(torch.zeros(1, 16, device=device), packed, scale, 8)
+            with on_device(device):
+                TritonBackend._matvec(torch.zeros(1, 16, device=device), packed, scale, 8)
         except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
             return f"triton could not compile or run a kernel: {type(error).__name__}: {error}"
         return None

@@ -36,7 +36,7 @@ def load_weight(
 ):  # fmt: skip
     """Return float16 weights (len(rows), BLOCK_K) of the columns from `first` on; 0 outside.
 
-    `stride` is the distance of two rows of codes in bytes.
+    `stride` is the distance in bytes between consecutive rows of codes.
     """
     PER_BYTE: tl.constexpr = 8 // BITS
     columns = first // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)
