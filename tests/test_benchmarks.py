@@ -145,7 +145,10 @@ def test_new_tokens_are_a_budget_or_the_real_answer() -> None:
 # memory and full_size
 
 
-def test_the_full_size_is_measured_on_cuda_unless_it_is_named() -> None:
+def test_the_full_size_is_measured_on_cuda_unless_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     names = {"chatglm-6b-bfloat16", "chatglm-6b-int8-bfloat16", "chatglm-6b-int4-bfloat16"}
     assert not names & set(memory.parse(["--device", "cpu"]).cases)
     assert names <= set(memory.parse(["--device", "cuda"]).cases)
