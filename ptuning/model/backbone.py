@@ -21,7 +21,7 @@ from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.layer import Layer
 from ptuning.model.packed_attention import find_rows
-from ptuning.model.packing import Packing, find_packing, pack, unpack
+from ptuning.model.packing import Packing, find_packing, pack, pack_positions, unpack
 from ptuning.model.positions import Context, find_context, position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTable
 from ptuning.model.rotary import inverse_frequencies, rotation_at
@@ -250,8 +250,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
             return LayerInputs(rotation, None, dropout, packing, rows)
         if packing is not None:
-            grid = positions.expand(packing.shape[0], -1, -1).transpose(1, 2)  # (B, S, 2)
-            positions = pack(grid, packing).transpose(1, 2)  # (1, 2, T)
+            positions = pack_positions(positions, packing)  # (1, 2, T)
         rotation = rotation_at(positions, self.inverse_frequencies)
         if prefix is not None and visible is not None:
             visible = functional.pad(visible, (prefix[0].shape[3], 0), value=True)

@@ -136,13 +136,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         (`ptuning.data.collation.pad_right` makes them): with all three the host never waits for the
         device; otherwise they are derived.
         """
-        packing = None
+        packing, packs = None, False
         if labels is not None:
+            packs = self.transformer.packs(attention_mask, past_key_values, output_hidden_states)
             if tokens is None or needed is None or targets is None:
                 packing, targets = _pack_labels(labels, attention_mask)
             else:
                 packing = Packing((input_ids.shape[0], input_ids.shape[1]), tokens, needed)
-        packs = self.transformer.packs(attention_mask, past_key_values, output_hidden_states)
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.packed_attention import find_rows
-from ptuning.model.packing import pack, pack_prompts
+from ptuning.model.packing import pack, pack_positions, pack_prompts
 from ptuning.model.positions import Context, position_ids, visible_keys
 from ptuning.model.prefix_rows import PrefixRows
 from ptuning.model.rotary import rotation_at
@@ -64,8 +64,8 @@ def read_prompts(
         if prefixes is not None:
             rows = rows._replace(prefix_mask=_prefix_mask(prefixes, dtype))
     else:
-        packed = pack(positions.transpose(1, 2), packing).transpose(1, 2)  # (1, 2, T)
-        rotation = rotation_at(packed, transformer.inverse_frequencies)
+        positions = pack_positions(positions, packing)  # (1, 2, T)
+        rotation = rotation_at(positions, transformer.inverse_frequencies)
         mask = _mask_of(visible, prefixes, dtype)
     inputs = LayerInputs(rotation, mask, 0.0, packing, rows)
     cache = DynamicCache()

@@ -59,6 +59,12 @@ def pack(grid: Tensor, packing: Packing, *, only_needed: bool = False) -> Tensor
     return grid.flatten(0, 1).index_select(0, cells).unsqueeze(0)
 
 
+def pack_positions(positions: Tensor, packing: Packing) -> Tensor:
+    """Return positions (B or 1, 2, S) of the real tokens, end to end: (1, 2, T)."""
+    grid = positions.expand(packing.shape[0], -1, -1).transpose(1, 2)  # (B, S, 2)
+    return pack(grid, packing).transpose(1, 2)
+
+
 def unpack(packed: Tensor, packing: Packing) -> Tensor:
     """Put packed tokens (1, T, ...) back in their cells, zeros elsewhere: (B, S, ...)."""
     num_rows, length = packing.shape
