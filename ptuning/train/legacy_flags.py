@@ -1,13 +1,12 @@
-"""Old command lines on a current transformers: flags that were renamed, and flags that mean
-nothing any more.
+"""Flags of old command lines: renamed, replaced, without effect, or not supported.
 
-The published scripts were written for transformers 4.27; the tables below are the difference of its
-Seq2SeqTrainingArguments to those of transformers 5.
+The published scripts were written for transformers 4.27. The tables are the difference of its
+Seq2SeqTrainingArguments, and of the published arguments.py, from today's flags.
 """
 
-from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-# Old name -> today's; the value stays as it is.
+# Old name -> today's name; the value stays the same.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
@@ -22,88 +21,68 @@ REPLACED = {
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
     "adafactor": ("optim", "adafactor"),
 }
-# Old flag -> why it is accepted and ignored.
+# Old flag -> why it has no effect.
 IGNORED = {
+    "forced_bos_token": "ChatGLM's answers begin with <sop>",
+    "dataset_config_name": "hub datasets are not read",
     "fp16_backend": "the frozen base needs no autocast",
-    "half_precision_backend": "the frozen base needs no autocast",
     "fp16_opt_level": "the frozen base needs no autocast",
-    "sharded_ddp": "fairscale is gone; a prefix is small enough for plain DDP",
     "fsdp_min_num_params": "use --fsdp_config",
     "fsdp_transformer_layer_cls_to_wrap": "use --fsdp_config",
-    "include_inputs_for_metrics": "scores come from the predictions file",
+    "half_precision_backend": "the frozen base needs no autocast",
+    "ignore_pad_token_for_loss": "padding never counts in the loss",
+    "include_inputs_for_metrics": "scores are computed from the predictions",
     "jit_mode_eval": "use --torch_compile",
-    "torchdynamo": "use --torch_compile",
-    "logging_dir": "set TENSORBOARD_LOGGING_DIR instead",
+    "lang": "it had no effect in the published code either",
+    "logging_dir": "set the variable TENSORBOARD_LOGGING_DIR instead",
     "mp_parameters": "SageMaker's model parallelism is not supported",
     "past_index": "ChatGLM has no such output",
+    "preprocessing_num_workers": "tokenization uses all cores by itself",
     "push_to_hub_organization": "use --hub_model_id",
-    "ray_scope": "there is no hyper-parameter search here",
+    "ray_scope": "there is no hyperparameter search here",
+    "remove_unused_columns": "rows are token ids when the trainer gets them",
+    "resize_position_embeddings": "rotary positions need no resizing",
+    "sharded_ddp": "fairscale is gone; a prefix is small enough for plain DDP",
+    "torchdynamo": "use --torch_compile",
     "tpu_metrics_debug": "TPUs are not supported",
     "tpu_num_cores": "TPUs are not supported",
-    "use_ipex": "torch has those kernels itself",
-    "use_legacy_prediction_loop": "there is one prediction loop",
+    "use_fast_tokenizer": "there is only one tokenizer",
+    "use_ipex": "PyTorch includes these kernels",
+    "use_legacy_prediction_loop": "there is only one prediction loop",
     "use_mps_device": "Apple's GPU is found by itself",
-    "xpu_backend": "torch finds it by itself",
+    "xpu_backend": "PyTorch finds it by itself",
 }
-FALSE_WORDS = ("false", "no", "0", "f", "n")
+# Old flag -> what to do instead.
+REFUSED = {
+    "config_name": "the model's shape is read from the config.json in --model_name_or_path; leave it "
+    "out",
+    "dataset_name": "hub datasets are not read; save the rows as a file and give it as --train_file",
+}
+FALSE_WORDS = ("false", "no", "n", "f", "0")
+TRUE_WORDS = ("true", "yes", "y", "t", "1")
 
 
-def translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return a command line for today's parser, and one notice for each old flag in it.
+class Today(NamedTuple):
+    """What an old flag means today; flag None: nothing. `notice` is printed at the start."""
 
-    >>> translate_flags(["--no_cuda", "--tpu_num_cores", "8", "--seed=1"])[0]
-    ['--use_cpu', '--seed=1']
+    flag: str | None
+    value: Any
+    notice: str
+
+
+def translate(name: str, value: Any) -> Today:
+    """Translate a flag of RENAMED, REPLACED or IGNORED with its value as typed.
+
+    >>> translate("no_cuda", True)
+    Today(flag='use_cpu', value=True, notice='--no_cuda is called --use_cpu now.')
+    >>> translate("tpu_num_cores", 8).notice
+    '--tpu_num_cores is ignored: TPUs are not supported.'
     """
-    translated: list[str] = []
-    notices: list[str] = []
-    ignoring = False  # inside the values of an ignored flag
-    for position, word in enumerate(argv):
-        if not word.startswith("--"):
-            if not ignoring:
-                translated.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        ignoring = name in IGNORED or name in REPLACED
-        if name in RENAMED:
-            notices.append(f"--{name} is called --{RENAMED[name]} now.")
-            translated.append(f"--{RENAMED[name]}{equals}{value}")
-        elif name in REPLACED:
-            if not equals:
-                value = "".join(argv[position + 1 : position + 2])
-            _replace(name, value.lower() not in FALSE_WORDS, translated, notices)
-        elif name in IGNORED:
-            notices.append(_ignored(name))
-        else:
-            translated.append(word)
-    return translated, notices
-
-
-def _replace(name: str, is_on: bool, translated: list[str], notices: list[str]) -> None:
-    flag, value = REPLACED[name]
-    notices.append(f"--{name} is written --{flag} {value} now.")
-    if is_on:
-        translated += [f"--{flag}", value]
-
-
-def _ignored(name: str) -> str:
-    return f"--{name} has no meaning any more and is ignored ({IGNORED[name]})."
-
-
-def translate_keys(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
-    """Do the same for a JSON file of flags."""
-    translated: dict[str, object] = {}
-    notices = []
-    for name, value in values.items():
-        if name in RENAMED:
-            notices.append(f"{name} is called {RENAMED[name]} now.")
-            translated[RENAMED[name]] = value
-        elif name in REPLACED:
-            flag, new_value = REPLACED[name]
-            notices.append(f"{name} is written {flag}: {new_value} now.")
-            if value:
-                translated[flag] = new_value
-        elif name in IGNORED:
-            notices.append(_ignored(name).removeprefix("--"))
-        else:
-            translated[name] = value
-    return translated, notices
+    if name in RENAMED:
+        return Today(RENAMED[name], value, f"--{name} is called --{RENAMED[name]} now.")
+    if name in REPLACED:
+        flag, new_value = REPLACED[name]
+        is_on = str(value).lower() not in FALSE_WORDS
+        notice = f"--{name} is written --{flag} {new_value} now."
+        return Today(flag if is_on else None, new_value, notice)
+    return Today(None, None, f"--{name} is ignored: {IGNORED[name]}.")

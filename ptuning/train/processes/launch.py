@@ -1,17 +1,18 @@
-"""How many processes a run has, what each computes on, and what to type for more of them.
+"""How many processes a run has, which device each uses, and what to type to use all of them.
 
-A launcher (torchrun, accelerate, srun) says so in WORLD_SIZE. Without one a run uses one device:
-nn.DataParallel, which transformers takes up by itself where it sees several, is never used.
+A launcher (torchrun, accelerate, srun) sets WORLD_SIZE. Without one a run uses one device;
+nn.DataParallel, which transformers chooses by itself when it sees several, is never used.
 """
 
 import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 import torch
+from transformers import Seq2SeqTrainingArguments
+
+from ptuning.train.config import RunConfig, UsageError
 
 
 def num_launched() -> int:
@@ -20,12 +21,12 @@ def num_launched() -> int:
 
 
 def launched_index() -> int:
-    """Return which of them this one is, from 0."""
+    """Return the index of this process among them."""
     return int(os.environ.get("RANK") or 0)
 
 
 def process_name() -> str:
-    """Return what to put before a message of this process; "" where there is but one.
+    """Return the prefix of this process's messages; "" if it is the only one.
 
     >>> process_name()
     ''
@@ -33,81 +34,86 @@ def process_name() -> str:
     return f"process {launched_index()}: " if num_launched() > 1 else ""
 
 
-def prepare_processes(training: Any) -> None:
-    """Set transformers' arguments before they look for devices: gloo on a CPU, and lean DDP.
+def trainer_arguments(config: RunConfig) -> Seq2SeqTrainingArguments:
+    """Return what transformers' Trainer takes; joins the processes of a launcher.
 
-    Every trained parameter has a gradient in every step, so DDP need not look for others.
-    ValueError without the library that --deepspeed needs.
+    UsageError for values that transformers refuses, or processes that cannot find each other.
     """
-    if training.deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(
-            f"--deepspeed is {training.deepspeed}, but the deepspeed library is not installed; "
+    values = config.trainer_values()
+    if config.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise UsageError(
+            f"--deepspeed is {config.deepspeed}, but the deepspeed library is not installed; "
             f"type: {sys.executable} -m pip install deepspeed"
         )
-    if num_launched() > 1 and not torch.accelerator.is_available():
-        training.use_cpu = True  # without it every process would take itself for the only one
-    if num_launched() > 1 and training.use_cpu and training.ddp_backend is None:
-        training.ddp_backend = "gloo"
-    if training.ddp_find_unused_parameters is None:
-        training.ddp_find_unused_parameters = False
-
-
-def keep_to_one_device(training: Any) -> int:
-    """Use one device in this process, and return how many it sees.
-
-    ValueError where a launcher's processes do not find each other, or none has the whole model to
-    answer with.
-    """
-    if num_launched() > 1 and training.world_size == 1:
-        raise ValueError(
+    if num_launched() > 1:
+        if not torch.accelerator.is_available():
+            values["use_cpu"] = True  # else every process would take itself for the only one
+        if values["use_cpu"]:
+            values["ddp_backend"] = values.get("ddp_backend") or "gloo"
+    # Every trained parameter has a gradient in every step, so DDP need not look for others.
+    values.setdefault("ddp_find_unused_parameters", False)
+    try:
+        arguments = Seq2SeqTrainingArguments(**values)
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
+    device = arguments.device
+    if num_launched() > 1 and arguments.world_size == 1:
+        raise UsageError(
             f"WORLD_SIZE is {num_launched()}, but torch has no way to join several processes on "
-            f"{training.device.type}; add --use_cpu true, or start main.py without a launcher."
+            f"{device.type}; add --use_cpu true, or start main.py without a launcher."
         )
-    if training.do_train and training.do_predict and _is_sharded(training):
-        raise ValueError(
-            "--do_train with --do_predict needs the whole model in every process, and FSDP and "
-            "ZeRO stage 3 spread it; train first, then type: bash evaluate.sh"
+    if config.do_train and config.do_predict and _is_zero3(arguments):
+        raise UsageError(
+            "--do_train with --do_predict needs the whole model in every process, and ZeRO stage 3 "
+            "shards it; train first, then type: bash evaluate.sh"
         )
-    if training.device == torch.device("cpu", 0):  # accelerate's name for it, which torch.load
-        training.distributed_state.device = torch.device("cpu")  # does not know
-        training.__dict__["_setup_devices"] = torch.device("cpu")
-    seen = int(training.n_gpu)
-    if seen > 1:
-        training._n_gpu = 1
-    return seen
+    if device.type != "cuda":
+        arguments.dataloader_pin_memory = False  # it only helps copies to a CUDA device
+    if device == torch.device("cpu", 0):  # accelerate's name, which torch.load does not know
+        arguments.distributed_state.device = torch.device("cpu")
+        arguments.__dict__["_setup_devices"] = torch.device("cpu")
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
-def _is_sharded(training: Any) -> bool:
-    """Tell whether an engine keeps only a part of the weights in each process."""
-    zero = getattr(training, "hf_deepspeed_config", None)
-    uses_fsdp = bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    return uses_fsdp or (zero is not None and zero.is_zero3())
+def _is_zero3(arguments: Seq2SeqTrainingArguments) -> bool:
+    zero = getattr(arguments, "hf_deepspeed_config", None)
+    return zero is not None and zero.is_zero3()
 
 
-def launch_notices(training: Any, argv: Sequence[str]) -> tuple[str, ...]:
-    """Say what is left unused: devices without a launcher, or cores of a CPU run with one."""
-    if training.visible_devices > 1:
-        return (how_to_use_all(training, argv),)
-    if training.world_size > 1 and training.device.type == "cpu":
-        return (
-            f"No CUDA device: {training.world_size} processes on the CPU, "
-            f"{torch.get_num_threads()} thread(s) each (torchrun takes 1 where OMP_NUM_THREADS is "
-            "not set)",
+def check_gpu_is_here(config: RunConfig, device: torch.device) -> None:
+    """Refuse --gpu_memory for a run without a CUDA device (UsageError); a plan accepts it."""
+    if config.gpu_memory is not None and device.type != "cuda":
+        raise UsageError(
+            f"--gpu_memory is {config.gpu_memory:g} and this run computes on {device}, which is "
+            "not a CUDA device; leave it out, or plan for a GPU with python -m ptuning plan and "
+            "the same flags."
         )
-    return ()
 
 
-def how_to_use_all(training: Any, argv: Sequence[str]) -> str:
+def launch_notices(config: RunConfig, device: torch.device, num_processes: int) -> list[str]:
+    """Say which devices are left unused, and how several processes on a CPU share its cores."""
+    if num_processes > 1 and device.type == "cpu":
+        return [
+            f"No CUDA device: {num_processes} processes on the CPU, {torch.get_num_threads()} "
+            "thread(s) each (torchrun sets 1 unless OMP_NUM_THREADS is set)"
+        ]
+    if num_processes == 1 and device.type == "cuda" and torch.cuda.device_count() > 1:
+        return [how_to_use_all(config, device, torch.cuda.device_count())]
+    return []
+
+
+def how_to_use_all(config: RunConfig, device: torch.device, num_devices: int) -> str:
     """Say which of several devices is used, and what to type for all of them."""
-    devices, accumulation = training.visible_devices, training.gradient_accumulation_steps
-    again, note = list(argv), ""
-    takes_flags = not (len(argv) == 1 and argv[0].endswith(".json"))
-    if training.do_train and takes_flags and accumulation % devices == 0:
-        again += ["--gradient_accumulation_steps", str(accumulation // devices)]
-    elif training.do_train:
-        note = f", with {devices} times the rows in a step"
+    again, note = list(config.argv), ""
+    takes_flags = not again[0].endswith(".json")
+    accumulation = config.gradient_accumulation_steps
+    if config.do_train and takes_flags and accumulation % num_devices == 0:
+        again += ["--gradient_accumulation_steps", str(accumulation // num_devices)]
+    elif config.do_train:
+        note = f", with {num_devices} times the rows in a step"
     return (
-        f"{devices} GPUs are visible and one process was started, so {training.device} alone is "
-        f"used. To use all{note} (docs/multi-gpu.md), type:\n"
-        f"  torchrun --nproc_per_node {devices} main.py {shlex.join(again)}"
+        f"{num_devices} GPUs are visible and one process was started, so only {device} is used. To "
+        f"use all{note} (docs/multi-gpu.md), type:\n"
+        f"  torchrun --nproc_per_node {num_devices} main.py {shlex.join(again)}"
     )

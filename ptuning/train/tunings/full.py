@@ -32,7 +32,7 @@ from ptuning.model.tuned import (
     write_tuned_info,
 )
 from ptuning.train.base_model import load_base, load_tokenizer
-from ptuning.train.flags import ModelArguments, UsageError
+from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.tunings.tuning import TrainedState
 
 UNFINISHED = ".unfinished"  # the folder inside an artefact's that is being filled
@@ -43,23 +43,21 @@ logger = logging.getLogger("main")
 class FullTuning:
     """Every weight is trained."""
 
-    def __init__(self, flags: ModelArguments, *, trains: bool, hub: dict[str, Any]) -> None:
-        """Take the model and --ptuning_checkpoint, a whole model that is used in its place.
+    def __init__(self, config: RunConfig) -> None:
+        """Find out what is loaded, and the base to compare with.
 
-        hub holds transformers' cache_dir, revision and token. A --model_name_or_path that full
-        fine-tuning wrote is a checkpoint itself, and names its base.
+        A checkpoint is a whole model that is used instead of the base, and names its base. A
+        --model_name_or_path that full fine-tuning wrote is a checkpoint itself.
         """
-        given = str(flags.model_name_or_path)
-        self.flags, self.trains, self.hub = flags, trains, hub
-        self.checkpoint = flags.ptuning_checkpoint
-        if self.checkpoint is None and (Path(given) / INFO_NAME).is_file():
-            self.checkpoint = given
-        self.weights = self.checkpoint or given
-        self.base: str | None = given if trains else None
+        self.config = config
+        self.checkpoint = config.checkpoint
+        self.weights = self.checkpoint or config.model_name_or_path
+        self.base: str | None = config.model_name_or_path if config.do_train else None
         self.fingerprint: str | None = None
         if self.checkpoint is not None:
             info = read_tuned_info(self.checkpoint)
-            self.base = given if given != self.checkpoint else None
+            named = config.model_name_or_path
+            self.base = named if named != self.checkpoint else None
             if isinstance(info, TunedInfo):
                 self.fingerprint = info.base_fingerprint
                 self.base = self.base or info.base_model_name_or_path or None
@@ -67,11 +65,11 @@ class FullTuning:
     @cached_property
     def tokenizer(self) -> ChatGLMTokenizer:
         """The tokenizer that is written beside the weights."""
-        return load_tokenizer(self.flags.tokenizer_name or self.weights, **self.hub)
+        return load_tokenizer(self.config.tokenizer_name or self.weights, **self.config.hub)
 
     def load_dtype(self, answering: torch.dtype) -> torch.dtype:
         """Return float32 to train in, else the dtype that the model answers in."""
-        return torch.float32 if self.trains else answering
+        return torch.float32 if self.config.do_train else answering
 
     def attach(self, model: ChatGLMForConditionalGeneration) -> None:
         """Let gradients flow to every weight; UsageError for a quantised model."""
@@ -142,7 +140,7 @@ class FullTuning:
         model.zero_grad(set_to_none=True)
         if device.type != "cpu":
             model.to("cpu")  # type: ignore[arg-type]  # a wrapped nn.Module.to
-        base = load_base(self.base, dtype=model.dtype, **self.hub)
+        base = load_base(self.base, dtype=model.dtype, **self.config.hub)
         base.to(device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
         try:
             yield base

@@ -26,8 +26,8 @@ from ptuning.model.adapter import (
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.tuned import LORA, TunedInfo, kind_of
-from ptuning.train.flags import ModelArguments, UsageError
-from ptuning.train.tunings.tuning import TrainedState
+from ptuning.train.config import RunConfig, UsageError
+from ptuning.train.tunings.tuning import TrainedState, checkpoint_explained
 
 RANK, ALPHA, DROPOUT = 8, 16.0, 0.1  # what unset flags mean; flags.py says so
 
@@ -37,17 +37,20 @@ logger = logging.getLogger("main")
 class LoraTuning:
     """An adapter in the chosen linears of every layer, the base frozen."""
 
-    def __init__(self, flags: ModelArguments) -> None:
-        """Take the --lora flags and --ptuning_checkpoint; UsageError without the peft library."""
-        self.flags = flags
-        self.weights = str(flags.model_name_or_path)
+    def __init__(self, config: RunConfig) -> None:
+        """Read the adapter to start from once, so that a damaged one is reported before the base
+        loads; UsageError, also without the peft library.
+        """
+        self.config = config
+        self.weights = config.model_name_or_path
         self.base: str | None = self.weights
-        self.checkpoint = flags.ptuning_checkpoint
+        self.checkpoint = config.checkpoint
         self.fingerprint: str | None = None
-        try:
+        with checkpoint_explained("--tuning is lora"):
             load_peft()
-        except ValueError as error:
-            raise UsageError(f"--tuning is lora: {error}") from error
+        if self.checkpoint is not None:
+            with checkpoint_explained(config.checkpoint_flag):
+                read_adapter_tensors(Path(self.checkpoint))
 
     def load_dtype(self, answering: torch.dtype) -> torch.dtype:
         """Return the frozen base's dtype; the adapter is float32 in any case."""
@@ -55,22 +58,20 @@ class LoraTuning:
 
     def attach(self, model: ChatGLMForConditionalGeneration) -> None:
         """Attach the adapter to start from, or a fresh one; freeze the base."""
-        flags = self.flags
+        config = self.config
         self.fingerprint = base_fingerprint(model)
         if self.checkpoint is not None:
-            try:
+            with checkpoint_explained(config.checkpoint_flag):
                 info = load_adapter(model, self.checkpoint, trainable=True)
-            except (ValueError, FileNotFoundError) as error:
-                raise UsageError(f"{self.flags.start_flag}: {error}") from error
             step = "" if info.step is None else f", step {info.step}"
             logger.info("Adapter %s%s", self.checkpoint, step)
             return
-        targets = flags.lora_target_modules
+        targets = config.lora_target_modules
         add_adapter(
             model,
-            rank=RANK if flags.lora_rank is None else flags.lora_rank,
-            alpha=ALPHA if flags.lora_alpha is None else flags.lora_alpha,
-            dropout=DROPOUT if flags.lora_dropout is None else flags.lora_dropout,
+            rank=RANK if config.lora_rank is None else config.lora_rank,
+            alpha=ALPHA if config.lora_alpha is None else config.lora_alpha,
+            dropout=DROPOUT if config.lora_dropout is None else config.lora_dropout,
             target_modules=DEFAULT_TARGETS if targets is None else targets.split(","),
         )
 

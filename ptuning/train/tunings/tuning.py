@@ -1,7 +1,7 @@
 """What a run trains, and how that is attached, written and read back.
 
-The trainer and main.py know a Tuning only. P-Tuning v2's prefix is here; `lora` and `full` beside
-it hold the two others, `choose_tuning` picks one.
+The trainer and main.py know a Tuning only. P-Tuning v2's prefix is here, the two others in `lora`
+and `full`; `open_tuning` picks one.
 """
 
 import logging
@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import load_prefix, save_prefix
-from ptuning.model.tuned import PTUNING, remove_other_marks
-from ptuning.train.flags import ModelArguments, UsageError
+from ptuning.model.prefix_artefact import (
+    load_prefix,
+    prefix_shape,
+    read_prefix_tensors,
+    save_prefix,
+)
+from ptuning.model.tuned import FULL, LORA, PTUNING, remove_other_marks
+from ptuning.train.config import RunConfig, UsageError
 
 logger = logging.getLogger("main")
 
@@ -78,42 +83,43 @@ class Tuning(Protocol):
 class PrefixTuning:
     """P-Tuning v2: a prefix of keys and values in every layer, the base frozen."""
 
-    def __init__(self, flags: ModelArguments) -> None:
-        """Take --pre_seq_len, --prefix_projection and --ptuning_checkpoint."""
-        self.flags = flags
-        self.weights = str(flags.model_name_or_path)
+    def __init__(self, config: RunConfig) -> None:
+        """Read the prefix to start from once, so that a damaged one is reported before the base
+        loads (UsageError).
+        """
+        self.config = config
+        self.weights = config.model_name_or_path
         self.base: str | None = self.weights
-        self.checkpoint = flags.ptuning_checkpoint
+        self.checkpoint = config.checkpoint
+        if self.checkpoint is not None:
+            path = Path(self.checkpoint)
+            with checkpoint_explained(config.checkpoint_flag):
+                prefix_shape(read_prefix_tensors(path), path)
 
     def load_dtype(self, answering: torch.dtype) -> torch.dtype:
         """Return the frozen base's dtype; the prefix is float32 in any case."""
         return answering
 
     def attach(self, model: ChatGLMForConditionalGeneration) -> None:
-        """Attach the prefix to start from, or a fresh one; freeze the base."""
-        flags = self.flags
-        if flags.ptuning_checkpoint is None:
-            encoder = model.add_prefix(
-                int(flags.pre_seq_len or 0), project=bool(flags.prefix_projection)
-            )
-            if flags.prefix_init_std is not None:
-                encoder.scale_entries(flags.prefix_init_std)
+        """Attach the prefix to start from, or a new one; freeze the base."""
+        config = self.config
+        if self.checkpoint is not None:
+            with checkpoint_explained(config.checkpoint_flag):
+                info = load_prefix(
+                    model,
+                    self.checkpoint,
+                    expected_length=config.pre_seq_len,
+                    expected_projection=config.prefix_projection,
+                )
+            step = "" if info.step is None else f", step {info.step}"
+            logger.info("Prefix %s: %d tokens%s", self.checkpoint, info.prefix_length, step)
         else:
-            self._load(model, flags.ptuning_checkpoint)
-        model.freeze_base()
-
-    def _load(self, model: ChatGLMForConditionalGeneration, checkpoint: str) -> None:
-        try:
-            info = load_prefix(
-                model,
-                checkpoint,
-                expected_length=self.flags.pre_seq_len,
-                expected_projection=self.flags.prefix_projection,
+            encoder = model.add_prefix(
+                int(config.pre_seq_len or 0), project=bool(config.prefix_projection)
             )
-        except (ValueError, FileNotFoundError) as error:
-            raise UsageError(f"{self.flags.start_flag}: {error}") from error
-        step = "" if info.step is None else f", step {info.step}"
-        logger.info("Prefix %s: %d tokens%s", checkpoint, info.prefix_length, step)
+            if config.prefix_init_std is not None:
+                encoder.scale_entries(config.prefix_init_std)
+        model.freeze_base()
 
     def describe(self, model: ChatGLMForConditionalGeneration) -> str:
         """Count prefix tokens, trained and frozen parameters."""
@@ -162,6 +168,28 @@ class PrefixTuning:
             yield model
         finally:
             model.attach_prefix(encoder)
+
+
+def open_tuning(config: RunConfig) -> Tuning:
+    """Return the kind of tuning that a run asks for; its checkpoint is sound, no base is loaded."""
+    if config.tuning == LORA:
+        from ptuning.train.tunings.lora import LoraTuning
+
+        return LoraTuning(config)
+    if config.tuning == FULL:
+        from ptuning.train.tunings.full import FullTuning
+
+        return FullTuning(config)
+    return PrefixTuning(config)
+
+
+@contextmanager
+def checkpoint_explained(flag: str) -> Iterator[None]:
+    """Turn a checkpoint's fault into a UsageError that names the flag of the checkpoint."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"{flag}: {error}") from error
 
 
 def newest_metrics(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,0 +1,492 @@
+"""From the command line to one frozen RunConfig: parse once, merge, check.
+
+A value comes from the first of these that has one: what was typed, what the checkpoint remembers of
+its training, the preset, the default in `ptuning.train.flags`. Imports neither torch nor
+transformers, so that a mistake is reported at once.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ptuning.data.mixing import parse_mix
+from ptuning.model.tuned import (
+    FULL,
+    INFO_NAME,
+    LORA,
+    PTUNING,
+    TUNINGS,
+    check_targets,
+    kind_of,
+    read_tuned_info,
+)
+from ptuning.train.flags import (
+    GROUPS,
+    DataArguments,
+    ModelArguments,
+    TrainerArguments,
+    TrainingArguments,
+    UsageError,
+)
+from ptuning.train.legacy_flags import FALSE_WORDS, TRUE_WORDS
+from ptuning.train.parser import parse
+
+RECIPES = ("corrected", "published")
+PRESETS: dict[str, dict[str, float]] = {
+    "task": {"learning_rate": 2e-2},
+    "gentle": {"learning_rate": 1e-3, "prefix_init_std": 1e-3},
+}
+OF_A_NEW_PREFIX = ("prefix_init_std",)
+LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+# How rows become tokens; an artefact remembers these.
+ROW_SETTINGS = (
+    "prompt_column",
+    "response_column",
+    "history_column",
+    "source_prefix",
+    "max_source_length",
+    "max_target_length",
+    "recipe",
+)
+# What this toolkit does in transformers' place: its trainer gets none of these.
+NOT_FOR_THE_TRAINER = (
+    *("overwrite_output_dir", "early_stopping_patience", "max_bad_steps", "checkpoint_layers"),
+    *("gpu_memory", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),
+)
+# Flags that decide what is learned: a command that differs in none of them continues a run.
+DECISIVE = (
+    *("model_name_or_path", "model_revision", "tokenizer_name", "tuning", "ptuning_checkpoint"),
+    *("init_from", "pre_seq_len", "prefix_projection", "prefix_init_std", *LORA_FLAGS),
+    *("quantization_bit", "quantize_embeddings", "bf16", "fp16", *ROW_SETTINGS, "mix"),
+    *("max_train_samples", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "seed"),
+    *("load_best_model_at_end", "early_stopping_patience"),
+)
+# Of transformers' other flags all do, but those whose names begin with one of these.
+INDECISIVE = ("logging_", "log_", "save_", "eval_", "dataloader_", "hub_", "disable_tqdm")
+INDECISIVE += ("run_name", "project", "trackio_", "ddp_", "local_rank", "predict_with_generate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArguments):
+    """Everything a run was asked for; checked, and never changed.
+
+    `trainer_flags` are transformers' other flags by name, as typed; `notices` are lines to print at
+    the start; `argv` is the command line as typed.
+    """
+
+    trainer_flags: Mapping[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    argv: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check every flag that needs no file of rows and no model; UsageError."""
+        try:
+            _check(self)
+        except UsageError:
+            raise
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(str(error)) from error
+
+    @property
+    def checkpoint(self) -> str | None:
+        """What training starts from or what is scored, besides the base; None for a fresh start."""
+        given = self.ptuning_checkpoint or self.init_from
+        if given is None and self.tuning == FULL and is_tuned_model(self.model_name_or_path):
+            return self.model_name_or_path
+        return given
+
+    @property
+    def checkpoint_flag(self) -> str:
+        """The flag that named the checkpoint."""
+        return "--ptuning_checkpoint" if self.init_from is None else "--init_from"
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Keywords of transformers' `from_pretrained` that say where files come from."""
+        return {
+            "cache_dir": self.cache_dir,
+            "revision": self.model_revision,
+            "token": True if self.use_auth_token else None,
+        }
+
+    @property
+    def row_settings(self) -> dict[str, Any]:
+        """How rows become tokens, by flag name, as an artefact remembers it."""
+        return {name: getattr(self, name) for name in ROW_SETTINGS}
+
+    @property
+    def dtype_name(self) -> str | None:
+        """The dtype that --bf16 or --fp16 asks for; None without them."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
+
+    @property
+    def new_tokens(self) -> int:
+        """Longest generated answer in tokens."""
+        return self.val_max_target_length or self.max_target_length
+
+    @property
+    def beams(self) -> int:
+        """Beams when answering."""
+        return self.num_beams or self.generation_num_beams or 1
+
+    @property
+    def measures_retention(self) -> bool:
+        """Whether general prompts are answered too."""
+        return self.compare_base if self.measure_retention is None else self.measure_retention
+
+    @property
+    def memory_target(self) -> int | None:
+        """--gpu_memory in bytes."""
+        return None if self.gpu_memory is None else int(self.gpu_memory * 10**9)
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run needs validation rows."""
+        return self.do_eval or (self.do_train and self.eval_strategy != "no")
+
+    @property
+    def checkpointing(self) -> str:
+        """--gradient_checkpointing under either name: auto, true or false."""
+        given = self.activation_checkpointing or self.gradient_checkpointing
+        word = str(given).lower()
+        return "true" if word in TRUE_WORDS else "false" if word in FALSE_WORDS else word
+
+    @property
+    def checkpointing_options(self) -> dict[str, Any] | None:
+        """Keywords of torch.utils.checkpoint; None for this toolkit's own."""
+        given = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
+        try:
+            options = json.loads(given) if isinstance(given, str) else given
+        except json.JSONDecodeError:
+            options = given
+        if options is not None and not isinstance(options, dict):
+            raise UsageError(
+                f"--gradient_checkpointing_kwargs is {given}; give a JSON object such as "
+                "'{\"use_reentrant\": false}', or leave it out."
+            )
+        return options
+
+    @property
+    def compiles(self) -> bool | None:
+        """Whether layers are compiled; None: where it pays."""
+        chosen = self.torch_compile_backend or self.torch_compile_mode
+        return True if chosen else self.torch_compile
+
+    def rows_per_step(self, num_processes: int) -> int:
+        """Return the rows that one optimizer step reads, over all processes."""
+        return (
+            self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
+        )
+
+    def trainer_values(self) -> dict[str, Any]:
+        """Return the keywords of transformers' training arguments."""
+        names = [f.name for f in (*fields(TrainerArguments), *fields(TrainingArguments))]
+        values = {name: getattr(self, name) for name in names if name not in NOT_FOR_THE_TRAINER}
+        values |= self.trainer_flags
+        values["remove_unused_columns"] = False
+        if self.tuning != FULL:
+            values["bf16"] = values["fp16"] = False  # the frozen base has its dtype: no autocast
+        if values["per_device_eval_batch_size"] is None:
+            del values["per_device_eval_batch_size"]
+        return values
+
+    def settings(self) -> dict[str, Any]:
+        """Return the flags that decide what is learned, by name, as JSON values."""
+        others = {n: v for n, v in self.trainer_flags.items() if not n.startswith(INDECISIVE)}
+        values = {name: getattr(self, name) for name in DECISIVE} | others
+        if self.max_steps > 0:
+            del values["num_train_epochs"]
+        return values
+
+
+def read_config(argv: Sequence[str]) -> RunConfig:
+    """Read flags, or a JSON file of them that flags may follow; UsageError for any mistake.
+
+    `--help` prints and raises SystemExit.
+    """
+    typed, notices = parse(argv)
+    try:
+        preset, lines = preset_values(typed)
+        tuning = find_tuning(typed)
+        remembered = remembered_settings(typed, tuning)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    values = preset | remembered | typed | {"tuning": tuning}
+    own = {f.name for group in GROUPS for f in fields(group)}
+    return RunConfig(
+        **{name: value for name, value in values.items() if name in own},
+        trainer_flags={name: value for name, value in values.items() if name not in own},
+        notices=(*notices, *lines, *_conflict_notices(typed)),
+        argv=tuple(argv),
+    )
+
+
+def preset_values(typed: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """Return the values of the preset that was typed, and a line that says what it came to."""
+    name = typed.get("preset")
+    if name is None:
+        return {}, []
+    if name not in PRESETS:
+        raise UsageError(f"--preset is {name}; use {' or '.join(PRESETS)}.")
+    starts_fresh = not (typed.get("ptuning_checkpoint") or typed.get("init_from"))
+    values = {
+        flag: value
+        for flag, value in PRESETS[name].items()
+        if starts_fresh or flag not in OF_A_NEW_PREFIX
+    }
+    said = [
+        f"--{flag} {typed[flag]:g} (typed)" if flag in typed else f"--{flag} {value:g}"
+        for flag, value in values.items()
+    ]
+    return values, [f"--preset {name}: {', '.join(said)}"]
+
+
+def find_tuning(typed: Mapping[str, Any]) -> str | None:
+    """Return the kind of tuning that a command line means, None if it does not say.
+
+    Published command lines have no --tuning: --pre_seq_len means a prefix, a checkpoint says what
+    it is, DeepSpeed without a prefix length means the whole model (ds_train_finetune.sh).
+
+    >>> find_tuning({"do_train": True, "deepspeed": "deepspeed.json"})
+    'full'
+    """
+    if typed.get("tuning") is not None:
+        return str(typed["tuning"])
+    checkpoint = typed.get("ptuning_checkpoint") or typed.get("init_from")
+    if checkpoint is not None:  # one that does not exist is reported when it is read
+        return kind_of(checkpoint) if Path(checkpoint).exists() else PTUNING
+    if typed.get("pre_seq_len") is not None:
+        return PTUNING
+    trains = bool(typed.get("do_train"))
+    if trains and typed.get("deepspeed"):
+        return FULL
+    if not trains and is_tuned_model(typed.get("model_name_or_path")):
+        return FULL
+    return None
+
+
+def is_tuned_model(name_or_path: str | None) -> bool:
+    """Tell whether a directory was written by full fine-tuning."""
+    return name_or_path is not None and (Path(name_or_path) / INFO_NAME).is_file()
+
+
+def remembered_settings(typed: Mapping[str, Any], tuning: str | None) -> dict[str, Any]:
+    """Return the row settings that the checkpoint of a command line was trained with."""
+    flag = "ptuning_checkpoint" if typed.get("init_from") is None else "init_from"
+    checkpoint = typed.get(flag)
+    if checkpoint is None and tuning == FULL and is_tuned_model(typed.get("model_name_or_path")):
+        flag, checkpoint = "model_name_or_path", typed["model_name_or_path"]
+    if checkpoint is None or not Path(checkpoint).exists():
+        return {}
+    try:
+        info = read_tuned_info(checkpoint)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"--{flag}: {error}") from error
+    settings = {} if info is None else info.settings
+    return {name: settings[name] for name in ROW_SETTINGS if settings.get(name) is not None}
+
+
+def _conflict_notices(typed: Mapping[str, Any]) -> list[str]:
+    """Return a line for each typed flag that another one leaves without effect."""
+    if "num_train_epochs" in typed and typed.get("max_steps", -1) > 0:
+        return [
+            f"--num_train_epochs {typed['num_train_epochs']:g} has no effect: --max_steps "
+            f"{typed['max_steps']} overrides it."
+        ]
+    return []
+
+
+def _check(config: RunConfig) -> None:
+    """Check flags on their own, against each other, and that the files they name exist."""
+    _check_task(config)
+    _check_numbers(config)
+    if config.recipe not in RECIPES:
+        raise UsageError(f"--recipe is {config.recipe}; use {' or '.join(RECIPES)}.")
+    if config.early_stopping_patience is not None and not config.load_best_model_at_end:
+        raise UsageError(
+            "--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps."
+        )
+    if config.bf16 and config.fp16:
+        raise UsageError("--bf16 and --fp16 are both given; the base has one dtype, so keep one.")
+    if config.checkpointing not in ("auto", "true", "false"):
+        raise UsageError(
+            f"--gradient_checkpointing is {config.checkpointing}; use auto, true or false."
+        )
+    config.checkpointing_options  # noqa: B018  # raises where they are no JSON object
+    _check_start(config)
+    _check_tuning(config)
+    _check_forgetting(config)
+
+
+def _check_task(config: RunConfig) -> None:
+    """Check that there is something to do, and files to do it with."""
+    if not (config.do_train or config.do_eval or config.do_predict):
+        raise UsageError(
+            "nothing to do: add --do_train, --do_eval or --do_predict and their files, or type "
+            "bash train.sh; python main.py --help lists all flags."
+        )
+    if not config.model_name_or_path:
+        raise UsageError(
+            "--model_name_or_path is missing; give a directory or hub id, such as THUDM/chatglm-6b "
+            "or ptuning/nano/weights."
+        )
+    if not config.output_dir:
+        raise UsageError("--output_dir is missing; give a directory for the results.")
+    answered = config.test_file or config.validation_file
+    for needed, is_wanted, file in (
+        ("--train_file", config.do_train, config.train_file),
+        ("--validation_file", config.do_eval, config.validation_file),
+        ("--test_file or --validation_file", config.do_predict, answered),
+    ):
+        if is_wanted and not file:
+            raise UsageError(f"{needed} is missing; give a .json, .jsonl or .csv file of rows.")
+    if config.validates and not config.validation_file:
+        raise UsageError(
+            f"--eval_strategy is {config.eval_strategy} without --validation_file; give its rows, "
+            "or leave --eval_strategy out."
+        )
+
+
+def _check_numbers(config: RunConfig) -> None:
+    """Check that numbers are in their ranges; None is unset."""
+    for name, lowest in (
+        ("pre_seq_len", 1),
+        ("checkpoint_layers", 0),
+        ("max_source_length", 3),
+        ("max_target_length", 3),
+        ("max_train_samples", 1),
+        ("max_eval_samples", 1),
+        ("max_predict_samples", 1),
+        ("max_bad_steps", 0),
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("num_beams", 1),
+        ("lora_rank", 1),
+    ):
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise UsageError(f"--{name} is {value}; use {lowest} or more.")
+    for name in ("num_train_epochs", "lora_alpha", "prefix_init_std", "gpu_memory"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name} is {value:g}; use a number above 0.")
+    if config.max_steps != -1 and config.max_steps < 1:
+        raise UsageError(
+            f"--max_steps is {config.max_steps}; use 1 or more, or leave it out and give "
+            "--num_train_epochs."
+        )
+    if config.lora_dropout is not None and not 0 <= config.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout is {config.lora_dropout}; use 0 to less than 1.")
+    if config.quantization_bit not in (None, 0, 4, 8):
+        raise UsageError(
+            f"--quantization_bit is {config.quantization_bit}; use 4 or 8, or leave it out."
+        )
+
+
+def _check_start(config: RunConfig) -> None:
+    """Check --init_from; with --do_train it does the same as --ptuning_checkpoint."""
+    if config.init_from is None:
+        return
+    if config.ptuning_checkpoint is not None:
+        raise UsageError(
+            f"--init_from is {config.init_from} and --ptuning_checkpoint is "
+            f"{config.ptuning_checkpoint}; training starts from one of them, so leave one out."
+        )
+    if not config.do_train:
+        raise UsageError(
+            f"--init_from is {config.init_from} without --do_train; to score it, name it with "
+            "--ptuning_checkpoint."
+        )
+
+
+def _check_tuning(config: RunConfig) -> None:
+    """Check the kind of tuning, and that no flag contradicts it."""
+    tuning, checkpoint = config.tuning, config.checkpoint
+    if tuning is None:
+        needed = "--ptuning_checkpoint DIR to score what was trained, or --tuning full the model"
+        if config.do_train:
+            needed = (
+                "--pre_seq_len 128 to train a new prefix, --tuning lora for a LoRA adapter, or "
+                "--tuning full for the whole model"
+            )
+        raise UsageError(f"no prefix, and no other kind of tuning: give {needed}.")
+    if tuning not in TUNINGS:
+        raise UsageError(f"--tuning is {tuning}; use {', '.join(TUNINGS)}.")
+    if checkpoint is not None and Path(checkpoint).exists():
+        found = kind_of(checkpoint)
+        if found != tuning:
+            raise UsageError(
+                f"--tuning is {tuning}, but {config.checkpoint_flag} {checkpoint} is of the kind "
+                f"{found}; leave --tuning out, or give another checkpoint."
+            )
+    if tuning == PTUNING and config.pre_seq_len is None and checkpoint is None:
+        raise UsageError("--tuning is ptuning without a prefix; give --pre_seq_len 128.")
+    if tuning == LORA and checkpoint is None and not config.do_train:
+        raise UsageError("--tuning is lora without an adapter; give --ptuning_checkpoint DIR.")
+    for owner, names in ((PTUNING, ("pre_seq_len", "prefix_projection")), (LORA, LORA_FLAGS)):
+        given = [f"--{name}" for name in names if getattr(config, name) is not None]
+        if given and tuning != owner:
+            raise UsageError(
+                f"{', '.join(given)} belong to --tuning {owner}, and --tuning is {tuning}; leave "
+                "one or the other out."
+            )
+    shards = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE_WORDS
+    if config.do_train and config.do_predict and shards:
+        raise UsageError(
+            "--do_train with --do_predict needs the whole model in every process, and FSDP shards "
+            "it; train first, then type: PREFIX=OUTPUT_DIR bash evaluate.sh"
+        )
+    if tuning == FULL and (config.quantization_bit or config.quantize_embeddings):
+        raise UsageError(
+            "--tuning is full with a quantized base, whose weights cannot be trained; leave "
+            "--quantization_bit and --quantize_embeddings out, or use --tuning lora."
+        )
+    if tuning == LORA:
+        _check_lora(config)
+
+
+def _check_lora(config: RunConfig) -> None:
+    if config.lora_target_modules is not None:
+        check_targets(config.lora_target_modules.split(","))
+    given = [name for name in LORA_FLAGS if getattr(config, name) is not None]
+    if config.checkpoint is not None and given:
+        raise UsageError(
+            f"--{given[0]} is given with {config.checkpoint_flag} {config.checkpoint}, whose "
+            "adapter has its own; leave it out."
+        )
+
+
+def _check_forgetting(config: RunConfig) -> None:
+    """Check --mix, --general_prompts, --preset and --prefix_init_std."""
+    if config.mix is not None:
+        source = parse_mix(config.mix)
+        if config.do_train and not source.path.is_file():
+            raise UsageError(
+                f"--mix is {config.mix}, and there is no file {source.path}; give a .json, .jsonl "
+                "or .csv file of general rows."
+            )
+    prompts = config.general_prompts
+    if config.do_predict and prompts and not Path(prompts).is_file():
+        raise UsageError(
+            f"--general_prompts is {prompts}, which is not a file; give rows such as "
+            '{"prompt": "..."}, or leave it out.'
+        )
+    if config.preset is not None and config.tuning != PTUNING:
+        raise UsageError(
+            f"--preset is {config.preset} and --tuning is {config.tuning}; the presets are for a "
+            "prefix: leave --preset out and give --learning_rate."
+        )
+    is_new = config.tuning == PTUNING and config.checkpoint is None
+    if config.prefix_init_std is not None and not is_new:
+        raise UsageError(
+            f"--prefix_init_std is {config.prefix_init_std}, but no new prefix is made here; leave "
+            "it out."
+        )

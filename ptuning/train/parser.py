@@ -1,0 +1,254 @@
+"""From argv to typed values by flag name: argparse over every flag, or a JSON file of flags.
+
+transformers' own flags are read from its source, since importing it takes seconds.
+"""
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from ptuning.train.flags import GROUPS, UsageError
+from ptuning.train.legacy_flags import (
+    FALSE_WORDS,
+    IGNORED,
+    REFUSED,
+    RENAMED,
+    REPLACED,
+    TRUE_WORDS,
+    translate,
+)
+
+
+def parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return what was typed, by flag name, and the lines to print about old flags.
+
+    argv holds flags, or the path of a JSON file and flags that override it. UsageError for any
+    mistake; `--help` prints and raises SystemExit.
+    """
+    parser = make_parser()
+    is_file = bool(argv) and argv[0].endswith(".json")
+    empty = argparse.Namespace(notices=())
+    given, unknown = parser.parse_known_args(argv[1:] if is_file else argv, empty)
+    if unknown:
+        raise UsageError(parser.unknown(unknown))
+    typed = vars(given)
+    notices = list(typed.pop("notices"))
+    if is_file:
+        from_file, more = _read_json(Path(argv[0]), parser)
+        typed, notices = from_file | typed, [*more, *notices]
+    for name, reason in REFUSED.items():
+        value = typed.pop(name, None)
+        if value and value != typed.get("model_name_or_path"):
+            raise UsageError(f"--{name} is {value}, which is not supported: {reason}.")
+    return typed, notices
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose complaints are one-line UsageErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError in place of printing 200 lines of usage."""
+        wrong = re.match(r"argument (--\w+).*: invalid (\w+) value: '(.*)'$", message)
+        if wrong:
+            needed = {"int": "a whole number", "float": "a number"}.get(wrong[2], "true or false")
+            message = f"{wrong[1]} is {wrong[3]}; give {needed}"
+        message = message.removeprefix("argument ")
+        raise UsageError(f"{message}; python main.py --help lists all flags.")
+
+    def unknown(self, given: Sequence[str]) -> str:
+        """Say which flags are unknown, and which were probably meant."""
+        words = [text.lstrip("-").split("=")[0] for text in given if text.startswith("--")] or given
+        names = [option.lstrip("-") for option in self._option_string_actions]
+        hints = []
+        for word in words:
+            close = difflib.get_close_matches(word, names, n=1)
+            hints.append(f"--{word}" + (f" (did you mean --{close[0]}?)" if close else ""))
+        return f"unknown flags: {', '.join(hints)}; python main.py --help lists all flags."
+
+
+class _OldFlag(argparse.Action):
+    """Takes a flag of an old command line as `legacy_flags.translate` says."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        today = translate(self.dest, values)
+        namespace.notices = (*namespace.notices, today.notice)
+        if today.flag is not None:
+            setattr(namespace, today.flag, values if self.dest in RENAMED else today.value)
+
+
+class Flag(NamedTuple):
+    """A flag as a parser needs it; `kind` is its annotation, as text."""
+
+    name: str
+    kind: str
+    default: Any  # None where transformers computes it
+    help: str
+    options: Mapping[str, Any]  # argparse's nargs and const
+
+
+def make_parser() -> FlagParser:
+    """Return the parser of every flag; its namespace holds what was typed and nothing else."""
+    parser = FlagParser(
+        prog="python main.py",
+        description="Tune ChatGLM-6B (P-Tuning v2, LoRA or whole), validate it, score its answers.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for group in GROUPS:
+        section = parser.add_argument_group(str(group.__doc__).strip().splitlines()[0])
+        for flag in declared_flags(group):
+            _add(section, flag)
+    known = {f.name for group in GROUPS for f in fields(group)}
+    section = parser.add_argument_group("transformers' other training flags")
+    others = {flag.name: flag for flag in transformers_flags() if flag.name not in known}
+    for flag in others.values():
+        if flag.name not in IGNORED:
+            _add(section, flag)
+    kinds = {flag.name: flag for group in GROUPS for flag in declared_flags(group)} | others
+    for old, new in RENAMED.items():
+        _add(parser, kinds[new]._replace(name=old, help=argparse.SUPPRESS), action=_OldFlag)
+    for name in REPLACED:
+        _add(parser, Flag(name, "bool", None, argparse.SUPPRESS, {}), action=_OldFlag)
+    for name in IGNORED:
+        more = {"nargs": "*"}
+        _add(parser, Flag(name, "str", None, argparse.SUPPRESS, more), action=_OldFlag)
+    for name in REFUSED:
+        _add(parser, Flag(name, "str", None, argparse.SUPPRESS, {}))
+    return parser
+
+
+def declared_flags(group: type) -> list[Flag]:
+    """Return the flags that a class of `ptuning.train.flags` declares."""
+    flags = []
+    for each in fields(group):
+        more = {name: value for name, value in each.metadata.items() if name != "help"}
+        kind = each.type.__name__ if isinstance(each.type, type) else str(each.type)
+        flags.append(Flag(each.name, kind, each.default, each.metadata["help"], more))
+    return flags
+
+
+@cache
+def transformers_flags() -> tuple[Flag, ...]:
+    """Return the flags of transformers' training arguments, read from its source."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations, "pyproject.toml requires it"
+    folder = Path(spec.submodule_search_locations[0])
+    flags: list[Flag] = []
+    for file, name in (
+        ("training_args.py", "TrainingArguments"),
+        ("training_args_seq2seq.py", "Seq2SeqTrainingArguments"),
+    ):
+        tree = ast.parse((folder / file).read_text(encoding="utf-8"))
+        found = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+        flags += _fields_in(found)
+    return tuple(flags)
+
+
+def _fields_in(tree: ast.ClassDef) -> Iterator[Flag]:
+    """Yield the dataclass fields that a command line can hold."""
+    for node in tree.body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        kind = ast.unparse(node.annotation)
+        if not re.search(r"\b(bool|int|float|str|dict|list)\b", kind):
+            continue
+        default, text = None, ""
+        for keyword in getattr(node.value, "keywords", []):
+            if keyword.arg == "default" and isinstance(keyword.value, ast.Constant):
+                default = keyword.value.value
+            elif keyword.arg == "metadata":
+                strings = (n.value for n in ast.walk(keyword.value) if isinstance(n, ast.Constant))
+                text = max((s for s in strings if isinstance(s, str)), key=len, default="")
+        yield Flag(node.target.id, kind, default, text, {})
+
+
+def _add(section: Any, flag: Flag, **more: Any) -> None:
+    """Add a flag to a parser, and its spelling with hyphens, which the help leaves out."""
+    options: dict[str, Any] = {"dest": flag.name, "metavar": "VALUE", **flag.options, **more}
+    kinds = set(re.findall(r"\w+", flag.kind))
+    if "bool" in kinds and "nargs" not in options:
+        options |= {"nargs": "?", "const": True}
+        options |= {} if "str" in kinds else {"type": _bool}
+    elif "list" in kinds and "str" not in re.sub(r"list\[str\]", "", flag.kind):
+        options |= {"nargs": "+"}
+    elif "str" not in kinds and "dict" not in kinds:
+        options["type"] = float if "float" in kinds else int
+    text = flag.help if flag.help is argparse.SUPPRESS else flag.help.replace("%", "%%")
+    section.add_argument(f"--{flag.name}", help=text, **options)
+    if "_" in flag.name:
+        section.add_argument(f"--{flag.name.replace('_', '-')}", help=argparse.SUPPRESS, **options)
+    if flag.default is True:
+        for off in {f"--no_{flag.name}", f"--no-{flag.name.replace('_', '-')}"}:
+            section.add_argument(
+                off, dest=flag.name, action="store_const", const=False, help=argparse.SUPPRESS
+            )
+
+
+def _bool(text: str) -> bool:
+    """Read a switch's value; ValueError for another word."""
+    if text.lower() not in (*TRUE_WORDS, *FALSE_WORDS):
+        raise ValueError(text)
+    return text.lower() in TRUE_WORDS
+
+
+def _read_json(path: Path, parser: FlagParser) -> tuple[dict[str, Any], list[str]]:
+    """Return the flags in a JSON file by name, and the notices on old ones; null leaves one out."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(
+            f"{path}: {error.strerror}; give a JSON file of flags, or flags."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a JSON file of flags ({error}).") from error
+    if not isinstance(content, dict):
+        raise UsageError(
+            f'{path} holds a {type(content).__name__}; it must hold {{"flag": value, ...}}.'
+        )
+    actions = parser._option_string_actions
+    unknown = sorted(name for name in content if f"--{name}" not in actions)
+    if unknown:
+        raise UsageError(f"{path} has {parser.unknown([f'--{name}' for name in unknown])}")
+    values: dict[str, Any] = {}
+    notices = []
+    for name, value in content.items():
+        if value is None:
+            continue
+        if name in RENAMED or name in REPLACED or name in IGNORED:
+            today = translate(name, value)
+            notices.append(today.notice)
+            name, value = today.flag or "", today.value
+        if name:
+            values[name] = _converted(actions[f"--{name}"], value, path)
+    return values, notices
+
+
+def _converted(action: argparse.Action, value: Any, path: Path) -> Any:
+    """Return a JSON value with the type of its flag; UsageError for one that has another."""
+    kind: Any = action.type
+    try:
+        if kind is None or isinstance(value, bool):
+            if kind in (int, float):
+                raise ValueError(value)
+            return value
+        converted = kind(str(value)) if kind is _bool else kind(value)
+    except (ValueError, TypeError) as error:
+        needed = {int: "a whole number", float: "a number"}.get(kind, "true or false")
+        raise UsageError(f"{path}: {action.dest} is {value!r}; give {needed}.") from error
+    if kind is int and converted != float(value):
+        raise UsageError(f"{path}: {action.dest} is {value!r}; give a whole number.")
+    return converted
