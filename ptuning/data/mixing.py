@@ -7,12 +7,11 @@ resumed run goes on exactly.
 
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from ptuning.data.cache import TokenArrays
-from ptuning.data.dataset import TokenDataset
+if TYPE_CHECKING:  # `parse_mix` checks a command line before anything heavy is loaded
+    from ptuning.data.cache import TokenArrays
+    from ptuning.data.dataset import TokenDataset
 
 FORM = "FILE:RATIO or FILE:RATIO:PROMPT,RESPONSE, such as general.jsonl:0.2"
 
@@ -72,12 +71,16 @@ def _to_number(text: str) -> float | None:
         return None
 
 
-def mix_rows(task: TokenDataset, general: TokenDataset, *, share: float, seed: int) -> TokenDataset:
+def mix_rows(
+    task: "TokenDataset", general: "TokenDataset", *, share: float, seed: int
+) -> "TokenDataset":
     """Return the rows of the task, then so many general rows that they make up share of all.
 
     Where more are needed than there are, all are taken as often as they fit in, and the rest is
     drawn. At least one general row is taken.
     """
+    from ptuning.data.dataset import TokenDataset
+
     wanted = max(1, round(len(task) * share / (1 - share)))
     rounds, missing = divmod(wanted, len(general))
     keys = Random(seed)  # random() alone: the numbers that Python promises to keep
@@ -86,8 +89,12 @@ def mix_rows(task: TokenDataset, general: TokenDataset, *, share: float, seed: i
     return TokenDataset(_join(task.arrays, general.arrays, [*range(len(general))] * rounds + drawn))
 
 
-def _join(first: TokenArrays, second: TokenArrays, indices: list[int]) -> TokenArrays:
+def _join(first: "TokenArrays", second: "TokenArrays", indices: list[int]) -> "TokenArrays":
     """Return the rows of first and the chosen rows of second, end to end."""
+    import numpy as np
+
+    from ptuning.data.cache import TokenArrays
+
     starts, ends = second.offsets[:-1][indices], second.offsets[1:][indices]
     ids = [first.ids, *(second.ids[start:end] for start, end in zip(starts, ends, strict=True))]
     offsets = first.offsets[-1] + np.cumsum(ends - starts)

@@ -26,16 +26,15 @@ from ptuning.model.quantization.linear import QuantizedLinear
 from ptuning.model.tuned import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
+    DEFAULT_TARGETS,
     LORA,
     TunedInfo,
     check_base,
+    check_targets,
     read_tuned_info,
     write_tuned_info,
 )
 
-# The linears of a layer; the first is peft's own choice for ChatGLM.
-TARGET_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-DEFAULT_TARGETS = TARGET_MODULES[:1]
 ADAPTER = "default"  # the name inside the model; it is not stored
 STORED_PREFIX = "base_model.model."  # peft wraps a model twice and stores names as seen from there
 
@@ -50,16 +49,6 @@ def load_peft() -> ModuleType:
             f"{sys.executable} -m pip install 'peft>=0.21'"
         ) from error
     return peft
-
-
-def check_targets(target_modules: Sequence[str]) -> None:
-    """Refuse names that are not a layer's linears (ValueError)."""
-    unknown = [name for name in target_modules if name not in TARGET_MODULES]
-    if unknown or not target_modules:
-        raise ValueError(
-            f"--lora_target_modules is {','.join(target_modules) or 'empty'}; give one or more of "
-            f"{', '.join(TARGET_MODULES)}, separated by commas."
-        )
 
 
 def add_adapter(

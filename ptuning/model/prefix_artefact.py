@@ -9,7 +9,7 @@ Shapes: P prefix tokens, L layers, E hidden size.
 import hashlib
 import json
 import pickle
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +21,15 @@ from torch import Tensor
 from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.prefix_encoder import PrefixEncoder
+from ptuning.model.tuned import (
+    PREFIX_CONFIG_NAME,
+    PREFIX_WEIGHTS_NAME,
+    PrefixInfo,
+    find_prefix_weights,
+    read_prefix_info,
+)
 
-FORMAT_VERSION = 1
-WEIGHTS_NAME = "prefix.safetensors"
-CONFIG_NAME = "prefix_config.json"
-PUBLISHED_NAME = "pytorch_model.bin"
 KEY_PREFIX = "transformer.prefix_encoder."
-
-
-@dataclass(frozen=True)
-class PrefixInfo:
-    """What a prefix is and what it was made for; the contents of prefix_config.json.
-
-    base_fingerprint is None for a published file, which does not say what it was trained on.
-    `settings` holds the prompt columns, lengths and recipe of the run; `metrics` its newest
-    figures.
-    """
-
-    prefix_length: int
-    prefix_projection: bool
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    vocab_size: int
-    base_model_name_or_path: str = ""
-    base_fingerprint: str | None = None
-    step: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
 
 
 def base_fingerprint(model: ChatGLMForConditionalGeneration) -> str:
@@ -111,9 +91,9 @@ def save_prefix(
         KEY_PREFIX + name: value.detach().float().cpu().contiguous()
         for name, value in encoder.state_dict().items()
     }
-    write_atomically(directory / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    write_atomically(directory / PREFIX_WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
     text = json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n"
-    write_atomically(directory / CONFIG_NAME, text.encode())
+    write_atomically(directory / PREFIX_CONFIG_NAME, text.encode())
     return info
 
 
@@ -144,12 +124,12 @@ def load_prefix(
             raise ValueError(
                 f"{flag} is {expected}, but the prefix at {path} has {found}; leave {flag} out."
             )
-    info = read_info(path)
+    info = read_prefix_info(path)
     if info is not None and (info.prefix_length, info.prefix_projection) != (length, project):
         raise ValueError(
             f"{path} says prefix_length {info.prefix_length}, prefix_projection "
-            f"{info.prefix_projection} in {CONFIG_NAME}, but {WEIGHTS_NAME} has {length}, "
-            f"{project}: they were not written together, so give another checkpoint."
+            f"{info.prefix_projection} in {PREFIX_CONFIG_NAME}, but {PREFIX_WEIGHTS_NAME} has "
+            f"{length}, {project}: they were not written together, so give another checkpoint."
         )
     encoder = model.transformer.new_prefix_encoder(length, project=project)
     _check_sizes(model, encoder, tensors, info, path)
@@ -167,23 +147,9 @@ def load_prefix(
     )
 
 
-def find_weights(path: Path) -> Path:
-    """Return the file that holds the prefix at path; FileNotFoundError says what was looked for."""
-    if path.is_file():
-        return path
-    for name in (WEIGHTS_NAME, PUBLISHED_NAME):
-        if (path / name).is_file():
-            return path / name
-    what = "has no" if path.is_dir() else "does not exist, so it has no"
-    raise FileNotFoundError(
-        f"{path} {what} {WEIGHTS_NAME} or {PUBLISHED_NAME}; give a prefix directory written by "
-        "training (output/.../checkpoint-N) or one such file."
-    )
-
-
 def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
     """Return the prefix tensors at path by short name (`embedding.weight`), float32, CPU."""
-    file = find_weights(path)
+    file = find_prefix_weights(path)
     try:
         if file.suffix == ".safetensors":
             loaded = load_file(file)
@@ -247,29 +213,6 @@ def prefix_shape(tensors: dict[str, Tensor], path: Path) -> tuple[int, bool]:
             f"alone or, with a projection, {sorted(projection)}."
         )
     return tensors["embedding.weight"].shape[0], names == projection
-
-
-def read_info(path: Path) -> PrefixInfo | None:
-    """Return the description beside the prefix at path, None for a published checkpoint."""
-    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
-    if not file.is_file() or find_weights(path).name != WEIGHTS_NAME:
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{file} has format_version {version}; this version reads {FORMAT_VERSION}: update "
-                "the toolkit."
-            )
-        return PrefixInfo(
-            **{f.name: values[f.name] for f in fields(PrefixInfo) if f.name in values}
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is not a prefix description ({error}); restore it, or delete it to load the "
-            "weights alone."
-        ) from error
 
 
 def _check_sizes(

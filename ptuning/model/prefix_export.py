@@ -15,14 +15,9 @@ from torch import Tensor
 
 from ptuning.atomic_file import write_atomically
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.prefix_artefact import (
-    KEY_PREFIX,
-    PUBLISHED_NAME,
-    prefix_shape,
-    read_info,
-    read_prefix_tensors,
-)
+from ptuning.model.prefix_artefact import KEY_PREFIX, prefix_shape, read_prefix_tensors
 from ptuning.model.prefix_encoder import PrefixEncoder
+from ptuning.model.tuned import PUBLISHED_NAME, read_prefix_info
 
 EXPORT_FORMATS = ("published", "peft", "kv")
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -78,7 +73,7 @@ def read_encoder(path: Path, base: ChatGLMConfig | None = None) -> tuple[PrefixE
     """Return the prefix at path as an encoder without a model, and its base's name or ""."""
     tensors = read_prefix_tensors(path)
     length, project = prefix_shape(tensors, path)
-    info = read_info(path)
+    info = read_prefix_info(path)
     if info is not None:
         head_dim = info.hidden_size // info.num_attention_heads
         sizes = PrefixSizes(info.num_layers, info.num_attention_heads, head_dim)

@@ -1,31 +1,60 @@
 """What a training run left in a directory: a prefix, a LoRA adapter, or a whole model.
 
-`kind_of` tells them apart. A prefix describes itself in prefix_config.json
-(`ptuning.model.prefix_artefact`); an adapter and a whole model do in tuning_config.json, which is
-written last.
+`kind_of` tells them apart. A prefix describes itself in prefix_config.json, an adapter and a whole
+model in tuning_config.json; either file is written last. Importing this module loads no torch, so
+that a command line is checked before anything heavy is; the tensors are read by
+`ptuning.model.prefix_artefact` and `ptuning.model.adapter`.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ptuning.atomic_file import write_atomically
-from ptuning.model import prefix_artefact
-from ptuning.model.checkpoint_files import find_weight_files, read_headers
 
 PTUNING, LORA, FULL = "ptuning", "lora", "full"
 TUNINGS = (PTUNING, LORA, FULL)
 FORMAT_VERSION = 1
 INFO_NAME = "tuning_config.json"
+PREFIX_CONFIG_NAME = "prefix_config.json"
+PREFIX_WEIGHTS_NAME = "prefix.safetensors"
+PUBLISHED_NAME = "pytorch_model.bin"
 ADAPTER_CONFIG_NAME = "adapter_config.json"  # peft's names
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 # What names the kind of a directory; a run that writes one kind takes the others' away.
 MARKS = {
-    PTUNING: (prefix_artefact.CONFIG_NAME, prefix_artefact.WEIGHTS_NAME),
+    PTUNING: (PREFIX_CONFIG_NAME, PREFIX_WEIGHTS_NAME),
     LORA: (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME),
     FULL: (),
 }
+# The linears of a layer that LoRA can adapt; the first is peft's own choice for ChatGLM.
+TARGET_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+DEFAULT_TARGETS = TARGET_MODULES[:1]
+
+
+@dataclass(frozen=True)
+class PrefixInfo:
+    """What a prefix is and what it was made for; the contents of prefix_config.json.
+
+    base_fingerprint is None for a published file, which does not say what it was trained on.
+    `settings` holds the prompt columns, lengths and recipe of the run; `metrics` its newest
+    figures.
+    """
+
+    prefix_length: int
+    prefix_projection: bool
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    base_model_name_or_path: str = ""
+    base_fingerprint: str | None = None
+    step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -47,6 +76,9 @@ class TunedInfo:
     format_version: int = FORMAT_VERSION
 
 
+Info = TypeVar("Info", PrefixInfo, TunedInfo)
+
+
 def kind_of(path: str | Path) -> str:
     """Return what a directory or file holds: "ptuning", "lora" or "full".
 
@@ -66,33 +98,57 @@ def kind_of(path: str | Path) -> str:
             )
         return LORA
     if not (path / "config.json").is_file():
-        if (path / prefix_artefact.PUBLISHED_NAME).is_file():
+        if (path / PUBLISHED_NAME).is_file():
             return PTUNING
         what = "has" if path.is_dir() else "does not exist, so it has"
         raise FileNotFoundError(
-            f"{path} {what} no prefix ({prefix_artefact.CONFIG_NAME}), no LoRA adapter "
+            f"{path} {what} no prefix ({PREFIX_CONFIG_NAME}), no LoRA adapter "
             f"({ADAPTER_CONFIG_NAME}) and no whole model (config.json); give a directory written "
             "by training (output/.../checkpoint-N)."
         )
+    from ptuning.model.checkpoint_files import find_weight_files, read_headers  # needs torch
+
     names = read_headers(find_weight_files(path))
     return PTUNING if any("prefix_encoder." in name for name in names) else FULL
 
 
-def read_tuned_info(path: str | Path) -> TunedInfo | prefix_artefact.PrefixInfo | None:
+def read_tuned_info(path: str | Path) -> PrefixInfo | TunedInfo | None:
     """Return what the directory or file at path says of itself, None where it says nothing."""
     path = Path(path)
     kind = kind_of(path)
     if kind == PTUNING:
-        return prefix_artefact.read_info(path)
+        return read_prefix_info(path)
     if (path / INFO_NAME).is_file():
-        return _read_info(path / INFO_NAME)
+        return _read_info(path / INFO_NAME, TunedInfo)
     if kind == LORA:  # written by peft alone
         base = _read_json(path / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
         return TunedInfo(LORA, base_model_name_or_path=str(base or ""))
     return None
 
 
-def _read_info(file: Path) -> TunedInfo:
+def read_prefix_info(path: Path) -> PrefixInfo | None:
+    """Return the description beside the prefix at path, None for a published checkpoint."""
+    file = (path if path.is_dir() else path.parent) / PREFIX_CONFIG_NAME
+    if not file.is_file() or find_prefix_weights(path).name != PREFIX_WEIGHTS_NAME:
+        return None
+    return _read_info(file, PrefixInfo)
+
+
+def find_prefix_weights(path: Path) -> Path:
+    """Return the file that holds the prefix at path; FileNotFoundError says what was looked for."""
+    if path.is_file():
+        return path
+    for name in (PREFIX_WEIGHTS_NAME, PUBLISHED_NAME):
+        if (path / name).is_file():
+            return path / name
+    what = "has no" if path.is_dir() else "does not exist, so it has no"
+    raise FileNotFoundError(
+        f"{path} {what} {PREFIX_WEIGHTS_NAME} or {PUBLISHED_NAME}; give a prefix directory written "
+        "by training (output/.../checkpoint-N) or one such file."
+    )
+
+
+def _read_info(file: Path, kind: type[Info]) -> Info:
     values = _read_json(file)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
@@ -100,13 +156,10 @@ def _read_info(file: Path) -> TunedInfo:
             f"{file} has format_version {version}; this version reads {FORMAT_VERSION}: update the "
             "toolkit."
         )
-    known = {f.name for f in fields(TunedInfo)}
     try:
-        return TunedInfo(**{name: value for name, value in values.items() if name in known})
+        return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
     except TypeError as error:
-        raise ValueError(
-            f"{file} does not describe a tuned model ({error}); restore it from the run."
-        ) from error
+        raise ValueError(f"{file} is incomplete ({error}); restore it from the run.") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -145,4 +198,14 @@ def check_base(info: TunedInfo, fingerprint: str, path: Path) -> None:
             f"the adapter at {path} was trained on {info.base_model_name_or_path or 'a base'} "
             f"(fingerprint {info.base_fingerprint[:8]}), but this base has {fingerprint[:8]}; load "
             "the base it was trained on."
+        )
+
+
+def check_targets(target_modules: Sequence[str]) -> None:
+    """Refuse names that are not a layer's linears (ValueError)."""
+    unknown = [name for name in target_modules if name not in TARGET_MODULES]
+    if unknown or not target_modules:
+        raise ValueError(
+            f"--lora_target_modules is {','.join(target_modules) or 'empty'}; give one or more of "
+            f"{', '.join(TARGET_MODULES)}, separated by commas."
         )

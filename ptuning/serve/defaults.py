@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ptuning.model.prefix_artefact import CONFIG_NAME
-from ptuning.model.tuned import INFO_NAME
+from ptuning.model.tuned import INFO_NAME, PREFIX_CONFIG_NAME
 from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.tuned_model import base_of
 
@@ -21,14 +20,14 @@ class Served(NamedTuple):
 
 def find_newest_prefix(output: Path = Path("output")) -> Path | None:
     """Return the prefix written last under output, None without one."""
-    return _newest(output, CONFIG_NAME)
+    return _newest(output, PREFIX_CONFIG_NAME)
 
 
 def find_newest(output: Path = Path("output")) -> Path | None:
     """Return what was tuned last under output, as evaluate.sh finds it: a prefix, an adapter or a
     whole model; None without any.
     """
-    return _newest(output, CONFIG_NAME, INFO_NAME)
+    return _newest(output, PREFIX_CONFIG_NAME, INFO_NAME)
 
 
 def _newest(output: Path, *names: str) -> Path | None:
@@ -69,7 +68,7 @@ def choose_served(
     named = parse_prefixes(prefixes)
     if not named and model is None:
         newest = find_newest(output)
-        if newest is not None and (newest / CONFIG_NAME).is_file():
+        if newest is not None and (newest / PREFIX_CONFIG_NAME).is_file():
             named = {NEWEST_NAME: newest}
         elif newest is not None:
             model = str(newest)

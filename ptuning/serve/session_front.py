@@ -16,10 +16,9 @@ from typing import Any, Generic, NamedTuple, Self, TypedDict, TypeVar, Unpack
 from ptuning.data.tokenization import SHORTEST
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.engine_row import Request
-from ptuning.model.prefix_artefact import PrefixInfo
 from ptuning.model.sampling import Sampling
 from ptuning.model.shared_prefix import check_weight
-from ptuning.model.tuned import LORA, TunedInfo
+from ptuning.model.tuned import LORA, PrefixInfo, TunedInfo
 from ptuning.serve.answer import Answer
 from ptuning.serve.chat_prompt import Notice, build_chat_prompt
 from ptuning.serve.scheduler import Ticket

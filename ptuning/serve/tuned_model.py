@@ -7,11 +7,11 @@ loads the base that it names and puts the adapter on it, for every answer.
 from pathlib import Path
 from typing import NamedTuple
 
-from ptuning.model.prefix_artefact import CONFIG_NAME
 from ptuning.model.tuned import (
     ADAPTER_CONFIG_NAME,
     INFO_NAME,
     LORA,
+    PREFIX_CONFIG_NAME,
     PTUNING,
     TunedInfo,
     kind_of,
@@ -19,7 +19,7 @@ from ptuning.model.tuned import (
 )
 from ptuning.nano.paths import NANO_DIR
 
-MARKS = (CONFIG_NAME, INFO_NAME, ADAPTER_CONFIG_NAME)
+MARKS = (PREFIX_CONFIG_NAME, INFO_NAME, ADAPTER_CONFIG_NAME)
 
 
 class NamedModel(NamedTuple):
@@ -56,8 +56,8 @@ def base_of(tuned: Path) -> str:
     info = read_tuned_info(tuned)
     if info is None or not info.base_model_name_or_path:
         raise ValueError(
-            f"{tuned} does not name its base model (no {CONFIG_NAME} or {INFO_NAME}, or an empty "
-            "name); give a prefix's base with --model, and write an adapter's as "
+            f"{tuned} does not name its base model (no {PREFIX_CONFIG_NAME} or {INFO_NAME}, or an "
+            "empty name); give a prefix's base with --model, and write an adapter's as "
             f"base_model_name_or_path into {ADAPTER_CONFIG_NAME}."
         )
     base = info.base_model_name_or_path

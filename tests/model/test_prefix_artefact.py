@@ -14,14 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import (
-    CONFIG_NAME,
+from ptuning.model.prefix_artefact import KEY_PREFIX, base_fingerprint
+from ptuning.model.tuned import (
     FORMAT_VERSION,
-    KEY_PREFIX,
+    PREFIX_CONFIG_NAME,
+    PREFIX_WEIGHTS_NAME,
     PUBLISHED_NAME,
-    WEIGHTS_NAME,
     PrefixInfo,
-    base_fingerprint,
 )
 
 Model = ChatGLMForConditionalGeneration
@@ -88,7 +87,7 @@ def test_the_file_holds_published_names_in_float32(small: Model, tmp_path: Path)
     small.add_prefix(5, project=True)
     small.bfloat16()
     ptuning.save_prefix(small, tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    tensors = load_file(tmp_path / PREFIX_WEIGHTS_NAME)
     assert set(tensors) == {
         f"transformer.prefix_encoder.{name}"
         for name in (
@@ -100,15 +99,15 @@ def test_the_file_holds_published_names_in_float32(small: Model, tmp_path: Path)
         )
     }
     assert {value.dtype for value in tensors.values()} == {torch.float32}
-    assert "内容" not in (tmp_path / CONFIG_NAME).read_text(encoding="utf-8")
+    assert "内容" not in (tmp_path / PREFIX_CONFIG_NAME).read_text(encoding="utf-8")
 
 
 def test_saving_leaves_two_files_and_no_temporary_ones(small: Model, tmp_path: Path) -> None:
     for _ in range(2):
         ptuning.save_prefix(small, tmp_path / "new" / "folder")
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == [
-        WEIGHTS_NAME,
-        CONFIG_NAME,
+        PREFIX_WEIGHTS_NAME,
+        PREFIX_CONFIG_NAME,
     ]
 
 
@@ -282,7 +281,7 @@ def test_the_fingerprint_sees_the_base_and_not_the_prefix(small: Model, build_sm
 
 def test_weights_whose_description_was_deleted_are_read(small: Model, artefact: Path) -> None:
     wanted = prefix_tensors(small)
-    (artefact / CONFIG_NAME).unlink()
+    (artefact / PREFIX_CONFIG_NAME).unlink()
     info = ptuning.load_prefix(small, artefact)
     assert info.base_fingerprint is None
     assert_same_prefix(small, wanted)

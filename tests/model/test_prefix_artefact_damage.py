@@ -13,12 +13,12 @@ from torch import Tensor
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import (
-    CONFIG_NAME,
+from ptuning.model.prefix_artefact import KEY_PREFIX
+from ptuning.model.tuned import (
     FORMAT_VERSION,
-    KEY_PREFIX,
+    PREFIX_CONFIG_NAME,
+    PREFIX_WEIGHTS_NAME,
     PUBLISHED_NAME,
-    WEIGHTS_NAME,
 )
 
 Model = ChatGLMForConditionalGeneration
@@ -38,12 +38,12 @@ def published(model: Model) -> dict[str, Tensor]:
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
-    file = directory / CONFIG_NAME
+    file = directory / PREFIX_CONFIG_NAME
     values = json.loads(file.read_text(encoding="utf-8")) | changes
     file.write_text(json.dumps(values), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_NAME, PUBLISHED_NAME])
+@pytest.mark.parametrize("name", [PREFIX_WEIGHTS_NAME, PUBLISHED_NAME])
 @pytest.mark.parametrize("keep", [0, 5, 200])
 def test_a_truncated_file_is_refused(small: Model, artefact: Path, name: str, keep: int) -> None:
     torch.save(published(small), artefact / PUBLISHED_NAME)
@@ -113,7 +113,7 @@ def test_a_checkpoint_without_a_prefix_is_refused(build_small: Build, tmp_path: 
 def test_tensors_that_make_no_prefix_are_refused(
     small: Model, tmp_path: Path, tensors: dict[str, Tensor], message: str
 ) -> None:
-    save_file(tensors, tmp_path / WEIGHTS_NAME)
+    save_file(tensors, tmp_path / PREFIX_WEIGHTS_NAME)
     with pytest.raises(ValueError, match=message):
         ptuning.load_prefix(small, tmp_path)
 
@@ -126,18 +126,18 @@ def test_an_unknown_format_version_is_refused(small: Model, artefact: Path) -> N
 
 def test_a_description_of_another_prefix_is_refused(small: Model, artefact: Path) -> None:
     """A stop between the two writes leaves new weights beside the old description."""
-    wanted = (artefact / CONFIG_NAME).read_bytes()
+    wanted = (artefact / PREFIX_CONFIG_NAME).read_bytes()
     small.add_prefix(9)
     ptuning.save_prefix(small, artefact)
-    (artefact / CONFIG_NAME).write_bytes(wanted)
+    (artefact / PREFIX_CONFIG_NAME).write_bytes(wanted)
     with pytest.raises(ValueError, match=r"prefix_length 5.*has 9"):
         ptuning.load_prefix(small, artefact)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format_version": 1}', "\xff\xfe"])
 def test_a_damaged_description_is_refused(small: Model, artefact: Path, content: str) -> None:
-    (artefact / CONFIG_NAME).write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=CONFIG_NAME):
+    (artefact / PREFIX_CONFIG_NAME).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=PREFIX_CONFIG_NAME):
         ptuning.load_prefix(small, artefact)
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ptuning.model.engine_row import Request
-from ptuning.model.prefix_artefact import CONFIG_NAME
+from ptuning.model.tuned import PREFIX_CONFIG_NAME
 from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.scheduler import EngineError, QueueFullError, SessionClosedError
 from ptuning.serve.session import Session
@@ -206,7 +206,7 @@ def test_an_answer_that_the_garbage_collector_ends_while_another_is_sent_hangs_n
 def test_what_cannot_be_added_is_refused_in_the_same_words(apart, session, prefix_dirs, tmp_path):
     other_base = tmp_path / "other-base"
     shutil.copytree(prefix_dirs["adgen"], other_base)
-    description = other_base / CONFIG_NAME
+    description = other_base / PREFIX_CONFIG_NAME
     said = json.loads(description.read_text(encoding="utf-8")) | {"base_fingerprint": "0" * 64}
     description.write_text(json.dumps(said), encoding="utf-8")
     empty = tmp_path / "empty"
