@@ -4,8 +4,10 @@ Training rows are flat arrays, on disk between runs (`cache`); evaluation keeps 
 """
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -25,7 +27,6 @@ from ptuning.data.cache import (
     load_tokens,
     save_tokens,
 )
-from ptuning.data.collector import collector_paused
 from ptuning.data.formatting import Example, Recipe, to_example
 from ptuning.data.reading import DataError, Rows, read_rows
 from ptuning.data.tokenization import (
@@ -155,6 +156,23 @@ class DataSummary:
     def _share(count: int, total: int) -> str:
         noun = "row" if count == 1 else "rows"
         return f"{count} {noun} ({count / total:.1%})"
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause Python's cyclic garbage collector for a block or, as a decorator, for a function.
+
+    Reading makes lists and tuples by the million and no cycles; each collection would walk them
+    all, and torch and transformers too, to free nothing: a third of the time of tokenising.
+    Objects whose last reference goes are still freed at once.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @collector_paused()

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from ptuning.data import dataset
-from ptuning.data.collector import collector_paused
-from ptuning.data.dataset import load_generation_dataset, load_training_dataset
+from ptuning.data.dataset import collector_paused, load_generation_dataset, load_training_dataset
 from ptuning.data.formatting import Example, to_example
 from ptuning.data.reading import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
