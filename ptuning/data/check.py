@@ -5,6 +5,8 @@ digest and two lengths for each row, and never all tokens.
 """
 
 import hashlib
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,15 +18,27 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ptuning.data.check_counts import MOST_EXAMPLES, Columns, FileCounts, Tally
-from ptuning.data.check_text import find_control_names, has_lost_characters, has_unknown_mark
 from ptuning.data.formatting import Example, to_example
 from ptuning.data.parsing import DataError, Row, iterate_rows
 from ptuning.data.reading import read_text, to_fields
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.data.vocabulary import is_byte_piece
+from ptuning.data.vocabulary import LEADING_PIECES, TRAILING_PIECES, is_byte_piece
 
 CHUNK_ROWS = 1000  # rows encoded between two steps of the progress bar
 DIGEST_BYTES = 16
+REPLACEMENT = "\ufffd"  # what editors write in place of a character that they could not read
+_NAMED = "|".join(
+    re.escape(piece) for piece in sorted({*LEADING_PIECES, *TRAILING_PIECES}, key=len, reverse=True)
+)
+# Control tokens written out. Here they are encoded as plain text, but `<n>`, `<|tab|>` and
+# `<|blank_k|>` come back as whitespace, and other programs, the published code among them, read
+# control tokens out of them. The names of this vocabulary; image tokens of its older release and
+# bytes; the form <|...|> of this and later models.
+_CONTROL_NAME = re.compile(
+    rf"{_NAMED}|<image_\d+>|<0x[0-9A-F]{{2}}>|<\|[A-Za-z][\w .:-]{{0,38}}\|>", re.ASCII
+)
+_UNKNOWN_MARK = re.compile(r"<UNK>|\[UNK\]", re.IGNORECASE)  # in 30 % of ADGEN's answers
+_FULL_WIDTH = re.compile("[＜［]")
 
 
 @dataclass(frozen=True)
@@ -127,6 +141,19 @@ def _add_broken(counts: FileCounts, error: DataError, place: int) -> None:
         counts.broken_messages.append(str(error))
 
 
+def find_control_names(text: str) -> list[str]:
+    """Return every control token written out in a text, in order; full-width forms count.
+
+    >>> find_control_names("好<eop>的＜sop＞ x < y [0]")
+    ['<eop>', '<sop>']
+    """
+    if _FULL_WIDTH.search(text):
+        text = unicodedata.normalize("NFKC", text)  # as SentencePiece does after any search
+    if "<" not in text and "[" not in text:
+        return []
+    return _CONTROL_NAME.findall(text)
+
+
 def _count_text(counts: FileCounts, place: int, example: Example) -> None:
     """Count what a row's text writes out."""
     names = {*find_control_names(example.prompt), *find_control_names(example.response)}
@@ -134,11 +161,11 @@ def _count_text(counts: FileCounts, place: int, example: Example) -> None:
         counts.control_names.setdefault(name, Tally()).add(place)
     if names:
         counts.control_rows.add(place)
-    if has_unknown_mark(example.prompt):
+    if _UNKNOWN_MARK.search(example.prompt):
         counts.unknown_prompts.add(place)
-    if has_unknown_mark(example.response):
+    if _UNKNOWN_MARK.search(example.response):
         counts.unknown_answers.add(place)
-    if has_lost_characters(example.prompt) or has_lost_characters(example.response):
+    if REPLACEMENT in example.prompt + example.response:
         counts.lost_characters.add(place)
 
 
