@@ -15,16 +15,16 @@ from typing import Any
 from ptuning.atomic_file import write_atomically
 from ptuning.evaluate.loss_history import LossHistory, read_log_history, smooth
 from ptuning.evaluate.loss_svg import loss_svg
-from ptuning.evaluate.metrics import CorpusScores
-from ptuning.evaluate.report_retention import retention_section
+from ptuning.evaluate.metrics import CorpusScores, is_blank
 from ptuning.evaluate.report_style import SCRIPT, STYLE
-from ptuning.evaluate.report_text import text_block
-from ptuning.evaluate.retention import Retention
+from ptuning.evaluate.retention import Retention, RetentionRow
 from ptuning.evaluate.table import COUNTS, MEASURES
 
 DEFAULT_MAX_ROWS = 200
 TEXT_BUDGET_BYTES = 360_000  # of all texts; with 200 rows' markup the page stays under 500 kB
 TEXT_LIMITS = (100_000, 4000, 2000, 1000, 600, 400, 300, 200, 150, 100)  # characters of one text
+RETENTION_MAX_ROWS = 60  # a file of one's own may hold more; the most changed are shown
+RETENTION_TEXT_LIMIT = 400  # characters of one text
 # What was tuned -> the method, and what it makes; Chinese words as in README_zh.md.
 METHODS = {"ptuning": "P-Tuning v2", "lora": "LoRA", "full": "全量微调 full fine-tuning"}
 TUNED_LABELS = {
@@ -194,6 +194,55 @@ def _score_line(label: str, base: float | None, tuned: float, places: int) -> st
     return f"<tr><th>{label}</th>{cells}</tr>\n"
 
 
+def retention_section(retention: Retention | None) -> str:
+    """Return the section; "" where forgetting was not measured."""
+    if retention is None:
+        return ""
+    ranked = sorted(retention.rows, key=lambda row: -row.change)[:RETENTION_MAX_ROWS]
+    cards = "\n".join(map(_retention_card, ranked))
+    return (
+        "<h2>遗忘 <small>Forgetting</small></h2>\n"
+        '<p class="quiet">微调前后回答同一组通用问题；损失按原模型自己的回答计算，取每个 token '
+        "的平均。 General prompts answered before and after tuning; the loss is that of the base's "
+        f"own answers, per token. {escape(retention.source)}</p>\n"
+        f'<div class="panel">{_retention_figures(retention)}</div>\n'
+        "<details><summary>通用问题的回答，变化最大的在前 "
+        f"Answers to the general prompts, most changed first</summary>\n{cards}\n</details>"
+    )
+
+
+def _retention_figures(retention: Retention) -> str:
+    change = round(retention.change, 3)
+    colour = "down" if change > 0 else "up" if change < 0 else ""
+    return (
+        "<table><thead><tr><th></th><th>原模型 base</th><th>微调 tuned</th>"
+        "<th>变化 change</th></tr></thead>\n<tbody><tr>"
+        "<th>原模型回答的损失 loss on the base's answers</th>"
+        f"<td>{retention.base_loss:.3f}</td>"
+        f'<td class="tuned">{retention.tuned_loss:.3f}</td>'
+        f'<td class="{colour}">{change:+.3f}</td></tr>\n'
+        "<tr><th>与原模型的散度 divergence from the base (KL, nats)</th><td>0</td>"
+        f'<td class="tuned">{retention.divergence:.3f}</td><td></td></tr>\n'
+        "<tr><th>相同的回答 identical answers</th>"
+        f"<td>{len(retention.rows)}</td>"
+        f'<td class="tuned">{retention.num_same}</td><td></td></tr></tbody></table>'
+    )
+
+
+def _retention_card(row: RetentionRow) -> str:
+    colour = "down" if row.change > 0 else "up" if row.change < 0 else ""
+    same = "<span>相同 identical</span>" if row.is_same else ""
+    base_loss, tuned_loss = row.base_loss / row.num_tokens, row.tuned_loss / row.num_tokens
+    answers = _text_block("原模型 base", row.base, RETENTION_TEXT_LIMIT)
+    answers += _text_block("微调 tuned", row.tuned, RETENTION_TEXT_LIMIT, style="tuned")
+    return (
+        f'<article class="row"><header><b>{escape(row.prompt[:RETENTION_TEXT_LIMIT])}</b>{same}'
+        f"<span>损失 loss {base_loss:.3f} → {tuned_loss:.3f}</span>"
+        f'<span class="{colour}">{row.change:+.3f}</span></header>'
+        f'<div class="texts">{answers}</div></article>'
+    )
+
+
 def _curve_section(history: LossHistory) -> str:
     if not (history.steps or history.non_finite_steps):
         return ""  # the run that trained this prefix left no log here
@@ -263,17 +312,25 @@ def _tools(shown: list[ReportRow], *, with_base: bool) -> str:
 def _card(row: ReportRow, limit: int) -> str:
     numbers = f"<span>微调 tuned {row.tuned_bleu:.2f}</span>"
     data = f'data-index="{row.index}" data-tuned="{row.tuned_bleu:g}"'
-    answers = text_block("微调 tuned", row.tuned, limit, style="tuned")
+    answers = _text_block("微调 tuned", row.tuned, limit, style="tuned")
     if row.base is not None and row.base_bleu is not None:
         numbers = f"<span>原模型 base {row.base_bleu:.2f}</span>{numbers}"
         colour = "up" if row.gain > 0 else "down" if row.gain < 0 else ""
         numbers += f'<span class="{colour}">{row.gain:+.2f}</span>'
         data += f' data-base="{row.base_bleu:g}" data-gain="{row.gain:g}"'
-        answers = text_block("原模型 base", row.base, limit) + answers
-    question = text_block("输入 prompt", row.prompt, limit)
-    question += text_block("参考 label", row.label, limit)
+        answers = _text_block("原模型 base", row.base, limit) + answers
+    question = _text_block("输入 prompt", row.prompt, limit)
+    question += _text_block("参考 label", row.label, limit)
     return (
         f'<article class="row" id="row{row.index}" {data}>'
         f"<header><b>第 {row.index + 1} 条 row</b><span>BLEU-4</span>{numbers}</header>"
         f'<div class="texts">{question}</div><div class="texts">{answers}</div></article>'
     )
+
+
+def _text_block(name: str, text: str, limit: int, *, style: str = "") -> str:
+    """Return a text of at most limit characters under its name, which is trusted."""
+    shown = escape(text[:limit]) + ("…" if len(text) > limit else "")
+    if is_blank(text):
+        shown = '<em class="quiet">空 empty</em>'
+    return f'<div class="{style}"><span>{name}</span><bdi>{shown}</bdi></div>'

@@ -2,8 +2,7 @@
 
 import pytest
 
-from ptuning.evaluate.report import render_report
-from ptuning.evaluate.report_retention import MAX_ROWS, retention_section
+from ptuning.evaluate.report import RETENTION_MAX_ROWS, render_report, retention_section
 from ptuning.evaluate.retention import Retention, RetentionRow
 from tests.evaluate.test_report import HOSTILE, Page, report
 
@@ -48,10 +47,10 @@ def test_hostile_answers_are_shown_and_never_markup():
 def test_many_rows_are_cut_to_the_most_changed():
     rows = [
         RetentionRow(f"[{index}]", "a", "b", 1, 0.0, float(index), 0.0)
-        for index in range(MAX_ROWS + 5)
+        for index in range(RETENTION_MAX_ROWS + 5)
     ]
     text = retention_section(Retention("x", rows))
-    assert text.count("<article") == MAX_ROWS
+    assert text.count("<article") == RETENTION_MAX_ROWS
     assert "[4]" not in text
     assert "[5]" in text
 
