@@ -21,12 +21,11 @@ ALLOWED = {
     "ptuning.model": set(),
     "ptuning.evaluate": set(),
     "ptuning.train": {"ptuning.data", "ptuning.model"},
-    # Serving answers as evaluation does: with its clean-up, and a base loaded by the same code; it
-    # falls back on the nano model, of which it needs the folder alone.
+    # A base is loaded by the same code as in training; the nano model, which is served where no
+    # other is named, lends its folder alone.
     "ptuning.serve": {
         "ptuning.data",
         "ptuning.model",
-        "ptuning.evaluate.cleanup",
         "ptuning.train.base_model",
         "ptuning.nano.paths",
     },
@@ -133,7 +132,7 @@ def test_imports_go_one_way(file: Path) -> None:
         ("ptuning.train.memory.plan", "from ptuning.train.faults import guards\nfrom ptuning.model.config import C", []),
         ("trainer_seq2seq", "from ptuning.evaluate import metrics", ["ptuning.evaluate.metrics"]),
         ("main", "import arguments, trainer_seq2seq\nfrom ptuning.serve import session", []),
-        ("ptuning.serve.session", "from ptuning.evaluate.cleanup import clean_response", []),
+        ("ptuning.serve.session", "from ptuning.train.base_model import x", []),
         ("ptuning.serve.session", "from ptuning.evaluate import report", ["ptuning.evaluate.report"]),
         ("ptuning.serve.session", "from ptuning.train.base_models import x", ["ptuning.train.base_models.x"]),
         ("scripts.environment", "import main", []),

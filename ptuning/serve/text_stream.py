@@ -9,12 +9,30 @@ import re
 from collections.abc import Sequence
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.evaluate.cleanup import FULL_WIDTH, TRAINING_DATE_MARK, clean_response
 
+TRAINING_DATE_MARK = "[[训练时间]]"  # the base model writes this in place of its training date
+TRAINING_DATE = "2023年"
+FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
+CHINESE = "[\u4e00-\u9fff]"  # the CJK Unified Ideographs block, as published
+MARK_BESIDE_CHINESE = re.compile(f"(?<={CHINESE})[,!:;?]|[,!:;?](?={CHINESE})")
 HALF_CHARACTER = "\ufffd"  # what bytes decode to that are no character yet
 # The longest is `<|blank_80|>`, which the tokenizer turns into blanks when it is complete.
 BEGUN_WHITESPACE = re.compile(r"<(n|\|[a-z]{0,5}_?\d{0,2}\|?)?\Z")
 SETTLE_AFTER = 16  # tokens decoded again at every new one, at most about so many
+
+
+def clean_response(text: str) -> str:
+    """Strip, fill in the training date, and widen ASCII marks that touch a Chinese character.
+
+    The published clean-up of a chat answer; scores are taken on the raw text.
+
+    >>> clean_response(" 你好,world! 我的知识截至[[训练时间]]; ok? ")
+    '你好，world! 我的知识截至2023年； ok?'
+    >>> clean_response("3:2 领先:好!")
+    '3:2 领先：好！'
+    """
+    dated = text.strip().replace(TRAINING_DATE_MARK, TRAINING_DATE)
+    return MARK_BESIDE_CHINESE.sub(lambda mark: mark[0].translate(FULL_WIDTH), dated)
 
 
 class TextStream:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptuning.evaluate.cleanup import clean_response
+from ptuning.serve.text_stream import clean_response
 
 WIDE = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 
