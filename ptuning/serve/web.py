@@ -12,8 +12,16 @@ import gradio as gr
 
 from ptuning.serve.session_front import BASE_NAME, UnknownPrefixError
 from ptuning.serve.web_access import check_address
-from ptuning.serve.web_attributes import join_attributes, parse_attributes
-from ptuning.serve.web_talk import EMPTY, Options, Panes, WebTalk, take_back, to_messages
+from ptuning.serve.web_talk import (
+    EMPTY,
+    Options,
+    Panes,
+    WebTalk,
+    join_attributes,
+    parse_attributes,
+    take_back,
+    to_messages,
+)
 
 TITLE = "ChatGLM P-Tuning v2"
 EXAMPLES = [

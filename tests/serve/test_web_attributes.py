@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptuning.serve.web_attributes import join_attributes, parse_attributes
+from ptuning.serve.web_talk import join_attributes, parse_attributes
 
 WORDS = st.text(alphabet="类型裤版宽松 abc1", min_size=1).map(str.strip).filter(bool)
 
