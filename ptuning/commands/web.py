@@ -5,9 +5,9 @@ import importlib.util
 import logging
 import os
 
+from ptuning.serve.addresses import check_guarded
 from ptuning.serve.defaults import choose_served
 from ptuning.serve.model_arguments import add_model_arguments, loading_options
-from ptuning.serve.web_access import check_address
 
 PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     password = arguments.password
     if password is None:
         password = os.environ.get(PASSWORD_VARIABLE)
-    check_address(arguments.host, password)
+    check_guarded(arguments.host, password, flag="--password")
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
             "gradio is not installed; type: bash web_demo.sh, which brings it, or: "

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from ptuning.serve.addresses import check_guarded
 from ptuning.serve.session_front import BASE_NAME, UnknownPrefixError
-from ptuning.serve.web_access import check_address
 from ptuning.serve.web_talk import (
     EMPTY,
     Options,
@@ -179,7 +179,7 @@ def build_page(talk: WebTalk) -> gr.Blocks:
 
 def launch(blocks: gr.Blocks, *, host: str, port: int, password: str | None, wait: bool) -> str:
     """Serve the page and return its address; with wait, only after Ctrl-C."""
-    check_address(host, password)
+    check_guarded(host, password, flag="--password")
 
     def is_known(user: str, given: str) -> bool:
         return secrets.compare_digest(given.encode(), str(password).encode())

@@ -10,7 +10,7 @@ import pytest
 
 from ptuning.__main__ import main
 from ptuning.commands import web as web_command
-from ptuning.serve.web_access import check_address
+from ptuning.serve.addresses import check_guarded
 from ptuning.serve.web_talk import EMPTY, WebTalk
 
 gr = pytest.importorskip("gradio", reason="needs the extra `web`", exc_type=ImportError)
@@ -111,8 +111,8 @@ def test_editor_follows_the_line_and_the_line_the_editor():
 
 
 def test_this_machine_needs_no_password():
-    check_address("127.0.0.1", None)
-    check_address("0.0.0.0", "secret")
+    check_guarded("127.0.0.1", None, flag="--password")
+    check_guarded("0.0.0.0", "secret", flag="--password")
 
 
 @pytest.mark.parametrize(
