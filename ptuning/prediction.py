@@ -8,10 +8,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from tqdm import tqdm
 from transformers import set_seed
@@ -19,7 +20,6 @@ from transformers import set_seed
 from ptuning.data.collation import pad_left
 from ptuning.data.dataset import GenerationDataset
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.evaluate.background_scores import BackgroundScores
 from ptuning.evaluate.metrics import CorpusScores, PairScores, is_blank, mean_scores, score_pair
 from ptuning.evaluate.predictions import (
     PREDICTIONS_NAME,
@@ -29,7 +29,6 @@ from ptuning.evaluate.predictions import (
 )
 from ptuning.evaluate.report import ReportRow
 from ptuning.evaluate.retention import Retention
-from ptuning.evaluate.shares import deal_rows
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.model.prefix_artefact import base_fingerprint
@@ -57,6 +56,54 @@ class AnsweredRow(NamedTuple):
     row_index: int
     text: str
     scores: PairScores
+
+
+def deal_rows(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Return the row numbers of each share, ascending: like numbers of rows, like lengths.
+
+    The longest rows are dealt first, back and forth. The same for the same lengths everywhere.
+
+    >>> deal_rows([5, 1, 9, 5, 7], 2)
+    [[1, 2, 3], [0, 4]]
+    """
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for place, row in enumerate(longest_first):
+        turn, seat = divmod(place, num_shares)
+        shares[seat if turn % 2 == 0 else num_shares - 1 - seat].append(row)
+    return [sorted(share) for share in shares]
+
+
+class BackgroundScores:
+    """Scores by row number, computed in a thread while the next rows are generated.
+
+    One thread is enough: a row takes milliseconds to score and far longer to generate, and torch's
+    kernels run in parallel. Left by an error or Ctrl-C, it drops what is not scored yet.
+    """
+
+    def __init__(self) -> None:
+        """Start the thread with the first row."""
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scores")
+        self._scores: dict[int, Future[PairScores]] = {}
+
+    def __enter__(self) -> Self:
+        """Return the scores themselves."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the row being scored; after an error, for no other."""
+        self._pool.shutdown(cancel_futures=kind is not None)
+
+    def add(self, index: int, prediction: str, label: str) -> None:
+        """Have row `index` scored; returns at once."""
+        self._scores[index] = self._pool.submit(score_pair, prediction, label)
+
+    def in_row_order(self) -> list[PairScores]:
+        """Wait for every row added and return the scores in row order.
+
+        What scoring a row raised is raised here.
+        """
+        return [self._scores[index].result() for index in sorted(self._scores)]
 
 
 def alone(value: Any) -> list[Any]:
