@@ -16,8 +16,7 @@ from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.engine_row import Row
 from ptuning.model.engine_slots import Slots, round_up
 from ptuning.model.layer import SKIP_SCALE, Layer
-from ptuning.model.prefix_rows import PrefixRows
-from ptuning.model.products import float_product
+from ptuning.model.prefix_rows import PrefixRows, float_product
 from ptuning.model.rotary import Rotation, rotate, rotation_at
 
 
