@@ -1,24 +1,16 @@
 """The flags of main.py, under the published file's name.
 
-They are written in `ptuning.train.flags`, where `python -m ptuning plan` finds them too.
+`ptuning.train.flags` declares them; `ptuning.train.config` turns a command line into a RunConfig.
 """
 
-from ptuning.train.flags import (
-    Arguments,
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    UsageError,
-    check_gpu_is_here,
-    parse_arguments,
-)
+from ptuning.train.config import RunConfig, read_config
+from ptuning.train.flags import DataArguments, ModelArguments, TrainingArguments, UsageError
 
 __all__ = [
-    "Arguments",
     "DataArguments",
     "ModelArguments",
+    "RunConfig",
     "TrainingArguments",
     "UsageError",
-    "check_gpu_is_here",
-    "parse_arguments",
+    "read_config",
 ]

@@ -6,9 +6,11 @@ It joins decoding (`ptuning.model`) and scoring (`ptuning.evaluate`), which do n
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from transformers import set_seed
 
 from ptuning.data.collation import pad_left
 from ptuning.data.dataset import GenerationDataset
+from ptuning.data.general import GeneralPrompts
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.evaluate.metrics import CorpusScores, PairScores, is_blank, mean_scores, score_pair
 from ptuning.evaluate.predictions import (
@@ -27,13 +30,18 @@ from ptuning.evaluate.predictions import (
     PredictionFile,
     write_results,
 )
-from ptuning.evaluate.report import ReportRow
+from ptuning.evaluate.report import ReportData, ReportRow, write_report
 from ptuning.evaluate.retention import Retention
+from ptuning.evaluate.table import format_scores_table
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.model.prefix_artefact import base_fingerprint
+from ptuning.retention import RetentionRun
 
+REPORT_NAME = "report.html"
 BASE_PREDICTIONS_NAME = "generated_predictions_base.txt"
+
+logger = logging.getLogger("main")
 
 
 @dataclass(frozen=True)
@@ -312,3 +320,46 @@ class AnswerRun:
             )
             for index, row in enumerate(self.rows.rows)
         ]
+
+
+def score(
+    run: AnswerRun,
+    report: Callable[..., ReportData],
+    *,
+    untuned: Callable[[ChatGLMForConditionalGeneration], AbstractContextManager[Any]] | None,
+    compare_base: bool,
+    general: GeneralPrompts | None,
+) -> str:
+    """Answer every row tuned and with the untouched base, score both; return the table of scores.
+
+    `report` makes the report's data of scores and rows. `untuned` gives the base in a block, None
+    when it is not known; `general` are prompts to measure forgetting with. Processes other than the
+    first return "".
+    """
+    measure = None
+    if general is not None and run.process_index == 0:
+        measure = RetentionRun(general, run.tokenizer, batch_size=run.batch_size)
+    tuned = run.tuned()
+    base = retention = known = None
+    if untuned is not None and (compare_base or measure is not None):
+        with untuned(run.model) as untouched:
+            if compare_base:
+                base = run.base(untouched)
+            if measure is not None:
+                known = measure.ask_base(untouched)
+    if measure is not None and known is not None:
+        retention = measure.compare(run.model, known)
+        logger.info(retention.line())
+    if run.process_index > 0:
+        return ""
+    run.write_results(tuned, base, retention)
+    path = run.output_dir / REPORT_NAME
+    data = report(
+        tuned=tuned.means,
+        base=base.means if base else None,
+        retention=retention,
+        rows=run.report_rows(tuned, base),
+    )
+    write_report(path, data)
+    logger.info("Report with all answers: %s", path)
+    return format_scores_table(data.base, data.tuned)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from arguments import DataArguments, ModelArguments, TrainingArguments
-from ptuning.train.answering_flags import AnsweringArguments
-from ptuning.train.forgetting_flags import GeneralArguments, StartArguments
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN = "<!-- flags: written by python -m scripts.readme_flags -->"
@@ -19,16 +17,9 @@ END = "<!-- end of flags -->"
 
 
 def own_flags() -> list[Field[Any]]:
-    """Return the flags that are not transformers' own, in the order of arguments.py."""
-    parts: tuple[Any, ...] = (
-        ModelArguments,
-        StartArguments,
-        DataArguments,
-        GeneralArguments,
-        TrainingArguments,
-        AnsweringArguments,
-    )
-    return [field for part in parts for field in fields(part) if field.name in part.__annotations__]
+    """Return the flags that are not transformers' own, in the order of ptuning/train/flags.py."""
+    parts: tuple[Any, ...] = (ModelArguments, DataArguments, TrainingArguments)
+    return [field for part in parts for field in fields(part)]
 
 
 def default_text(value: object) -> str:

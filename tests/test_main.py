@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-import main as main_module
 from main import main
+from ptuning.train import base_model
 from ptuning.train.tunings.tuning import PrefixTuning
 from tests.tiny import make_base, rows, write_rows
+from trainer_seq2seq import Seq2SeqTrainer
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +76,7 @@ def test_a_short_run_trains_validates_answers_and_lists_these_files(base, files,
         "prefix.safetensors",
         "prefix_config.json",
         "report.html",
+        "run.json",
         "train_results.json",
         "trainer_state.json",
     ]
@@ -284,15 +288,84 @@ def test_an_interrupted_prediction_goes_on_where_it_stopped(base, files, monkeyp
     assert (files / "scores" / "generated_predictions.txt").read_bytes() == whole
 
 
-def test_ctrl_c_in_training_says_how_to_go_on(base, files, monkeypatch, capsys):
-    assert main(train_flags(base, files)) == 0
+def stopped_after(monkeypatch, step):
+    """Have training stopped as by Ctrl-C when that step is over."""
+    real = Seq2SeqTrainer.training_step
 
-    def stopped(*_args):
-        raise KeyboardInterrupt
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(main_module, "train", stopped)
-    assert main(train_flags(base, files, "--overwrite_output_dir")) == 130
-    assert "--resume_from_checkpoint auto" in capsys.readouterr().err
+    monkeypatch.setattr(Seq2SeqTrainer, "training_step", training_step)
+
+
+def contents(folder):
+    """Return every file of a folder with the hash of its content."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_same_command_after_ctrl_c_resumes_and_ends_as_an_unstopped_run(
+    base, files, monkeypatch, capsys, caplog
+):
+    flags = train_flags(base, files)
+    assert main([*flags, "--output_dir", str(files / "unstopped")]) == 0
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 3)
+        assert main(flags) == 130
+    assert "checkpoint-3 is complete: type the same command again" in capsys.readouterr().err
+    with caplog.at_level("INFO"):
+        assert main(flags) == 0
+    assert "checkpoint-3" in caplog.text
+    assert "--overwrite_output_dir" in caplog.text  # how to start over instead
+    assert same(prefix_of(files / "out"), prefix_of(files / "unstopped"))
+
+
+def test_a_finished_run_typed_again_trains_no_step_and_scores(base, files):
+    flags = train_flags(base, files, "--do_predict", "--compare_base", "false")
+    assert main(flags) == 0
+    trained = prefix_of(files / "out")
+    (files / "out" / "predict_results.json").unlink()
+    assert main(flags) == 0
+    assert same(prefix_of(files / "out"), trained)
+    assert (files / "out" / "predict_results.json").is_file()
+
+
+@pytest.mark.parametrize("what", ["rate", "rows"])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_is_not_replaced_by_another_one_unasked(
+    what, is_finished, base, files, monkeypatch, capsys
+):
+    flags = train_flags(base, files)
+    with monkeypatch.context() as patch:
+        if not is_finished:
+            stopped_after(patch, 3)
+        assert main(flags) == (0 if is_finished else 130)
+    before = contents(files / "out")
+    capsys.readouterr()
+    if what == "rows":
+        write_rows(files / "train.json", rows(29))
+    more = ["--learning_rate", "1e-3"] if what == "rate" else []
+    assert main([*flags, *more]) == 2
+    error = capsys.readouterr().err
+    difference = "--learning_rate was 0.02 and is 0.001" if what == "rate" else "training rows"
+    for word in (difference, "--resume_from_checkpoint auto", "--output_dir", "NAME="):
+        assert word in error
+    assert "--overwrite_output_dir" in error
+    assert contents(files / "out") == before
+    assert main([*flags, *more, "--overwrite_output_dir"]) == 0
+    assert contents(files / "out") != before
+
+
+def test_a_start_that_fails_leaves_no_folder(base, files):
+    (files / "empty").mkdir()
+    flags = train_flags(base, files, "--output_dir", str(files / "a" / "b"))
+    assert main([*flags, "--model_name_or_path", str(files / "empty")]) == 2
+    assert not (files / "a").exists()
 
 
 WRONG = {
@@ -300,6 +373,7 @@ WRONG = {
     "no file": (["--train_file", "nowhere.json"], "nowhere.json"),
     "no column": (["--prompt_column", "question"], "question"),
     "no model": (["--model_name_or_path", "./nowhere"], "./nowhere"),
+    "no steps": (["--max_steps", "0"], "--max_steps is 0; use 1 or more"),
     "bad recipe": (["--recipe", "mine"], "published"),
     "bad bits": (["--quantization_bit", "3"], "4 or 8"),
     "zero prefix": (["--pre_seq_len", "0"], "--pre_seq_len is 0"),
@@ -308,11 +382,11 @@ WRONG = {
     "both dtypes": (["--bf16", "--fp16"], "one dtype"),
     "no rows": (
         ["--per_device_train_batch_size", "0"],
-        "--per_device_train_batch_size is 0; give 1 or more",
+        "--per_device_train_batch_size is 0; use 1 or more",
     ),
     "no rows to answer": (
         ["--per_device_eval_batch_size", "-1"],
-        "--per_device_eval_batch_size is -1; give 1 or more",
+        "--per_device_eval_batch_size is -1; use 1 or more",
     ),
     "no GPU to keep to": (
         ["--gpu_memory", "4.6", "--use_cpu"],
@@ -327,7 +401,7 @@ def test_wrong_flags_are_told_before_the_model_is_loaded(case, base, files, monk
     def must_not_load(*_args, **_options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(main_module, "load_base", must_not_load)
+    monkeypatch.setattr(base_model, "load_base", must_not_load)
     more, needed = WRONG[case]
     assert main(train_flags(base, files, *more)) == 2
     error = capsys.readouterr().err
@@ -341,15 +415,6 @@ def test_a_broken_line_is_named_with_its_number(base, files, monkeypatch, capsys
     path.write_text(path.read_text("utf-8") + '{"content": "a", "summ\n', encoding="utf-8")
     assert main(train_flags(base, files)) == 2
     assert "train.json:31: " in capsys.readouterr().err
-
-
-def test_an_earlier_run_is_not_overwritten_unasked(base, files, capsys):
-    assert main(train_flags(base, files)) == 0
-    before = hashlib.sha256((files / "out" / "prefix.safetensors").read_bytes()).hexdigest()
-    assert main(train_flags(base, files)) == 2
-    assert "--overwrite_output_dir" in capsys.readouterr().err
-    after = hashlib.sha256((files / "out" / "prefix.safetensors").read_bytes()).hexdigest()
-    assert before == after
 
 
 def test_contradicting_the_prefix_is_an_error_that_names_both(base, files, capsys):
@@ -366,7 +431,7 @@ def test_contradicting_the_prefix_is_an_error_that_names_both(base, files, capsy
 def test_an_output_folder_that_cannot_be_made_is_told_before_the_model_is_loaded(
     base, files, monkeypatch, capsys
 ):
-    monkeypatch.setattr(main_module, "load_base", lambda *_a, **_o: pytest.fail("was loaded"))
+    monkeypatch.setattr(base_model, "load_base", lambda *_a, **_o: pytest.fail("was loaded"))
     (files / "out").write_text("a file")
     assert main(train_flags(base, files)) == 2
     error = capsys.readouterr().err
@@ -378,7 +443,7 @@ def test_a_damaged_prefix_is_told_before_the_model_is_loaded(base, files, monkey
     assert main(train_flags(base, files)) == 0
     whole = (files / "out" / "prefix.safetensors").read_bytes()
     (files / "out" / "prefix.safetensors").write_bytes(whole[: len(whole) // 2])
-    monkeypatch.setattr(main_module, "load_base", lambda *_a, **_o: pytest.fail("was loaded"))
+    monkeypatch.setattr(base_model, "load_base", lambda *_a, **_o: pytest.fail("was loaded"))
     flags = ["--do_predict", "--test_file", str(files / "dev.json")]
     flags += ["--model_name_or_path", str(base), "--output_dir", str(files / "scores")]
     assert main([*flags, "--ptuning_checkpoint", str(files / "out")]) == 2

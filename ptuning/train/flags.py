@@ -223,7 +223,7 @@ class TrainingArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerArguments:
-    """transformers' own flags that other parts of a run read as well, with its defaults."""
+    """Flags of transformers that other parts of a run read as well."""
 
     do_train: bool = flag(False, "Train on --train_file.")
     do_eval: bool = flag(False, "Compute the loss on --validation_file.")

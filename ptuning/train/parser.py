@@ -27,6 +27,9 @@ from ptuning.train.legacy_flags import (
 )
 
 
+METAVARS = {"bool": "BOOL", "int": "N", "float": "X"}
+
+
 def parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Return what was typed, by flag name, and the lines to print about old flags.
 
@@ -56,7 +59,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError in place of printing 200 lines of usage."""
-        wrong = re.match(r"argument (--\w+).*: invalid (\w+) value: '(.*)'$", message)
+        message = re.sub(r"^argument (--\S+?)(/\S+)?: expected .*", r"\1 has no value", message)
+        wrong = re.match(r"argument (--[\w-]+).*: invalid (\w+) value: '(.*)'$", message)
         if wrong:
             needed = {"int": "a whole number", "float": "a number"}.get(wrong[2], "true or false")
             message = f"{wrong[1]} is {wrong[3]}; give {needed}"
@@ -103,13 +107,15 @@ class Flag(NamedTuple):
 def make_parser() -> FlagParser:
     """Return the parser of every flag; its namespace holds what was typed and nothing else."""
     parser = FlagParser(
-        prog="python main.py",
-        description="Tune ChatGLM-6B (P-Tuning v2, LoRA or whole), validate it, score its answers.",
+        prog="main.py",
+        usage="python main.py FLAGS    or    python main.py FLAGS.json [FLAGS]",
+        description="Tune ChatGLM-6B (P-Tuning v2, LoRA or whole), validate it, score its answers. "
+        "bash train.sh calls it with everything set.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for group in GROUPS:
-        section = parser.add_argument_group(str(group.__doc__).strip().splitlines()[0])
+        section = parser.add_argument_group(str(group.__doc__).strip().rstrip("."))
         for flag in declared_flags(group):
             _add(section, flag)
     known = {f.name for group in GROUPS for f in fields(group)}
@@ -178,8 +184,9 @@ def _fields_in(tree: ast.ClassDef) -> Iterator[Flag]:
 
 def _add(section: Any, flag: Flag, **more: Any) -> None:
     """Add a flag to a parser, and its spelling with hyphens, which the help leaves out."""
-    options: dict[str, Any] = {"dest": flag.name, "metavar": "VALUE", **flag.options, **more}
     kinds = set(re.findall(r"\w+", flag.kind))
+    metavar = next((name for kind, name in METAVARS.items() if kind in kinds), "TEXT")
+    options: dict[str, Any] = {"dest": flag.name, "metavar": metavar, **flag.options, **more}
     if "bool" in kinds and "nargs" not in options:
         options |= {"nargs": "?", "const": True}
         options |= {} if "str" in kinds else {"type": _bool}
@@ -187,7 +194,10 @@ def _add(section: Any, flag: Flag, **more: Any) -> None:
         options |= {"nargs": "+"}
     elif "str" not in kinds and "dict" not in kinds:
         options["type"] = float if "float" in kinds else int
-    text = flag.help if flag.help is argparse.SUPPRESS else flag.help.replace("%", "%%")
+    text = flag.help
+    if text is not argparse.SUPPRESS:
+        has_default = flag.default not in (None, False, "", -1) and "Default" not in text
+        text = text.replace("%", "%%") + (f" Default: {flag.default}." if has_default else "")
     section.add_argument(f"--{flag.name}", help=text, **options)
     if "_" in flag.name:
         section.add_argument(f"--{flag.name.replace('_', '-')}", help=argparse.SUPPRESS, **options)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from arguments import parse_arguments
+from arguments import read_config
 from ptuning.__main__ import main
 from ptuning.commands import doctor
 from ptuning.model.quantization.selection import BACKEND_NAMES, get_backend
 from ptuning.train.base_model import choose_dtype
+from ptuning.train.processes.launch import trainer_arguments
 from tests.model.published import make_safetensors
 
 CPU = torch.device("cpu")
@@ -33,9 +34,8 @@ def diagnosed(capsys: pytest.CaptureFixture[str]) -> dict:
 def test_defaults_are_those_of_a_run(
     diagnosed: dict, golden: Path, cache: Path, tmp_path: Path
 ) -> None:
-    device = parse_arguments(
-        ["--do_train", "--model_name_or_path", "m", "--train_file", "t", "--pre_seq_len", "4", "--output_dir", "o"]
-    ).training.device  # fmt: skip
+    flags = ["--do_train", "--model_name_or_path", "m", "--train_file", "t", "--pre_seq_len", "4"]
+    device = trainer_arguments(read_config([*flags, "--output_dir", "o"])).device
     model = AutoModelForCausalLM.from_pretrained(make_safetensors(golden, tmp_path / "base"))
     found = diagnosed["defaults"]
     assert found["device"] == str(device)

@@ -10,7 +10,9 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers.integrations import deepspeed
 
 from ptuning.model.layer import Layer
-from ptuning.train.flags import UsageError, parse_arguments
+from ptuning.train.config import read_config
+from ptuning.train.flags import UsageError
+from ptuning.train.processes.launch import trainer_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "deepspeed.json"
@@ -31,7 +33,9 @@ def filled(monkeypatch, tmp_path):
     monkeypatch.setattr(deepspeed, "dep_version_check", lambda _name: None)
 
     def fill(*precision):
-        arguments = parse_arguments([*FLAGS, "--output_dir", str(tmp_path), *precision]).training
+        arguments = trainer_arguments(
+            read_config([*FLAGS, "--output_dir", str(tmp_path), *precision])
+        )
         config = Config(str(CONFIG))
         config.trainer_config_process(arguments)
         config.trainer_config_finalize(arguments, model=None, num_training_steps=5000)
@@ -81,7 +85,7 @@ def test_the_published_command_line_means_the_whole_model_and_names_what_is_miss
     if deepspeed.is_deepspeed_available():
         pytest.skip("deepspeed is installed, so nothing is missing")
     with pytest.raises(UsageError, match="deepspeed"):
-        parse_arguments(published.split())
+        trainer_arguments(read_config(published.split()))
 
 
 def test_the_fsdp_example_is_a_config_that_accelerate_loads():

@@ -1,90 +1,105 @@
 """One process keeps to one device and says what to type for all; several find each other."""
 
-from types import SimpleNamespace
+import shlex
 
 import pytest
 import torch
 from transformers.training_args import ParallelMode
 
-from ptuning.train.flags import UsageError, parse_arguments
+from ptuning.train.config import read_config
+from ptuning.train.flags import UsageError
 from ptuning.train.processes import processes
-from ptuning.train.processes.launch import prepare_processes
+from ptuning.train.processes.launch import (
+    check_gpu_is_here,
+    how_to_use_all,
+    launch_notices,
+    process_values,
+    trainer_arguments,
+)
 
 FLAGS = [
     *("--do_train", "--train_file", "my rows.json", "--model_name_or_path", "THUDM/chatglm-6b"),
     *("--pre_seq_len", "8", "--per_device_train_batch_size", "2"),
 ]
-
-
-@pytest.fixture
-def four_gpus(monkeypatch):
-    """As transformers sees four: the device itself cannot be made up."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+GPU = torch.device("cuda", 0)
 
 
 def parse(tmp_path, *more):
-    return parse_arguments([*FLAGS, "--output_dir", str(tmp_path), *more])
+    return read_config([*FLAGS, "--output_dir", str(tmp_path), *more])
 
 
-def test_several_gpus_without_a_launcher_are_not_wrapped_in_data_parallel(four_gpus, tmp_path):
-    arguments = parse(tmp_path, "--gradient_accumulation_steps", "16")
-    training = arguments.training
-    assert (training.n_gpu, training.parallel_mode) == (1, ParallelMode.NOT_PARALLEL)
-    assert training.train_batch_size == 2
-    assert training.eval_batch_size == training.per_device_eval_batch_size
-    (notice,) = arguments.notices
-    assert "4 GPUs are visible and one process was started" in notice
+def test_several_gpus_without_a_launcher_are_not_wrapped_in_data_parallel(monkeypatch, tmp_path):
+    """As transformers sees four: the devices themselves cannot be made up."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = trainer_arguments(parse(tmp_path))
+    assert (arguments.n_gpu, arguments.parallel_mode) == (1, ParallelMode.NOT_PARALLEL)
+    assert (arguments.train_batch_size, arguments.eval_batch_size) == (2, 8)
+
+
+def test_several_gpus_are_named_with_a_command_that_main_reads(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    config = parse(tmp_path, "--gradient_accumulation_steps", "16")
+    (notice,) = launch_notices(config, GPU, 1)
+    assert "4 GPUs are visible and one process was started, so only cuda:0 is used" in notice
     assert "torchrun --nproc_per_node 4 main.py --do_train --train_file 'my rows.json'" in notice
-    assert notice.endswith("--gradient_accumulation_steps 16 --gradient_accumulation_steps 4")
-
-
-def test_the_command_it_names_is_one_that_main_reads(four_gpus, tmp_path, monkeypatch):
-    import shlex
-
-    notice = parse(tmp_path, "--gradient_accumulation_steps", "16").notices[0]
     words = shlex.split(notice.splitlines()[-1])
     assert words[:4] == ["torchrun", "--nproc_per_node", "4", "main.py"]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    again = parse_arguments(words[4:])
-    assert again.training.gradient_accumulation_steps == 4
-    assert again.notices == ()
+    again = read_config(words[4:])
+    assert again.rows_per_step(4) == config.rows_per_step(1)
 
 
-def test_rows_in_a_step_are_spoken_of_where_they_cannot_stay_the_same(four_gpus, tmp_path):
-    (notice,) = parse(tmp_path, "--gradient_accumulation_steps", "3").notices
+def test_rows_per_step_are_mentioned_where_they_cannot_stay_the_same(tmp_path):
+    config = parse(tmp_path, "--gradient_accumulation_steps", "3")
+    notice = how_to_use_all(config, GPU, 4)
     assert "with 4 times the rows in a step" in notice
     assert notice.endswith("--gradient_accumulation_steps 3")
 
 
-def test_one_gpu_is_not_spoken_of(monkeypatch, tmp_path):
+def test_one_device_is_not_mentioned_and_several_processes_on_a_cpu_are(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert parse(tmp_path).notices == ()
+    assert launch_notices(parse(tmp_path), GPU, 1) == []
+    assert launch_notices(parse(tmp_path), torch.device("cpu"), 1) == []
+    (notice,) = launch_notices(parse(tmp_path), torch.device("cpu"), 2)
+    assert notice.startswith("No CUDA device: 2 processes on the CPU")
 
 
 @pytest.mark.parametrize(("has_accelerator", "backend"), [(False, "gloo"), (True, None)])
-def test_several_processes_without_an_accelerator_take_gloo(monkeypatch, has_accelerator, backend):
+def test_several_processes_without_an_accelerator_use_gloo(
+    monkeypatch, tmp_path, has_accelerator, backend
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
-    training = SimpleNamespace(
-        use_cpu=False, ddp_backend=None, ddp_find_unused_parameters=None, deepspeed=None
-    )
-    prepare_processes(training)
-    assert (training.use_cpu, training.ddp_backend) == (not has_accelerator, backend)
-    assert training.ddp_find_unused_parameters is False
+    values = process_values(parse(tmp_path))
+    assert (values["use_cpu"], values.get("ddp_backend")) == (not has_accelerator, backend)
+    assert values["ddp_find_unused_parameters"] is False
 
 
 def test_deepspeed_that_is_not_installed_is_named_with_what_to_type(tmp_path, monkeypatch):
+    config = parse(tmp_path, "--deepspeed", "deepspeed.json")
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(
         UsageError, match=r"--deepspeed is deepspeed\.json, .* pip install deepspeed"
     ):
-        parse(tmp_path, "--tuning", "full", "--deepspeed", "deepspeed.json")
+        trainer_arguments(config)
 
 
 def test_answers_are_refused_where_no_process_has_the_whole_model(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UsageError, match=r"bash evaluate\.sh"):
         parse(tmp_path, "--do_predict", "--test_file", "dev.json", "--use_cpu")
+
+
+def test_a_value_that_transformers_refuses_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match="sometimes"):
+        trainer_arguments(parse(tmp_path, "--save_strategy", "sometimes"))
+
+
+def test_gpu_memory_is_for_a_gpu(tmp_path):
+    config = parse(tmp_path, "--gpu_memory", "4.6")
+    check_gpu_is_here(config, GPU)
+    check_gpu_is_here(parse(tmp_path), torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"--gpu_memory is 4\.6 and this run computes on cpu"):
+        check_gpu_is_here(config, torch.device("cpu"))
 
 
 def test_machines_that_do_not_share_the_output_folder_are_refused(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shlex
 import sys
+from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments
@@ -34,17 +35,9 @@ def process_name() -> str:
     return f"process {launched_index()}: " if num_launched() > 1 else ""
 
 
-def trainer_arguments(config: RunConfig) -> Seq2SeqTrainingArguments:
-    """Return what transformers' Trainer takes; joins the processes of a launcher.
-
-    UsageError for values that transformers refuses, or processes that cannot find each other.
-    """
+def process_values(config: RunConfig) -> dict[str, Any]:
+    """Return the keywords of transformers' training arguments, set for the processes of the run."""
     values = config.trainer_values()
-    if config.deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise UsageError(
-            f"--deepspeed is {config.deepspeed}, but the deepspeed library is not installed; "
-            f"type: {sys.executable} -m pip install deepspeed"
-        )
     if num_launched() > 1:
         if not torch.accelerator.is_available():
             values["use_cpu"] = True  # else every process would take itself for the only one
@@ -52,8 +45,21 @@ def trainer_arguments(config: RunConfig) -> Seq2SeqTrainingArguments:
             values["ddp_backend"] = values.get("ddp_backend") or "gloo"
     # Every trained parameter has a gradient in every step, so DDP need not look for others.
     values.setdefault("ddp_find_unused_parameters", False)
+    return values
+
+
+def trainer_arguments(config: RunConfig) -> Seq2SeqTrainingArguments:
+    """Return what transformers' Trainer takes; joins the processes of a launcher.
+
+    UsageError for values that transformers refuses, or processes that cannot find each other.
+    """
+    if config.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise UsageError(
+            f"--deepspeed is {config.deepspeed}, but the deepspeed library is not installed; "
+            f"type: {sys.executable} -m pip install deepspeed"
+        )
     try:
-        arguments = Seq2SeqTrainingArguments(**values)
+        arguments = Seq2SeqTrainingArguments(**process_values(config))
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
     device = arguments.device

@@ -9,7 +9,7 @@ from typing import Any
 from torch import distributed, nn
 from transformers import set_seed
 
-from ptuning.train.flags import UsageError
+from ptuning.train.config import UsageError
 
 # What a process meets when another one is gone: gloo's, NCCL's and the rendezvous store's words.
 LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")

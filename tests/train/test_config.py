@@ -1,0 +1,377 @@
+"""What a command line means: which value wins, what is tuned, and which flags contradict each other."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ptuning.model.tuned import TunedInfo, write_tuned_info
+from ptuning.train.config import RunConfig, find_tuning, preset_values, read_config
+from ptuning.train.flags import UsageError
+from ptuning.train.parser import make_parser, transformers_flags
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(tmp_path, *more):
+    return [
+        *("--do_train", "--train_file", "train.json", "--output_dir", str(tmp_path)),
+        *("--model_name_or_path", "ptuning/nano/weights", "--use_cpu", *more),
+    ]
+
+
+def read(tmp_path, *more):
+    return read_config(train(tmp_path, "--pre_seq_len", "4", *more))
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return tmp_path / "adapter"
+
+
+# ---- Parsing ----
+
+
+def test_a_mistake_is_reported_within_a_second_and_without_torch():
+    """Help under 0.5 s of CPU, a typo within 1 s; twice that here, for a machine under load."""
+    code = (
+        "import sys, time; sys.argv = ['main.py'] + sys.argv[1:]\n"
+        "import main\n"
+        "try: code = main.main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "sys.stderr.write(f'\\n{code} {time.process_time()}')"
+    )
+    for flags, code_wanted in ((["--help"], 0), ([], 2), (["--learnin_rate", "3"], 2)):
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        code_found, cpu_s = done.stderr.splitlines()[-1].split()
+        assert (int(code_found), done.returncode) == (code_wanted, 0), done.stderr
+        assert float(cpu_s) < 1
+        assert time.monotonic() - started < 10
+        assert "Traceback" not in done.stderr
+
+
+def test_without_flags_the_user_is_told_what_to_type():
+    with pytest.raises(UsageError, match="--do_train, --do_eval or --do_predict .* bash train.sh"):
+        read_config([])
+
+
+@pytest.mark.parametrize("spelling", ["--prefix_projection", "--prefix-projection"])
+def test_a_switch_is_read_in_every_published_spelling(spelling, tmp_path):
+    assert read(tmp_path).prefix_projection is None
+    assert read(tmp_path, spelling).prefix_projection is True
+    assert read(tmp_path, spelling, "True").prefix_projection is True
+    assert read(tmp_path, f"{spelling}=false").prefix_projection is False
+    assert read(tmp_path, spelling, "--do_eval", "--validation_file", "d").do_eval is True
+    assert read(tmp_path, "--no_compare_base").compare_base is False
+    assert read(tmp_path, "--no-compare-base").compare_base is False
+    assert read(tmp_path, "--measure_retention").measures_retention is True
+
+
+def test_a_flag_with_hyphens_is_the_flag(tmp_path):
+    flags = train(tmp_path, "--pre-seq-len", "128")
+    assert (read_config(flags).pre_seq_len, read_config(flags).tuning) == (128, "ptuning")
+
+
+def test_names_are_not_abbreviated(tmp_path):
+    with pytest.raises(UsageError, match="--pre_seq .did you mean --pre_seq_len"):
+        read_config(train(tmp_path, "--pre_seq", "8"))
+
+
+@pytest.mark.parametrize(
+    ("more", "needed"),
+    [
+        (["--max_steps", "many"], "--max_steps is many; give a whole number"),
+        (["--learning-rate", "high"], "--learning-rate is high; give a number"),
+        (["--use_cpu", "perhaps"], "--use_cpu is perhaps; give true or false"),
+        (["--max_steps"], "--max_steps has no value"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_one_line(more, needed, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        read(tmp_path, *more)
+    assert needed in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_flag_of_transformers_is_read_as_it_declares_it():
+    """Against the classes themselves: what is read from their source is what they hold."""
+    from dataclasses import MISSING, fields
+
+    from transformers import Seq2SeqTrainingArguments
+
+    real = {f.name: f for f in fields(Seq2SeqTrainingArguments) if f.init}
+    read = {flag.name: flag for flag in transformers_flags()}
+    assert set(real) - set(read) <= {"parallelism_config"}
+    assert set(read) <= set(real)
+    for name, flag in read.items():
+        if flag.default is not None:
+            assert real[name].default is not MISSING
+            assert real[name].default == flag.default, name
+        assert flag.help, name
+
+
+def test_declared_defaults_are_those_of_transformers():
+    from dataclasses import fields
+
+    from transformers import Seq2SeqTrainingArguments
+
+    from ptuning.train.flags import TrainerArguments
+
+    theirs = {f.name: f.default for f in fields(Seq2SeqTrainingArguments)}
+    changed = {"torch_compile_mode", "eval_strategy", "lr_scheduler_type"}
+    for flag in fields(TrainerArguments):
+        if flag.name in theirs and flag.name not in changed:
+            assert flag.default == theirs[flag.name], flag.name
+
+
+def test_help_shows_every_flag_once_and_no_old_one():
+    text = make_parser().format_help()
+    for name in ("--pre_seq_len", "--gradient_accumulation_steps", "--weight_decay"):
+        assert text.count(f"  {name} ") == 1
+    assert "--pre-seq-len" not in text
+    assert "--no_cuda" not in text
+
+
+# ---- Which value wins ----
+
+
+def test_a_json_file_says_the_same_and_flags_behind_it_win(tmp_path):
+    values = {"do_train": True, "train_file": "t.json", "model_name_or_path": "nowhere"}
+    values |= {"output_dir": str(tmp_path), "use_cpu": True, "pre_seq_len": 4, "preset": "gentle"}
+    values |= {"prefix_projection": True, "max_steps": None, "weight_decay": "1e-3"}
+    path = tmp_path / "run.json"
+    for more, rate in (({}, 1e-3), ({"learning_rate": 0.5}, 0.5)):
+        path.write_text(json.dumps(values | more), encoding="utf-8")
+        config = read_config([str(path)])
+        assert config.learning_rate == rate
+        assert config.prefix_init_std == 1e-3
+        assert (config.prefix_projection, config.max_steps) == (True, -1)
+        assert config.trainer_flags == {"weight_decay": 1e-3}
+    assert read_config([str(path), "--learning_rate", "0.25"]).learning_rate == 0.25
+
+
+@pytest.mark.parametrize(
+    ("content", "needed"),
+    [
+        ('{"lerning_rate": 1}', "did you mean --learning_rate"),
+        ('{"max_steps": "many"}', "max_steps is 'many'; give a whole number"),
+        ('{"max_steps": 2.5}', "max_steps is 2.5; give a whole number"),
+        ('{"max_steps": true}', "max_steps is True; give a whole number"),
+        ('{"use_cpu": "perhaps"}', "use_cpu is 'perhaps'; give true or false"),
+        ("[1]", "holds a list"),
+        ("{", "not a JSON file"),
+    ],
+)
+def test_a_wrong_json_file_is_one_line(content, needed, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(content)
+    with pytest.raises(UsageError) as caught:
+        read_config([str(path)])
+    assert needed in str(caught.value)
+
+
+def test_gentle_lowers_the_rate_and_starts_near_zero_and_says_so(tmp_path):
+    config = read(tmp_path, "--preset", "gentle")
+    assert (config.learning_rate, config.prefix_init_std) == (1e-3, 1e-3)
+    assert config.notices == ("--preset gentle: --learning_rate 0.001, --prefix_init_std 0.001",)
+
+
+def test_task_is_the_published_rate_and_start(tmp_path):
+    config = read(tmp_path, "--preset=task")
+    assert (config.learning_rate, config.prefix_init_std) == (2e-2, None)
+
+
+@pytest.mark.parametrize("rate", [["--learning_rate", "5e-4"], ["--learning-rate=5e-4"]])
+def test_what_is_typed_wins_before_and_behind_the_preset(rate, tmp_path):
+    for more in ([*rate, "--preset", "gentle"], ["--preset", "gentle", *rate]):
+        config = read(tmp_path, *more)
+        assert (config.learning_rate, config.prefix_init_std) == (5e-4, 1e-3)
+        assert "--learning_rate 0.0005 (typed)" in config.notices[0]
+
+
+def test_a_start_from_a_checkpoint_keeps_its_entries():
+    values, _ = preset_values({"preset": "gentle", "init_from": "old"})
+    assert values == {"learning_rate": 1e-3}
+    assert preset_values({"learning_rate": 1}) == ({}, [])
+
+
+def test_a_checkpoint_remembers_columns_and_lengths_and_what_is_typed_wins(tmp_path):
+    settings = {"prompt_column": "q", "max_source_length": 64, "recipe": "published"}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    write_tuned_info(tmp_path / "old", TunedInfo("lora", settings=settings))
+    start = ["--ptuning_checkpoint", str(tmp_path / "old")]
+    config = read_config(train(tmp_path, *start, "--max_source_length", "32"))
+    assert (config.prompt_column, config.max_source_length, config.recipe) == ("q", 32, "published")
+    assert config.max_target_length == 128
+
+
+def test_epochs_next_to_steps_are_said_to_have_no_effect(tmp_path):
+    notices = read(tmp_path, "--num_train_epochs", "3", "--max_steps", "5").notices
+    assert notices == ("--num_train_epochs 3 has no effect: --max_steps 5 overrides it.",)
+    assert read(tmp_path, "--num_train_epochs", "3").notices == ()
+
+
+def test_a_config_cannot_be_changed(tmp_path):
+    config = read(tmp_path)
+    with pytest.raises(AttributeError):
+        config.seed = 3  # type: ignore[misc]
+
+
+def test_settings_hold_what_decides_the_result_and_nothing_else(tmp_path):
+    def settings(*more):
+        return read(tmp_path, *more).settings()
+
+    same = settings()
+    assert json.loads(json.dumps(same)) == same
+    for more in (["--logging_steps", "3"], ["--save_steps", "3"], ["--do_eval", "--validation_file", "x"]):
+        assert settings(*more) == same
+    for more in (["--learning_rate", "1"], ["--weight_decay", "1"], ["--seed", "1"], ["--bf16"]):
+        assert settings(*more) != same
+    assert settings("--max_steps", "3") == settings("--max_steps", "3", "--num_train_epochs", "1")
+
+
+def test_retention_is_measured_where_the_base_is_compared_unless_said(tmp_path):
+    for more, wanted in (
+        ([], True),
+        (["--compare_base", "false"], False),
+        (["--compare_base", "false", "--measure_retention", "true"], True),
+        (["--measure_retention", "false"], False),
+    ):
+        assert read(tmp_path, *more).measures_retention is wanted
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted", "options"),
+    [
+        ([], "auto", None),
+        (["--gradient_checkpointing"], "true", None),
+        (["--gradient_checkpointing", "False"], "false", None),
+        (["--activation_checkpointing", "true"], "true", None),
+        (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "auto", {"use_reentrant": True}),
+    ],
+)
+def test_gradient_checkpointing_is_read_under_both_names(more, wanted, options, tmp_path):
+    config = read(tmp_path, *more)
+    assert (config.checkpointing, config.checkpointing_options) == (wanted, options)
+    assert "checkpointing" not in "".join(config.trainer_values())
+
+
+def test_mixed_precision_is_for_the_whole_model_alone(tmp_path):
+    whole = read_config(train(tmp_path, "--tuning", "full", "--bf16"))
+    assert (whole.dtype_name, whole.trainer_values()["bf16"]) == ("bfloat16", True)
+    for more in (["--pre_seq_len", "4"], ["--tuning", "lora"]):
+        frozen = read_config(train(tmp_path, "--fp16", *more))
+        assert (frozen.dtype_name, frozen.trainer_values()["fp16"]) == ("float16", False)
+    assert read(tmp_path).dtype_name is None
+
+
+# ---- What is tuned ----
+
+
+def test_what_is_trained_is_found_without_the_flag(tmp_path, adapter):
+    (tmp_path / "full").mkdir()
+    write_tuned_info(tmp_path / "full", TunedInfo("full"))
+    assert find_tuning({"pre_seq_len": 128}) == "ptuning"
+    assert find_tuning({"ptuning_checkpoint": str(adapter)}) == "lora"
+    assert find_tuning({"ptuning_checkpoint": "nowhere"}) == "ptuning"
+    assert find_tuning({"do_train": True, "deepspeed": "deepspeed.json"}) == "full"
+    assert find_tuning({"do_train": False, "deepspeed": "deepspeed.json"}) is None
+    assert find_tuning({"do_predict": True, "model_name_or_path": str(tmp_path / "full")}) == "full"
+    assert find_tuning({"do_train": True}) is None
+    assert find_tuning({"tuning": "lora", "pre_seq_len": 128}) == "lora"
+
+
+def test_a_fully_tuned_model_given_as_the_model_is_the_checkpoint(tmp_path):
+    write_tuned_info(tmp_path, TunedInfo("full", settings={"prompt_column": "q"}))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    flags = ["--do_predict", "--test_file", "t", "--output_dir", "o"]
+    config = read_config([*flags, "--model_name_or_path", str(tmp_path)])
+    assert (config.tuning, config.checkpoint) == ("full", str(tmp_path))
+    assert config.prompt_column == "q"
+
+
+PREFIX = ["--pre_seq_len", "4"]
+CONTRADICTIONS = {
+    "nothing to tune": ([], "--tuning lora"),
+    "unknown kind": (["--tuning", "qlora"], "ptuning, lora, full"),
+    "prefix without length": (["--tuning", "ptuning"], "--pre_seq_len 128"),
+    "prefix and lora": (["--tuning", "lora", "--pre_seq_len", "8"], "--pre_seq_len belong"),
+    "projection and full": (["--tuning", "full", "--prefix_projection"], "--prefix_projection"),
+    "rank and prefix": ([*PREFIX, "--lora_rank", "4"], "--lora_rank belong"),
+    "full and int4": (["--tuning", "full", "--quantization_bit", "4"], "--tuning lora"),
+    "full and int8 embedding": (["--tuning", "full", "--quantize_embeddings"], "--tuning lora"),
+    "rank 0": (["--tuning", "lora", "--lora_rank", "0"], "--lora_rank is 0"),
+    "alpha 0": (["--tuning", "lora", "--lora_alpha", "0"], "--lora_alpha is 0"),
+    "dropout 1": (["--tuning", "lora", "--lora_dropout", "1"], "--lora_dropout is 1"),
+    "odd module": (
+        ["--tuning", "lora", "--lora_target_modules", "dense,q_proj"],
+        "query_key_value",
+    ),
+    "fsdp and scores": (
+        ["--tuning", "full", "--fsdp", "full_shard", "--do_predict", "--test_file", "x.json"],
+        "bash evaluate.sh",
+    ),
+    "no steps": ([*PREFIX, "--max_steps", "0"], "--max_steps is 0; use 1 or more"),
+    "no epochs": ([*PREFIX, "--num_train_epochs", "0"], "--num_train_epochs is 0; use a number"),
+    "no memory": ([*PREFIX, "--gpu_memory", "0"], "--gpu_memory is 0; use a number above 0"),
+    "checkpointing": ([*PREFIX, "--gradient_checkpointing", "some"], "auto, true or false"),
+    "its options": ([*PREFIX, "--gradient_checkpointing_kwargs", "[1]"], "use_reentrant"),
+    "validation without rows": ([*PREFIX, "--eval_strategy", "steps"], "--validation_file"),
+    "unknown preset": ([*PREFIX, "--preset", "soft"], "task or gentle"),
+    "preset of lora": (["--tuning", "lora", "--preset", "gentle"], "leave --preset out"),
+    "spread of lora": (["--tuning", "lora", "--prefix_init_std", "1"], "no new prefix"),
+    "spread 0": ([*PREFIX, "--prefix_init_std", "0"], "a number above 0"),
+    "spread of an old prefix": (
+        ["--ptuning_checkpoint", "old", "--prefix_init_std", "1"],
+        "no new prefix",
+    ),
+    "mix without ratio": ([*PREFIX, "--mix", "general.jsonl"], "FILE:RATIO"),
+    "mix of nothing": ([*PREFIX, "--mix", "none.jsonl:0.2"], "no file none.jsonl"),
+    "prompts nowhere": (
+        [*PREFIX, "--do_predict", "--test_file", "t", "--general_prompts", "none"],
+        "--general_prompts is none",
+    ),
+    "other config": ([*PREFIX, "--config_name", "X"], "--config_name is X, which is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(CONTRADICTIONS))
+def test_contradictions_are_reported_with_what_to_type(case, tmp_path):
+    more, needed = CONTRADICTIONS[case]
+    with pytest.raises(UsageError) as caught:
+        read_config(train(tmp_path, *more))
+    assert needed in str(caught.value)
+
+
+def test_the_config_of_the_base_itself_is_accepted(tmp_path):
+    assert isinstance(read(tmp_path, "--config_name", "ptuning/nano/weights"), RunConfig)
+
+
+def test_a_checkpoint_of_another_kind_is_reported(tmp_path, adapter):
+    more = ["--tuning", "full", "--ptuning_checkpoint", str(adapter)]
+    with pytest.raises(UsageError, match="is of the kind lora"):
+        read_config(train(tmp_path, *more))
+    more = ["--ptuning_checkpoint", str(adapter), "--lora_rank", "4"]
+    with pytest.raises(UsageError, match="adapter has its own"):
+        read_config(train(tmp_path, *more))
+
+
+def test_scoring_without_anything_tuned_says_what_to_give(tmp_path):
+    flags = ["--do_predict", "--test_file", "dev.json", "--output_dir", str(tmp_path), "--use_cpu"]
+    flags += ["--model_name_or_path", "ptuning/nano/weights"]
+    with pytest.raises(UsageError, match="--ptuning_checkpoint DIR"):
+        read_config(flags)
+    with pytest.raises(UsageError, match="lora without an adapter"):
+        read_config([*flags, "--tuning", "lora"])
+    assert read_config([*flags, "--tuning", "full"]).tuning == "full"
