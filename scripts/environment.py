@@ -1,17 +1,20 @@
 """Choose the Python that has every dependency, making `.venv` when none has: the first step.
 
-Run by scripts/setup.sh. Standard library only, because nothing is installed yet when it runs.
+Run by the shell scripts. Standard library only, because nothing is installed yet when it runs.
     python scripts/environment.py choose run   print an interpreter that can run the project
     python scripts/environment.py choose dev   the same, with the tools of `make check`
-    python scripts/environment.py check run    end with status 1, saying what is missing, if any
+    python scripts/environment.py check run    exit with status 1 and name what is missing, if any
+    python scripts/environment.py cuda         print the number of CUDA devices that torch can use
 The one fact to know: `.venv/installed.lock` says what `.venv` holds. It is empty while an
 installation runs and gets the lock's text at its good end, so half of one is never taken for all.
 """
 
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
 import os
+import runpy
 import shlex
 import shutil
 import signal
@@ -273,6 +276,42 @@ def exclusive(file: Path) -> Iterator[None]:
         yield
 
 
+def count_cuda_devices() -> tuple[int, str]:
+    """Return what torch.cuda.device_count() returns, and what to say where that is 0.
+
+    torch is not imported, which takes seconds: torch/version.py names the build, and the driver,
+    which reads CUDA_VISIBLE_DEVICES itself, has the devices. A ROCm build counts as CUDA, as in
+    torch.
+    """
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return 0, "torch is not installed"
+    folder = Path(torch.origin).parent
+    build = runpy.run_path(str(folder / "version.py"))
+    count, version = ctypes.c_int(0), ctypes.c_int(0)
+    found = False
+    if build.get("cuda") and (driver := _load_driver("libcuda.so.1", "nvcuda.dll")):
+        found = driver.cuInit(0) == driver.cuDriverGetVersion(ctypes.byref(version)) == 0
+        # 13020 is CUDA 13.2; the runtime refuses a driver of an earlier major version than its own.
+        found = found and version.value // 1000 >= int(build["cuda"].split(".")[0])
+        found = found and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    elif build.get("hip") and (
+        driver := _load_driver(str(folder / "lib" / "libamdhip64.so"), "amdhip64.dll")
+    ):
+        found = driver.hipGetDeviceCount(ctypes.byref(count)) == 0
+    return count.value if found else 0, f"No CUDA device for torch {build['__version__']}"
+
+
+def _load_driver(*names: str) -> ctypes.CDLL | None:
+    """Return the first of these libraries that this system has."""
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:  # not here
+            continue
+    return None
+
+
 def _empty(venv: Path) -> None:
     """Remove everything in `.venv` but its stamp, which goes on saying "incomplete"."""
     for child in venv.iterdir():
@@ -296,12 +335,15 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def main(action: str, group: str) -> int:
-    """Carry out "choose" or "check" for "run" or "dev"; return the exit status."""
+def main(action: str, group: str = "run") -> int:
+    """Carry out "choose" or "check" for "run" or "dev", or "cuda"; return the exit status."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         if action == "check":
             check(ROOT, group)
+        elif action == "cuda":
+            count, none = count_cuda_devices()
+            sys.stdout.write(f"{count} {none}\n")
         else:
             sys.stdout.write(f"{choose(ROOT, group)}\n")
     except SetupError as error:

@@ -1,5 +1,6 @@
 """`.venv` and the locks: made once, redone after an interruption, never taken from a user."""
 
+import importlib
 import os
 import re
 import shutil
@@ -7,7 +8,9 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -245,3 +248,75 @@ def test_web_and_browser_locks_pin_a_version_inside_every_range() -> None:
     assert not set(browser_pins) & (set(web_pins) | set(others))
     lines = (ROOT / "requirements-browser.lock").read_text(encoding="utf-8").splitlines()
     assert "-r requirements-web.lock" in lines
+
+
+# Is there a CUDA device? Asked without torch.
+
+
+class FakeDriver:
+    """A driver library: what each of its functions returns, and the numbers it writes."""
+
+    def __init__(self, version: int = 13020, count: int = 2, **results: int) -> None:
+        self.written = {"cuDriverGetVersion": version}
+        self.count, self.results = count, results
+
+    def __getattr__(self, name: str) -> Callable[[Any], int]:
+        def function(argument: Any) -> int:
+            if name != "cuInit":
+                argument._obj.value = self.written.get(name, self.count)
+            return self.results.get(name, 0)
+
+        return function
+
+
+@pytest.mark.parametrize(
+    ("build", "library", "driver", "count"),
+    [
+        ("cuda = '13.0'\nhip = None", "libcuda.so.1", FakeDriver(), 2),
+        ("cuda = '12.8'\nhip = None", "nvcuda.dll", FakeDriver(), 2),
+        ("cuda = '13.0'\nhip = None", "libcuda.so.1", FakeDriver(version=12090), 0),
+        ("cuda = '13.0'\nhip = None", "libcuda.so.1", FakeDriver(cuInit=100), 0),
+        ("cuda = '13.0'\nhip = None", "libcuda.so.1", FakeDriver(cuDeviceGetCount=999), 0),
+        ("cuda = '13.0'\nhip = None", "no library", FakeDriver(), 0),
+        ("cuda = None\nhip = '7.1.25424'", "libamdhip64.so", FakeDriver(count=1), 1),
+        ("cuda = None\nhip = '7.1.25424'", "libamdhip64.so", FakeDriver(hipGetDeviceCount=100), 0),
+        ("cuda: str | None = None", "libcuda.so.1", FakeDriver(), 0),
+    ],
+)
+def test_cuda_devices_are_counted_by_the_driver_of_torchs_build(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    build: str,
+    library: str,
+    driver: FakeDriver,
+    count: int,
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError", encoding="utf-8")
+    (tmp_path / "torch" / "version.py").write_text(
+        f"__version__ = '2.13.0+test'\n{build}\n", encoding="utf-8"
+    )
+
+    def load(name: str) -> FakeDriver:
+        if Path(name).name != library:
+            raise OSError(name)
+        return driver
+
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(environment.ctypes, "CDLL", load)
+    assert environment.count_cuda_devices() == (count, "No CUDA device for torch 2.13.0+test")
+
+
+def test_cuda_is_asked_for_without_importing_torch() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'scripts'); import environment; "
+        "status = environment.main('cuda'); assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert asked.returncode == 0, asked.stderr
+    torch = importlib.import_module("torch")
+    found = f"{torch.cuda.device_count()} No CUDA device for torch {torch.__version__}\n"
+    assert asked.stdout == found
