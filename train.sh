@@ -1,108 +1,95 @@
 #!/usr/bin/env bash
-# Train a prefix, score it against the untouched base, end with a table:  bash train.sh
-# TUNING=lora bash train.sh trains a LoRA adapter, TUNING=full the whole model (docs/tuning.md).
-# Every value below can be given from outside; further flags go to main.py:
+# Train a prefix (P-Tuning v2), score it against the untouched base model and print a table:  bash train.sh
 #     MODEL=THUDM/chatglm-6b PRE_SEQ_LEN=64 bash train.sh --seed 7
-#     bash train.sh --resume_from_checkpoint auto     # go on after Ctrl-C
-#     NUM_GPUS=4 bash train.sh                        # as many rows a step, on four GPUs
-# A path in a variable is taken from your folder if it exists there, else from this one; OUTPUT_DIR from yours.
+#     TUNING=lora bash train.sh                       # a LoRA adapter instead of a prefix (docs/tuning.md)
+#     NUM_GPUS=4 bash train.sh                        # as many rows per step, on four GPUs (docs/multi-gpu.md)
+# The same command resumes a run that was interrupted. Settings are variables before the command; flags of main.py behind
+# it win over them, and .venv/bin/python main.py --help lists those. A path in a variable is looked up in your folder,
+# then in the repository; OUTPUT_DIR is in your folder.
+#
+#   MODEL              a folder, a hub id or nano, the embedded model; unset: THUDM/chatglm-6b with a CUDA device, else nano
+#   TUNING             what is trained: ptuning (a prefix, the default), lora (an adapter) or full (the whole model)
+#   PRESET             task (best score on the task) or gentle (keeps more of the base, docs/forgetting.md)
+#   TRAIN_FILE         rows to train on; unset: AdvertiseGen/train.json if it is there, else the sample in AdvertiseGen/sample
+#   DEV_FILE           rows to score on; needed with TRAIN_FILE
+#   NAME               name of the run; unset: the data's and the model's, such as adgen-nano
+#   OUTPUT_DIR         folder of the run; unset: output/NAME-pt-PRE_SEQ_LEN-LR, -lora-LR or -ft-LR
+#   EPOCHS             passes over the training rows, instead of MAX_STEPS
+#   NUM_GPUS           GPUs to use, one process each; unset: one
+#   PYTHON             the Python to use; unset: .venv, made on the first run
+# Defaults, where there are two: for nano, or for any other model.
 set -euo pipefail
-caller=$PWD
-cd "$(dirname "$0")"
-source scripts/setup.sh
-if [ -n "${TRAIN_FILE:-}" ] && [ -z "${DEV_FILE:-}" ]; then
-  refuse "TRAIN_FILE is given without DEV_FILE; give the rows to score on too: DEV_FILE=... TRAIN_FILE=... bash $0"
-fi
+source "$(dirname "$0")/scripts/setup.sh"
+show_help "$@"
 source scripts/settings.sh
+take_flags model_name_or_path=MODEL tuning=TUNING preset=PRESET pre_seq_len=PRE_SEQ_LEN learning_rate=LR output_dir=OUTPUT_DIR \
+  max_steps=MAX_STEPS num_train_epochs=EPOCHS train_file=TRAIN_FILE validation_file=DEV_FILE -- "$@"
+steps_or_epochs
+choose_tuning
+if [ -n "${TRAIN_FILE:-}" ] && [ -z "${DEV_FILE:-}" ]; then
+  refuse "$(said TRAIN_FILE train_file) without DEV_FILE; name the rows to score on too: DEV_FILE=... bash train.sh"
+fi
+[ -z "${MODEL:-}" ] || resolve_model
+resolve_data TRAIN_FILE DEV_FILE
+choose_gpus
 choose_python run
 
-if [ -n "${MODEL:-}" ]; then
-  MODEL=$(model_path "$MODEL")
-else
-  device=$("$PYTHON" -c '
-import torch
-print("cuda" if torch.cuda.is_available() else f"No CUDA device for torch {torch.__version__}")')
-  if [ "$device" = cuda ]; then
-    MODEL=THUDM/chatglm-6b
-  else
+if [ -z "${MODEL:-}" ]; then
+  case ${typed_use_cpu:-${typed_no_cuda:-false}} in
+    [Ff]alse | [Nn]o | [FfNn0]) found=$("$PYTHON" scripts/environment.py cuda) ;;
+    *) found="0 ${typed_use_cpu:+--use_cpu}${typed_no_cuda:+--no_cuda}" ;;
+  esac
+  MODEL=THUDM/chatglm-6b
+  if [ "${found%% *}" = 0 ]; then
     MODEL=$NANO
-    echo "$device: training the embedded nano model." \
+    echo "${found#* }: training the embedded nano model." \
       "For ChatGLM-6B type: MODEL=THUDM/chatglm-6b bash train.sh (a hub id or a directory)" >&2
   fi
 fi
 
-TUNING=${TUNING:-ptuning}                  # what is trained: ptuning, lora or full
-case $TUNING in
-  ptuning | lora | full) ;;
-  *) refuse "TUNING is $TUNING; use ptuning (a prefix), lora (an adapter) or full (the whole model)." ;;
+case $TUNING-$PRESET in
+  ptuning-gentle) setting --learning_rate LR 1e-3 ;;     # a prefix with PRESET=gentle
+  ptuning-*) setting --learning_rate LR 2e-2 ;;          # a prefix: learning rate of the first step, then linear decay to 0
+  lora-*) setting --learning_rate LR 1e-2 2e-4 ;;        # an adapter
+  full-*) setting --learning_rate LR 1e-3 1e-4 ;;        # the whole model
 esac
-PRESET=${PRESET:-}                         # task or gentle (docs/forgetting.md); empty: the rates below
-previous=
-for word in "$@"; do                       # --preset NAME behind the command means the same
-  if [ "$previous" = --preset ]; then PRESET=$word; fi
-  case $word in --preset=*) PRESET=${word#*=} ;; esac
-  previous=$word
-done
-case $PRESET in
-  '' | task) prefix_rate=2e-2 ;;
-  gentle) prefix_rate=1e-3 ;;
-  *) refuse "PRESET is $PRESET; use task (the best score on the task) or gentle (keeps more of the base)." ;;
-esac
-# Learning rate of the first step, falling linearly to 0: for a prefix, for an adapter, for the whole model.
-rate() {
-  case $TUNING in ptuning) printf %s "$1" ;; lora) printf %s "$2" ;; full) printf %s "$3" ;; esac
-}
-
-if [ "$MODEL" = "$NANO" ]; then
-  NAME=${NAME:-adgen-nano}                 # the run's name, under output/
-  PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}          # prefix length in tokens; not a text length
-  LR=${LR:-$(rate "$prefix_rate" 1e-2 1e-3)}
-  MAX_STEPS=${MAX_STEPS:-400}              # optimiser steps
-  SAVE_STEPS=${SAVE_STEPS:-200}            # steps between two checkpoints
-  EVAL_STEPS=${EVAL_STEPS:-100}            # steps between two validation losses
-  BATCH_SIZE=${BATCH_SIZE:-$(per_process 16)} # rows per forward pass
-  ACCUMULATION=${ACCUMULATION:-1}          # forward passes per step
+if [ "$TUNING" = ptuning ] && [ -z "$checkpoint" ]; then
+  setting --pre_seq_len PRE_SEQ_LEN 128                  # prefix length in tokens, not a text length
 else
-  NAME=${NAME:-adgen-chatglm-6b}           # from here on the published settings
-  PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}
-  LR=${LR:-$(rate "$prefix_rate" 2e-4 1e-4)} # published for a prefix and for the whole model
-  MAX_STEPS=${MAX_STEPS:-3000}
-  SAVE_STEPS=${SAVE_STEPS:-1000}
-  EVAL_STEPS=${EVAL_STEPS:-1000}
-  BATCH_SIZE=${BATCH_SIZE:-1}
-  ACCUMULATION=${ACCUMULATION:-$(per_process 16)}
+  setting --pre_seq_len PRE_SEQ_LEN
 fi
-LOGGING_STEPS=${LOGGING_STEPS:-10}         # steps between two loss lines
-MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64} # tokens of the prompt, with [gMASK] and <sop>
-MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} # tokens of the answer
-PROMPT_COLUMN=${PROMPT_COLUMN:-content}    # field of a row: what is asked
-RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary} # field of a row: the answer
-give --history_column "${HISTORY_COLUMN:-}"     # field of a row: earlier turns; empty: none
-give --per_device_eval_batch_size "${EVAL_BATCH_SIZE:-}" # rows scored at a time; empty: up to 64
-give --preset "$PRESET"
-give --quantization_bit "${QUANTIZATION_BIT:-}" # 4 or 8; empty: the base as it is stored
+if [ -z "${EPOCHS:-}" ]; then
+  setting --max_steps MAX_STEPS 400 3000                 # optimiser steps
+fi
+setting --num_train_epochs EPOCHS
+setting --per_device_train_batch_size BATCH_SIZE 16/NUM_GPUS 1      # rows per forward pass and GPU
+setting --gradient_accumulation_steps ACCUMULATION 1 16/NUM_GPUS    # forward passes per step
+setting --save_steps SAVE_STEPS 200 1000                 # steps between two checkpoints
+setting --eval_steps EVAL_STEPS 100 1000                 # steps between two validation losses
+setting --logging_steps LOGGING_STEPS 10                 # steps between two loss lines
+setting --max_source_length MAX_SOURCE_LENGTH 64         # tokens of the prompt, including [gMASK] and <sop>
+setting --max_target_length MAX_TARGET_LENGTH 64         # tokens of the answer
+setting --prompt_column PROMPT_COLUMN content            # field of the prompt
+setting --response_column RESPONSE_COLUMN summary        # field of the answer
+setting --history_column HISTORY_COLUMN                  # field of earlier turns
+setting --per_device_eval_batch_size EVAL_BATCH_SIZE     # rows scored at a time; unset: up to 64
+setting --quantization_bit QUANTIZATION_BIT              # 4 or 8: quantise the frozen base
+setting --preset PRESET
+if [ "$TUNING" != ptuning ]; then setting --tuning TUNING; fi
+
 if [ -n "${OUTPUT_DIR:-}" ]; then
   OUTPUT_DIR=$(output_path "$OUTPUT_DIR")
 else
-  case $TUNING in
-    ptuning) OUTPUT_DIR=output/$NAME-pt-$PRE_SEQ_LEN-$LR ;;
-    lora) OUTPUT_DIR=output/$NAME-lora-$LR ;;
-    full) OUTPUT_DIR=output/$NAME-ft-$LR ;;
-  esac
+  length=$PRE_SEQ_LEN
+  if [ -z "$length" ] && [ -f "$checkpoint/prefix_config.json" ]; then
+    length=$(sed -n 's/.*"prefix_length": *\([0-9]*\).*/\1/p' "$checkpoint/prefix_config.json")
+  fi
+  case $TUNING in ptuning) kind=pt${length:+-$length} ;; lora) kind=lora ;; full) kind=ft ;; esac
+  OUTPUT_DIR=output/$(run_name)-$kind-$LR
 fi
-tuning=(--tuning "$TUNING")
-if [ "$TUNING" = ptuning ]; then tuning=(--pre_seq_len "$PRE_SEQ_LEN"); fi
 
 exec "$PYTHON" "${start[@]}" \
-  --do_train --do_eval --do_predict \
+  --do_train --do_eval --do_predict --predict_with_generate --eval_strategy steps \
   --train_file "$TRAIN_FILE" --validation_file "$DEV_FILE" --test_file "$DEV_FILE" \
-  --prompt_column "$PROMPT_COLUMN" --response_column "$RESPONSE_COLUMN" \
-  --max_source_length "$MAX_SOURCE_LENGTH" --max_target_length "$MAX_TARGET_LENGTH" \
-  --model_name_or_path "$MODEL" "${tuning[@]}" \
-  --output_dir "$OUTPUT_DIR" --overwrite_output_dir \
-  --per_device_train_batch_size "$BATCH_SIZE" --gradient_accumulation_steps "$ACCUMULATION" \
-  --predict_with_generate \
-  --max_steps "$MAX_STEPS" --logging_steps "$LOGGING_STEPS" --save_steps "$SAVE_STEPS" \
-  --eval_strategy steps --eval_steps "$EVAL_STEPS" \
-  --learning_rate "$LR" \
-  ${given_flags[@]+"${given_flags[@]}"} "$@"
+  --model_name_or_path "$MODEL" --output_dir "$OUTPUT_DIR" \
+  "${given_flags[@]}" ${words[@]+"${words[@]}"}

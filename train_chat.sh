@@ -1,22 +1,31 @@
 #!/usr/bin/env bash
-# Train a prefix on conversations of your own:  TRAIN_FILE=chat/train.json DEV_FILE=chat/dev.json bash train_chat.sh
-# A row: {"prompt": "...", "response": "...", "history": [["question", "answer"], ...]}. The rest is as in train.sh.
+# Train on conversations:  TRAIN_FILE=chat/train.json DEV_FILE=chat/dev.json bash train_chat.sh
+# One JSON object per line: {"prompt": "...", "response": "...", "history": [["question", "answer"], ...]}
+# This is train.sh with the defaults below; everything else is as in bash train.sh --help.
+#
+#   TRAIN_FILE         conversations to train on
+#   DEV_FILE           conversations to score on
 set -euo pipefail
-
+source "$(dirname "$0")/scripts/setup.sh"
+show_help "$@"
+source scripts/settings.sh
+take_flags train_file=TRAIN_FILE validation_file=DEV_FILE tuning=TUNING preset=PRESET -- "$@"
 if [ -z "${TRAIN_FILE:-}" ] || [ -z "${DEV_FILE:-}" ]; then
-  echo "train_chat.sh needs your data; type: TRAIN_FILE=chat/train.json DEV_FILE=chat/dev.json bash $0" >&2
-  echo 'One JSON object per line: {"prompt": "...", "response": "...", "history": [["question", "answer"], ...]}' >&2
-  exit 2
+  refuse "train_chat.sh needs your data; type: TRAIN_FILE=chat/train.json DEV_FILE=chat/dev.json bash train_chat.sh" \
+    'One JSON object per line: {"prompt": "...", "response": "...", "history": [["question", "answer"], ...]}'
 fi
-export TRAIN_FILE DEV_FILE
-export NAME=${NAME:-chat}
-case "${PRESET:-}$*" in                              # learning rate at step 0; a preset has its own
-  gentle* | task* | *--preset*) ;;
-  *) export LR=${LR:-1e-2} ;;
-esac
-export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256}   # tokens of history and prompt
-export MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}   # tokens of the answer
-export PROMPT_COLUMN=${PROMPT_COLUMN:-prompt}
-export RESPONSE_COLUMN=${RESPONSE_COLUMN:-response}
-export HISTORY_COLUMN=${HISTORY_COLUMN:-history}
-exec bash "$(dirname "$0")/train.sh" "$@"
+choose_tuning
+if [ -z "$(data_name "$(input_path "$TRAIN_FILE")")" ]; then
+  setting -- NAME chat                                 # where neither the file nor its folder has a name of its own
+fi
+if [ "$TUNING-$PRESET" = ptuning- ]; then
+  setting -- LR 1e-2                                   # learning rate of a prefix; otherwise as in train.sh
+fi
+setting -- MAX_SOURCE_LENGTH 256                       # tokens of history and prompt
+setting -- MAX_TARGET_LENGTH 256                       # tokens of the answer
+setting -- PROMPT_COLUMN prompt                        # field of the prompt
+setting -- RESPONSE_COLUMN response                    # field of the answer
+setting -- HISTORY_COLUMN history                      # field of earlier turns
+export NAME LR MAX_SOURCE_LENGTH MAX_TARGET_LENGTH PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN
+cd "$caller"
+exec bash "$OLDPWD/train.sh" "$@"

@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
-# A page to talk to a trained prefix, to the base, or to both side by side:  bash web_demo.sh   opens 127.0.0.1:7860.
-#     PREFIX=output/run bash web_demo.sh     this prefix, adapter or model; unset: the newest under output/
-#     bash web_demo.sh --port 8080 --prefix adgen=output/run --prefix other=output/other      further flags: --help
-#     bash web_demo.sh --host 0.0.0.0 --password SECRET       for other machines
-# PREFIX is taken from your folder if it exists there, else from this one; paths in flags from this one.
+# Serve a web page to chat with a trained prefix, with the base, or with both side by side:  bash web_demo.sh
+#     PREFIX=output/RUN bash web_demo.sh
+#     bash web_demo.sh --port 8080 --prefix adgen=output/RUN --prefix other=output/OTHER
+#     bash web_demo.sh --host 0.0.0.0 --password SECRET       # for other machines
+# The address is 127.0.0.1:7860. Flags are listed by .venv/bin/python -m ptuning web --help; paths in flags are relative to
+# the repository. A path in a variable is looked up in your folder, then in the repository.
+#
+#   PREFIX             a prefix, LoRA adapter or whole model; unset: the newest under output/
+#   MODEL              the base model: a folder or a hub id; unset: the one that PREFIX was trained on
+#   PYTHON             the Python to use; unset: .venv, made on the first run
 set -euo pipefail
-caller=$PWD
-cd "$(dirname "$0")"
-source scripts/setup.sh
+source "$(dirname "$0")/scripts/setup.sh"
+show_help "$@"
 
 if [ -n "${PREFIX:-}" ]; then
   PREFIX=$(input_path "${PREFIX%/}")
-  [ -d "$PREFIX" ] || refuse "PREFIX=$PREFIX is no directory; give a run's output directory or one of its checkpoint-N."
-  if [ -f "$PREFIX/tuning_config.json" ]; then  # an adapter or a whole model, which answers in the base's place
+  [ -d "$PREFIX" ] || refuse "PREFIX=$PREFIX is not a folder; give the folder of a run or one of its checkpoint-N."
+  if [ -f "$PREFIX/tuning_config.json" ]; then  # an adapter or a whole model replaces the base
     set -- --model "$PREFIX" "$@"
   else
     set -- --prefix "prefix=$PREFIX" "$@"
@@ -32,7 +36,7 @@ if ! "$PYTHON" -c 'import importlib.metadata as m; m.version("gradio")' >/dev/nu
     "Type: $given -m pip install -r requirements-web.lock"
   echo "Installing requirements-web.lock into .venv, once (250 MB)." >&2
   "$(find_python)" -m pip --python "$PYTHON" install --quiet --disable-pip-version-check -r requirements-web.lock >&2 ||
-    die "That failed; the lines above say why. The same command tries again."
+    die "Installation failed; the lines above say why. Type the same command to try again."
 fi
 
 exec "$PYTHON" -m ptuning web "$@"

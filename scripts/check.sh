@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
-# What stands behind `make check`, `make test`, `make lint`, `make types`: one Python, the pinned tools, one step or all.
+# Runs `make check`, `make test`, `make lint`, `make types` and `make format` with one Python and the pinned tools.
 #     bash scripts/check.sh [check|test|lint|types|format] [arguments for pytest]
 set -euo pipefail
-caller=$PWD
-cd "$(dirname "$0")/.."
-source scripts/setup.sh
+source "$(dirname "$0")/setup.sh"
 
-# As in pyproject.toml, but with the tests marked `slow`.
+# The markers of pyproject.toml, with the `slow` tests included.
 MARKS_OF_CI='not gpu and not weights and not browser'
 
 step=${1:-check}
@@ -17,8 +15,8 @@ lint() {
   "$PYTHON" -m ruff format --check .
 }
 
-# One thread per process: the models in the tests are so small that more threads only wait for each other.
-# Offline: a test that reaches for a hub fails at once, on every machine, instead of only where there is no network.
+# One thread per process: the models in the tests are too small to gain from more.
+# Offline: a test that contacts a hub fails at once on every machine, not only on one without a network.
 tests() {
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 "$PYTHON" -m pytest -q "$@"
 }

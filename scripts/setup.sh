@@ -1,22 +1,45 @@
-# Functions that every command sources from the repository root: which Python, which paths.
-#     caller=$PWD; cd "$(dirname "$0")"; source scripts/setup.sh; choose_python run
+# Sourced first by every command: goes to the repository root, and finds the Python to use.
+#     source "$(dirname "$0")/scripts/setup.sh"; show_help "$@"; choose_python run
 # choose_python exports PYTHON: the one given, used as it is and never installed into; else a complete .venv; else
 # python3, if it has every dependency in the ranges of pyproject.toml; else .venv, made from requirements.lock.
 # Written for bash 3.2 and up (macOS).
 
-# It cannot go on: something is missing here, or failed.
+caller=$PWD  # the folder the command was typed in
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# With --help among the words, print the script's head comment and its `setting` lines, and stop.
+show_help() {
+  local word
+  for word in "$@"; do
+    case $word in -h | --help) ;; *) continue ;; esac
+    awk '
+      NR == 1 { head = 1; next }
+      head && /^#/ { sub(/^# ?/, ""); print; next }
+      { head = 0; at = match($0, /(^| )setting --/) }
+      at {
+        if (split(substr($0, at), part, / *(;; *)?# /) < 2) next
+        count = split(part[1], field, " ")
+        defaults = count > 3 ? field[4] : "unset"
+        if (count > 4) defaults = defaults " or " field[5]
+        printf "  %-18s %-18s %s\n", field[3], defaults, part[2]
+      }' "${0##*/}"
+    exit 0
+  done
+}
+
+# Stop because something is missing or failed.
 die() {
   printf '%s\n' "$@" >&2
   exit 1
 }
 
-# It was asked for wrongly: a variable or an argument has a value that cannot be; 2, as with main.py's flags.
+# Stop because a variable or an argument has an invalid value; status 2, as with main.py's flags.
 refuse() {
   printf '%s\n' "$@" >&2
   exit 2
 }
 
-# A path to read: as seen from the folder the command was typed in if it exists there, else from the repository root.
+# A path to read: relative to the folder the command was typed in if it exists there, else to the repository root.
 input_path() {
   if [ "$caller" != "$PWD" ] && [ "${1#/}" = "$1" ] && [ -e "$caller/$1" ]; then
     printf '%s/%s' "$caller" "$1"
@@ -25,7 +48,7 @@ input_path() {
   fi
 }
 
-# A path to write: always as seen from the folder the command was typed in.
+# A path to write: always relative to the folder the command was typed in.
 output_path() {
   if [ "$caller" != "$PWD" ] && [ "${1#/}" = "$1" ]; then
     printf '%s/%s' "$caller" "$1"
@@ -52,14 +75,14 @@ find_python() {
 
 check_given_python() {
   PYTHON=$(input_path "$PYTHON")
-  command -v "$PYTHON" >/dev/null || refuse "PYTHON=$PYTHON is no command." \
+  command -v "$PYTHON" >/dev/null || refuse "PYTHON=$PYTHON is not a command." \
     "Give the path of a Python 3.11 or newer, or leave PYTHON out."
   is_new_enough "$PYTHON" || refuse "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1); 3.11 or newer is needed." \
     "Give another, or leave PYTHON out."
   "$PYTHON" scripts/environment.py check "$1"
 }
 
-# $1: `run` for the dependencies, `dev` for the tools of `make check` as well.
+# choose_python run needs the dependencies, choose_python dev the tools of `make check` as well.
 choose_python() {
   local found
   if [ -n "${PYTHON:-}" ]; then

@@ -84,4 +84,5 @@ def test_variables_before_a_command_are_read_by_it() -> None:
     for assignments, script in commands:
         read = sources[script] + common + (sources["train.sh"] if script == "train_chat.sh" else "")
         for name in re.findall(r"([A-Z_]+)=", assignments):
-            assert re.search(rf"\$\{{{name}[:}}-]", read), f"{script} does not read {name}"
+            reads = rf"\$\{{{name}[:}}-]|setting --\w* {name}\b"
+            assert re.search(reads, read), f"{script} does not read {name}"
