@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import ptuning  # noqa: F401
 from ptuning.model.attention import CUDA_ATTENTION
 from ptuning.model.quantization.conversion import quantize_model_
-from ptuning.train.compiling import TOKENS_TO_AMORTISE, Compiling, compile_layers, pays
+from ptuning.train.compiling import TOKENS_TO_AMORTISE, compile_layers, pays
 from ptuning.train.flags import parse_arguments
 from tests.tiny import make_base
 
@@ -51,7 +51,7 @@ def test_compiled_equals_eager(model, monkeypatch, by_rows, dropout):
     model.prefix_encoder.dropout = dropout
     torch.manual_seed(1)
     loss, gradient = step(model)
-    assert compile_layers(model, Compiling(True, "aot_eager", None), CPU)
+    assert compile_layers(model, CPU, backend="aot_eager")
     torch.manual_seed(1)
     compiled_loss, compiled_gradient = step(model)
     torch.testing.assert_close(compiled_loss, loss)
@@ -78,7 +78,7 @@ def test_a_layer_kind_is_one_graph_for_all_lengths(tmp_path, monkeypatch, bits):
 
     torch._dynamo.reset()
     counters.clear()
-    assert compile_layers(model.train(), Compiling(True, count, None), CPU)
+    assert compile_layers(model.train(), CPU, backend=count)
     graphs.clear()  # the one line that is tried first
     for length in (40, 52, 47, 61):
         ids = torch.full((3, length), 20)
@@ -101,14 +101,14 @@ def test_long_runs_on_cuda_in_bfloat16_are_compiled_unasked():
 
 
 def test_a_run_that_is_not_to_be_compiled_is_not(model):
-    assert not compile_layers(model, Compiling(None, None, None), CPU, num_tokens=1e9)
-    assert not compile_layers(model, Compiling(False, None, None), CPU, num_tokens=1e9)
+    assert not compile_layers(model, CPU, num_tokens=1e9)
+    assert not compile_layers(model, CPU, wanted=False, num_tokens=1e9)
 
 
 def test_on_a_cpu_it_is_left_out_aloud(model, caplog):
     caplog.set_level(logging.INFO)
-    assert not compile_layers(model, Compiling(True, None, None), CPU)
-    assert "slower than a plain one" in caplog.text
+    assert not compile_layers(model, CPU, wanted=True)
+    assert "on a CPU compiled layers are slower" in caplog.text
 
 
 def test_a_compiler_that_fails_is_named_and_the_layers_run_as_they_are(model, caplog):
@@ -116,7 +116,7 @@ def test_a_compiler_that_fails_is_named_and_the_layers_run_as_they_are(model, ca
         raise RuntimeError("no C compiler here\nand more lines")
 
     before = step(model)
-    assert not compile_layers(model, Compiling(True, broken, None), CPU)
+    assert not compile_layers(model, CPU, backend=broken)
     assert "run uncompiled" in caplog.text
     assert "no C compiler here" in caplog.text
     torch.testing.assert_close(step(model), before)
@@ -134,5 +134,5 @@ def test_the_flags_are_taken_from_transformers(tmp_path):
         "4",
     ]
     training = parse_arguments([*flags, "--output_dir", str(tmp_path), "--torch_compile"]).training
-    assert training.compiling == Compiling(True, None, None)
+    assert training.compiling == {"wanted": True, "backend": None, "mode": None}
     assert not training.torch_compile, "transformers would compile the whole model"
