@@ -37,8 +37,8 @@ from benchmarks.train import measure_steps, our_step
 from benchmarks.train import parse as train_flags
 from ptuning.model.quantization.reference import packed_columns
 from ptuning.model.quantization.selection import AUTO, pick_backend
-from ptuning.train.compiling import Compiling, compile_layers
-from ptuning.train.memory.recomputing import recompute_layers
+from ptuning.train.compiling import compile_layers
+from ptuning.train.memory.fit import checkpoint_layers
 
 PACKAGES = "torch transformers triton accelerate numpy jieba rouge-chinese nltk pytest-xdist"
 DTYPE = "bfloat16"
@@ -294,7 +294,7 @@ def memory(target: Target, bits: int) -> Iterator[Figure]:
     num_layers = model.config.num_layers
     some = min(16, num_layers)
     for count, chunk in dict.fromkeys(((0, None), (some, None), (some, 16), (num_layers, None))):
-        recompute_layers(model, count)
+        checkpoint_layers(model, count)
         model.loss_chunk_tokens = chunk
         forget_peak(target.device)
         full_size.train(model, flags)
@@ -347,8 +347,8 @@ def compiled(target: Target, bits: int) -> Iterator[Figure]:
     rows = make_rows(flags, model.config, 16)
     plain = measure_steps("ours", model, rows, flags, rate)
     yield from step_figures("batch 16, plain", plain)
-    asked = Compiling(wanted=True, backend=None if target.on_cuda else "eager", mode=None)
-    if not compile_layers(model, asked, torch.device(target.device)):
+    backend = None if target.on_cuda else "eager"
+    if not compile_layers(model, torch.device(target.device), wanted=True, backend=backend):
         raise SystemExit("torch.compile was left out; the lines above say why.")
     measured = measure_steps("ours", model, rows, flags, rate)
     yield from step_figures("batch 16, compiled", measured)

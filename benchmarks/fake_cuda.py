@@ -32,8 +32,8 @@ from ptuning.model.engine_step import run_step
 from ptuning.model.prefix_rows import SeenPrefixes
 from ptuning.model.quantization.conversion import prepare_quantized_
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
-from ptuning.train.memory.memory_model import Batch, size_of, training_memory
-from ptuning.train.memory.recomputing import recompute_layers
+from ptuning.train.memory.estimate import Batch, size_of, training_memory
+from ptuning.train.memory.fit import checkpoint_layers
 
 DTYPE = torch.bfloat16
 PREFIX_LENGTH = 128
@@ -99,7 +99,7 @@ def move_to_fake_cuda(model: nn.Module) -> None:
 
 
 def train_step(
-    bits: int, num_rows: int, recomputed_layers: int = 0, chunk_tokens: int | None = None
+    bits: int, num_rows: int, checkpointed_layers: int = 0, chunk_tokens: int | None = None
 ) -> Figures:
     """Take two optimizer steps and return the second one's figures.
 
@@ -107,7 +107,7 @@ def train_step(
     """
     lengths = row_lengths(num_rows)
     model = make_meta_model(bits).train()
-    recompute_layers(model, recomputed_layers)
+    checkpoint_layers(model, checkpointed_layers)
     model.loss_chunk_tokens = chunk_tokens
     batch = make_batch(lengths, model.config)
     tracker = Tracker()
@@ -126,12 +126,9 @@ def train_step(
                 optimizer.step()
                 optimizer.zero_grad()
     plan = training_memory(
-        size_of(
-            model.config, dtype_bytes=DTYPE.itemsize, weight_bits=bits, prefix_length=PREFIX_LENGTH
-        ),
+        size_of(model.config, DTYPE, on_cpu=False, weight_bits=bits, prefix_length=PREFIX_LENGTH),
         Batch(tuple(map(sum, lengths)), sum(answer for _, answer in lengths)),
-        on_cpu=False,
-        recomputed_layers=recomputed_layers,
+        checkpointed_layers=checkpointed_layers,
         chunk_tokens=chunk_tokens,
     )
     return figures_of(tracker, plan.total)

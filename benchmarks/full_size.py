@@ -31,7 +31,7 @@ from benchmarks.setting import SIZES, device_name, json_file, machine, synchroni
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint import check_checkpoint
 from ptuning.train.base_model import load_base
-from ptuning.train.memory.recomputing import recompute_layers
+from ptuning.train.memory.fit import checkpoint_layers, keep_freed_memory
 
 LEARNING_RATE = 2e-2  # the published one
 
@@ -112,7 +112,9 @@ def load(directory: Path, flags: Namespace) -> ChatGLMForConditionalGeneration:
     model.add_prefix(flags.prefix)
     model.freeze_base()
     if flags.recompute:
-        recompute_layers(model, flags.recompute)
+        checkpoint_layers(model, flags.recompute)
+        if flags.device == "cpu":
+            keep_freed_memory(False)
     return model.train()
 
 

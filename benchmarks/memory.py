@@ -41,13 +41,13 @@ from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine import GreedyEngine
 from ptuning.model.packed_copies import pack_where_roomy
-from ptuning.train.memory.memory_model import (
+from ptuning.train.memory.estimate import (
     Batch,
     answering_memory,
     size_of,
     training_memory,
 )
-from ptuning.train.memory.recomputing import gpu_terms, recompute_layers
+from ptuning.train.memory.fit import checkpoint_layers, gpu_terms, keep_freed_memory
 
 MORE_SIZES = {  # name -> layers, hidden size, heads, vocabulary
     "nano": (4, 192, 4, 1700),
@@ -163,9 +163,10 @@ def measure(case: Case, flags: Namespace) -> Result:
     prompts = [row.input_ids[: int((row.labels == -100).sum()) + 1].tolist() for row in rows]
     size = size_of(
         model.config,
-        dtype_bytes=model.dtype.itemsize,
+        model.dtype,
+        on_cpu=on_cpu,
         weight_bits=case.bits,
-        packs=pack_where_roomy(model) > 0,
+        prepacked=pack_where_roomy(model) > 0,
         prefix_length=flags.prefix,
         **gpu_terms(torch.device(flags.device), None),
     )
@@ -176,16 +177,17 @@ def measure(case: Case, flags: Namespace) -> Result:
             [len(prompt) for prompt in prompts],
             num_rows=len(prompts),
             new_tokens=MAX_LENGTH,
-            on_cpu=on_cpu,
         ).total
         answer(model.eval(), prompts)
     else:
         wanted = size.num_layers if flags.recompute is None else flags.recompute
-        recomputed = min(wanted, size.num_layers) if case.work == "recompute" else 0
-        recompute_layers(model, recomputed)
+        count = min(wanted, size.num_layers) if case.work == "recompute" else 0
+        checkpoint_layers(model, count)
+        if on_cpu:
+            keep_freed_memory(count == 0)
         answers = sum(int((row.labels[1:] != -100).sum()) for row in rows)
         batch = Batch(tuple(len(row.input_ids) for row in rows), answers)
-        predicted = training_memory(size, batch, on_cpu=on_cpu, recomputed_layers=recomputed).total
+        predicted = training_memory(size, batch, checkpointed_layers=count).total
         train(model.train(), rows)
     return Result(base, base + predicted, peak_bytes(flags.device))
 

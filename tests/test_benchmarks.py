@@ -161,7 +161,7 @@ def test_recompute_is_the_number_of_checkpointed_layers(monkeypatch: pytest.Monk
     flags = memory.parse(["--device", "cpu", "--prefix", "4", "--recompute", "1"])
     assert flags.work == ["train", "answer", "recompute"]
     asked = []
-    monkeypatch.setattr(memory, "recompute_layers", lambda model, count: asked.append(count))
+    monkeypatch.setattr(memory, "checkpoint_layers", lambda model, count: asked.append(count))
     monkeypatch.setattr(memory, "forget_peak", lambda device: None)  # Linux alone can
     monkeypatch.setattr(memory, "peak_bytes", lambda device: 7)
     for work in ("recompute", "train"):

@@ -43,7 +43,7 @@ def tracker() -> Iterator[Tracker]:
 
 
 @pytest.mark.parametrize(
-    ("bits", "num_rows", "recomputed_layers"),
+    ("bits", "num_rows", "checkpointed_layers"),
     [
         (0, 1, 0),
         (0, 16, 0),
@@ -56,13 +56,13 @@ def tracker() -> Iterator[Tracker]:
     ],
 )
 def test_a_training_step_never_waits_and_peaks_where_the_plan_says(
-    bits: int, num_rows: int, recomputed_layers: int
+    bits: int, num_rows: int, checkpointed_layers: int
 ) -> None:
     """Where the host had to wait for a number, or devices or dtypes differed, the step would have raised."""
-    found = train_step(bits, num_rows, recomputed_layers)
+    found = train_step(bits, num_rows, checkpointed_layers)
     assert not found.mixed
     assert found.plan == pytest.approx(found.peak, rel=0.03)
-    if num_rows == 16 and not recomputed_layers:
+    if num_rows == 16 and not checkpointed_layers:
         assert found.moved_outside_products <= MOST_MOVED[bits]
 
 

@@ -1,122 +1,107 @@
-"""`python -m ptuning plan <main.py's flags>`: what the run will take, before any weight is loaded.
+"""`python -m ptuning plan FLAGS`: what a run of main.py will take, before any weight is loaded.
 
-Reads config.json and the tokenizer, tokenises the rows (from the cache when they are there), times
-one matrix product, and prints tokens, steps, memory and time. Exit status 0 when it is expected to
-fit, 3 when not, 2 when the flags or files are at fault. With --gpu_memory it plans for a GPU of
-that size, also where there is none; then without the time. GB are 10**9 bytes.
+Reads config.json and the tokenizer, tokenises the rows (from the cache if they are there), times
+one matrix product, and prints tokens, steps, memory and time. Exit status 0 if the run is expected
+to fit in memory, 3 if not, 2 if the flags or files are at fault. With --gpu_memory it plans for a
+GPU of that size, even without such a GPU; then without the time. GB are 10**9 bytes. FLOPs are
+counted as in docs/performance.md.
 """
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import psutil
 import torch
 
-from ptuning.data.dataset import TokenDataset
+from ptuning.data.dataset import GenerationDataset, TokenDataset
 from ptuning.model.checkpoint import read_config
 from ptuning.model.checkpoint_hub import CONFIG_FILE
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import Linear, pack_weights_
 from ptuning.model.prefix_artefact import prefix_shape, read_prefix_tensors
-from ptuning.model.tuned import read_tuned_info
+from ptuning.model.tuned import FULL, PTUNING, read_tuned_info
 from ptuning.train.base_model import choose_dtype, load_tokenizer
 from ptuning.train.flags import Arguments, parse_arguments
-from ptuning.train.memory.eval_rows import settle_eval_rows
-from ptuning.train.memory.memory_model import (
-    AnsweringMemory,
+from ptuning.train.memory.estimate import (
+    Memory,
     ModelSize,
-    TrainingMemory,
-    size_of,
+    answering_memory,
+    largest_batch,
     trained_bytes,
+    training_memory,
     weight_bytes,
 )
-from ptuning.train.memory.plan import (
-    TRAINING_SHARE,
-    Advice,
-    RunShape,
-    Speed,
-    Steps,
-    advise_answering,
-    advise_training,
-    answering_flops,
-    answering_of,
-    count_steps,
-    largest_batch,
-    memory_of,
-    training_flops,
+from ptuning.train.memory.fit import (
+    FREE_SHARE,
+    Fit,
+    Workload,
+    choose_fit,
+    free_bytes,
+    memory_savers,
+    workload_of,
+    workload_size,
 )
-from ptuning.train.memory.recompute_run import choose_for_run, size_as_run
-from ptuning.train.memory.recomputing import FREE_SHARE, Choice, free_bytes, gpu_terms
 from ptuning.train.rows import Rows, load_rows
-from ptuning.train.settings import RunSettings, resolve_settings
+from ptuning.train.settings import resolve_settings
 
 NOT_FITTING = 3  # exit status
-NO_TIME = "not planned: the GPU is not in this machine, so nothing was measured"
+NO_TIME = "unknown: the GPU is not in this machine, so nothing was measured"
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that are timed
+# Share of the measured product's speed that a whole training step is assumed to reach
+# (docs/performance.md has what was measured), by device and bytes per element.
+TRAINING_SHARE = {("cpu", 4): 0.6, ("cpu", 2): 0.5, ("cuda", 4): 0.45, ("cuda", 2): 0.45}
+ANSWERING_SHARE = 0.4  # decoding is bound by memory bandwidth
+HOUR, DAY = 3600, 86400  # seconds
 
 
 class Situation(NamedTuple):
     """What a plan is made of."""
 
-    arguments: Arguments
-    settings: RunSettings
     rows: Rows
-    size: ModelSize
-    device: torch.device
+    fit: Fit
+    rows_per_step: int
+    max_steps: int  # 0 or less: epochs decide
+    epochs: float
+    passes: int  # over the rows to answer: 2 if the untouched base answers them too
+    max_length: int  # tokens that the base model was trained with
     process: int  # bytes that Python and its libraries hold; 0 where only the device counts
-    free: int  # bytes, before anything is loaded; of a CPU's, this process's part
-    product_flops: float | None  # per second; None where the GPU is not here
+    free: int  # bytes, before anything is loaded; on a CPU, this process's share
+    product_flops: float | None  # per second; None without the GPU
 
     @property
-    def on_cpu(self) -> bool:
-        """Whether the run computes on the CPU."""
-        return self.arguments.training.on_cpu
-
-    @property
-    def place(self) -> str:
-        """Where memory is free, in words."""
-        if self.product_flops is None:
-            return "the planned GPU"
-        return str(self.device)
+    def device(self) -> str:
+        """Name the device."""
+        return "the planned GPU" if self.product_flops is None else str(self.fit.workload.device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Take main.py's flags as they are."""
     parser.add_argument(
-        "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="main.py's flags, all of them"
+        "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="the flags of the run"
+    )
+    parser.epilog = (
+        "FLAGS are those of main.py, all of them: python main.py --help lists them, and README.md "
+        "has a table. Example: python -m ptuning plan --do_train --train_file train.json "
+        "--model_name_or_path THUDM/chatglm-6b --pre_seq_len 128 --output_dir output --gpu_memory 8"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan; 3 when it is not expected to fit, else 0."""
-    text, fits = make_plan(parse_arguments(arguments.flags))
+    """Print the plan; 3 if the run is not expected to fit, else 0."""
+    text, fits = make_plan(look(parse_arguments(arguments.flags)))
     sys.stdout.write(text)
     return 0 if fits else NOT_FITTING
 
 
-def make_plan(arguments: Arguments) -> tuple[str, bool]:
-    """Return the plan in words, and whether it fits."""
-    situation = look(arguments)
-    lines, fits = [], True
-    if arguments.training.gpu_memory is not None:
-        lines.append(f"planned for a GPU with {arguments.training.gpu_memory:.1f} GB")
-    if situation.rows.train is not None:
-        part, part_fits = plan_training(situation, situation.rows.train)
-        lines += part
-        fits &= part_fits
-    if situation.rows.test is not None:
-        part, part_fits = plan_answering(situation)
-        lines += part
-        fits &= part_fits
-    lines.append("Fits." if fits else "Does not fit: change one of the settings above.")
-    return "\n".join(lines) + "\n", fits
-
-
 def look(arguments: Arguments) -> Situation:
-    """Read configuration and rows, and time the device."""
+    """Read configuration and rows, time the device, and fit the run to its memory."""
     model, training = arguments.model, arguments.training
     hub = {
         "cache_dir": model.cache_dir,
@@ -126,66 +111,65 @@ def look(arguments: Arguments) -> Situation:
     name = str(model.model_name_or_path)
     info = None if model.ptuning_checkpoint is None else read_tuned_info(model.ptuning_checkpoint)
     settings = resolve_settings(vars(arguments.data), info.settings if info else {})
-    tokenizer = load_tokenizer(model.tokenizer_name or name, **hub)
-    rows = load_rows(arguments, settings, tokenizer)
-    device = training.device
-    is_here = training.on_cpu or device.type == "cuda"
+    rows = load_rows(arguments, settings, load_tokenizer(model.tokenizer_name or name, **hub))
+    workload = workload_of(arguments, max_target_length=settings.max_target_length)
+    device, target, on_cpu = workload.device, workload.memory_target, workload.on_cpu
+    is_here = on_cpu or device.type == "cuda"
     dtype = torch.float32
-    if training.tuning != "full":
+    if workload.tuning != FULL:
         # On most GPUs bfloat16 is chosen; float16 has the same size.
         dtype = choose_dtype(device, training.base_dtype or (None if is_here else "bfloat16"))
-    size = model_size(arguments, read_configuration(name, hub), dtype)
+    config = planned_config(arguments, hub)
+    size = workload_size(config, dtype, workload)
     flops = product_flops(device, dtype) if is_here else None
-    process = 0
-    if training.on_cpu:
-        import psutil
-
-        process = int(psutil.Process().memory_info().rss)
-    free = free_bytes(device, training.world_size, training.memory_target)
-    beside = beside_model(size, free, on_cpu=training.on_cpu)
-    size = size_as_run(size, dtype, training, rows.train, free=beside)
-    beside = beside_model(size, free, on_cpu=training.on_cpu)
-    settle_eval_rows(arguments, rows, settings, size, free=beside)
-    return Situation(arguments, settings, rows, size, device, process, free, flops)
-
-
-def beside_model(size: ModelSize, free: int, *, on_cpu: bool) -> int:
-    """Return the bytes that are left once the model, with what is trained, is there."""
-    return max(0, free - weight_bytes(size) - trained_bytes(size, with_prefix_in_use=on_cpu))
-
-
-def read_configuration(name: str, hub: Mapping[str, Any]) -> ChatGLMConfig:
-    """Read config.json of a directory, or of a hub model, of which nothing else is fetched."""
-    if Path(name).is_dir():
-        return read_config(Path(name))
-    from transformers.utils import cached_file
-
-    found = cached_file(name, CONFIG_FILE, **hub)
-    return read_config(Path(str(found)).parent)
-
-
-def model_size(arguments: Arguments, config: ChatGLMConfig, dtype: torch.dtype) -> ModelSize:
-    """Return the sizes, as the flags will have the base stored and tuned."""
-    model = arguments.model
-    stored = int(config.quantization_bit or 0)
-    embedding_bits = int(config.embedding_quantization_bit or 0)
-    prefix_length, projects = model.pre_seq_len or 0, bool(model.prefix_projection)
-    tuning = arguments.training.tuning or "ptuning"
-    if tuning == "ptuning" and model.ptuning_checkpoint:
-        path = Path(model.ptuning_checkpoint)
-        prefix_length, projects = prefix_shape(read_prefix_tensors(path), path)
-    return size_of(
-        config,
-        dtype_bytes=dtype.itemsize,
-        weight_bits=int(model.quantization_bit or stored),
-        embedding_bits=embedding_bits or (8 if model.quantize_embeddings else 0),
-        prefix_length=prefix_length,
-        projects_prefix=projects,
-        tuning=tuning,
-        lora_rank=model.lora_rank or 8,
-        lora_targets=tuple((model.lora_target_modules or "query_key_value").split(",")),
-        **gpu_terms(arguments.training.device, arguments.training.memory_target),
+    process = int(psutil.Process().memory_info().rss) if on_cpu else 0
+    free = free_bytes(device, workload.processes, target)
+    left = free - weight_bytes(size) - trained_bytes(size, with_prefix_in_use=on_cpu)
+    fit = choose_fit(
+        size,
+        workload,
+        free=max(0, left),
+        train=rows.train,
+        validation=rows.validation,
+        test=rows.test,
     )
+    return Situation(
+        rows=rows,
+        fit=fit,
+        rows_per_step=workload.train_batch * workload.accumulation * workload.processes,
+        max_steps=training.max_steps,
+        epochs=training.num_train_epochs,
+        passes=2 if arguments.data.compare_base else 1,
+        max_length=config.max_sequence_length,
+        process=process,
+        free=free,
+        product_flops=flops,
+    )
+
+
+def planned_config(arguments: Arguments, hub: Mapping[str, Any]) -> ChatGLMConfig:
+    """Read the base's config.json, and put in how the flags will have the base stored and tuned.
+
+    Of a hub model nothing else is fetched.
+    """
+    model = arguments.model
+    directory = Path(str(model.model_name_or_path))
+    if not directory.is_dir():
+        from transformers.utils import cached_file
+
+        found = cached_file(str(model.model_name_or_path), CONFIG_FILE, **hub)
+        directory = Path(str(found)).parent
+    config = read_config(directory)
+    config.quantization_bit = model.quantization_bit or config.quantization_bit
+    if model.quantize_embeddings and not config.embedding_quantization_bit:
+        config.embedding_quantization_bit = 8
+    config.pre_seq_len = model.pre_seq_len
+    config.prefix_projection = bool(model.prefix_projection)
+    if (arguments.training.tuning or PTUNING) == PTUNING and model.ptuning_checkpoint:
+        path = Path(model.ptuning_checkpoint)
+        shape = prefix_shape(read_prefix_tensors(path), path)
+        config.pre_seq_len, config.prefix_projection = shape
+    return config
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -202,152 +186,233 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * length**3 / best
 
 
-def run_shape(situation: Situation, choice: Choice | None = None) -> RunShape:
-    """Return what the flags say of the run's shape, and what was chosen for training."""
-    training, data = situation.arguments.training, situation.arguments.data
-    return RunShape(
-        batch_rows=training.per_device_train_batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        processes=training.world_size,
-        epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        recomputed_layers=choice.num_recomputed if choice else 0,
-        answer_rows=training.per_device_eval_batch_size,
-        new_tokens=data.val_max_target_length or situation.settings.max_target_length,
-        chunk_tokens=choice.chunk_tokens if choice else None,
-    )
+def make_plan(situation: Situation) -> tuple[str, bool]:
+    """Return the plan in words, and whether the run fits in memory."""
+    rows, fit = situation.rows, situation.fit
+    lines, fits = [], True
+    if fit.workload.memory_target is not None:
+        lines.append(f"planned for a GPU with {fit.workload.memory_target / 1e9:.1f} GB")
+    if rows.train is not None:
+        part, fits = plan_training(situation, rows.train)
+        lines += part
+    if rows.test is not None:
+        part, answering_fits = plan_answering(situation, rows.test)
+        lines += part
+        fits &= answering_fits
+    if fit.eval_line():
+        lines.append(fit.eval_line())
+    lines.append("Fits in memory." if fits else "Does not fit: change one of the settings above.")
+    return "\n".join(lines) + "\n", fits
 
 
 def plan_training(situation: Situation, rows: TokenDataset) -> tuple[list[str], bool]:
     """Return the lines on training, and whether it fits."""
-    training, size = situation.arguments.training, situation.size
-    lengths, contexts = rows.lengths, rows.arrays.context_lengths
-    batch = largest_batch(lengths, contexts, training.per_device_train_batch_size)
-    beside = beside_model(size, situation.free, on_cpu=situation.on_cpu)
-    choice = choose_for_run(training, size, rows, beside)
-    shape = run_shape(situation, choice)
-    steps = count_steps(len(rows), shape)
-    memory = memory_of(size, batch, shape, on_cpu=situation.on_cpu)
-    tokens, answers = int(lengths.sum()), int((lengths - contexts).sum())
-    share = steps.rows_per_step / len(rows)
+    fit, lengths, contexts = situation.fit, rows.lengths, rows.arrays.context_lengths
+    per_epoch = max(1, math.ceil(len(rows) / situation.rows_per_step))
+    steps = situation.max_steps
+    if steps <= 0:
+        steps = math.ceil(per_epoch * situation.epochs)
+    share = situation.rows_per_step / len(rows)
+    tokens, answers = share * int(lengths.sum()), share * int((lengths - contexts).sum())
     flops = training_flops(
-        size,
-        num_rows=steps.rows_per_step,
-        tokens=tokens * share,
-        answer_tokens=answers * share,
-        recomputed_layers=choice.num_recomputed,
+        fit.size,
+        num_rows=situation.rows_per_step,
+        tokens=tokens,
+        answer_tokens=answers,
+        checkpointed_layers=fit.checkpointed_layers,
     )
     lines = [
         "Training",
-        f"  tokens     {steps.rows_per_step} rows a step: {tokens * share:.0f} tokens on average, "
-        f"{(tokens - answers) * share:.0f} of prompts and {answers * share:.0f} of answers; no "
-        "padding is computed",
-        f"  steps      {steps.total}, {steps.per_epoch} an epoch: {steps.epochs:.2f} epochs",
-        *memory_lines(memory, situation),
-        f"  layers     {choice.describe()}",
-        f"  time       {training_time(speed_of(situation), flops, steps, shape)}",
+        f"  tokens     {situation.rows_per_step} rows per step: {tokens:.0f} tokens on average, "
+        f"{tokens - answers:.0f} of prompts and {answers:.0f} of answers, without padding",
+        *length_lines(lengths, situation.max_length),
+        f"  steps      {steps}, {per_epoch} per epoch: {steps / per_epoch:.2f} epochs",
+        *memory_lines(step_memory(fit, lengths, contexts), situation),
+        f"  layers     {fit.training_line()}",
+        f"  time       {training_time(situation, flops, steps)}",
     ]
-    if not choice.fits:
+    if not fit.fits:
+        halved = step_memory(fit, np.maximum(lengths // 2, 1), contexts // 2)
         lines += advice_lines(
-            advise_training(
-                size, lengths, contexts, shape, on_cpu=situation.on_cpu, available=situation.free
-            ),
             situation,
+            "training",
+            lambda fit: step_memory(fit, lengths, contexts),
+            [("--max_source_length and --max_target_length halved", halved)],
         )
-    return lines, choice.fits
+    return lines, fit.fits
 
 
-def training_time(speed: Speed | None, flops: float, steps: Steps, shape: RunShape) -> str:
-    """Say how long training takes, and from which numbers; flops are those of one step."""
-    if speed is None:
-        return NO_TIME
-    step_time_s = flops / shape.processes / (speed.product_flops * speed.training_share)
-    return (
-        f"{in_words(steps.total * step_time_s)}: {step_time_s:.2f} s a step of "
-        f"{flops / 1e9:.0f} GFLOP at {speed.training_share:.0%} (assumed) of the "
-        f"{speed.product_flops / 1e9:.0f} GFLOP/s measured in a product"
-    )
-
-
-def plan_answering(situation: Situation) -> tuple[list[str], bool]:
+def plan_answering(situation: Situation, rows: GenerationDataset) -> tuple[list[str], bool]:
     """Return the lines on answering and scoring, and whether it fits."""
-    rows, size = situation.rows.test, situation.size
-    assert rows is not None, "asked for only where there are rows to answer"
-    shape = run_shape(situation)
-    prompts = [int(length) for length in rows.lengths]
-    memory = answering_of(size, prompts, shape, on_cpu=situation.on_cpu)
-    passes = 2 if situation.arguments.data.compare_base else 1
-    flops = passes * answering_flops(
-        size, prompt_tokens=sum(prompts), new_tokens=len(prompts) * shape.new_tokens
+    fit, prompts = situation.fit, rows.lengths
+    new_tokens = fit.workload.new_tokens
+    memory = answer_memory(fit, prompts)
+    flops = situation.passes * answering_flops(
+        fit.size, prompt_tokens=int(prompts.sum()), new_tokens=len(prompts) * new_tokens
     )
     time_text = NO_TIME
-    speed = speed_of(situation)
-    if speed is not None:
-        time_s = flops / (speed.product_flops * speed.answering_share)
+    if situation.product_flops is not None:
+        time_s = flops / (situation.product_flops * ANSWERING_SHARE)
         time_text = (
-            f"at most {in_words(time_s)}, when no answer ends early, at "
-            f"{speed.answering_share:.0%} (assumed) of the product's speed"
+            f"at most {in_words(time_s, on_cpu=fit.workload.on_cpu)}, if no answer ends early, at "
+            f"{ANSWERING_SHARE:.0%} (assumed) of the product's speed"
         )
-    base = " with and without what was tuned" if passes == 2 else ""
+    base = " with and without what was tuned" if situation.passes == 2 else ""
     lines = [
         "Answering",
-        f"  tokens     {len(prompts)} prompts of {sum(prompts) / len(prompts):.1f} tokens, answers "
-        f"of at most {shape.new_tokens}{base}, {shape.answer_rows} rows at a time",
+        f"  tokens     {len(prompts)} prompts of {prompts.mean():.1f} tokens, answers of at most "
+        f"{new_tokens}{base}, {fit.eval_batch} rows at a time",
+        *length_lines(prompts + new_tokens, situation.max_length),
         *memory_lines(memory, situation),
         f"  time       {time_text}",
     ]
-    beside = max(0, situation.free - memory.weights - memory.trained)
-    fits = memory.cache + memory.working <= FREE_SHARE * beside
+    left = max(0, situation.free - memory.weights - memory.trained)
+    fits = memory.on_top <= FREE_SHARE * left
     if not fits:
-        lines += advice_lines(
-            advise_answering(size, prompts, shape, on_cpu=situation.on_cpu), situation
-        )
+        lines += advice_lines(situation, "answering", lambda fit: answer_memory(fit, prompts))
     return lines, fits
 
 
-def memory_lines(memory: TrainingMemory | AnsweringMemory, situation: Situation) -> list[str]:
-    """Say what is needed, part by part, beside what is free."""
-    parts = dict(memory.parts())
-    total = memory.total + situation.process
-    if situation.process:
-        parts = {"Python": situation.process, **parts}
-    shown = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
-    return [
-        f"  memory     {total / 1e9:.2f} GB at the peak: {shown}",
-        f"             {situation.free / 1e9:.2f} GB are free on {situation.place}; of what the "
-        f"model leaves, {FREE_SHARE:.0%} are planned with",
+def step_memory(fit: Fit, lengths: np.ndarray, contexts: np.ndarray) -> Memory:
+    """Return what a step on the largest batch holds as fitted."""
+    return training_memory(
+        fit.size,
+        largest_batch(lengths, contexts, fit.workload.train_batch),
+        checkpointed_layers=fit.checkpointed_layers,
+        accumulates=fit.workload.accumulation > 1,
+        chunk_tokens=fit.chunk_tokens,
+    )
+
+
+def answer_memory(fit: Fit, prompts: np.ndarray) -> Memory:
+    """Return what answering those prompts holds as fitted."""
+    return answering_memory(
+        fit.size, prompts.tolist(), num_rows=fit.eval_batch, new_tokens=fit.workload.new_tokens
+    )
+
+
+def advice_lines(
+    situation: Situation,
+    phase: str,
+    memory_of: Callable[[Fit], Memory],
+    more: Sequence[tuple[str, Memory]] = (),
+) -> list[str]:
+    """Say what each change that helps would need, those that fit first; more are further ones."""
+    fit, limit = situation.fit, FREE_SHARE * situation.free
+    now = memory_of(fit).total
+    found = [
+        (change.flags, memory_of(changed(fit, change.workload)))
+        for change in memory_savers(fit.settled_workload, phase)
     ]
-
-
-def advice_lines(advice: list[Advice], situation: Situation) -> list[str]:
-    """Say what each change would need."""
-    limit = FREE_SHARE * situation.free
+    totals = [(memory.total, flags) for flags, memory in (*found, *more) if memory.total < now]
     return [
         "  too much; each of these alone would need:",
         *(
-            f"    {(one.needed + situation.process) / 1e9:8.2f} GB  {one.flags}"
-            + (" (fits)" if one.needed <= limit else "")
-            for one in advice
+            f"    {(total + situation.process) / 1e9:8.2f} GB  {flags}"
+            + (" (fits)" if total <= limit else "")
+            for total, flags in sorted(totals, key=lambda one: one[0] > limit)
         ),
     ]
 
 
-def speed_of(situation: Situation) -> Speed | None:
-    """Return the measured product and the shares assumed for device and dtype; None unmeasured."""
-    if situation.product_flops is None:
-        return None
-    kind = "cuda"
-    if situation.on_cpu:
-        kind = "cpu-float32" if situation.size.dtype_bytes == 4 else "cpu-half"
-    return Speed(situation.product_flops, TRAINING_SHARE[kind])
+def changed(fit: Fit, workload: Workload) -> Fit:
+    """Return a fit to another workload, with the other choices as they are."""
+    asks_for_all = workload.checkpointing != fit.workload.checkpointing
+    return replace(
+        fit,
+        workload=workload,
+        size=replace(fit.size, weight_bits=workload.quantization_bit or 0),
+        checkpointed_layers=fit.size.num_layers if asks_for_all else fit.checkpointed_layers,
+        eval_batch=workload.eval_batch or fit.eval_batch,
+    )
 
 
-def in_words(time_s: float) -> str:
-    """Write a duration.
+def memory_lines(memory: Memory, situation: Situation) -> list[str]:
+    """Say what is needed, part by part, and what is free."""
+    parts = {
+        "Python": situation.process,
+        "weights": memory.weights,
+        "trained": memory.trained,
+        **memory.terms,
+    }
+    shown = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
+    return [
+        f"  memory     {sum(parts.values()) / 1e9:.2f} GB at the peak: {shown}",
+        f"             {situation.free / 1e9:.2f} GB are free on {situation.device}; of what the "
+        f"model leaves, {FREE_SHARE:.0%} are planned with",
+    ]
 
-    >>> in_words(42.4), in_words(754), in_words(9000)
-    ('42 s', '12.6 min', '2.5 h')
+
+def length_lines(lengths: np.ndarray, max_length: int) -> list[str]:
+    """Warn of rows that are longer than those the base model was trained with.
+
+    >>> length_lines(np.array([100, 3000]), 2048)[0][:72]
+    '  warning    1 of 2 rows are longer than the 2,048 tokens that the base '
+    >>> length_lines(np.array([100, 2048]), 2048)
+    []
     """
-    if time_s < 120:
-        return f"{time_s:.0f} s"
-    return f"{time_s / 60:.1f} min" if time_s < 7200 else f"{time_s / 3600:.1f} h"
+    count = int((lengths > max_length).sum())
+    if not count:
+        return []
+    return [
+        f"  warning    {count:,} of {len(lengths):,} rows are longer than the {max_length:,} "
+        f"tokens that the base model was trained with, {int(lengths.max()):,} at most: expect poor "
+        "answers to them, or lower --max_source_length or --max_target_length"
+    ]
+
+
+def training_time(situation: Situation, flops: float, steps: int) -> str:
+    """Say how long training takes, and from which numbers; flops are those of one step."""
+    workload, speed = situation.fit.workload, situation.product_flops
+    if speed is None:
+        return NO_TIME
+    share = TRAINING_SHARE[workload.device.type, situation.fit.size.unit]
+    step_time_s = flops / workload.processes / (speed * share)
+    return (
+        f"{in_words(steps * step_time_s, on_cpu=workload.on_cpu)}: {step_time_s:.2f} s per step of "
+        f"{flops / 1e9:.0f} GFLOP at {share:.0%} (assumed) of the {speed / 1e9:.0f} GFLOP/s "
+        "measured in a product"
+    )
+
+
+def in_words(time_s: float, *, on_cpu: bool) -> str:
+    """Write a duration, with the advice that belongs to days on a CPU.
+
+    >>> [in_words(time_s, on_cpu=False) for time_s in (42.4, 754, 9000)]
+    ['42 s', '12.6 min', '2.5 h']
+    >>> in_words(457.4 * HOUR, on_cpu=True)
+    '19 days (use a GPU)'
+    """
+    if time_s >= 2 * DAY:
+        return f"{time_s / DAY:.0f} days{' (use a GPU)' if on_cpu else ''}"
+    if time_s >= 2 * HOUR:
+        return f"{time_s / HOUR:.1f} h"
+    return f"{time_s:.0f} s" if time_s < 120 else f"{time_s / 60:.1f} min"
+
+
+def training_flops(
+    size: ModelSize,
+    *,
+    num_rows: float,
+    tokens: float,
+    answer_tokens: float,
+    checkpointed_layers: int = 0,
+) -> float:
+    """Return the FLOPs of one step: forward, input gradients, and checkpointed layers once more.
+
+    Full fine-tuning adds the weights' gradients.
+    """
+    layers, hidden = size.num_layers, size.hidden_size
+    linear = 2 * size.layer_weights * tokens
+    keys = size.prefix_length + tokens / max(num_rows, 1)
+    attention = 4 * tokens * keys * hidden * layers
+    head = 2 * answer_tokens * hidden * size.vocab_size
+    weight_gradients = linear + head if size.tuning == FULL else 0
+    again = (linear + attention) * checkpointed_layers / layers
+    return 2 * (linear + head) + 3 * attention + weight_gradients + again
+
+
+def answering_flops(size: ModelSize, *, prompt_tokens: float, new_tokens: float) -> float:
+    """Return the FLOPs of prefill and decoding, attention left out."""
+    head = 2 * new_tokens * size.hidden_size * size.vocab_size
+    return 2 * size.layer_weights * (prompt_tokens + new_tokens) + head

@@ -2,9 +2,10 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,10 +13,13 @@ from ptuning.__main__ import main
 from ptuning.commands import plan
 from ptuning.model.config import ChatGLMConfig
 from ptuning.nano.paths import NANO_DIR
-from ptuning.train.memory.memory_model import Batch, size_of
-from ptuning.train.memory.plan import RunShape, advise_training, answering_flops, training_flops
+from ptuning.train.memory.estimate import Batch, size_of
+from ptuning.train.memory.fit import Fit, Workload
+from ptuning.train.rows import Rows
+from tests.train.memory_rows import prompts, training_rows
 
 NUM_ROWS = 40
+SIZE = size_of(ChatGLMConfig(), torch.bfloat16, on_cpu=False, prefix_length=128)
 
 
 @pytest.fixture
@@ -45,26 +49,24 @@ def test_a_run_that_fits_is_planned_without_weights(
 ) -> None:
     assert main(["plan", *flags]) == 0
     text = capsys.readouterr().out
-    assert "steps      10, 5 an epoch: 2.00 epochs" in text
-    assert "no layer is recomputed" in text
+    assert "steps      10, 5 per epoch: 2.00 epochs" in text
+    assert "Gradient checkpointing: none of 4 layers" in text
     assert f"{NUM_ROWS} prompts of" in text
     assert "64 rows at a time" in text  # what a run on a CPU takes by itself
-    assert text.endswith("Fits.\n")
+    assert text.endswith("Fits in memory.\n")
 
 
 def test_a_run_that_does_not_fit_names_settings_with_their_numbers_and_ends_with_3(
     flags: list[str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO")
     monkeypatch.setattr(plan, "free_bytes", lambda *_: 6_000_000)
     assert main(["plan", *flags]) == plan.NOT_FITTING == 3
     text = capsys.readouterr().out
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 2" in text
     assert "GB  --quantization_bit 4" in text
-    assert "Answering and validating 8 rows at a time, as 64 need more than" in caplog.text
+    assert "Evaluation batch size: 8 rows; 64 need more than the 0.0 GB" in text
     assert "Does not fit" in text
 
 
@@ -72,10 +74,8 @@ def test_a_gpu_that_is_not_here_is_planned_without_a_time(
     flags: list[str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A GPU's dtype and no packed copies; the flags are those of a run there."""
-    caplog.set_level("INFO")
+    """A GPU's dtype and no prepacked weights; the flags are those of a run there."""
     monkeypatch.setattr(plan, "product_flops", lambda *_: pytest.fail("there is nothing to time"))
     assert main(["plan", *flags, "--gpu_memory", "8"]) == 0
     text = capsys.readouterr().out
@@ -85,14 +85,14 @@ def test_a_gpu_that_is_not_here_is_planned_without_a_time(
     assert "64 rows at a time" in text
     assert text.count(f"  time       {plan.NO_TIME}\n") == 2
     situation = plan.look(plan.parse_arguments([*flags, "--gpu_memory", "8"]))
-    size = situation.size
-    assert (size.dtype_bytes, size.packs, situation.on_cpu) == (2, False, False)
+    size = situation.fit.size
+    assert (size.unit, size.prepacked, size.on_cpu) == (2, False, False)
 
     assert main(["plan", *flags, "--gpu_memory", "0.01"]) == 3
     text = capsys.readouterr().out
     assert "it may not fit" in text
     assert "GB  --quantization_bit 4" in text
-    assert "Answering and validating 8 rows at a time, as 64 need more than" in caplog.text
+    assert "Evaluation batch size: 8 rows; 64 need more than the 0.0 GB" in text
 
 
 def test_the_published_model_is_planned_for_a_small_gpu(
@@ -118,36 +118,86 @@ def test_wrong_flags_are_one_line_and_help_names_the_command(
     assert capsys.readouterr().err.startswith("ptuning plan: unknown flags: --nonsense")
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
-    assert "python -m ptuning plan" in capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
+    assert "python -m ptuning plan" in text
+    assert "python main.py --help lists them" in text
 
 
 def test_useful_work_is_that_of_the_written_arithmetic() -> None:
     """docs/performance.md: 2NT forward and 2NT back, attention three times, the head twice."""
-    size = size_of(ChatGLMConfig(), dtype_bytes=2, prefix_length=128)
+    size = SIZE
     weights = 12 * 4096**2 * 28
     assert size.layer_weights == weights
     attention = 3 * 4 * 100 * (128 + 100) * 4096 * 28
     head = 2 * 2 * 60 * 4096 * 130528
-    flops = training_flops(size, num_rows=1, tokens=100, answer_tokens=60)
+    flops = plan.training_flops(size, num_rows=1, tokens=100, answer_tokens=60)
     assert flops == pytest.approx(4 * weights * 100 + attention + head)
-    again = training_flops(size, num_rows=1, tokens=100, answer_tokens=60, recomputed_layers=14)
+    again = plan.training_flops(
+        size, num_rows=1, tokens=100, answer_tokens=60, checkpointed_layers=14
+    )
     assert again - flops == pytest.approx((2 * weights * 100 + attention / 3) / 2)
-    answering = answering_flops(size, prompt_tokens=40, new_tokens=60)
+    answering = plan.answering_flops(size, prompt_tokens=40, new_tokens=60)
     assert answering == 2 * weights * 100 + 2 * 60 * 4096 * 130528
 
 
+def planned(**how: Any) -> plan.Situation:
+    """Return a plan's situation with ChatGLM-6B on a GPU with 16 GB."""
+    situation = plan.Situation(
+        rows=Rows(None, None, None),
+        fit=Fit(Workload(torch.device("cuda"), train_batch=16, eval_batch=8), SIZE, 0, needed=1),
+        rows_per_step=16,
+        max_steps=0,
+        epochs=3.0,
+        passes=1,
+        max_length=2048,
+        process=0,
+        free=16 * 10**9,
+        product_flops=1e12,
+    )
+    return situation._replace(**how)
+
+
 def test_advice_needs_less_and_what_fits_comes_first() -> None:
-    size = size_of(ChatGLMConfig(), dtype_bytes=2, prefix_length=128)
-    shape = RunShape(16, 1, 1, 3.0, 0, 0, 8, 64)
-    lengths, contexts = np.full(100, 128), np.full(100, 64)
-    available = 12 * 10**9
-    advice = advise_training(size, lengths, contexts, shape, on_cpu=False, available=available)
-    fitting = [one.needed <= 0.9 * available for one in advice]
+    lines, fits = plan.plan_training(planned(), training_rows([128] * 100, num_answer_tokens=64))
+    assert not fits
+    advice = lines[lines.index("  too much; each of these alone would need:") + 1 :]
+    peak = float(re.findall(r"memory     ([\d.]+) GB", "\n".join(lines))[0])
+    assert all(float(line.split()[0]) < peak for line in advice)
+    fitting = [line.endswith("(fits)") for line in advice]
     assert fitting == sorted(fitting, reverse=True)
-    assert {one.flags for one in advice} >= {
+    assert set(fitting) == {True, False}
+    for flags in (
+        "--per_device_train_batch_size 8 --gradient_accumulation_steps 2",
         "--gradient_checkpointing true",
+        "--quantization_bit 8",
         "--quantization_bit 4",
-    }
+        "--max_source_length and --max_target_length halved",
+    ):
+        assert any(flags in line for line in advice), flags
+
+
+def test_rows_beyond_the_base_models_length_are_warned_of() -> None:
+    rows = training_rows([100, 3000], num_answer_tokens=50)
+    text = "\n".join(plan.plan_training(planned(), rows)[0])
+    assert "1 of 2 rows are longer than the 2,048 tokens" in text
+    assert "3,000 at most" in text
+    assert "warning" not in "\n".join(plan.plan_training(planned(max_length=3000), rows)[0])
+    workload = Workload(torch.device("cuda"), new_tokens=1000)
+    situation = planned(fit=Fit(workload, SIZE, 0))
+    text = "\n".join(plan.plan_answering(situation, prompts(5, 1049))[0])
+    assert "5 of 5 rows are longer than the 2,048 tokens" in text
+    text = "\n".join(plan.plan_answering(situation, prompts(5, 1048))[0])
+    assert "warning" not in text
+
+
+@pytest.mark.parametrize(("device", "note"), [("cpu", " (use a GPU)"), ("cuda", "")])
+def test_days_are_printed_as_days(device: str, note: str) -> None:
+    size = replace(SIZE, on_cpu=device == "cpu")
+    fit = Fit(Workload(torch.device(device), train_batch=16), size, 0)
+    rows = training_rows([128] * 114599, num_answer_tokens=64)
+    lines = plan.plan_training(planned(fit=fit), rows)[0]
+    (line,) = [line for line in lines if line.startswith("  time")]
+    assert re.match(rf"  time       \d+ days{re.escape(note)}: \d+\.\d\d s per step", line)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import can_pack, pack_weights_
 from ptuning.model.packed_copies import pack_where_roomy
 from ptuning.model.quantization.conversion import quantize_model_
-from ptuning.train.memory.memory_model import (
+from ptuning.train.memory.estimate import (
     Batch,
     ModelSize,
     activation_bytes,
@@ -24,8 +24,8 @@ from ptuning.train.memory.memory_model import (
     training_memory,
     weight_bytes,
 )
-from ptuning.train.memory.packed_size import size_as_packed
-from ptuning.train.memory.recomputing import Choice, choose_recomputed
+from ptuning.train.memory.fit import Fit, Workload, choose_fit
+from tests.train.memory_rows import training_rows
 
 PROMPTS, ANSWERS = (30, 21, 9), (40, 33, 50)
 LENGTHS = tuple(p + a for p, a in zip(PROMPTS, ANSWERS, strict=True))
@@ -101,8 +101,14 @@ def kept_bytes(model: ChatGLMForConditionalGeneration, run: Callable[[], object]
     return sum(storages.values())
 
 
-def size_in(model: ChatGLMForConditionalGeneration, **how: object) -> ModelSize:
-    return size_of(model.config, dtype_bytes=model.dtype.itemsize, prefix_length=16, **how)
+def size_in(
+    model: ChatGLMForConditionalGeneration, *, on_cpu: bool = True, **how: object
+) -> ModelSize:
+    return size_of(model.config, model.dtype, on_cpu=on_cpu, prefix_length=16, **how)
+
+
+def published_size(dtype: torch.dtype, *, on_cpu: bool = False, **how: object) -> ModelSize:
+    return size_of(ChatGLMConfig(), dtype, on_cpu=on_cpu, prefix_length=128, **how)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
@@ -121,7 +127,7 @@ def test_a_layer_keeps_what_the_arithmetic_says(
     for num_layers in (3, 5):
         model = build(dtype, num_layers=num_layers)
         kept.append(kept_bytes(model, lambda model=model: model(**batch).loss))
-        expected.append(activation_bytes(size_in(model), BATCH, on_cpu=on_cpu))
+        expected.append(activation_bytes(size_in(model, on_cpu=on_cpu), BATCH))
         if not on_cpu:
             mask_entries = num_layers * len(LENGTHS) * 2 * 16 * SIZES["hidden_size"]
             expected[-1] += mask_entries * (dtype.itemsize - 1)
@@ -149,35 +155,42 @@ def test_packed_copies_are_counted_to_the_byte_and_only_where_there_is_room(
         quantize_model_(model, bits)
     plain = size_in(model, weight_bits=bits)
     free = 4 * packed_bytes(plain)  # a quarter may be taken
-    assert not size_as_packed(plain, dtype, free=free - 4).packs
-    size = size_as_packed(plain, dtype, free=free)
+    workload = Workload(torch.device("cpu"))
+    assert not choose_fit(plain, workload, free=free - 4).size.prepacked
+    size = choose_fit(plain, workload, free=free).size
+    compiled = choose_fit(plain, replace(workload, compiles=True), free=free).size
+    assert not compiled.prepacked, "a compiler has products of its own"
     taken = pack_weights_(model, room_bytes=packed_bytes(plain))
     assert weight_bytes(size) - weight_bytes(plain) == taken
-    assert size.packs == bool(taken) == (can_pack(dtype) and not bits)
+    assert size.prepacked == bool(taken) == (can_pack(dtype) and not bits)
     assert pack_where_roomy(model) == taken
     assert packed_bytes(size_in(model, tuning="full")) == 0, "what is trained is not packed"
 
 
 @pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch was built without oneDNN")
 @pytest.mark.parametrize("wanted", ["auto", "false"])
-def test_packed_copies_cost_no_recomputed_layer_and_no_run(wanted: str) -> None:
-    """However much is free, the choice beside the copies is the one without them."""
+def test_packed_copies_cost_no_checkpointed_layer_and_no_run(wanted: str) -> None:
+    """However much is free, the choice next to the copies is the one without them."""
     size = size_in(build(torch.float32, num_layers=8))
-    batch = Batch((60, 50, 40) * 8, 300)
+    rows = training_rows((60, 50, 40) * 8, num_answer_tokens=12)
+    workload = Workload(torch.device("cpu"), train_batch=24, checkpointing=wanted)
     copies = packed_bytes(size)
 
-    def choose(free: int) -> Choice:
-        return choose_recomputed(wanted, size, batch, free=free, on_cpu=True, accumulates=False)
+    def choose(free: int) -> Fit:
+        return choose_fit(size, workload, free=free, train=rows)
 
-    packing = []
+    without = replace(workload, compiles=True)
+    prepacked = []
     most = 2 * choose(0).needed_without
     for free in range(4 * copies, 4 * copies + most, most // 200):
-        packs = size_as_packed(size, torch.float32, free=free, choose=choose).packs
-        beside = choose(free - copies)
-        assert not packs or (beside.fits and beside.num_recomputed == choose(free).num_recomputed)
-        packing.append(packs)
-    assert packing[-1], "there is room for everything"
-    assert packing.count(False), "there is not: the copies would take what a step needs"
+        fit = choose(free)
+        plain = choose_fit(size, without, free=free, train=rows)
+        assert fit.checkpointed_layers == plain.checkpointed_layers
+        assert fit.free == free - copies * fit.size.prepacked
+        assert fit.fits or not fit.size.prepacked
+        prepacked.append(fit.size.prepacked)
+    assert prepacked[-1], "there is room for everything"
+    assert prepacked.count(False), "there is not: the copies would take what a step needs"
 
 
 @pytest.mark.parametrize("project", [False, True])
@@ -191,12 +204,11 @@ def test_trained_parameters_are_counted(project: bool) -> None:
     assert size_in(model, tuning="full").trained == everything
 
 
-def test_recomputing_layers_saves_until_the_recomputed_one_is_the_peak() -> None:
-    size = size_in(build(torch.float32, num_layers=8))
+def test_checkpointing_saves_until_the_recomputed_layer_is_the_peak() -> None:
+    model = build(torch.float32, num_layers=8)
     for on_cpu in (False, True):
-        totals = [
-            training_memory(size, BATCH, on_cpu=on_cpu, recomputed_layers=n).total for n in range(9)
-        ]
+        size = size_in(model, on_cpu=on_cpu)
+        totals = [training_memory(size, BATCH, checkpointed_layers=n).total for n in range(9)]
         # From one on: on a CPU the first brings what the heap holds back with it.
         assert totals[1:5] == sorted(totals[1:5], reverse=True)
         assert min(totals) < 0.8 * totals[0]
@@ -208,23 +220,21 @@ def test_a_step_on_a_gpu_is_planned_within_3_percent_of_fake_cuda(
 ) -> None:
     rows = FAKE_ROWS[num_rows]
     batch = Batch(tuple(map(sum, rows)), sum(answer for _, answer in rows))
-    size = size_of(ChatGLMConfig(), dtype_bytes=2, weight_bits=bits, prefix_length=128)
+    size = published_size(torch.bfloat16, weight_bits=bits)
     for count, peak in zip(FAKE_LAYERS, FAKE_PEAKS[bits, num_rows, chunk_tokens], strict=True):
-        plan = training_memory(
-            size, batch, on_cpu=False, recomputed_layers=count, chunk_tokens=chunk_tokens
-        )
+        plan = training_memory(size, batch, checkpointed_layers=count, chunk_tokens=chunk_tokens)
         assert plan.total / 1e9 == pytest.approx(peak, rel=0.03), count
 
 
 def test_what_products_need_on_a_gpu_is_counted_where_they_need_it() -> None:
     """cuBLAS's workspace always; the dequantised block from 257 tokens on, for quantised weights."""
     few, more, many = Batch((256,), 64), Batch((257,), 64), Batch((2000,), 64)
-    size = size_of(ChatGLMConfig(), dtype_bytes=2, weight_bits=4, prefix_length=128)
+    size = published_size(torch.bfloat16, weight_bits=4)
     half = replace(size, block_bytes=size.block_bytes // 2)
 
     def total(size: ModelSize, batch: Batch) -> int:
         # All layers but one checkpointed, so that the peak is that of a layer's products.
-        return training_memory(size, batch, on_cpu=False, recomputed_layers=27).total
+        return training_memory(size, batch, checkpointed_layers=27).total
 
     with_workspace = replace(size, workspace_bytes=1000)
     assert total(with_workspace, few) - total(size, few) == 1000
@@ -239,18 +249,18 @@ def test_what_products_need_on_a_gpu_is_counted_where_they_need_it() -> None:
 
 def test_the_published_size_in_int4_holds_what_was_measured_on_a_processor() -> None:
     """docs/memory.md: 4.97 GB of weights in float32, 3.89 GB in bfloat16."""
-    for dtype_bytes, gigabytes in ((4, 4.97), (2, 3.89)):
-        size = size_of(ChatGLMConfig(), dtype_bytes=dtype_bytes, weight_bits=4, prefix_length=128)
+    for dtype, gigabytes in ((torch.float32, 4.97), (torch.bfloat16, 3.89)):
+        size = published_size(dtype, on_cpu=True, weight_bits=4)
         assert weight_bytes(size) / 1e9 == pytest.approx(gigabytes, abs=0.01)
 
 
 def test_a_cache_grows_with_rows_and_columns_and_answering_holds_it() -> None:
-    size = size_of(ChatGLMConfig(), dtype_bytes=2, prefix_length=128)
+    size = published_size(torch.bfloat16)
     assert cache_bytes(size, 1, 1) == 2 * 28 * 4096 * 2
-    few = answering_memory(size, [64] * 100, num_rows=8, new_tokens=64, on_cpu=False)
-    many = answering_memory(size, [64] * 100, num_rows=64, new_tokens=64, on_cpu=False)
-    assert many.cache == 8 * few.cache == cache_bytes(size, 64, 128)
-    assert (
-        answering_memory(size, [64], num_rows=8, new_tokens=64, on_cpu=False).cache
-        == few.cache // 8
-    )
+
+    def cache(prompts: list[int], num_rows: int) -> int:
+        return answering_memory(size, prompts, num_rows=num_rows, new_tokens=64).terms["KV cache"]
+
+    few = cache([64] * 100, 8)
+    assert cache([64] * 100, 64) == 8 * few == cache_bytes(size, 64, 128)
+    assert cache([64], 8) == few // 8

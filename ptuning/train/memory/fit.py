@@ -1,0 +1,449 @@
+"""Fit a run to the free memory: layers to checkpoint, chunks of the loss, prepacking, eval batch.
+
+`choose_fit` decides from sizes alone, so that `python -m ptuning plan` and the run agree;
+`fit_to_memory` reads the sizes and the free memory of a loaded model, and `apply_fit` sets it up.
+A checkpointed layer keeps its input alone: memory falls, and the layer's forward pass is computed
+again. The first layers are checkpointed, because the activations of the later ones are gone by the
+time that they are recomputed.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ptuning.data.dataset import GenerationDataset, TokenDataset
+from ptuning.model.adapter import DEFAULT_TARGETS
+from ptuning.model.backbone import ChatGLMModel
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.config import ChatGLMConfig
+from ptuning.model.layer import Layer
+from ptuning.model.linear import can_pack, pack_weights_
+from ptuning.model.packed_copies import PACKING_SHARE
+from ptuning.model.quantization.backends.blockwise import block_bytes, device_block_bytes
+from ptuning.model.tuned import FULL, PTUNING
+from ptuning.train.flags import Arguments
+from ptuning.train.memory.estimate import (
+    ADAM_BYTES,
+    FLOAT32,
+    HEAP_BLOCK,
+    ModelSize,
+    answering_memory,
+    forms_chunks,
+    largest_batch,
+    packed_bytes,
+    size_of,
+    training_memory,
+    validation_bytes,
+)
+from ptuning.train.processes.processes import gather
+from ptuning.train.tunings.lora import RANK
+
+FREE_SHARE = 0.9  # of free memory is planned with; allocators lose the rest to fragmentation
+# Tokens per chunk of the loss on a GPU where memory is short. Every chunk reads the output head in
+# the forward and the backward pass: for a row of 64 answer tokens, chunks of 16 cost about as much
+# as four checkpointed layers, and smaller ones save next to nothing.
+SMALLER_CHUNKS = (256, 128, 64, 32, 16)
+# A decoding step's time is reading the weights until many rows share it: on a CPU 64 rows are about
+# ten times as fast as one (docs/performance.md). Each row has a KV cache of its own, though: 64
+# rows of 128 tokens take 7.5 GB in ChatGLM-6B in float32.
+MOST_EVAL_ROWS = 64
+LEAST_EVAL_ROWS = 8  # transformers' own default
+# cuBLAS's workspace, as PyTorch allocates it: parseChosenWorkspaceSize in
+# https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/cuda/CublasHandlePool.cpp
+HOPPER = 9  # major compute capability
+HOPPER_WORKSPACE, OTHER_WORKSPACE = 8 * 4096 * 1024, (2 * 4096 + 8 * 16) * 1024
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
+LARGE_BLOCK_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What decides a run's memory; batch sizes in rows per device, memory_target in bytes."""
+
+    device: torch.device
+    processes: int = 1
+    memory_target: int | None = None  # --gpu_memory; None: all that is free
+    train_batch: int = 1
+    accumulation: int = 1
+    eval_batch: int | None = None  # None: as many as fit, from 8 to 64
+    checkpointing: str = "auto"  # or "true", "false"
+    checkpoint_layers: int | None = None  # None: as many as `checkpointing` says
+    new_tokens: int = 0  # of the longest answer
+    num_beams: int = 1
+    tuning: str = "ptuning"  # or "lora", "full"
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
+    quantization_bit: int | None = None
+    compiles: bool = False  # with a compiler back end that was asked for
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the memory is a CPU's; a target means a GPU, even one that is not here."""
+        return self.device.type == "cpu" and self.memory_target is None
+
+
+class Change(NamedTuple):
+    """Flags that save memory by themselves, why or at what price, and the workload with them."""
+
+    flags: str
+    note: str
+    workload: Workload
+
+
+def memory_savers(workload: Workload, phase: str) -> Iterator[Change]:
+    """Yield changes that need less memory, cheapest first, without what is in use already.
+
+    phase is "training", "validating", "answering" or "loading the base". A smaller training batch
+    keeps the rows per step.
+
+    >>> workload = Workload(torch.device("cpu"), train_batch=5, accumulation=3, tuning="full")
+    >>> next(memory_savers(workload, "training"))[:2]
+    ('--per_device_train_batch_size 1 --gradient_accumulation_steps 15', 'now 5 x 3; the same 15 rows per step')
+    """  # noqa: E501
+    batch, steps, bits = workload.train_batch, workload.accumulation, workload.quantization_bit
+    if phase == "training" and batch > 1:
+        rows = batch * steps
+        smaller = next(n for n in range(batch // 2, 0, -1) if rows % n == 0)
+        less = replace(workload, train_batch=smaller, accumulation=rows // smaller)
+        flags = f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps"
+        note = f"now {batch} x {steps}; the same {rows} rows per step"
+        yield Change(f"{flags} {less.accumulation}", note, less)
+    if phase == "training" and workload.checkpointing != "true":
+        all_layers = replace(workload, checkpointing="true", checkpoint_layers=None)
+        note = "less memory, about a third more time"
+        yield Change("--gradient_checkpointing true", note, all_layers)
+    eval_batch = workload.eval_batch or MOST_EVAL_ROWS
+    if phase in ("validating", "answering") and eval_batch > 1:
+        less = replace(workload, eval_batch=eval_batch // 2)
+        yield Change(f"--per_device_eval_batch_size {less.eval_batch}", f"now {eval_batch}", less)
+    for smaller, share in ((8, "half"), (4, "a quarter")):
+        if workload.tuning != FULL and (not bits or smaller < bits):
+            now = f"now {bits} bits" if bits else "now off"
+            note = f"the frozen base in {share} of 16 bits; {now}"
+            less = replace(workload, quantization_bit=smaller)
+            yield Change(f"--quantization_bit {smaller}", note, less)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a run was fitted to its memory; all figures are bytes, layers or rows."""
+
+    workload: Workload
+    size: ModelSize  # with `prepacked` as chosen
+    free: int  # next to the loaded model and its prepacked weights
+    checkpointed_layers: int = 0
+    chunk_tokens: int | None = None  # per chunk of the loss; None: the device's default
+    needed: int = 0  # by a training step on top of the model; 0 without training
+    needed_without: int = 0  # with no layer checkpointed and the device's default chunk
+    eval_batch: int = MOST_EVAL_ROWS
+    eval_free: int = 0  # what validation and answering may use
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains."""
+        return self.needed > 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether a training step is expected to fit."""
+        return self.needed <= FREE_SHARE * self.free
+
+    @property
+    def settled_workload(self) -> Workload:
+        """The workload with the eval batch that was chosen and the model's quantisation."""
+        bits = self.size.weight_bits or None
+        return replace(self.workload, eval_batch=self.eval_batch, quantization_bit=bits)
+
+    def training_line(self) -> str:
+        """Say how training was fitted, and from which numbers.
+
+        >>> size = size_of(ChatGLMConfig(), torch.float32, on_cpu=True)
+        >>> fit = Fit(Workload(torch.device("cpu")), size, 20 * 10**9, needed=4 * 10**9)
+        >>> fit.training_line()
+        'Gradient checkpointing: none of 28 layers; a step needs 4.00 GB on top of the model, 20.00 GB are free'
+        """  # noqa: E501
+        num_layers = self.size.num_layers
+        named = {0: f"none of {num_layers}", num_layers: f"all {num_layers}"}
+        count = named.get(self.checkpointed_layers, f"{self.checkpointed_layers} of {num_layers}")
+        chunk = without = ""
+        if self.chunk_tokens is not None:
+            chunk = f", the loss in chunks of {self.chunk_tokens} tokens"
+        if self.checkpointed_layers or self.chunk_tokens is not None:
+            without = f" ({self.needed_without / 1e9:.2f} GB without)"
+        text = (
+            f"Gradient checkpointing: {count} layers{chunk}; a step needs {self.needed / 1e9:.2f} "
+            f"GB on top of the model{without}, {self.free / 1e9:.2f} GB are free"
+        )
+        return text if self.fits else f"{text}: it may not fit"
+
+    def eval_line(self) -> str:
+        """Say which evaluation batch size was chosen; "" where it was given, or is the largest."""
+        if self.workload.eval_batch is not None or self.eval_batch == MOST_EVAL_ROWS:
+            return ""
+        return (
+            f"Evaluation batch size: {self.eval_batch} rows; {MOST_EVAL_ROWS} need more than the "
+            f"{self.eval_free / 1e9:.1f} GB that are free. --per_device_eval_batch_size overrides "
+            "this."
+        )
+
+    def lines(self) -> list[str]:
+        """Return what a run prints."""
+        training = [self.training_line()] if self.trains else []
+        return training + ([self.eval_line()] if self.eval_line() else [])
+
+
+def fit_to_memory(
+    model: ChatGLMForConditionalGeneration,
+    workload: Workload,
+    *,
+    train: TokenDataset | None = None,
+    validation: TokenDataset | None = None,
+    test: GenerationDataset | None = None,
+) -> Fit:
+    """Choose for a model that is loaded, with what is tuned attached; all processes agree.
+
+    The datasets are those to train on, to validate on and to answer, None without that part. Put
+    the model on its device first: the free memory is read here, once.
+    """
+    size = workload_size(model.config, model.dtype, workload)
+    free = free_bytes(workload.device, workload.processes, workload.memory_target)
+    ranks = gather((free, size))
+    free, size = min(free for free, _ in ranks), ranks[0][1]
+    return choose_fit(size, workload, free=free, train=train, validation=validation, test=test)
+
+
+def workload_size(config: ChatGLMConfig, dtype: torch.dtype, workload: Workload) -> ModelSize:
+    """Return the sizes of a model with this config.json and base dtype on the workload's device."""
+    return size_of(
+        config,
+        dtype,
+        on_cpu=workload.on_cpu,
+        tuning=workload.tuning,
+        lora_rank=workload.lora_rank,
+        lora_targets=workload.lora_targets,
+        **gpu_terms(workload.device, workload.memory_target),
+    )
+
+
+def choose_fit(
+    size: ModelSize,
+    workload: Workload,
+    *,
+    free: int,
+    train: TokenDataset | None = None,
+    validation: TokenDataset | None = None,
+    test: GenerationDataset | None = None,
+) -> Fit:
+    """Choose from a model's sizes and `free`, the bytes next to the loaded model.
+
+    Prepacked weights take at most a quarter of `free`. They save a few per cent of a training step
+    and a checkpointed layer costs more, so they may neither add one nor leave a step too little.
+    """
+    fit = _fit_training(size, workload, train, free)
+    copies = packed_bytes(size)
+    may_prepack = workload.on_cpu and not workload.compiles and can_pack(size.dtype)
+    if may_prepack and 0 < copies <= PACKING_SHARE * free:
+        prepacked = _fit_training(replace(size, prepacked=True), workload, train, free - copies)
+        if prepacked.fits and prepacked.checkpointed_layers == fit.checkpointed_layers:
+            fit = prepacked
+    eval_free = fit.free
+    if train is not None:  # its gradients and optimizer state are still to come
+        eval_free = max(0, eval_free - size.trained * (FLOAT32 + ADAM_BYTES))
+    needed = partial(_evaluation_bytes, size, workload, validation, test)
+    eval_batch = workload.eval_batch or MOST_EVAL_ROWS
+    if workload.eval_batch is None:
+        while eval_batch > LEAST_EVAL_ROWS and needed(eval_batch) > FREE_SHARE * eval_free:
+            eval_batch //= 2
+    return replace(fit, eval_batch=eval_batch, eval_free=eval_free)
+
+
+def _fit_training(
+    size: ModelSize, workload: Workload, train: TokenDataset | None, free: int
+) -> Fit:
+    """Choose the checkpointed layers and the loss's chunk.
+
+    Auto takes the first that fits, or else what needs the least: no layer; no layer and a smaller
+    chunk of the loss; then one layer, two layers and so on, each with the chunk size that needs the
+    least memory. A fixed number of layers leaves only the chunk to choose.
+    """
+    if train is None:
+        return Fit(workload, size, free)
+    batch = largest_batch(train.lengths, train.arrays.context_lengths, workload.train_batch)
+
+    @cache
+    def needed(count: int, chunk: int | None) -> int:
+        return training_memory(
+            size,
+            batch,
+            checkpointed_layers=count,
+            accumulates=workload.accumulation > 1,
+            chunk_tokens=chunk,
+        ).on_top
+
+    counts = range(size.num_layers + 1)
+    if workload.checkpointing == "false":
+        counts = range(1)
+    elif workload.checkpointing == "true" or workload.checkpoint_layers is not None:
+        given = workload.checkpoint_layers
+        asked = size.num_layers if given is None else min(given, size.num_layers)
+        counts = range(asked, asked + 1)
+    chunks: list[int | None] = [None]
+    if forms_chunks(size) and not size.on_cpu:
+        chunks += [chunk for chunk in SMALLER_CHUNKS if chunk < batch.answer_tokens]
+    ways = [(counts[0], chunk) for chunk in chunks]
+    ways += [(count, min(chunks, key=partial(needed, count))) for count in counts[1:]]
+    fitting = (way for way in ways if needed(*way) <= FREE_SHARE * free)
+    count, chunk = next(fitting, min(ways, key=lambda way: needed(*way)))
+    return Fit(workload, size, free, count, chunk, needed(count, chunk), needed(0, None))
+
+
+def _evaluation_bytes(
+    size: ModelSize,
+    workload: Workload,
+    validation: TokenDataset | None,
+    test: GenerationDataset | None,
+    num_rows: int,
+) -> int:
+    """Return what validating or answering the longest rows takes on top of the model."""
+    needed = 0
+    if validation is not None:
+        contexts = validation.arrays.context_lengths
+        needed = validation_bytes(size, largest_batch(validation.lengths, contexts, num_rows))
+    if test is not None:
+        answering = answering_memory(
+            size,
+            test.lengths.tolist() * workload.num_beams,  # each beam is a row
+            num_rows=num_rows * workload.num_beams,
+            new_tokens=workload.new_tokens,
+        )
+        needed = max(needed, answering.on_top)
+    return needed
+
+
+def apply_fit(
+    model: ChatGLMForConditionalGeneration,
+    fit: Fit,
+    checkpoint_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Prepack the weights of a loaded model, and set it up for training if the run trains.
+
+    checkpoint_options are those of `checkpoint_layers`. On a CPU it also tells glibc what to do
+    with freed memory.
+    """
+    if fit.size.prepacked:
+        pack_weights_(model, room_bytes=packed_bytes(fit.size))
+    if fit.trains:
+        checkpoint_layers(model, fit.checkpointed_layers, checkpoint_options)
+        model.loss_chunk_tokens = fit.chunk_tokens
+        if fit.workload.on_cpu:
+            keep_freed_memory(fit.checkpointed_layers == 0)
+
+
+def checkpoint_layers(
+    model: nn.Module, num_layers: int, options: Mapping[str, Any] | None = None
+) -> None:
+    """Checkpoint the model's first num_layers layers, 0 for none.
+
+    options are torch.utils.checkpoint's; None is use_reentrant=False. Unlike transformers' switch
+    this can cover a subset of the layers, and the embedding's output needs no gradient. ValueError
+    for more layers than there are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    if not 0 <= num_layers <= len(layers):
+        raise ValueError(
+            f"--checkpoint_layers is {num_layers} and the model has {len(layers)} layers; use 0 to "
+            f"{len(layers)}."
+        )
+    function: Any = partial(checkpoint, **(options or {"use_reentrant": False}))
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < num_layers
+        layer._gradient_checkpointing_func = function
+    for module in model.modules():
+        if isinstance(module, ChatGLMModel):
+            module.gradient_checkpointing = num_layers > 0
+
+
+def keep_freed_memory(keep: bool) -> bool:
+    """Set what glibc does with freed blocks, process-wide; False where there is no glibc.
+
+    keep: those up to 32 MiB stay for the next step. By default glibc returns the top of the heap
+    and faults it in again, 20,000 pages in a step of a small model: a tenth of the step on a busy
+    machine. Otherwise every block above 256 KiB is returned at once. By default glibc raises that
+    limit as blocks are freed, and the heap fragments: a small int4 model with all layers
+    checkpointed held 1.21 GB instead of 0.72.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        return False
+    pad = 2 * HEAP_BLOCK if keep else 0
+    limits = {
+        M_MMAP_THRESHOLD: HEAP_BLOCK if keep else LARGE_BLOCK_BYTES,
+        M_TRIM_THRESHOLD: 2**31 - 1 if keep else LARGE_BLOCK_BYTES,
+        M_TOP_PAD: pad,
+    }
+    are_set = [bool(libc.mallopt(name, limit)) for name, limit in limits.items()]
+    libc.malloc_trim(pad)
+    return all(are_set)
+
+
+def free_bytes(device: torch.device, processes: int = 1, target: int | None = None) -> int:
+    """Return the memory that is free on a device now, in bytes; on a CPU, each process's share.
+
+    target is --gpu_memory in bytes. The result is at most target minus this process's tensors, or
+    target itself where device is no GPU (`python -m ptuning plan`).
+    """
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        # What torch's allocator caches for reuse is available too.
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+        return free if target is None else max(0, min(free, target - held))
+    if target is not None:
+        return target
+    return int(psutil.virtual_memory().available) // processes
+
+
+def gpu_terms(device: torch.device, target: int | None) -> dict[str, int]:
+    """Return ModelSize's block_bytes and workspace_bytes; nothing on a CPU.
+
+    target is --gpu_memory in bytes: where device is no GPU, the memory of the one planned for.
+    """
+    if device.type == "cuda":
+        is_hopper = torch.cuda.get_device_capability(device)[0] == HOPPER
+        workspace = HOPPER_WORKSPACE if is_hopper else OTHER_WORKSPACE
+        return {"block_bytes": block_bytes(device), "workspace_bytes": workspace}
+    if target is None:
+        return {}
+    return {"block_bytes": device_block_bytes(target), "workspace_bytes": HOPPER_WORKSPACE}
+
+
+def workload_of(arguments: Arguments, *, max_target_length: int) -> Workload:
+    """Return what decides a run's memory, from its flags."""
+    model, data, training = arguments.model, arguments.data, arguments.training
+    targets = model.lora_target_modules
+    return Workload(
+        device=training.device,
+        processes=training.world_size,
+        memory_target=training.memory_target,
+        train_batch=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        eval_batch=training.per_device_eval_batch_size if training.eval_rows_typed else None,
+        checkpointing=training.recomputing,
+        checkpoint_layers=training.checkpoint_layers,
+        new_tokens=data.val_max_target_length or max_target_length,
+        num_beams=data.num_beams or training.generation_num_beams or 1,
+        tuning=training.tuning or PTUNING,
+        lora_rank=model.lora_rank or RANK,
+        lora_targets=DEFAULT_TARGETS if targets is None else tuple(targets.split(",")),
+        quantization_bit=model.quantization_bit,
+        compiles=bool(training.compiling["backend"]),
+    )
