@@ -20,7 +20,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
 from ptuning.train.faults.guards import BAD_BATCH_NAME, fault_in
 from ptuning.train.faults.step_guard import BadStepsError, StepGuard, correct_mean
-from ptuning.train.memory.memory_errors import MemorySettings, memory_explained, recomputes
+from ptuning.train.memory.fit import Workload
+from ptuning.train.memory.memory_errors import memory_explained
 from ptuning.train.resume.resuming_trainer import ResumingTrainer
 from ptuning.train.tunings.tuning import TrainedState, Tuning, newest_metrics
 
@@ -37,6 +38,7 @@ class Seq2SeqTrainer(ResumingTrainer):
         self,
         *args: Any,
         tuning: Tuning,
+        workload: Workload,
         row_settings: Mapping[str, Any],
         decode: Callable[[list[int]], str],
         max_bad_steps: int = 5,
@@ -45,6 +47,7 @@ class Seq2SeqTrainer(ResumingTrainer):
         """Take transformers' arguments and ours; max_bad_steps 0 skips for ever."""
         super().__init__(*args, **kwargs)
         self.tuning = tuning
+        self.workload = workload
         self.row_settings = dict(row_settings)
         self.decode = decode
         self.args.logging_nan_inf_filter = False  # the guard does it, with one look per step
@@ -136,7 +139,7 @@ class Seq2SeqTrainer(ResumingTrainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Train; OutOfMemoryStop, DiskError, BadStepsError and Stopped say what to type."""
-        with memory_explained("training", self._memory_settings()):
+        with memory_explained("training", self.workload):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(
@@ -204,18 +207,8 @@ class Seq2SeqTrainer(ResumingTrainer):
             logs["skipped_steps"] = self.run_state.skipped
         super().log(logs, start_time)
 
-    def _memory_settings(self) -> MemorySettings:
-        return MemorySettings(
-            device=self.args.device,
-            train_batch=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            eval_batch=self.args.per_device_eval_batch_size,
-            checkpointing=recomputes(self.args),
-            quantization_bit=getattr(self.chatglm.config, "quantization_bit", None),
-        )
-
     def _memory_explained(
         self, phase: str, batch: Mapping[str, Any]
     ) -> AbstractContextManager[None]:
         rows, tokens = batch["input_ids"].shape
-        return memory_explained(phase, self._memory_settings(), (rows, tokens))
+        return memory_explained(phase, self.workload, (rows, tokens))

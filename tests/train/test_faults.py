@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 import ptuning.train.resume.run_lock as run_lock
+from ptuning.train.memory.fit import Workload
 from ptuning.train.memory.memory_errors import (
-    MemorySettings,
     OutOfMemoryStop,
     advice_for,
     explain_out_of_memory,
@@ -313,7 +313,7 @@ def short_run_main(flags):
 
 CUDA_WORDS = "CUDA out of memory. Tried to allocate 2.00 GiB."
 CPU_WORDS = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
-SETTINGS = MemorySettings(torch.device("cpu"), 4, 4, 8, False, None)
+WORKLOAD = Workload(torch.device("cpu"), train_batch=4, accumulation=4, eval_batch=8)
 
 
 @pytest.mark.parametrize(
@@ -342,32 +342,35 @@ def test_running_out_of_memory_says_which_setting_to_change(error, short_run, mo
 
 
 def test_memory_advice_leaves_out_what_is_in_use():
-    frugal = MemorySettings(torch.device("cpu"), 1, 16, 1, True, 4)
+    in_use = {"eval_batch": 1, "checkpointing": "true", "quantization_bit": 4}
+    frugal = Workload(torch.device("cpu"), accumulation=16, **in_use)
     assert len(advice_for(frugal, "training")) == 1
     assert "--max_source_length" in advice_for(frugal, "training")[0]
-    uneven = MemorySettings(torch.device("cpu"), 5, 3, 1, True, 4)
+    uneven = Workload(torch.device("cpu"), train_batch=5, accumulation=3, **in_use)
     smaller = "--per_device_train_batch_size 1 --gradient_accumulation_steps 15"
     assert smaller in advice_for(uneven, "training")[0]
-    assert "--per_device_eval_batch_size 4" in advice_for(SETTINGS, "answering")[0]
-    assert ["--quantization_bit" in line for line in advice_for(SETTINGS, "loading the base")] == [
-        True
+    assert "--per_device_eval_batch_size 4" in advice_for(WORKLOAD, "answering")[0]
+    loading = advice_for(WORKLOAD, "loading the base")
+    assert [line.split()[:2] for line in loading] == [
+        ["--quantization_bit", "8"],
+        ["--quantization_bit", "4"],
     ]
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    with pytest.raises(RuntimeError, match="shapes") as other, memory_explained("x", SETTINGS):
+    with pytest.raises(RuntimeError, match="shapes") as other, memory_explained("x", WORKLOAD):
         raise RuntimeError("shapes")
     assert not isinstance(other.value, OutOfMemoryStop)
-    text = explain_out_of_memory(MemoryError(), SETTINGS, phase="answering")
+    text = explain_out_of_memory(MemoryError(), WORKLOAD, phase="answering")
     assert "while answering: " in text
 
 
 def test_the_trainers_explanation_is_not_explained_again():
     with (
         pytest.raises(OutOfMemoryStop, match="a batch of 2 x 3 tokens"),
-        memory_explained("training", SETTINGS),
-        memory_explained("training", SETTINGS, (2, 3)),
+        memory_explained("training", WORKLOAD),
+        memory_explained("training", WORKLOAD, (2, 3)),
     ):
         raise RuntimeError(CPU_WORDS)
 
