@@ -40,7 +40,7 @@ from benchmarks.setting import (
 from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine import GreedyEngine
-from ptuning.model.packed_copies import pack_where_roomy
+from ptuning.model.linear import pack_where_roomy
 from ptuning.train.memory.estimate import (
     Batch,
     answering_memory,

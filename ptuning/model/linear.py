@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
+PACKING_SHARE = 0.25  # of free memory that prepacked weights may take
 MIN_ROWS = 4  # below, an unpacked weight is read from memory once and any product takes as long
 MOST_ROWS_NARROW = 256  # without AVX-512, from here on a float32 product is MKL's
 
@@ -171,6 +174,16 @@ def pack_weights_(model: nn.Module, *, room_bytes: int) -> int:
     for module in maps:
         module.pack_()
     return needed
+
+
+def pack_where_roomy(model: PreTrainedModel) -> int:
+    """Pack a float model on the CPU if a quarter of the free memory is enough; return its bytes.
+
+    A quantised model is meant to be small, so its float output head is not held twice.
+    """
+    if model.config.quantization_bit:
+        return 0
+    return pack_weights_(model, room_bytes=int(PACKING_SHARE * psutil.virtual_memory().available))
 
 
 def can_pack(dtype: torch.dtype) -> bool:

@@ -187,7 +187,7 @@ def _stored(rows: int, columns: int, bits: int, unit: int) -> int:
 
 
 def packed_bytes(size: ModelSize) -> int:
-    """Return what prepacking the frozen float weights takes (`ptuning.model.packed_copies`)."""
+    """Return what prepacking the frozen float weights takes (`ptuning.model.linear`)."""
     if size.tuning == "full" or size.weight_bits:
         return 0
     head = 0 if size.embedding_bits else size.vocab_size * size.hidden_size

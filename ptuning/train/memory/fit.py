@@ -25,8 +25,7 @@ from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.layer import Layer
-from ptuning.model.linear import can_pack, pack_weights_
-from ptuning.model.packed_copies import PACKING_SHARE
+from ptuning.model.linear import PACKING_SHARE, can_pack, pack_weights_
 from ptuning.model.quantization.backends.blockwise import block_bytes, device_block_bytes
 from ptuning.model.tuned import FULL, PTUNING
 from ptuning.train.flags import Arguments
