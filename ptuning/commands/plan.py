@@ -86,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="the flags of the run"
     )
+    parser.usage = "%(prog)s [-h] FLAGS"
     parser.epilog = (
         "FLAGS are those of main.py, all of them: python main.py --help lists them, and README.md "
         "has a table. Example: python -m ptuning plan --do_train --train_file train.json "

@@ -202,7 +202,11 @@ def test_a_loaded_model_is_fitted_and_set_up(monkeypatch: pytest.MonkeyPatch) ->
     assert found.free == 10**9 - packed_bytes(found.size) * found.size.prepacked
     assert found.settled_workload == replace(workload, eval_batch=64)
     assert found.lines() == [found.training_line()]
-    apply_fit(model, replace(found, chunk_tokens=2))
+    kept: list[bool] = []
+    monkeypatch.setattr(fit, "keep_freed_memory", kept.append)
+    for count in (0, 2):
+        apply_fit(model, replace(found, checkpointed_layers=count, chunk_tokens=2))
+    assert kept == [True, False], "freed memory is returned where layers are checkpointed"
     packed = [m.packed_weight() for m in model.modules() if isinstance(m, Linear)]
     assert all(packed) == found.size.prepacked == can_pack(torch.float32)
     head: Any = model.lm_head
