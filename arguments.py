@@ -3,7 +3,7 @@
 `ptuning.train.flags` declares them; `ptuning.train.config` turns a command line into a RunConfig.
 """
 
-from ptuning.train.config import RunConfig, read_config
+from ptuning.train.config import RunConfig, parse_arguments
 from ptuning.train.flags import DataArguments, ModelArguments, TrainingArguments, UsageError
 
 __all__ = [
@@ -12,5 +12,5 @@ __all__ = [
     "RunConfig",
     "TrainingArguments",
     "UsageError",
-    "read_config",
+    "parse_arguments",
 ]

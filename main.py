@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arguments import RunConfig, UsageError, read_config
+from arguments import RunConfig, UsageError, parse_arguments
 from ptuning.train.resume.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     config = None
     try:
         with StopRequest() as stop:
-            config = read_config(argv)
+            config = parse_arguments(argv)
             run(config, stop)
     except UsageError as error:
         print(f"main.py: {error}", file=sys.stderr)
@@ -80,9 +80,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         tokenizer = load_tokenizer(config.tokenizer_name or tuning.weights, **config.hub)
         with arguments.main_process_first(desc="tokenizing"):
             is_first = arguments.local_process_index == 0
-            rows = load_rows(
-                config, tokenizer, overwrite_cache=config.overwrite_cache and is_first
-            )
+            rows = load_rows(config, tokenizer, overwrite_cache=config.overwrite_cache and is_first)
         checkpoint = directory.start(config, rows.train)
         set_seed(config.seed)
         limit_threads()
@@ -95,6 +93,8 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         if config.do_eval:
             trainer.validate()
         table = score_answers(config, tuning, model, tokenizer, rows, fit) if rows.test else ""
-    logger.info("Done in %.0f s; everything is in %s", time.monotonic() - started, config.output_dir)
+    logger.info(
+        "Done in %.0f s; everything is in %s", time.monotonic() - started, config.output_dir
+    )
     if table:
         logger.info("\n%s", table)

@@ -13,7 +13,7 @@ from ptuning.data.general import GeneralPrompts
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.retention import MAX_NEW_TOKENS, RetentionRun, TokenScores, divergence
-from ptuning.train.config import read_config
+from ptuning.train.config import parse_arguments
 from ptuning.train.rows import load_rows
 from tests.test_main import base, files, prefix_of, same, train_flags  # noqa: F401
 from tests.tiny import rows, write_rows
@@ -117,7 +117,7 @@ def general_rows(files, count):  # noqa: F811
 def test_general_rows_stand_beside_the_tasks_and_take_no_source_prefix(base, files):  # noqa: F811
     tokenizer = ChatGLMTokenizer.from_pretrained(base)
     flags = train_flags(base, files, "--mix", general_rows(files, 90), "--source_prefix", "类型")
-    mixed = load_rows(read_config(flags), tokenizer, overwrite_cache=False).train
+    mixed = load_rows(parse_arguments(flags), tokenizer, overwrite_cache=False).train
     assert len(mixed) == 40  # 30 of the task, a quarter general
     prefix = tokenizer.encode_batch(["类型类型"])[0][:2]
     starts = [mixed[index]["input_ids"][:2].tolist() == prefix for index in range(40)]

@@ -11,10 +11,10 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -26,9 +26,9 @@ from ptuning.model.checkpoint_hub import CONFIG_FILE
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import Linear, pack_weights_
 from ptuning.model.prefix_artefact import prefix_shape, read_prefix_tensors
-from ptuning.model.tuned import FULL, PTUNING, read_tuned_info
+from ptuning.model.tuned import FULL, PTUNING
 from ptuning.train.base_model import choose_dtype, load_tokenizer
-from ptuning.train.flags import Arguments, parse_arguments
+from ptuning.train.config import RunConfig, parse_arguments
 from ptuning.train.memory.estimate import (
     Memory,
     ModelSize,
@@ -48,8 +48,8 @@ from ptuning.train.memory.fit import (
     workload_of,
     workload_size,
 )
+from ptuning.train.processes.launch import trainer_arguments
 from ptuning.train.rows import Rows, load_rows
-from ptuning.train.settings import resolve_settings
 
 NOT_FITTING = 3  # exit status
 NO_TIME = "unknown: the GPU is not in this machine, so nothing was measured"
@@ -101,27 +101,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if fits else NOT_FITTING
 
 
-def look(arguments: Arguments) -> Situation:
+def look(config: RunConfig) -> Situation:
     """Read configuration and rows, time the device, and fit the run to its memory."""
-    model, training = arguments.model, arguments.training
-    hub = {
-        "cache_dir": model.cache_dir,
-        "revision": model.model_revision,
-        "token": True if model.use_auth_token else None,
-    }
-    name = str(model.model_name_or_path)
-    info = None if model.ptuning_checkpoint is None else read_tuned_info(model.ptuning_checkpoint)
-    settings = resolve_settings(vars(arguments.data), info.settings if info else {})
-    rows = load_rows(arguments, settings, load_tokenizer(model.tokenizer_name or name, **hub))
-    workload = workload_of(arguments, max_target_length=settings.max_target_length)
+    arguments = trainer_arguments(config)
+    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, **config.hub)
+    rows = load_rows(config, tokenizer, overwrite_cache=config.overwrite_cache)
+    workload = workload_of(config, arguments.device, arguments.world_size)
     device, target, on_cpu = workload.device, workload.memory_target, workload.on_cpu
     is_here = on_cpu or device.type == "cuda"
     dtype = torch.float32
     if workload.tuning != FULL:
         # On most GPUs bfloat16 is chosen; float16 has the same size.
-        dtype = choose_dtype(device, training.base_dtype or (None if is_here else "bfloat16"))
-    config = planned_config(arguments, hub)
-    size = workload_size(config, dtype, workload)
+        dtype = choose_dtype(device, config.dtype_name or (None if is_here else "bfloat16"))
+    base = planned_base(config)
+    size = workload_size(base, dtype, workload)
     flops = product_flops(device, dtype) if is_here else None
     process = int(psutil.Process().memory_info().rss) if on_cpu else 0
     free = free_bytes(device, workload.processes, target)
@@ -137,40 +130,38 @@ def look(arguments: Arguments) -> Situation:
     return Situation(
         rows=rows,
         fit=fit,
-        rows_per_step=workload.train_batch * workload.accumulation * workload.processes,
-        max_steps=training.max_steps,
-        epochs=training.num_train_epochs,
-        passes=2 if arguments.data.compare_base else 1,
-        max_length=config.max_sequence_length,
+        rows_per_step=config.rows_per_step(workload.processes),
+        max_steps=config.max_steps,
+        epochs=config.num_train_epochs,
+        passes=2 if config.compare_base else 1,
+        max_length=base.max_sequence_length,
         process=process,
         free=free,
         product_flops=flops,
     )
 
 
-def planned_config(arguments: Arguments, hub: Mapping[str, Any]) -> ChatGLMConfig:
+def planned_base(config: RunConfig) -> ChatGLMConfig:
     """Read the base's config.json, and put in how the flags will have the base stored and tuned.
 
     Of a hub model nothing else is fetched.
     """
-    model = arguments.model
-    directory = Path(str(model.model_name_or_path))
+    directory = Path(config.model_name_or_path)
     if not directory.is_dir():
         from transformers.utils import cached_file
 
-        found = cached_file(str(model.model_name_or_path), CONFIG_FILE, **hub)
+        found = cached_file(config.model_name_or_path, CONFIG_FILE, **config.hub)
         directory = Path(str(found)).parent
-    config = read_config(directory)
-    config.quantization_bit = model.quantization_bit or config.quantization_bit
-    if model.quantize_embeddings and not config.embedding_quantization_bit:
-        config.embedding_quantization_bit = 8
-    config.pre_seq_len = model.pre_seq_len
-    config.prefix_projection = bool(model.prefix_projection)
-    if (arguments.training.tuning or PTUNING) == PTUNING and model.ptuning_checkpoint:
-        path = Path(model.ptuning_checkpoint)
-        shape = prefix_shape(read_prefix_tensors(path), path)
-        config.pre_seq_len, config.prefix_projection = shape
-    return config
+    base = read_config(directory)
+    base.quantization_bit = config.quantization_bit or base.quantization_bit
+    if config.quantize_embeddings and not base.embedding_quantization_bit:
+        base.embedding_quantization_bit = 8
+    base.pre_seq_len = config.pre_seq_len
+    base.prefix_projection = bool(config.prefix_projection)
+    if config.tuning == PTUNING and config.checkpoint:
+        path = Path(config.checkpoint)
+        base.pre_seq_len, base.prefix_projection = prefix_shape(read_prefix_tensors(path), path)
+    return base
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:

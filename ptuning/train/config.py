@@ -173,17 +173,9 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
             )
         return options
 
-    @property
-    def compiles(self) -> bool | None:
-        """Whether layers are compiled; None: where it pays."""
-        chosen = self.torch_compile_backend or self.torch_compile_mode
-        return True if chosen else self.torch_compile
-
     def rows_per_step(self, num_processes: int) -> int:
         """Return the rows that one optimizer step reads, over all processes."""
-        return (
-            self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
-        )
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
 
     def trainer_values(self) -> dict[str, Any]:
         """Return the keywords of transformers' training arguments."""
@@ -206,7 +198,7 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
         return values
 
 
-def read_config(argv: Sequence[str]) -> RunConfig:
+def parse_arguments(argv: Sequence[str]) -> RunConfig:
     """Read flags, or a JSON file of them that flags may follow; UsageError for any mistake.
 
     `--help` prints and raises SystemExit.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from arguments import read_config
+from arguments import parse_arguments
 from ptuning.__main__ import main
 from ptuning.commands import doctor
 from ptuning.model.quantization.selection import BACKEND_NAMES, get_backend
@@ -35,7 +35,7 @@ def test_defaults_are_those_of_a_run(
     diagnosed: dict, golden: Path, cache: Path, tmp_path: Path
 ) -> None:
     flags = ["--do_train", "--model_name_or_path", "m", "--train_file", "t", "--pre_seq_len", "4"]
-    device = trainer_arguments(read_config([*flags, "--output_dir", "o"])).device
+    device = trainer_arguments(parse_arguments([*flags, "--output_dir", "o"])).device
     model = AutoModelForCausalLM.from_pretrained(make_safetensors(golden, tmp_path / "base"))
     found = diagnosed["defaults"]
     assert found["device"] == str(device)

@@ -13,7 +13,8 @@ import ptuning  # noqa: F401
 from ptuning.model.attention import CUDA_ATTENTION
 from ptuning.model.quantization.conversion import quantize_model_
 from ptuning.train.compiling import TOKENS_TO_AMORTISE, compile_layers, pays
-from ptuning.train.flags import parse_arguments
+from ptuning.train.config import parse_arguments
+from ptuning.train.processes.launch import trainer_arguments
 from tests.tiny import make_base
 
 CPU = torch.device("cpu")
@@ -123,16 +124,9 @@ def test_a_compiler_that_fails_is_named_and_the_layers_run_as_they_are(model, ca
     torch._dynamo.reset()
 
 
-def test_the_flags_are_taken_from_transformers(tmp_path):
-    flags = [
-        "--do_train",
-        "--model_name_or_path",
-        "x",
-        "--train_file",
-        "t.json",
-        "--pre_seq_len",
-        "4",
-    ]
-    training = parse_arguments([*flags, "--output_dir", str(tmp_path), "--torch_compile"]).training
-    assert training.compiling == {"wanted": True, "backend": None, "mode": None}
-    assert not training.torch_compile, "transformers would compile the whole model"
+def test_transformers_is_told_nothing_of_compiling(tmp_path):
+    flags = ["--do_train", "--model_name_or_path", "x", "--train_file", "t.json"]
+    flags += ["--pre_seq_len", "4", "--output_dir", str(tmp_path)]
+    config = parse_arguments([*flags, "--torch_compile", "--torch_compile_mode", "default"])
+    assert config.torch_compile
+    assert not trainer_arguments(config).torch_compile, "it would compile the whole model"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ptuning.model.tuned import TunedInfo, write_tuned_info
-from ptuning.train.config import RunConfig, find_tuning, preset_values, read_config
+from ptuning.train.config import RunConfig, find_tuning, preset_values, parse_arguments
 from ptuning.train.flags import UsageError
 from ptuning.train.parser import make_parser, transformers_flags
 
@@ -24,7 +24,7 @@ def train(tmp_path, *more):
 
 
 def read(tmp_path, *more):
-    return read_config(train(tmp_path, "--pre_seq_len", "4", *more))
+    return parse_arguments(train(tmp_path, "--pre_seq_len", "4", *more))
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_mistake_is_reported_within_a_second_and_without_torch():
 
 def test_without_flags_the_user_is_told_what_to_type():
     with pytest.raises(UsageError, match="--do_train, --do_eval or --do_predict .* bash train.sh"):
-        read_config([])
+        parse_arguments([])
 
 
 @pytest.mark.parametrize("spelling", ["--prefix_projection", "--prefix-projection"])
@@ -78,12 +78,12 @@ def test_a_switch_is_read_in_every_published_spelling(spelling, tmp_path):
 
 def test_a_flag_with_hyphens_is_the_flag(tmp_path):
     flags = train(tmp_path, "--pre-seq-len", "128")
-    assert (read_config(flags).pre_seq_len, read_config(flags).tuning) == (128, "ptuning")
+    assert (parse_arguments(flags).pre_seq_len, parse_arguments(flags).tuning) == (128, "ptuning")
 
 
 def test_names_are_not_abbreviated(tmp_path):
     with pytest.raises(UsageError, match="--pre_seq .did you mean --pre_seq_len"):
-        read_config(train(tmp_path, "--pre_seq", "8"))
+        parse_arguments(train(tmp_path, "--pre_seq", "8"))
 
 
 @pytest.mark.parametrize(
@@ -151,12 +151,12 @@ def test_a_json_file_says_the_same_and_flags_behind_it_win(tmp_path):
     path = tmp_path / "run.json"
     for more, rate in (({}, 1e-3), ({"learning_rate": 0.5}, 0.5)):
         path.write_text(json.dumps(values | more), encoding="utf-8")
-        config = read_config([str(path)])
+        config = parse_arguments([str(path)])
         assert config.learning_rate == rate
         assert config.prefix_init_std == 1e-3
         assert (config.prefix_projection, config.max_steps) == (True, -1)
         assert config.trainer_flags == {"weight_decay": 1e-3}
-    assert read_config([str(path), "--learning_rate", "0.25"]).learning_rate == 0.25
+    assert parse_arguments([str(path), "--learning_rate", "0.25"]).learning_rate == 0.25
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_wrong_json_file_is_one_line(content, needed, tmp_path):
     path = tmp_path / "run.json"
     path.write_text(content)
     with pytest.raises(UsageError) as caught:
-        read_config([str(path)])
+        parse_arguments([str(path)])
     assert needed in str(caught.value)
 
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_remembers_columns_and_lengths_and_what_is_typed_wins(tmp_p
     (tmp_path / "old" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     write_tuned_info(tmp_path / "old", TunedInfo("lora", settings=settings))
     start = ["--ptuning_checkpoint", str(tmp_path / "old")]
-    config = read_config(train(tmp_path, *start, "--max_source_length", "32"))
+    config = parse_arguments(train(tmp_path, *start, "--max_source_length", "32"))
     assert (config.prompt_column, config.max_source_length, config.recipe) == ("q", 32, "published")
     assert config.max_target_length == 128
 
@@ -233,7 +233,11 @@ def test_settings_hold_what_decides_the_result_and_nothing_else(tmp_path):
 
     same = settings()
     assert json.loads(json.dumps(same)) == same
-    for more in (["--logging_steps", "3"], ["--save_steps", "3"], ["--do_eval", "--validation_file", "x"]):
+    for more in (
+        ["--logging_steps", "3"],
+        ["--save_steps", "3"],
+        ["--do_eval", "--validation_file", "x"],
+    ):
         assert settings(*more) == same
     for more in (["--learning_rate", "1"], ["--weight_decay", "1"], ["--seed", "1"], ["--bf16"]):
         assert settings(*more) != same
@@ -257,7 +261,11 @@ def test_retention_is_measured_where_the_base_is_compared_unless_said(tmp_path):
         (["--gradient_checkpointing"], "true", None),
         (["--gradient_checkpointing", "False"], "false", None),
         (["--activation_checkpointing", "true"], "true", None),
-        (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "auto", {"use_reentrant": True}),
+        (
+            ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'],
+            "auto",
+            {"use_reentrant": True},
+        ),
     ],
 )
 def test_gradient_checkpointing_is_read_under_both_names(more, wanted, options, tmp_path):
@@ -267,10 +275,10 @@ def test_gradient_checkpointing_is_read_under_both_names(more, wanted, options, 
 
 
 def test_mixed_precision_is_for_the_whole_model_alone(tmp_path):
-    whole = read_config(train(tmp_path, "--tuning", "full", "--bf16"))
+    whole = parse_arguments(train(tmp_path, "--tuning", "full", "--bf16"))
     assert (whole.dtype_name, whole.trainer_values()["bf16"]) == ("bfloat16", True)
     for more in (["--pre_seq_len", "4"], ["--tuning", "lora"]):
-        frozen = read_config(train(tmp_path, "--fp16", *more))
+        frozen = parse_arguments(train(tmp_path, "--fp16", *more))
         assert (frozen.dtype_name, frozen.trainer_values()["fp16"]) == ("float16", False)
     assert read(tmp_path).dtype_name is None
 
@@ -296,7 +304,7 @@ def test_a_fully_tuned_model_given_as_the_model_is_the_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     flags = ["--do_predict", "--test_file", "t", "--output_dir", "o"]
-    config = read_config([*flags, "--model_name_or_path", str(tmp_path)])
+    config = parse_arguments([*flags, "--model_name_or_path", str(tmp_path)])
     assert (config.tuning, config.checkpoint) == ("full", str(tmp_path))
     assert config.prompt_column == "q"
 
@@ -350,7 +358,7 @@ CONTRADICTIONS = {
 def test_contradictions_are_reported_with_what_to_type(case, tmp_path):
     more, needed = CONTRADICTIONS[case]
     with pytest.raises(UsageError) as caught:
-        read_config(train(tmp_path, *more))
+        parse_arguments(train(tmp_path, *more))
     assert needed in str(caught.value)
 
 
@@ -361,17 +369,17 @@ def test_the_config_of_the_base_itself_is_accepted(tmp_path):
 def test_a_checkpoint_of_another_kind_is_reported(tmp_path, adapter):
     more = ["--tuning", "full", "--ptuning_checkpoint", str(adapter)]
     with pytest.raises(UsageError, match="is of the kind lora"):
-        read_config(train(tmp_path, *more))
+        parse_arguments(train(tmp_path, *more))
     more = ["--ptuning_checkpoint", str(adapter), "--lora_rank", "4"]
     with pytest.raises(UsageError, match="adapter has its own"):
-        read_config(train(tmp_path, *more))
+        parse_arguments(train(tmp_path, *more))
 
 
 def test_scoring_without_anything_tuned_says_what_to_give(tmp_path):
     flags = ["--do_predict", "--test_file", "dev.json", "--output_dir", str(tmp_path), "--use_cpu"]
     flags += ["--model_name_or_path", "ptuning/nano/weights"]
     with pytest.raises(UsageError, match="--ptuning_checkpoint DIR"):
-        read_config(flags)
+        parse_arguments(flags)
     with pytest.raises(UsageError, match="lora without an adapter"):
-        read_config([*flags, "--tuning", "lora"])
-    assert read_config([*flags, "--tuning", "full"]).tuning == "full"
+        parse_arguments([*flags, "--tuning", "lora"])
+    assert parse_arguments([*flags, "--tuning", "full"]).tuning == "full"

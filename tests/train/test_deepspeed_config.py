@@ -10,7 +10,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers.integrations import deepspeed
 
 from ptuning.model.layer import Layer
-from ptuning.train.config import read_config
+from ptuning.train.config import parse_arguments
 from ptuning.train.flags import UsageError
 from ptuning.train.processes.launch import trainer_arguments
 
@@ -34,7 +34,7 @@ def filled(monkeypatch, tmp_path):
 
     def fill(*precision):
         arguments = trainer_arguments(
-            read_config([*FLAGS, "--output_dir", str(tmp_path), *precision])
+            parse_arguments([*FLAGS, "--output_dir", str(tmp_path), *precision])
         )
         config = Config(str(CONFIG))
         config.trainer_config_process(arguments)
@@ -85,7 +85,7 @@ def test_the_published_command_line_means_the_whole_model_and_names_what_is_miss
     if deepspeed.is_deepspeed_available():
         pytest.skip("deepspeed is installed, so nothing is missing")
     with pytest.raises(UsageError, match="deepspeed"):
-        trainer_arguments(read_config(published.split()))
+        trainer_arguments(parse_arguments(published.split()))
 
 
 def test_the_fsdp_example_is_a_config_that_accelerate_loads():

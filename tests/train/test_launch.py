@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.training_args import ParallelMode
 
-from ptuning.train.config import read_config
+from ptuning.train.config import parse_arguments
 from ptuning.train.flags import UsageError
 from ptuning.train.processes import processes
 from ptuning.train.processes.launch import (
@@ -25,7 +25,7 @@ GPU = torch.device("cuda", 0)
 
 
 def parse(tmp_path, *more):
-    return read_config([*FLAGS, "--output_dir", str(tmp_path), *more])
+    return parse_arguments([*FLAGS, "--output_dir", str(tmp_path), *more])
 
 
 def test_several_gpus_without_a_launcher_are_not_wrapped_in_data_parallel(monkeypatch, tmp_path):
@@ -44,7 +44,7 @@ def test_several_gpus_are_named_with_a_command_that_main_reads(monkeypatch, tmp_
     assert "torchrun --nproc_per_node 4 main.py --do_train --train_file 'my rows.json'" in notice
     words = shlex.split(notice.splitlines()[-1])
     assert words[:4] == ["torchrun", "--nproc_per_node", "4", "main.py"]
-    again = read_config(words[4:])
+    again = parse_arguments(words[4:])
     assert again.rows_per_step(4) == config.rows_per_step(1)
 
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from ptuning.train.config import read_config
+from ptuning.train.config import parse_arguments
 from ptuning.train.flags import GROUPS
 from ptuning.train.legacy_flags import IGNORED, REFUSED, RENAMED, REPLACED
 
@@ -58,16 +58,17 @@ response_column=summary history_column=history
 @pytest.mark.parametrize("pair", OF_THE_OLD_TRAINER + OF_THE_PUBLISHED_SCRIPTS)
 def test_every_old_flag_parses(pair):
     name, _, value = pair.partition("=")
-    read_config([*NEEDED, f"--{name}", value] if value else [*NEEDED, f"--{name}="])
+    parse_arguments([*NEEDED, f"--{name}", value] if value else [*NEEDED, f"--{name}="])
 
 
 @pytest.mark.parametrize(
-    "pair", [p for p in OF_THE_OLD_TRAINER + OF_THE_PUBLISHED_SCRIPTS if p.endswith(("true", "false"))]
+    "pair",
+    [p for p in OF_THE_OLD_TRAINER + OF_THE_PUBLISHED_SCRIPTS if p.endswith(("true", "false"))],
 )
 def test_every_old_switch_may_stand_alone(pair):
     name = pair.partition("=")[0]
-    read_config([*NEEDED, *OF_VALIDATION, f"--{name}"])
-    read_config([f"--{name}", *NEEDED, *OF_VALIDATION])
+    parse_arguments([*NEEDED, *OF_VALIDATION, f"--{name}"])
+    parse_arguments([f"--{name}", *NEEDED, *OF_VALIDATION])
 
 
 def test_every_old_flag_is_read_from_a_json_file(tmp_path):
@@ -77,11 +78,11 @@ def test_every_old_flag_is_read_from_a_json_file(tmp_path):
         name, _, value = pair.partition("=")
         (tmp_path / "run.json").write_text(json.dumps(values | {name: value}))
         if name not in ("use_auth_token",):
-            read_config([str(tmp_path / "run.json")])
+            parse_arguments([str(tmp_path / "run.json")])
 
 
 def test_an_ignored_flag_takes_its_values_with_it_and_is_named_once():
-    config = read_config([*NEEDED, "--tpu_num_cores", "8", "--ray_scope=last", "--seed", "1"])
+    config = parse_arguments([*NEEDED, "--tpu_num_cores", "8", "--ray_scope=last", "--seed", "1"])
     assert config.seed == 1
     assert [notice.split()[0] for notice in config.notices] == ["--tpu_num_cores", "--ray_scope"]
 
@@ -89,7 +90,7 @@ def test_an_ignored_flag_takes_its_values_with_it_and_is_named_once():
 @pytest.mark.parametrize("old", sorted(RENAMED))
 def test_a_renamed_flag_keeps_its_value_and_its_type(old):
     value = {"no_cuda": "true", "evaluation_strategy": "no", "warmup_ratio": "0.5"}.get(old, "3")
-    config = read_config([*NEEDED, f"--{old}={value}"])
+    config = parse_arguments([*NEEDED, f"--{old}={value}"])
     found = vars(config) | config.trainer_flags
     assert str(found[RENAMED[old]]).lower() == value
     assert config.notices == (f"--{old} is called --{RENAMED[old]} now.",)
@@ -99,18 +100,18 @@ def test_a_renamed_flag_keeps_its_value_and_its_type(old):
 def test_a_replaced_switch_is_turned_only_when_it_was_on(old, tmp_path):
     new, value = REPLACED[old]
     for more in ([f"--{old}"], [f"--{old}", "true", "--seed", "1"]):
-        assert read_config([*NEEDED, *more]).trainer_flags == {new: value}
-    assert read_config([*NEEDED, f"--{old}", "False"]).trainer_flags == {}
+        assert parse_arguments([*NEEDED, *more]).trainer_flags == {new: value}
+    assert parse_arguments([*NEEDED, f"--{old}", "False"]).trainer_flags == {}
     path = tmp_path / "run.json"
     for is_on in (True, False):
         path.write_text(json.dumps({old: is_on}))
-        config = read_config([str(path), *NEEDED])
+        config = parse_arguments([str(path), *NEEDED])
         assert config.trainer_flags == ({new: value} if is_on else {})
 
 
 def test_ignored_keys_of_a_json_file_are_named(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(dict.fromkeys(IGNORED, 1) | {"seed": 2}))
-    config = read_config([str(tmp_path / "run.json"), *NEEDED])
+    config = parse_arguments([str(tmp_path / "run.json"), *NEEDED])
     assert config.seed == 2
     assert config.trainer_flags == {}
     assert len(config.notices) == len(IGNORED)

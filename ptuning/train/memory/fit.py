@@ -28,7 +28,8 @@ from ptuning.model.layer import Layer
 from ptuning.model.linear import PACKING_SHARE, can_pack, pack_weights_
 from ptuning.model.quantization.backends.blockwise import block_bytes, device_block_bytes
 from ptuning.model.tuned import FULL, PTUNING
-from ptuning.train.flags import Arguments
+from ptuning.train.config import RunConfig
+from ptuning.train.flags import LEAST_ROWS, MOST_ROWS
 from ptuning.train.memory.estimate import (
     ADAM_BYTES,
     FLOAT32,
@@ -50,11 +51,9 @@ FREE_SHARE = 0.9  # of free memory is planned with; allocators lose the rest to 
 # the forward and the backward pass: for a row of 64 answer tokens, chunks of 16 cost about as much
 # as four checkpointed layers, and smaller ones save next to nothing.
 SMALLER_CHUNKS = (256, 128, 64, 32, 16)
-# A decoding step's time is reading the weights until many rows share it: on a CPU 64 rows are about
+# MOST_ROWS: a decoding step's time is reading the weights until many rows share it: on a CPU 64 rows are about
 # ten times as fast as one (docs/performance.md). Each row has a KV cache of its own, though: 64
 # rows of 128 tokens take 7.5 GB in ChatGLM-6B in float32.
-MOST_EVAL_ROWS = 64
-LEAST_EVAL_ROWS = 8  # transformers' own default
 # cuBLAS's workspace, as PyTorch allocates it: parseChosenWorkspaceSize in
 # https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/cuda/CublasHandlePool.cpp
 HOPPER = 9  # major compute capability
@@ -119,7 +118,7 @@ def memory_savers(workload: Workload, phase: str) -> Iterator[Change]:
         all_layers = replace(workload, checkpointing="true", checkpoint_layers=None)
         note = "less memory, about a third more time"
         yield Change("--gradient_checkpointing true", note, all_layers)
-    eval_batch = workload.eval_batch or MOST_EVAL_ROWS
+    eval_batch = workload.eval_batch or MOST_ROWS
     if phase in ("validating", "answering") and eval_batch > 1:
         less = replace(workload, eval_batch=eval_batch // 2)
         yield Change(f"--per_device_eval_batch_size {less.eval_batch}", f"now {eval_batch}", less)
@@ -142,7 +141,7 @@ class Fit:
     chunk_tokens: int | None = None  # per chunk of the loss; None: the device's default
     needed: int = 0  # by a training step on top of the model; 0 without training
     needed_without: int = 0  # with no layer checkpointed and the device's default chunk
-    eval_batch: int = MOST_EVAL_ROWS
+    eval_batch: int = MOST_ROWS
     eval_free: int = 0  # what validation and answering may use
 
     @property
@@ -185,10 +184,10 @@ class Fit:
 
     def eval_line(self) -> str:
         """Say which evaluation batch size was chosen; "" where it was given, or is the largest."""
-        if self.workload.eval_batch is not None or self.eval_batch == MOST_EVAL_ROWS:
+        if self.workload.eval_batch is not None or self.eval_batch == MOST_ROWS:
             return ""
         return (
-            f"Evaluation batch size: {self.eval_batch} rows; {MOST_EVAL_ROWS} need more than the "
+            f"Evaluation batch size: {self.eval_batch} rows; {MOST_ROWS} need more than the "
             f"{self.eval_free / 1e9:.1f} GB that are free. --per_device_eval_batch_size overrides "
             "this."
         )
@@ -257,9 +256,9 @@ def choose_fit(
     if train is not None:  # its gradients and optimizer state are still to come
         eval_free = max(0, eval_free - size.trained * (FLOAT32 + ADAM_BYTES))
     needed = partial(_evaluation_bytes, size, workload, validation, test)
-    eval_batch = workload.eval_batch or MOST_EVAL_ROWS
+    eval_batch = workload.eval_batch or MOST_ROWS
     if workload.eval_batch is None:
-        while eval_batch > LEAST_EVAL_ROWS and needed(eval_batch) > FREE_SHARE * eval_free:
+        while eval_batch > LEAST_ROWS and needed(eval_batch) > FREE_SHARE * eval_free:
             eval_batch //= 2
     return replace(fit, eval_batch=eval_batch, eval_free=eval_free)
 
@@ -425,24 +424,23 @@ def gpu_terms(device: torch.device, target: int | None) -> dict[str, int]:
     return {"block_bytes": device_block_bytes(target), "workspace_bytes": HOPPER_WORKSPACE}
 
 
-def workload_of(arguments: Arguments, *, max_target_length: int) -> Workload:
-    """Return what decides a run's memory, from its flags."""
-    model, data, training = arguments.model, arguments.data, arguments.training
-    targets = model.lora_target_modules
+def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> Workload:
+    """Return what decides the memory of a run on that device, per process."""
+    targets = config.lora_target_modules
     return Workload(
-        device=training.device,
-        processes=training.world_size,
-        memory_target=training.memory_target,
-        train_batch=training.per_device_train_batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        eval_batch=training.per_device_eval_batch_size if training.eval_rows_typed else None,
-        checkpointing=training.recomputing,
-        checkpoint_layers=training.checkpoint_layers,
-        new_tokens=data.val_max_target_length or max_target_length,
-        num_beams=data.num_beams or training.generation_num_beams or 1,
-        tuning=training.tuning or PTUNING,
-        lora_rank=model.lora_rank or RANK,
+        device=device,
+        processes=processes,
+        memory_target=config.memory_target,
+        train_batch=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        eval_batch=config.per_device_eval_batch_size,
+        checkpointing=config.checkpointing,
+        checkpoint_layers=config.checkpoint_layers,
+        new_tokens=config.new_tokens,
+        num_beams=config.beams,
+        tuning=config.tuning or PTUNING,
+        lora_rank=config.lora_rank or RANK,
         lora_targets=DEFAULT_TARGETS if targets is None else tuple(targets.split(",")),
-        quantization_bit=model.quantization_bit,
-        compiles=bool(training.compiling["backend"]),
+        quantization_bit=config.quantization_bit,
+        compiles=config.torch_compile_backend is not None,
     )
