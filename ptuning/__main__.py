@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ptuning.commands.registry import COMMANDS
+from ptuning.output import start_logging
 
 WHAT = "Tools for ChatGLM-6B checkpoints, prefixes and data."
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = argparse.Namespace(flags=arguments[1:])
     else:
         given = own.parse_args(arguments[1:])
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    start_logging(logging.INFO, sys.stderr)
     try:
         return module.run(given)
     except (ValueError, OSError) as error:

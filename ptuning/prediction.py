@@ -16,7 +16,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from tqdm import tqdm
 from transformers import set_seed
 
 from ptuning.data.collation import pad_left
@@ -36,6 +35,7 @@ from ptuning.evaluate.table import format_scores_table
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.model.prefix_artefact import base_fingerprint
+from ptuning.output import Progress
 from ptuning.retention import RetentionRun
 
 REPORT_NAME = "report.html"
@@ -181,7 +181,10 @@ class AnswerRun:
         """Return the rows of these numbers; those that file has are taken from there."""
         first = len(file.finished)
         texts = [row.prediction for row in file.finished] + [""] * (len(indices) - first)
-        with BackgroundScores() as scores, self._progress_bar(len(indices), first, is_tuned) as bar:
+        with (
+            BackgroundScores() as scores,
+            self._progress(len(indices), first, is_tuned) as progress,
+        ):
             for place, row in enumerate(file.finished):
                 scores.add(place, row.prediction, row.label)
             for offset, token_ids in generate_answers(
@@ -196,7 +199,7 @@ class AnswerRun:
                 texts[place] = self._text_of(token_ids)
                 file.add(place, label, texts[place])
                 scores.add(place, texts[place], label)
-                bar.update()
+                progress.update()
             answered = zip(indices, texts, scores.in_row_order(), strict=True)
             return [AnsweredRow(*row) for row in answered]
 
@@ -255,17 +258,11 @@ class AnswerRun:
         shared: list[AnsweredRow] = self.gather(rows)[0]
         return shared
 
-    def _progress_bar(self, total: int, initial: int, is_tuned: bool) -> tqdm:
-        description = "answering, tuned" if is_tuned else "answering with the base"
+    def _progress(self, total: int, initial: int, is_tuned: bool) -> Progress:
+        title = f"answering with the {'tuned model' if is_tuned else 'base'}"
         if self.num_processes > 1:
-            description += f", a share of {self.num_processes}"
-        return tqdm(
-            total=total,
-            initial=initial,
-            desc=description,
-            unit="row",
-            disable=self.process_index > 0,
-        )
+            title += f", 1 share of {self.num_processes}"
+        return Progress(total, title, initial=initial, visible=self.process_index == 0)
 
     @cached_property
     def labels(self) -> list[str]:

@@ -23,6 +23,7 @@ from ptuning.evaluate.retention import Retention, RetentionRow
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.model.packing import Packing
+from ptuning.output import Progress
 
 MAX_SOURCE_LENGTH = 512  # tokens of a general prompt
 MAX_NEW_TOKENS = 64
@@ -63,7 +64,7 @@ class RetentionRun:
 
     def ask_base(self, base: ChatGLMForConditionalGeneration) -> BaseAnswers:
         """Answer every prompt with the untouched base, and score the answers with it."""
-        answers = self._answer(base)
+        answers = self._answer(base, "the base")
         end = self.tokenizer.eop_token_id
         token_ids = [ids if len(ids) == MAX_NEW_TOKENS else [*ids, end] for ids in answers]
         scores: list[TokenScores] = []
@@ -75,7 +76,7 @@ class RetentionRun:
 
     def compare(self, tuned: ChatGLMForConditionalGeneration, base: BaseAnswers) -> Retention:
         """Answer and score the same with the tuned model."""
-        texts = self._texts(self._answer(tuned))
+        texts = self._texts(self._answer(tuned, "the tuned model"))
         rows = []
         for index, (log_probabilities, targets) in enumerate(self._scored(tuned, base.token_ids)):
             losses = -log_probabilities.gather(1, targets[:, None])[:, 0]
@@ -92,17 +93,20 @@ class RetentionRun:
             rows.append(row)
         return Retention(str(self.source), rows)
 
-    def _answer(self, model: ChatGLMForConditionalGeneration) -> list[list[int]]:
+    def _answer(self, model: ChatGLMForConditionalGeneration, name: str) -> list[list[int]]:
         """Return the greedy answers without their <eop>, in the prompts' order."""
         answers: list[list[int]] = [[] for _ in self.prompts]
-        for index, ids in generate_answers(
-            model,
-            self.prompt_ids,
-            pad=partial(pad_left, pad_id=self.tokenizer.pad_token_id),
-            batch_size=self.batch_size,
-            decoding=Decoding(max_new_tokens=MAX_NEW_TOKENS),
-        ):
-            answers[index] = ids
+        title = f"answering general prompts with {name}"
+        with Progress(len(self.prompts), title, unit="prompt") as progress:
+            for index, ids in generate_answers(
+                model,
+                self.prompt_ids,
+                pad=partial(pad_left, pad_id=self.tokenizer.pad_token_id),
+                batch_size=self.batch_size,
+                decoding=Decoding(max_new_tokens=MAX_NEW_TOKENS),
+            ):
+                answers[index] = ids
+                progress.update()
         return answers
 
     def _texts(self, answers: Sequence[list[int]]) -> list[str]:

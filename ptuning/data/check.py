@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ptuning.data.check_counts import MOST_EXAMPLES, Columns, FileCounts, Tally
 from ptuning.data.formatting import Example, to_example
@@ -23,6 +22,7 @@ from ptuning.data.parsing import DataError, Row, iterate_rows
 from ptuning.data.reading import read_text, to_fields
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.data.vocabulary import LEADING_PIECES, TRAILING_PIECES, is_byte_piece
+from ptuning.output import Progress
 
 CHUNK_ROWS = 1000  # rows encoded between two steps of the progress bar
 DIGEST_BYTES = 16
@@ -93,20 +93,19 @@ def _used_rows(counts: FileCounts, text: str, show_progress: bool) -> Iterator[t
     """Yield the place and the example of each row that training would use; count the others."""
     num_lines = text.count("\n") + 1
     counts.has_lines = num_lines > 1
-    with tqdm(
-        total=num_lines if counts.has_lines else None,
-        desc=f"checking {counts.path.name}",
+    with Progress(
+        num_lines if counts.has_lines else None,
+        f"checking {counts.path.name}",
         unit=counts.place_name,
-        unit_scale=True,
-        disable=not show_progress,
+        visible=show_progress,
         leave=False,
-    ) as bar:
+    ) as progress:
         for number, item in enumerate(iterate_rows(counts.path, text), start=1):
             place = (item.line or 1) if counts.has_lines else number
             example = _to_used_example(counts, item, place)
             if example is not None:
                 yield place, example
-            bar.update(max(0, place - bar.n))
+            progress.update(max(0, place - progress.done))
 
 
 def _to_used_example(counts: FileCounts, item: Row | DataError, place: int) -> Example | None:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from ptuning.data.cache import (
     TokenArrays,
@@ -36,6 +35,7 @@ from ptuning.data.tokenization import (
     to_training_batch,
 )
 from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.output import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -333,11 +333,11 @@ def _with_answers(
 
 def _in_chunks(examples: list[Example], title: str, visible: bool) -> Iterator[list[Example]]:
     """Yield the examples in parts, moving a progress bar."""
-    with tqdm(total=len(examples), desc=title, unit="row", disable=not visible) as bar:
+    with Progress(len(examples), title, visible=visible) as progress:
         for start in range(0, len(examples), CHUNK_ROWS):
             chunk = examples[start : start + CHUNK_ROWS]
             yield chunk
-            bar.update(len(chunk))
+            progress.update(len(chunk))
 
 
 def _to_arrays(rows: list[TokenizedExample]) -> TokenArrays:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from ptuning.model.checkpoint import (
     Checkpoint,
@@ -24,6 +23,7 @@ from ptuning.model.checkpoint import (
 from ptuning.model.checkpoint_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
 from ptuning.model.checkpoint_load import head_is_embedding, stored_tensors
 from ptuning.model.checkpoint_tensors import StoredTensor
+from ptuning.output import open_bar
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,7 @@ def _write_weights(directory: Path, tensors: dict[str, StoredTensor]) -> None:
     shards = list(split_into_shards(tensors, SHARD_BYTES))
     total_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     weight_map: dict[str, str] = {}
-    bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="Writing weights")
-    with bar:
+    with open_bar(total_bytes, "writing weights", unit="B", unit_scale=True) as bar:
         for number, shard in enumerate(shards, 1):
             name = SAFETENSORS_FILE
             if len(shards) > 1:

@@ -1,0 +1,174 @@
+"""What a command prints: log lines and progress.
+
+On a terminal a loop shows a tqdm bar. Where the output goes to a file or a pipe it logs a line per
+10 % instead, without carriage returns.
+"""
+
+import io
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+logger = logging.getLogger(__name__)
+
+LINE_EVERY_S = 2.0  # a loop that is over sooner logs no line
+
+_bars_allowed = True  # --disable_tqdm; like the logging level, one setting for the process
+
+
+def start_logging(level: int, stream: TextIO) -> None:
+    """Log messages as plain lines to a stream.
+
+    A character that the terminal's encoding lacks is printed as an escape sequence.
+    """
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
+    logging.basicConfig(format="%(message)s", level=level, stream=stream)
+
+
+def use_bars(allowed: bool) -> None:
+    """Allow progress bars on a terminal, or have every loop log lines (--disable_tqdm)."""
+    global _bars_allowed
+    _bars_allowed = allowed
+
+
+def on_terminal() -> bool:
+    """Tell whether a person watches: `main.py | tee log` must not mix bars into the lines."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def shows_bars() -> bool:
+    """Tell whether loops show progress bars, rather than log lines."""
+    return _bars_allowed and on_terminal()
+
+
+@contextmanager
+def open_bar(total: float | None, title: str, **options: Any) -> Iterator[tqdm]:
+    """Open a progress bar that log lines are printed above; it shows nothing without a terminal.
+
+    options are tqdm's.
+    """
+    disable = options.pop("disable", False) or not shows_bars()
+    with ExitStack() as opened:
+        bar = opened.enter_context(
+            tqdm(total=total, desc=title, dynamic_ncols=True, disable=disable, **options)
+        )
+        if not disable:
+            opened.enter_context(logging_redirect_tqdm())
+        yield bar
+
+
+class Progress:
+    """The progress of a loop over `total` items: a bar on a terminal, else a log line per 10 %.
+
+    total None is unknown: without a bar, nothing is logged.
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        title: str,
+        *,
+        unit: str = "row",
+        initial: int = 0,
+        visible: bool = True,
+        leave: bool = True,
+    ) -> None:
+        """Take the loop's size and name; `initial` items are already done."""
+        self.total, self.title, self.unit, self.visible = total, title, unit, visible
+        self.done = self.initial = initial
+        self._options = {"unit": unit, "initial": initial, "leave": leave, "disable": not visible}
+        self._opened = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._started = self._line_at = time.monotonic()
+        self._tenth = tenths(self.initial, self.total or 1)
+        bar = open_bar(self.total, self.title, **self._options)
+        self.bar = self._opened.enter_context(bar)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the bar."""
+        self._opened.close()
+
+    def update(self, count: int = 1) -> None:
+        """Count items that are done."""
+        self.done += count
+        self.bar.update(count)
+        if self.total and self.visible and self.bar.disable:
+            self._log_tenth(self.total)
+
+    def _log_tenth(self, total: int) -> None:
+        tenth, now = tenths(self.done, total), time.monotonic()
+        is_over = self.done >= total
+        since = self._started if is_over else self._line_at
+        if tenth == self._tenth or now - since < LINE_EVERY_S:
+            return
+        self._tenth, self._line_at = tenth, now
+        spent = now - self._started
+        left = spent / (self.done - self.initial) * (total - self.done)
+        logger.info(
+            "%s: %d of %d %s (%d %%), %s",
+            self.title,
+            self.done,
+            total,
+            f"{self.unit}es" if self.unit.endswith("ch") else f"{self.unit}s",
+            100 * self.done // total,
+            f"took {duration(spent)}" if is_over else f"{duration(left)} left",
+        )
+
+
+def tenths(done: int, total: int) -> int:
+    """Return how many tenths of the total are done.
+
+    >>> tenths(39, 400), tenths(40, 400), tenths(3, 4)
+    (0, 1, 7)
+    """
+    return 10 * done // total
+
+
+def duration(time_s: float) -> str:
+    """Return a time in words, in two units at most.
+
+    >>> [duration(time_s) for time_s in (0.34, 42.4, 80, 754, 7380, 100_000)]
+    ['0.3 s', '42 s', '1 min 20 s', '12 min 34 s', '2 h 3 min', '1 day 4 h']
+    """
+    if time_s < 9.95:
+        return f"{time_s:.1f} s"
+    seconds = round(time_s)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return _two(seconds // 60, "min", seconds % 60, "s")
+    minutes = round(time_s / 60)
+    if minutes < 24 * 60:
+        return _two(minutes // 60, "h", minutes % 60, "min")
+    hours = round(time_s / 3600)
+    return _two(hours // 24, "day" if hours < 48 else "days", hours % 24, "h")
+
+
+def _two(large: int, large_unit: str, small: int, small_unit: str) -> str:
+    return f"{large} {large_unit}" + (f" {small} {small_unit}" if small else "")
+
+
+def signed(value: float, digits: int) -> str:
+    """Return a change with its sign; one that rounds to 0 has none.
+
+    >>> signed(0.9481, 3), signed(-3.75, 2), signed(-0.0004, 3)
+    ('+0.948', '-3.75', '0.000')
+    """
+    return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
