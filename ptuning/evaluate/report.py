@@ -18,6 +18,7 @@ from ptuning.evaluate.loss_svg import loss_svg
 from ptuning.evaluate.metrics import CorpusScores, is_blank
 from ptuning.evaluate.report_style import SCRIPT, STYLE
 from ptuning.evaluate.retention import Retention, RetentionRow
+from ptuning.output import signed
 from ptuning.evaluate.table import COUNTS, MEASURES
 
 DEFAULT_MAX_ROWS = 200
@@ -220,7 +221,7 @@ def _retention_figures(retention: Retention) -> str:
         "<th>原模型回答的损失 loss on the base's answers</th>"
         f"<td>{retention.base_loss:.3f}</td>"
         f'<td class="tuned">{retention.tuned_loss:.3f}</td>'
-        f'<td class="{colour}">{change:+.3f}</td></tr>\n'
+        f'<td class="{colour}">{signed(change, 3)}</td></tr>\n'
         "<tr><th>与原模型的散度 divergence from the base (KL, nats)</th><td>0</td>"
         f'<td class="tuned">{retention.divergence:.3f}</td><td></td></tr>\n'
         "<tr><th>相同的回答 identical answers</th>"
@@ -238,7 +239,7 @@ def _retention_card(row: RetentionRow) -> str:
     return (
         f'<article class="row"><header><b>{escape(row.prompt[:RETENTION_TEXT_LIMIT])}</b>{same}'
         f"<span>损失 loss {base_loss:.3f} → {tuned_loss:.3f}</span>"
-        f'<span class="{colour}">{row.change:+.3f}</span></header>'
+        f'<span class="{colour}">{signed(row.change, 3)}</span></header>'
         f'<div class="texts">{answers}</div></article>'
     )
 

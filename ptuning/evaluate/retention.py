@@ -7,6 +7,14 @@ The loss is that of the base's greedy answers, token by token with the right beg
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ptuning.output import signed
+
+MUCH_FORGOTTEN = 0.3  # nats per token: few answers stay the same beyond (docs/forgetting.md)
+ADVICE = (
+    "Tuning changed most answers outside the task. To keep more of the base, mix in general rows "
+    "(--mix) or train a prefix with --preset gentle: docs/forgetting.md."
+)
+
 
 @dataclass(frozen=True)
 class RetentionRow:
@@ -84,9 +92,10 @@ class Retention:
         }
 
     def line(self) -> str:
-        """Say it in one line."""
-        return (
-            f"General prompts: the loss on the base's answers goes from {self.base_loss:.3f} to "
-            f"{self.tuned_loss:.3f} ({self.change:+.3f}); {self.num_same} of {len(self.rows)} "
-            "answers are the same"
+        """Say it in a line, and in a second one how to forget less, where much was forgotten."""
+        text = (
+            f"Forgetting: {self.num_same} of {len(self.rows)} general prompts answered as before "
+            f"tuning; loss on the base's answers from {self.base_loss:.3f} to "
+            f"{self.tuned_loss:.3f} ({signed(self.change, 3)})"
         )
+        return f"{text}\n{ADVICE}" if self.change >= MUCH_FORGOTTEN else text

@@ -1,5 +1,7 @@
 """Forgetting in figures, in predict_results.json and on the report page."""
 
+import dataclasses
+
 import pytest
 
 from ptuning.evaluate.report import RETENTION_MAX_ROWS, render_report, retention_section
@@ -21,7 +23,21 @@ def test_figures_are_means_over_tokens():
         "retention_same_answers": 1,
     }
     assert (SAME.change, LOST.change) == (pytest.approx(0.1), pytest.approx(5.0))
-    assert "from 0.100 to 1.180 (+1.080); 1 of 2 answers are the same" in BOTH.line()
+
+
+def test_forgetting_is_told_with_a_remedy_where_much_was_forgotten():
+    first, advice = BOTH.line().splitlines()
+    assert "1 of 2 general prompts answered as before tuning" in first
+    assert "from 0.100 to 1.180 (+1.080)" in first
+    assert "--preset gentle" in advice
+    assert "docs/forgetting.md" in advice
+    kept = Retention("prompts.json", [SAME])
+    assert len(kept.line().splitlines()) == 1
+
+
+def test_no_change_has_no_sign():
+    same = dataclasses.replace(SAME, tuned_loss=SAME.base_loss - 1e-6)
+    assert "(0.000)" in Retention("prompts.json", [same]).line()
 
 
 def test_the_page_has_the_figures_and_both_answers_most_changed_first():
