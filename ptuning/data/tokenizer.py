@@ -115,7 +115,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             },
             **kwargs,
         )
-        logger.info("ChatGLM vocabulary: %s", self.release)
+        logger.debug("ChatGLM vocabulary: %s", self.release)
 
     # Facts about the vocabulary
 

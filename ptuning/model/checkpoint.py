@@ -64,7 +64,7 @@ class CheckpointSummary:
         size = (
             f"{self.num_bytes / 1e9:.2f} GB"
             if self.num_bytes >= 1e8
-            else f"{self.num_bytes:,} bytes"
+            else f"{self.num_bytes / 1e6:.1f} MB"
         )
         embedding = f", int{self.embedding_bits} embedding" if self.embedding_bits else ""
         return f"{self.release}; {weights} weights{embedding}, {size} in {shards}"

@@ -96,7 +96,7 @@ def release_name(config: ChatGLMConfig, num_image_tokens: int = 0) -> str:
     'ChatGLM-6B with 130,528 tokens'
     """
     is_published_size = (config.num_layers, config.hidden_size) == (28, 4096)
-    name = "ChatGLM-6B" if is_published_size else "a ChatGLM of another size"
+    name = "ChatGLM-6B" if is_published_size else "a ChatGLM"
     size = f", {config.num_layers} layers, hidden size {config.hidden_size}"
     older = f" (the older release, whose ids are {num_image_tokens:,} higher)"
     return (

@@ -232,8 +232,8 @@ def test_summary_says_what_lies_there_without_reading_weights(
     stored = published_order(golden_tensors(golden)).values()
     assert summary.num_bytes == sum(value.nbytes for value in stored)
     assert str(summary) == (
-        "a ChatGLM of another size with 1,024 tokens, 28 layers, hidden size 32; float16 weights, "
-        f"{summary.num_bytes:,} bytes in 8 files"
+        "a ChatGLM with 1,024 tokens, 28 layers, hidden size 32; float16 weights, "
+        f"{summary.num_bytes / 1e6:.1f} MB in 8 files"
     )
 
 
