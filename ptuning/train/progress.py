@@ -1,0 +1,246 @@
+"""What a training run shows while it goes on: progress lines, a bar, the picture of its loss.
+
+The callbacks replace transformers' own printing, which is Python dicts; what reports elsewhere
+(--report_to) is left alone.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ptuning.output import Progress, duration, on_terminal, open_bar, tenths
+
+logger = logging.getLogger("main")
+
+DRAW_EVERY_S = 30.0  # drawing takes about half a second
+LINE_EVERY_S = 600.0  # without a terminal, more than a line per 10 % where those take long
+
+
+class ProgressLines(TrainerCallback):
+    """Prints a line per log entry above a bar on a terminal, else a line per 10 % of the steps.
+
+    Validations and the end of the run are always printed. A line's loss is the mean over the steps
+    taken since the line before; time left is that of this process's own steps.
+    """
+
+    def __init__(self) -> None:
+        """Begin without a bar: on_train_begin opens it, `close` closes it."""
+        self._opened = ExitStack()
+        self._bar: tqdm | None = None  # None outside training
+        self._validation: Progress | None = None
+        self._losses: list[float] = []  # of the steps taken since the last line
+        self._num_skipped = 0  # steps since the last line
+        self._last_loss = math.nan
+
+    def add_step(self, loss: float, *, skipped: bool = False) -> None:
+        """Take the loss of one optimiser step; that of a skipped step is left out of the mean."""
+        if skipped:
+            self._num_skipped += 1
+        else:
+            self._losses.append(loss)
+            self._last_loss = loss
+
+    def close(self) -> None:
+        """Close the bars, also after an error."""
+        self.end_validation()
+        self._opened.close()
+        self._bar = None
+
+    def end_validation(self) -> None:
+        """Close the bar of a validation."""
+        if self._validation is not None:
+            self._validation.__exit__(None, None, None)
+            self._validation = None
+
+    # ---- Events of transformers' Trainer ----
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        if not state.is_world_process_zero:
+            return
+        self._first_step = self._line_step = state.global_step
+        self._started = self._first_step_over = self._line_at = time.monotonic()
+        self._has_line = False
+        self._bar = self._opened.enter_context(
+            open_bar(state.max_steps, "training", unit="step", initial=state.global_step)
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar, or print the line of a tenth; on_log prints it where it has more to say."""
+        if self._bar is None:
+            return
+        self._bar.set_postfix_str(f"loss {self._last_loss:.3f}", refresh=False)
+        self._bar.update()
+        if state.global_step == self._first_step + 1:
+            self._first_step_over = time.monotonic()  # it may have compiled the model
+        if self._is_tenth(state) and self._bar.disable and not control.should_log:
+            self._print_step(state, {})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print a log entry in words."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        if "train_loss" in logs:
+            self._print_trained(args, state, logs)
+        elif "eval_loss" in logs:
+            self._print_validation(state, logs, kwargs["eval_dataloader"])
+        elif "loss" in logs and self._bar is not None and self._is_wanted(state):
+            self._print_step(state, logs)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Count a batch of a validation."""
+        if not state.is_world_process_zero:
+            return
+        if self._validation is None:
+            total, is_alone = len(eval_dataloader), self._bar is None
+            self._validation = Progress(total, "validating", unit="batch", leave=is_alone)
+            self._validation.__enter__()
+        self._validation.update()
+
+    # ---- Lines ----
+
+    def _is_tenth(self, state: TrainerState) -> bool:
+        total = state.max_steps
+        return tenths(state.global_step, total) > tenths(self._line_step, total)
+
+    def _is_wanted(self, state: TrainerState) -> bool:
+        """Tell whether a log entry is printed; no step is printed twice."""
+        if self._has_line and self._line_step == state.global_step:
+            return False
+        is_late = time.monotonic() - self._line_at >= LINE_EVERY_S
+        return on_terminal() or not self._has_line or is_late or self._is_tenth(state)
+
+    def _print_step(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+        """Print where the run is: step, loss, and what else is known."""
+        parts = [_step(state), self._loss_words()]
+        if "learning_rate" in logs:
+            parts.append(f"learning rate {logs['learning_rate']:.2e}")
+        if self._num_skipped:
+            parts.append(_skipped(self._num_skipped))
+        self._line_step, self._line_at, self._has_line = state.global_step, time.monotonic(), True
+        if state.global_step < state.max_steps:
+            parts.append(f"{duration(self._time_left(state))} left")
+        logger.info("  ".join(parts))
+        self._losses.clear()
+        self._num_skipped = 0
+
+    def _loss_words(self) -> str:
+        if not self._losses:
+            return "no usable loss"
+        return f"loss {math.fsum(self._losses) / len(self._losses):.3f}"
+
+    def _time_left(self, state: TrainerState) -> float:
+        """Return seconds; the first step of this process is left out once there are others."""
+        since, num_steps = self._first_step_over, state.global_step - self._first_step - 1
+        if num_steps < 1:
+            since, num_steps = self._started, 1
+        return (time.monotonic() - since) / num_steps * (state.max_steps - state.global_step)
+
+    def _print_validation(
+        self, state: TrainerState, logs: Mapping[str, Any], dataloader: Any
+    ) -> None:
+        loss = float(logs["eval_loss"])
+        if self._bar is not None:
+            logger.info("%s  validation loss %.3f", _step(state), loss)
+            return
+        logger.info(
+            "Validation loss %.3f (perplexity %.2f): %d rows in %s",
+            loss,
+            math.exp(loss) if loss < 700 else math.inf,  # beyond, exp overflows float64
+            len(dataloader.dataset),
+            duration(logs["eval_runtime"]),
+        )
+
+    def _print_trained(
+        self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, Any]
+    ) -> None:
+        if self._bar is None:
+            return
+        spent, num_steps = time.monotonic() - self._started, state.global_step - self._first_step
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        skipped = logs.get("skipped_steps")
+        logger.info(
+            "Trained %d steps in %s (%.3g rows/s)  mean loss %.3f  last loss %.3f%s",
+            num_steps,
+            duration(spent),
+            num_steps * rows / spent,
+            logs["train_loss"],
+            self._last_loss,
+            f"  {_skipped(skipped)}" if skipped else "",
+        )
+        if state.global_step < state.max_steps:
+            logger.info("Stopped early, at step %d of %d", state.global_step, state.max_steps)
+        if args.load_best_model_at_end and state.best_metric is not None:
+            step, loss = state.best_global_step, state.best_metric
+            logger.info("Kept the best step, %s: validation loss %.3f", step, loss)
+
+
+def _step(state: TrainerState) -> str:
+    """Return the step and its share, of one width for the whole run."""
+    width = len(str(state.max_steps))
+    share = 100 * state.global_step // state.max_steps
+    return f"step {state.global_step:>{width}} of {state.max_steps} ({share:>3} %)"
+
+
+def _skipped(count: int) -> str:
+    return f"{count} step skipped" if count == 1 else f"{count} steps skipped"
+
+
+class CurveCallback(TrainerCallback):
+    """Draws the log history with `draw` to a file: at most every 30 seconds, and at the end."""
+
+    def __init__(
+        self, draw: Callable[[Sequence[Mapping[str, Any]], Path], None], path: Path
+    ) -> None:
+        """Draw to path with draw(log_history, path)."""
+        self.draw = draw
+        self.path = path
+        self._drawn_at = time.monotonic()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw when the last picture is old enough."""
+        if state.is_world_process_zero and time.monotonic() - self._drawn_at > DRAW_EVERY_S:
+            self._draw_now(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the whole run."""
+        if state.is_world_process_zero:
+            self._draw_now(state)
+
+    def _draw_now(self, state: TrainerState) -> None:
+        try:
+            self.draw(state.log_history, self.path)
+        except OSError as error:  # a picture is not worth a run
+            logger.warning(
+                "%s cannot be written (%s); the run continues", self.path, error.strerror
+            )
+        self._drawn_at = time.monotonic()

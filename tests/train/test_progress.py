@@ -1,0 +1,233 @@
+"""What a run prints: words and numbers in lines in a file, with a bar above them on a terminal."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+import ptuning.output as output
+import ptuning.train.progress as progress
+from ptuning.output import open_bar
+from ptuning.train.progress import ProgressLines
+from trainer_seq2seq import Seq2SeqTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+STEP = re.compile(r"step +(\d+) of (\d+) \( *(\d+) %\)  loss \d+\.\d{3}  (?:.*  )?(.* left)$")
+EVERYTHING = "--do_eval --do_predict --eval_strategy steps --eval_steps 10 --max_steps 20".split()
+
+
+def start_process(short_run, *more, **options):
+    flags = short_run.flags(*more, "--disable_tqdm", "false")
+    return subprocess.run([sys.executable, str(ROOT / "main.py"), *flags], check=False, **options)
+
+
+def told(caplog, short_run, *more):
+    caplog.set_level("INFO")
+    caplog.clear()
+    assert short_run.start(*more) == 0
+    return [line for message in caplog.messages for line in message.splitlines()]
+
+
+def log_steps(out: Path) -> list[int]:
+    history = json.loads((out / "trainer_state.json").read_text("utf-8"))["log_history"]
+    return [entry["step"] for entry in history if "loss" in entry]
+
+
+def test_a_file_gets_plain_lines_in_any_encoding(short_run):
+    """No bar, no carriage return, no escape sequence, no Python dict; names are Chinese."""
+    out = short_run.folder / "输出"
+    flags = [*EVERYTHING, "--logging_steps", "500", "--save_steps", "20"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    with (short_run.folder / "log").open("wb") as log:
+        done = start_process(
+            short_run, *flags, "--output_dir", str(out), stdout=log, stderr=log, env=environment
+        )
+    text = (short_run.folder / "log").read_bytes().decode("ascii")
+    assert done.returncode == 0, text
+    for unwanted in ("{", "}", "\r", "\x1b", "it/s", "row/s", "*****", "Traceback", "%|", "flos"):
+        assert unwanted not in text
+    steps = [match for match in map(STEP.match, text.splitlines()) if match]
+    assert [int(match[3]) for match in steps] == [10, 20, 30, 40, 50, 60, 70, 80, 90]
+    assert [int(match[1]) for match in steps] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert text.count("  validation loss ") == 2
+    assert text.count("\nTrained 20 steps in ") == 1
+    assert len(re.findall(r"\nValidation loss \d+\.\d{3} \(perplexity .*\): 10 rows in", text)) == 1
+    escaped = (r"\u8f93\u51fa", r"\udce8\udcbe\udc93")  # by the locale that Python took
+    assert any(name in text for name in escaped)
+    assert log_steps(out) == []  # --logging_steps alone decides what the history holds
+
+
+def test_a_terminal_gets_a_bar_with_the_loss_and_a_line_per_log_entry(short_run):
+    flags = [*EVERYTHING, "--logging_steps", "5", "--save_steps", "20"]
+    done, text = on_a_terminal(lambda **streams: start_process(short_run, *flags, **streams))
+    assert done.returncode == 0, text
+    assert re.search(r"training: +\d+%\|.*\d+/20 .*loss \d+\.\d{3}", text)
+    assert re.search(r"answering with the base: +100%\|", text)
+    assert "{'" not in text
+    seen = re.findall(r"step +(\d+) of 20 \( *\d+ %\)  loss \d+\.\d{3}  learning rate \S+", text)
+    assert seen == ["5", "10", "15", "20"]
+    assert text.count("  validation loss ") == 2
+
+
+def on_a_terminal(run):
+    """Return what run(stdin, stdout, stderr) returns, and what 100 columns of a terminal showed."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    seen = []
+
+    def read():
+        with contextlib.suppress(OSError):  # Linux: every writer has closed the terminal
+            while data := os.read(master, 65536):
+                seen.append(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        done = run(stdin=slave, stdout=slave, stderr=slave)
+    finally:
+        os.close(slave)
+        reader.join()
+        os.close(master)
+    return done, b"".join(seen).decode("utf-8", "replace")
+
+
+def test_without_bars_a_terminal_gets_the_lines_alone(short_run, caplog, monkeypatch, capsys):
+    """One for every log entry, and for a tenth that passes between two of them."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    lines = told(caplog, short_run, "--max_steps", "20", "--logging_steps", "7")
+    steps = [int(match[1]) for match in map(STEP.match, lines) if match]
+    assert steps == [2, 4, 6, 7, 8, 10, 12, 14, 16, 18]
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_name_every_tenth_and_the_first_log_entry(short_run, caplog):
+    lines = told(caplog, short_run, "--max_steps", "40")
+    steps = [int(match[1]) for match in map(STEP.match, lines) if match]
+    assert steps == [1, *range(4, 40, 4)]
+    assert log_steps(short_run.out) == list(range(1, 41))
+
+
+def test_the_loss_of_a_line_is_the_mean_since_the_line_before(short_run, caplog):
+    lines = told(caplog, short_run, "--max_steps", "20", "--logging_steps", "1")
+    losses = [
+        (int(match[1]), float(re.search(r"loss (\S+)", match[0])[1]))
+        for match in map(STEP.match, lines)
+        if match
+    ]
+    history = json.loads((short_run.out / "trainer_state.json").read_text("utf-8"))["log_history"]
+    logged = [entry["loss"] for entry in history if "loss" in entry]
+    before = 0
+    for step, loss in losses:
+        assert loss == pytest.approx(sum(logged[before:step]) / (step - before), abs=6e-4)
+        before = step
+
+
+def test_a_resumed_run_counts_its_own_steps(short_run, caplog):
+    assert short_run.start("--max_steps", "20", "--save_steps", "10") == 0
+    (short_run.out / "checkpoint-20").rename(short_run.folder / "last")
+    flags = ["--max_steps", "20", "--save_steps", "10", "--resume_from_checkpoint", "auto"]
+    lines = told(caplog, short_run, *flags)
+    steps = [int(match[1]) for match in map(STEP.match, lines) if match]
+    assert steps == [11, 12, 14, 16, 18]
+    assert any(line.startswith("Trained 10 steps in ") for line in lines)
+
+
+def test_skipped_steps_are_counted_in_the_line(short_run, caplog, monkeypatch):
+    real = Seq2SeqTrainer.compute_loss
+
+    def spoiled(trainer, *args, **kwargs):
+        loss = real(trainer, *args, **kwargs)
+        return loss * float("nan") if trainer.state.global_step + 1 in (5, 6, 7) else loss
+
+    monkeypatch.setattr(Seq2SeqTrainer, "compute_loss", spoiled)
+    lines = told(caplog, short_run, "--max_steps", "20", "--logging_steps", "2")
+    by_step = {int(match[1]): match[0] for match in map(STEP.match, lines) if match}
+    assert "1 step skipped" in by_step[8]
+    assert "skipped" not in by_step[10]
+    assert any("step  6 of 20 ( 30 %)  no usable loss" in line for line in lines)
+    assert any(line.startswith("Trained 20 steps") and "3 steps skipped" in line for line in lines)
+
+
+def test_early_stopping_and_the_best_step_are_named(short_run, caplog):
+    flags = ["--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end"]
+    flags += ["--early_stopping_patience", "1", "--learning_rate", "100", "--max_steps", "40"]
+    lines = told(caplog, short_run, *flags)
+    assert any(re.fullmatch(r"Stopped early, at step \d+ of 40", line) for line in lines)
+    assert any(re.fullmatch(r"Kept the best step, \d+: validation loss .*", line) for line in lines)
+
+
+def test_time_left_leaves_out_the_first_step_which_may_compile(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    state = TrainerState(max_steps=10, is_world_process_zero=True)
+    lines, control = ProgressLines(), TrainerControl()
+    lines.on_train_begin(None, state, control)
+    for step in (1, 2, 3):
+        now[0] += 100.0 if step == 1 else 2.0
+        state.global_step = step
+        lines.add_step(1.0)
+        lines.on_step_end(None, state, control)
+    lines.close()
+    assert [message.split("  ")[-1] for message in caplog.messages] == [
+        "15 min left",
+        "16 s left",
+        "14 s left",
+    ]
+
+
+def test_a_long_tenth_has_lines_of_its_own(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    state = TrainerState(max_steps=1000, is_world_process_zero=True)
+    lines, control = ProgressLines(), TrainerControl()
+    lines.on_train_begin(None, state, control)
+    control.should_log = True
+    for step in range(1, 51):
+        now[0] += 60.0
+        state.global_step = step
+        lines.add_step(1.0)
+        lines.on_step_end(None, state, control)
+        lines.on_log(None, state, control, {"loss": 1.0, "learning_rate": 0.02})
+    lines.close()
+    assert [int(message.split()[1]) for message in caplog.messages] == [1, 11, 21, 31, 41]
+
+
+def test_a_run_that_fails_closes_its_bar(short_run, monkeypatch):
+    """Log lines are printed through an open bar, so one that stays open would keep them."""
+    closed = []
+
+    def fails(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def watched(*args, **options):
+        try:
+            with open_bar(*args, **options) as bar:
+                yield bar
+        finally:
+            closed.append("closed")
+
+    monkeypatch.setattr(progress, "open_bar", watched)
+    monkeypatch.setattr(Seq2SeqTrainer, "training_step", fails)
+    assert short_run.start() == 130
+    assert closed == ["closed"]
+
+
+def test_bars_are_told_by_the_flag(short_run, monkeypatch):
+    monkeypatch.setattr(output, "_bars_allowed", True)
+    assert short_run.start() == 0  # with --disable_tqdm true
+    assert output._bars_allowed is False
