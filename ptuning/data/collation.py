@@ -19,15 +19,14 @@ def pad_right(
     batch: Sequence[Mapping[str, TokenRow]],
     *,
     pad_id: int,
-    pad_to_multiple_of: int | None = None,
     pad_to_length: int | None = None,
 ) -> dict[str, Tensor]:
     """Return input_ids, attention_mask (1 for tokens) and labels (-100 for padding), each (B, S).
 
-    S is the longest row, rounded up to pad_to_multiple_of, or pad_to_length; None leaves it so. In
-    addition, so that the model need not compute them on a GPU and wait: tokens (T,), the cells of
-    the flattened grid that hold tokens; needed (N,), which of those have a label after them;
-    targets (N,), those labels. Leave these three out where rows or labels are changed afterwards.
+    S is pad_to_length, or the longest row where that is None. Three more entries, so that the model
+    need not compute them on a GPU and wait: tokens (T,), the cells of the flattened grid that hold
+    tokens; needed (N,), which of those have a label after them; targets (N,), those labels. Leave
+    these three out where rows or labels are changed afterwards.
 
     >>> rows = [{"input_ids": [7, 8], "labels": [-100, 8]}, {"input_ids": [9], "labels": [9]}]
     >>> pad_right(rows, pad_id=3)["input_ids"].tolist()
@@ -35,7 +34,7 @@ def pad_right(
     """
     ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in batch]
     labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in batch]
-    length = _batch_length(ids, pad_to_multiple_of, pad_to_length)
+    length = _batch_length(ids, pad_to_length)
     size = (len(ids), length)
     padded = {
         "input_ids": torch.full(size, pad_id, dtype=torch.long),  # (B, S)
@@ -62,11 +61,7 @@ def pad_right(
 
 
 def pad_left(
-    prompts: Sequence[TokenRow],
-    *,
-    pad_id: int,
-    pad_to_multiple_of: int | None = None,
-    pad_to_length: int | None = None,
+    prompts: Sequence[TokenRow], *, pad_id: int, pad_to_length: int | None = None
 ) -> dict[str, Tensor]:
     """Return input_ids and attention_mask (1 for tokens) of prompts to continue, each (B, S).
 
@@ -74,7 +69,7 @@ def pad_left(
     [[7, 8], [3, 9]]
     """
     ids = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
-    length = _batch_length(ids, pad_to_multiple_of, pad_to_length)
+    length = _batch_length(ids, pad_to_length)
     input_ids = torch.full((len(ids), length), pad_id, dtype=torch.long)  # (B, S)
     attention_mask = torch.zeros_like(input_ids)
     for index, row_ids in enumerate(ids):
@@ -84,18 +79,14 @@ def pad_left(
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def _batch_length(rows: Sequence[Tensor], multiple: int | None, fixed: int | None) -> int:
+def _batch_length(rows: Sequence[Tensor], fixed: int | None) -> int:
     """Return S for a batch."""
     if not rows:
         raise ValueError("the batch has no rows; give at least one.")
     longest = max(len(row) for row in rows)
-    if fixed is not None:
-        if longest > fixed:
-            raise ValueError(
-                f"a row has {longest} tokens and pad_to_length is {fixed}; raise it to {longest}, "
-                "or cut the rows with --max_source_length and --max_target_length."
-            )
-        return fixed
-    if multiple is not None and multiple < 1:
-        raise ValueError(f"pad_to_multiple_of is {multiple}; use 1 or more, or leave it out.")
-    return longest if multiple is None else -(-longest // multiple) * multiple
+    if fixed is not None and longest > fixed:
+        raise ValueError(
+            f"a row has {longest} tokens and pad_to_length is {fixed}; raise it to {longest}, "
+            "or cut the rows with --max_source_length and --max_target_length."
+        )
+    return longest if fixed is None else fixed

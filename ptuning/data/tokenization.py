@@ -23,30 +23,6 @@ class TokenizedExample(NamedTuple):
     prompt_cut: bool
     answer_cut: bool
 
-    @property
-    def labels(self) -> list[int]:
-        """The ids to learn, from `<sop>` on; -100 for the context."""
-        ignored = [IGNORED_LABEL] * self.context_length
-        return ignored + self.input_ids[self.context_length :]
-
-
-def to_training_example(
-    tokenizer: ChatGLMTokenizer,
-    example: Example,
-    *,
-    max_source_length: int,
-    max_target_length: int,
-    recipe: Recipe = "corrected",
-) -> TokenizedExample:
-    """Encode one row for training; see `to_training_batch`."""
-    return to_training_batch(
-        tokenizer,
-        [example],
-        max_source_length=max_source_length,
-        max_target_length=max_target_length,
-        recipe=recipe,
-    )[0]
-
 
 def to_training_batch(
     tokenizer: ChatGLMTokenizer,
@@ -77,20 +53,6 @@ def to_training_batch(
             ids.pop()  # <eop> would teach the model to stop in the middle of a sentence
         rows.append(TokenizedExample(ids, len(context) + 1, prompt_cut, answer_cut))
     return rows
-
-
-def to_generation_prompt(
-    tokenizer: ChatGLMTokenizer,
-    example: Example,
-    *,
-    max_source_length: int,
-    recipe: Recipe = "corrected",
-) -> list[int]:
-    """Encode one prompt for generation; see `to_generation_batch`."""
-    prompts, _ = to_generation_batch(
-        tokenizer, [example], max_source_length=max_source_length, recipe=recipe
-    )
-    return prompts[0]
 
 
 def to_generation_batch(

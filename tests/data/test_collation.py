@@ -39,22 +39,12 @@ def test_prompts_are_padded_on_the_left_to_the_longest() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-@pytest.mark.parametrize(
-    ("option", "length"),
-    [
-        ({"pad_to_multiple_of": 8}, 8),
-        ({"pad_to_multiple_of": 3}, 3),
-        ({"pad_to_multiple_of": 1}, 3),
-        ({"pad_to_length": 5}, 5),
-        ({"pad_to_length": 3}, 3),
-        ({"pad_to_length": 5, "pad_to_multiple_of": 8}, 5),
-    ],
-)
-def test_a_batch_can_be_made_longer(option: dict[str, int], length: int) -> None:
-    right = pad_right(ROWS, pad_id=3, **option)
+@pytest.mark.parametrize("length", [3, 5])
+def test_a_batch_can_be_made_longer(length: int) -> None:
+    right = pad_right(ROWS, pad_id=3, pad_to_length=length)
     assert right["labels"].shape == (2, length)
     assert right["labels"][0, 3:].tolist() == [-100] * (length - 3)
-    left = pad_left([[7, 8, 9]], pad_id=3, **option)
+    left = pad_left([[7, 8, 9]], pad_id=3, pad_to_length=length)
     assert left["input_ids"].tolist() == [[3] * (length - 3) + [7, 8, 9]]
 
 
@@ -66,8 +56,6 @@ def test_a_pad_id_inside_the_text_stays_visible() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="a row has 3 tokens and pad_to_length is 2"):
         pad_right(ROWS, pad_id=3, pad_to_length=2)
-    with pytest.raises(ValueError, match="use 1 or more"):
-        pad_right(ROWS, pad_id=3, pad_to_multiple_of=0)
     with pytest.raises(ValueError, match="the batch has no rows"):
         pad_left([], pad_id=3)
     with pytest.raises(ValueError, match="row 0 of the batch has 2 input_ids and 1 labels"):

@@ -18,8 +18,8 @@ from ptuning.data.dataset import (
 )
 from ptuning.data.formatting import to_example
 from ptuning.data.reading import DataError
-from ptuning.data.tokenization import to_generation_prompt, to_training_example
 from ptuning.data.tokenizer import ChatGLMTokenizer
+from tests.data.one_row import labels_of, to_generation_prompt, to_training_example
 
 ROWS = [
     {"content": "类型#裤*颜色#白色", "summary": "这件白色的裤子很轻。", "history": []},
@@ -54,7 +54,7 @@ def test_rows_are_those_of_to_training_example(
     for item, row in zip(dataset, kept, strict=True):
         expected = to_training_example(tokenizer, to_example(row, **COLUMNS), **LENGTHS)
         assert item["input_ids"].tolist() == expected.input_ids
-        assert item["labels"].tolist() == expected.labels
+        assert item["labels"].tolist() == labels_of(expected)
         assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
         assert item["input_ids"].shape == item["labels"].shape == (len(expected.input_ids),)
     assert dataset.lengths.tolist() == [len(item["input_ids"]) for item in dataset]

@@ -9,13 +9,9 @@ from hypothesis import strategies as st
 
 from ptuning.data.collation import pad_left
 from ptuning.data.formatting import Example, build_prompt, build_rounds, to_example
-from ptuning.data.tokenization import (
-    to_generation_batch,
-    to_generation_prompt,
-    to_training_batch,
-    to_training_example,
-)
+from ptuning.data.tokenization import to_generation_batch, to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
+from tests.data.one_row import labels_of, to_generation_prompt, to_training_example
 
 COLUMNS = {"prompt_column": "prompt", "response_column": "response"}
 WIDE = {"max_source_length": 1000, "max_target_length": 1000}
@@ -60,7 +56,7 @@ def test_published_training_rows_are_repeated_exactly(
     )
     assert len(made) == len(rows) == 14
     for example, row in zip(made, rows, strict=True):
-        assert (example.input_ids, example.labels) == without_padding(row)
+        assert (example.input_ids, labels_of(example)) == without_padding(row)
 
 
 def test_published_training_rows_with_history_are_repeated_exactly(
@@ -76,7 +72,7 @@ def test_published_training_rows_with_history_are_repeated_exactly(
             max_target_length=256,
             recipe="published",
         )
-        assert (made.input_ids, made.labels) == without_padding(row)
+        assert (made.input_ids, labels_of(made)) == without_padding(row)
         assert row["padded_length"] == 512
     assert rows
 
@@ -127,7 +123,7 @@ def test_a_row_is_prompt_gmask_sop_answer_eop(tokenizer: ChatGLMTokenizer, recip
     context = len(encode(tokenizer, "你好")) + 1
     assert row.context_length == context
     assert row.input_ids[context] == tokenizer.sop_token_id
-    assert row.labels == [-100] * context + row.input_ids[context:]
+    assert labels_of(row) == [-100] * context + row.input_ids[context:]
     assert (row.prompt_cut, row.answer_cut) == (False, False)
 
 

@@ -9,7 +9,6 @@ import torch
 
 import ptuning
 from ptuning.data.formatting import to_example
-from ptuning.data.tokenization import to_generation_prompt
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.nano.paths import NANO_DIR
@@ -17,6 +16,7 @@ from ptuning.serve.scheduler import QueueFullError
 from ptuning.serve.session import Session
 from ptuning.serve.session_front import UnknownPrefixError
 from ptuning.serve.text_stream import clean_response
+from tests.data.one_row import to_generation_prompt
 
 QUESTIONS = [
     "类型#裤*版型#宽松",
