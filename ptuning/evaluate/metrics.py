@@ -62,26 +62,6 @@ class CorpusScores(NamedTuple):
         return metrics
 
 
-class RunningScores:
-    """Scores that grow row by row, so that scoring overlaps generation."""
-
-    def __init__(self) -> None:
-        """Start with no rows."""
-        self.rows: list[PairScores] = []
-        self.empty = 0
-
-    def add(self, prediction: str, label: str) -> PairScores:
-        """Score one more row, keep it, and return its scores."""
-        scores = score_pair(prediction, label)
-        self.rows.append(scores)
-        self.empty += is_blank(prediction)
-        return scores
-
-    def result(self) -> CorpusScores:
-        """Return the means over the rows added so far; at least one is needed."""
-        return mean_scores(self.rows, empty=self.empty)
-
-
 def mean_scores(rows: Sequence[PairScores], *, empty: int) -> CorpusScores:
     """Return the means over rows, `empty` of which had a blank prediction; one row at least."""
     if not rows:
@@ -113,18 +93,6 @@ def score_pair(prediction: str, label: str) -> PairScores:
     fractions = [rouge[name]["f"] for name in ("rouge-1", "rouge-2", "rouge-l")]
     fractions.append(_bleu_4(prediction, label))
     return PairScores(*(round(100 * fraction, ROUND_PLACES) for fraction in fractions))
-
-
-def score_corpus(predictions: Iterable[str], labels: Iterable[str]) -> CorpusScores:
-    """Score predictions against labels in the same order; there must be as many of each.
-
-    >>> score_corpus(["很好", ""], ["很好", "很好"]).samples
-    2
-    """
-    running = RunningScores()
-    for prediction, label in zip(predictions, labels, strict=True):
-        running.add(prediction, label)
-    return running.result()
 
 
 def is_blank(text: str) -> bool:

@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
 from ptuning.atomic_file import write_atomically
@@ -55,12 +54,7 @@ class PredictionFile:
         """Return the file itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close; after an error, without asking whether rows are missing."""
         if kind is None:
             self.close()
@@ -136,22 +130,6 @@ class PredictionFile:
                 len(content) - kept_bytes,
                 len(self.finished),
             )
-
-
-def read_predictions(path: Path) -> list[Prediction]:
-    """Read a finished predictions file, ours or one of the published code."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        row = _parse_line(line)
-        if row is None:
-            raise ValueError(
-                f'{path}:{number}: not a JSON line {{"labels": "...", "predict": "..."}}. '
-                "Delete the line, or the file to generate it again."
-            )
-        rows.append(row)
-    return rows
 
 
 def write_results(path: Path, metrics: Mapping[str, float | int | str | None]) -> None:

@@ -11,9 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.evaluate import metrics
-from ptuning.evaluate.metrics import NO_MATCH, CorpusScores, RunningScores, score_corpus, score_pair
+from ptuning.evaluate.metrics import NO_MATCH, CorpusScores, is_blank, mean_scores, score_pair
 
 PUBLISHED_NAMES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
+
+
+def score_corpus(predictions: list[str], labels: list[str]) -> CorpusScores:
+    rows = [score_pair(*pair) for pair in zip(predictions, labels, strict=True)]
+    return mean_scores(rows, empty=sum(map(is_blank, predictions)))
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +40,6 @@ def test_means_are_the_published_ones(published: dict[str, Any]) -> None:
     for name in PUBLISHED_NAMES:
         assert by_name[f"predict_{name}"] == pytest.approx(published["mean"][name], abs=1e-9)
     assert (scores.samples, scores.empty) == (len(pairs), 0)
-
-
-def test_running_scores_return_each_row_and_agree_with_the_corpus() -> None:
-    running = RunningScores()
-    rows = [("裤子很好看", "裤子好看"), ("", "裙子"), ("上衣", "上衣")]
-    returned = [running.add(prediction, label) for prediction, label in rows]
-    assert returned == [score_pair(*row) for row in rows] == running.rows
-    assert running.result() == score_corpus(*zip(*rows, strict=True))
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n\t", "\u3000", "\u2028", "\x1c\x85"])
@@ -74,12 +71,7 @@ def test_no_pair_of_texts_crashes_or_leaves_the_scale(prediction: str, label: st
 
 def test_no_rows_have_no_mean() -> None:
     with pytest.raises(ValueError, match="No rows were scored"):
-        RunningScores().result()
-
-
-def test_lists_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        score_corpus(["一", "二"], ["一"])
+        mean_scores([], empty=0)
 
 
 def test_the_dictionary_loads_silently_without_a_temporary_folder(
