@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ptuning.serve.defaults import find_newest_prefix
+from ptuning.serve.defaults import NEWEST_NAME, choose_served
 from scripts.local_server import ROOT, free_port, running
 from scripts.terminal_sessions import record_api, record_chat, to_page
 
@@ -71,7 +71,7 @@ def choose_prefix(given: str | None) -> str:
     """Return NAME=DIRECTORY: what is given, else the newest under output/ as `adgen`."""
     if given is not None:
         return given
-    newest = find_newest_prefix(ROOT / "output")
+    newest = choose_served(None, output=ROOT / "output").prefixes.get(NEWEST_NAME)
     if newest is None:
         raise SystemExit("Found no trained prefix under output/; type: bash train.sh")
     return f"adgen={newest.relative_to(ROOT)}"

@@ -90,7 +90,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.sop_token_id = self._id_of_piece(SOP_PIECE)
         self.eop_token_id = self._id_of_piece(EOP_PIECE)
         self._gmask_id = self._id_of_piece(GMASK_PIECE)
-        self._control_ids = frozenset(
+        self.control_ids = frozenset(  # every id that text never yields: `<pad>`, `<s>`, ...
             num_image_tokens + index for index in control_indices(self._pieces)
         )
         warn_about_added_tokens(self._pieces, kwargs.pop("added_tokens_decoder", {}))
@@ -134,15 +134,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.num_image_tokens + len(self._pieces)
 
     @property
-    def control_ids(self) -> frozenset[int]:
-        """Every id that text never yields: control pieces, `<pad>`, `<s>`, `</s>`, ..."""
-        return self._control_ids
-
-    @property
     def all_special_tokens(self) -> list[str]:
         """The named special tokens, then the other control pieces (`<s>`, `[sMASK]`, ...)."""
         named = super().all_special_tokens
-        pieces = [self._convert_id_to_token(index) for index in sorted(self._control_ids)]
+        pieces = [self._convert_id_to_token(index) for index in sorted(self.control_ids)]
         return named + [piece for piece in pieces if piece not in named]
 
     @property
@@ -253,7 +248,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 raise ValueError(
                     "already_has_special_tokens goes with one sequence; leave token_ids_1 out."
                 )
-            return [int(index in self._control_ids) for index in token_ids_0]
+            return [int(index in self.control_ids) for index in token_ids_0]
         mask = [0] * len(token_ids_0) + [1, 1]
         return mask if token_ids_1 is None else mask + [0] * len(token_ids_1) + [1]
 
@@ -278,7 +273,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             if index == self._pieces.unk_id():
                 if not skip_special_tokens:
                     text_ids.append(index)
-            elif index + self.num_image_tokens not in self._control_ids:
+            elif index + self.num_image_tokens not in self.control_ids:
                 text_ids.append(index)
         text = restore_whitespace(self._pieces.decode(text_ids))
         clean_up = self.clean_up_tokenization_spaces

@@ -18,22 +18,13 @@ class Served(NamedTuple):
     prefixes: dict[str, Path]
 
 
-def find_newest_prefix(output: Path = Path("output")) -> Path | None:
-    """Return the prefix written last under output, None without one."""
-    return _newest(output, PREFIX_CONFIG_NAME)
-
-
-def find_newest(output: Path = Path("output")) -> Path | None:
+def find_newest(output: Path) -> Path | None:
     """Return what was tuned last under output, as evaluate.sh finds it: a prefix, an adapter or a
     whole model; None without any.
     """
-    return _newest(output, PREFIX_CONFIG_NAME, INFO_NAME)
-
-
-def _newest(output: Path, *names: str) -> Path | None:
     found = [
         file
-        for name in names
+        for name in (PREFIX_CONFIG_NAME, INFO_NAME)
         for file in (*output.glob(f"*/{name}"), *output.glob(f"*/checkpoint-*/{name}"))
     ]
     return max(found, key=lambda file: file.stat().st_mtime).parent if found else None

@@ -8,12 +8,12 @@ import pytest
 
 from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.addresses import is_loopback
-from ptuning.serve.defaults import choose_served, find_newest_prefix
+from ptuning.serve.defaults import choose_served, find_newest
 from ptuning.serve.server import check_address
 
 
 def test_the_newest_prefix_is_found_as_evaluate_sh_does(tmp_path, prefix_dirs):
-    assert find_newest_prefix(tmp_path) is None
+    assert find_newest(tmp_path) is None
     made = {}
     for age, name in enumerate(["a/checkpoint-10", "a", "b/checkpoint-20", "b/c/checkpoint-9"]):
         made[name] = tmp_path / name
@@ -21,9 +21,9 @@ def test_the_newest_prefix_is_found_as_evaluate_sh_does(tmp_path, prefix_dirs):
         file = made[name] / "prefix_config.json"
         file.write_bytes((prefix_dirs["adgen"] / "prefix_config.json").read_bytes())
         os.utime(file, (1000 + age, 1000 + age))
-    assert find_newest_prefix(tmp_path) == made["b/checkpoint-20"]
+    assert find_newest(tmp_path) == made["b/checkpoint-20"]
     os.utime(made["a"] / "prefix_config.json", (2000, 2000))
-    assert find_newest_prefix(tmp_path) == made["a"]
+    assert find_newest(tmp_path) == made["a"]
     for file in made["a"].parent.rglob("prefix_config.json"):
         file.with_name("prefix.safetensors").touch()
     served = choose_served(None, output=tmp_path)

@@ -9,7 +9,7 @@ from ptuning.model.adapter import adapter_parameters, add_adapter, save_adapter
 from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.tuned import FULL, LORA, TunedInfo, write_tuned_info
 from ptuning.nano.paths import NANO_DIR
-from ptuning.serve.defaults import choose_served, find_newest_prefix
+from ptuning.serve.defaults import choose_served
 from ptuning.serve.session import Session
 from ptuning.serve.tuned_model import find_model
 from ptuning.serve.web_talk import WebTalk
@@ -89,7 +89,6 @@ def test_prefixes_are_not_mixed_with_them(session, adapter, whole, prefix_dirs):
 
 def test_what_was_tuned_last_is_served(adapter, whole, prefix_dirs):
     assert choose_served(None, output=adapter.parent) == (str(adapter), {})
-    assert find_newest_prefix(adapter.parent) is None
     assert choose_served(None, output=whole[1].parent) == (str(whole[1]), {})
     newest = choose_served(None, output=prefix_dirs["adgen"].parent)
     assert newest.model == str(NANO_DIR)
