@@ -2,12 +2,10 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from ptuning.model.engine_row import FinishReason
 from ptuning.model.sampling import TokenLogprob
-from ptuning.serve.chat_prompt import Notice
 from ptuning.serve.scheduler import Ticket
 from ptuning.serve.text_stream import TextStream
 
@@ -33,7 +31,7 @@ class Answer(Iterator[str]):
         ticket: Ticket,
         stream: TextStream,
         *,
-        notice: Notice | None,
+        notice: str | None,
         num_prompt_tokens: int,
         stop_computing: Callable[[Ticket], None],
         cancel: threading.Event | None = None,
@@ -105,12 +103,7 @@ class Answer(Iterator[str]):
         """Return the answer itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop what is not finished."""
         self.close()
 

@@ -5,7 +5,7 @@ Requests that arrive together are decoded together, each with its own prefix.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -32,8 +32,6 @@ from ptuning.serve.session_front import BASE_NAME, SessionFront, UnknownPrefixEr
 MAX_BODY_KIB = 256  # ChatGLM-6B's context of 2,048 tokens is about 10 KiB of Chinese
 TIMEOUT_S = 300.0
 GONE = 499  # nginx's word for a client that left; nobody reads it
-
-Handler = Callable[[Request, Any], Awaitable[Response]]
 
 
 class Api:

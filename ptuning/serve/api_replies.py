@@ -27,7 +27,6 @@ class Reply:
         self.tokenizer = tokenizer
         self.is_chat = is_chat
         kind = "chat.completion" if is_chat else "text_completion"
-        self.object = kind
         self.head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": kind,
@@ -127,7 +126,7 @@ def usage_of(usage: Usage) -> dict[str, int]:
 
 def notices_of(answer: Answer) -> dict[str, Any]:
     """Return what was left out of the prompt, under a key of our own; nothing in most cases."""
-    return {} if answer.notice is None else {"notices": [answer.notice.text]}
+    return {} if answer.notice is None else {"notices": [answer.notice]}
 
 
 def event(data: Mapping[str, Any]) -> bytes:

@@ -33,8 +33,7 @@ NEUTRAL: dict[str, list[Any]] = {  # not available: only values that ask for not
     "modalities": [["text"]],
 }
 
-Text = Annotated[str, Field()]
-Stop = Text | Annotated[list[Text], Field(max_length=MOST_STOPS)]
+Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
 
 
 class Strict(BaseModel):
@@ -113,14 +112,14 @@ class TextPart(Strict):
     """A part of a message; text is all this model reads."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class Message(Strict):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: str | list[TextPart]
     name: str | None = None
 
     @property
@@ -178,7 +177,7 @@ class ChatBody(CommonBody):
 class CompletionBody(CommonBody):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property

@@ -15,20 +15,11 @@ from ptuning.data.tokenizer import ChatGLMTokenizer
 
 
 @dataclass(frozen=True)
-class Notice:
-    """What was left out of a prompt, in numbers and in words."""
-
-    dropped_turns: int
-    question_cut: bool
-    text: str
-
-
-@dataclass(frozen=True)
 class ChatPrompt:
-    """Token ids that end in [gMASK] <sop>, and what had to be left out of them, if anything."""
+    """Token ids that end in [gMASK] <sop>, and a sentence on what had to be left out of them."""
 
     input_ids: list[int]
-    notice: Notice | None
+    notice: str | None
 
 
 def build_chat_prompt(
@@ -85,7 +76,7 @@ def _to_example(
     return example
 
 
-def _notice(dropped: int, question_cut: bool, limit: int) -> Notice | None:
+def _notice(dropped: int, question_cut: bool, limit: int) -> str | None:
     if not dropped and not question_cut:
         return None
     said = []
@@ -97,5 +88,4 @@ def _notice(dropped: int, question_cut: bool, limit: int) -> Notice | None:
         )
     if question_cut:
         said.append("the end of the question was cut off")
-    text = f"The prompt may have {limit} tokens: {' and '.join(said)}."
-    return Notice(dropped, question_cut, text)
+    return f"The prompt may have {limit} tokens: {' and '.join(said)}."

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TextIO
 
 from ptuning.serve.answer import Answer
-from ptuning.serve.chat_prompt import Notice
 from ptuning.serve.session import Session
 from ptuning.serve.session_front import BASE_NAME, SamplingOptions, UnknownPrefixError
 
@@ -99,10 +98,9 @@ class TerminalChat:
         self._say(f"Answering with {self._speaker}.")
 
     def _answer(self, question: str) -> None:
-        answer = self.session.chat(
-            question, self.history, self.prefix, on_notice=self._tell, **self.sampling
-        )
-        with answer:
+        with self.session.chat(question, self.history, self.prefix, **self.sampling) as answer:
+            if answer.notice is not None:
+                self._complain(f"[{answer.notice}]")
             self._write(answer)
         self._end_line()
         self.history.append((question, answer.text))
@@ -120,9 +118,6 @@ class TerminalChat:
         except KeyboardInterrupt:
             answer.close()
             self._complain(" [stopped]")
-
-    def _tell(self, notice: Notice) -> None:
-        self._complain(f"[{notice.text}]")
 
     def _say(self, text: str) -> None:
         if self._is_terminal:

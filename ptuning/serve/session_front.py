@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
 from ptuning.data.tokenization import SHORTEST
@@ -20,7 +19,7 @@ from ptuning.model.sampling import Sampling
 from ptuning.model.shared_prefix import check_weight
 from ptuning.model.tuned import LORA, PrefixInfo, TunedInfo
 from ptuning.serve.answer import Answer
-from ptuning.serve.chat_prompt import Notice, build_chat_prompt
+from ptuning.serve.chat_prompt import build_chat_prompt
 from ptuning.serve.scheduler import Ticket
 from ptuning.serve.text_stream import TextStream
 from ptuning.serve.tuned_model import refuse_other_kinds
@@ -184,7 +183,6 @@ class SessionFront(ABC, Generic[Known]):
         max_new_tokens: int | None = None,
         max_source_length: int | None = None,
         num_logprobs: int | None = None,
-        on_notice: Callable[[Notice], None] | None = None,
         on_progress: Callable[[bool], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Answer:
@@ -192,8 +190,9 @@ class SessionFront(ABC, Generic[Known]):
 
         prefix names one, None or "base" is the model without any. strength scales what the prefix's
         keys draw in the softmax (0 is the base, 1 as trained); blend (name, w) shows another prefix
-        with weight w beside this one with weight 1 - w. on_notice is told when the history or the
-        question was too long; on_progress(finished) is called by the engine's thread at each token.
+        with weight w beside this one with weight 1 - w. The answer's notice says what was left out
+        of a prompt that was too long. on_progress(finished) is called by the engine's thread at
+        each token.
         """
         settings = self.settings_of(prefix)
         weighted = self._weighted(prefix, strength, blend)
@@ -206,8 +205,6 @@ class SessionFront(ABC, Generic[Known]):
             source_prefix=settings.get("source_prefix") or "",
             system=system,
         )
-        if prompt.notice is not None and on_notice is not None:
-            on_notice(prompt.notice)
         request = Request(
             prompt.input_ids,
             new_tokens,
@@ -277,12 +274,7 @@ class SessionFront(ABC, Generic[Known]):
         """Return the session itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
 

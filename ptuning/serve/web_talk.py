@@ -85,7 +85,6 @@ class WebTalk:
         with self._lock:
             self._running[visitor] = cancel
         started_s = time.monotonic()
-        notices: list[str] = []
         try:
             with ExitStack() as under_way:
                 answers = [
@@ -96,7 +95,6 @@ class WebTalk:
                             model,
                             cancel=cancel,
                             max_new_tokens=options.max_new_tokens,
-                            on_notice=lambda notice: notices.append(notice.text),
                             on_progress=lambda finished: changed.set(),
                             temperature=options.temperature,
                             top_p=options.top_p,
@@ -105,7 +103,7 @@ class WebTalk:
                     for model, turns in zip(models, panes, strict=False)
                 ]
                 for finished in _follow(answers, changed):
-                    status = _describe(models, answers, time.monotonic() - started_s, notices)
+                    status = _describe(models, answers, time.monotonic() - started_s)
                     yield Progress(_append(panes, question, answers), status, finished)
         finally:
             with self._lock:
@@ -166,16 +164,15 @@ def _append(panes: Panes, question: str, answers: Sequence[Answer]) -> Panes:
     return first, second
 
 
-def _describe(
-    models: Sequence[str], answers: Sequence[Answer], seconds: float, notices: Sequence[str]
-) -> str:
+def _describe(models: Sequence[str], answers: Sequence[Answer], seconds: float) -> str:
     """Return the line under the conversation: tokens of each answer, how it ended, the time."""
     parts = []
     for model, answer in zip(models, answers, strict=True):
         ending = ENDINGS.get(answer.finish_reason or "")
         count = f"{model}: {answer.usage.completion_tokens} tokens"
         parts.append(f"{count} ({ending})" if ending else count)
-    return " · ".join([*parts, f"{seconds:.1f} s", *dict.fromkeys(notices)])
+    notices = dict.fromkeys(answer.notice for answer in answers if answer.notice is not None)
+    return " · ".join([*parts, f"{seconds:.1f} s", *notices])
 
 
 def parse_attributes(text: str) -> list[tuple[str, str]] | None:

@@ -45,14 +45,13 @@ def test_a_system_message_stays_when_turns_are_dropped(tokenizer):
     text = tokenizer.decode(prompt.input_ids, skip_special_tokens=True)
     assert text.startswith("[Round 0]\n问:请用活泼的语气\n类型#裤")
     assert text.endswith("问:你好\n答:")
-    assert prompt.notice.dropped_turns in (1, 2, 3)
+    assert prompt.notice.startswith("The prompt may have 70 tokens: the oldest ")
     assert len(prompt.input_ids) <= 70
 
 
 def test_the_notice_says_what_is_missing(tokenizer):
     notice = build_chat_prompt(tokenizer, "类型#裤" * 20, HISTORY, max_source_length=20).notice
-    assert (notice.dropped_turns, notice.question_cut) == (4, True)
-    assert notice.text == (
+    assert notice == (
         "The prompt may have 20 tokens: the oldest 4 turns were left out and the end of the "
         "question was cut off."
     )

@@ -55,10 +55,9 @@ def test_earlier_turns_are_sent_only_when_asked(talk):
 def test_history_that_does_not_fit_is_said(talk):
     long = tuple((f"类型#裤*版型#宽松{i}", "宽松版型藏肉又自在。" * 4) for i in range(8))
     end = last(talk.ask("v", (long, ()), "你好", ["adgen"], Options(send_history=True)))
-    notices = []
-    talk.session.chat("你好", long, "adgen", on_notice=notices.append).read()
-    assert notices
-    assert notices[0].text in end.status
+    notice = talk.session.chat("你好", long, "adgen").notice
+    assert notice is not None
+    assert notice in end.status
 
 
 def test_stop_ends_the_computation_and_keeps_the_text(talk, slow_engine):
