@@ -107,7 +107,7 @@ def make_model(flags: Namespace) -> ChatGLMForConditionalGeneration:
         torch.set_default_dtype(torch.float32)
     bits = getattr(flags, "quantization_bit", None)
     if bits:
-        quantize_model_(model, bits, progress=False)
+        quantize_model_(model, bits)
         if flags.device.startswith("cuda"):
             torch.cuda.empty_cache()  # or the float weights stay reserved
     model.add_prefix(flags.prefix)

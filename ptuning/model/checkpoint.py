@@ -25,7 +25,6 @@ from ptuning.model.checkpoint_layout import (
     OLDER_NUM_IMAGE_TOKENS,
     OLDER_VOCABULARY,
     PREFIX_KEYS,
-    QUANTIZED_BITS,
     RECOMPUTED,
     SCALE_SUFFIX,
     Shape,
@@ -36,6 +35,7 @@ from ptuning.model.checkpoint_layout import (
     release_name,
 )
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.quantization.reference import check_bits
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +173,8 @@ def _weight_bits(headers: dict[str, TensorHeader], config: ChatGLMConfig) -> int
     name = f"transformer.layers.0.{LAYER_LINEARS[0]}.weight"
     bits = _packed_bits(headers.get(name), config.hidden_size)
     given = config.quantization_bit
-    if given and given not in QUANTIZED_BITS:
-        raise ValueError(f"quantization_bit is {given}; use 4 or 8, or leave it out.")
+    if given:
+        check_bits(given)
     if bits and given and bits != given:
         raise ValueError(
             f"quantization_bit is {given}, but the weights in {headers[name].file.parent} are "

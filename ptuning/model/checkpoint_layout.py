@@ -10,6 +10,7 @@ https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/pytorch_model.bin.index.jso
 import re
 
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.quantization.reference import packed_columns
 
 EMBEDDING = "transformer.word_embeddings.weight"
 HEAD = "lm_head.weight"
@@ -22,7 +23,8 @@ LAYER_LINEARS = (
     "mlp.dense_4h_to_h",
 )
 RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # stored by the published code, derived here
-QUANTIZED_BITS = (4, 8)
+# A tied head shares the scale too; transformers must know, or it refuses to save the model.
+TIED_SCALE = {HEAD + SCALE_SUFFIX: EMBEDDING + SCALE_SUFFIX}
 
 Shape = tuple[int, ...]
 _LINEAR_WEIGHT = re.compile(
@@ -71,7 +73,7 @@ def packed_shape(shape: Shape, bits: int) -> Shape:
     >>> packed_shape((96, 32), 4)
     (96, 16)
     """
-    return (shape[0], shape[1] * bits // 8)
+    return (shape[0], packed_columns(shape[1], bits))
 
 
 def prefix_shapes(config: ChatGLMConfig, prefix_length: int, project: bool) -> dict[str, Shape]:

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptuning.model.checkpoint_layout import EMBEDDING, HEAD, SCALE_SUFFIX, packed_shape
+from ptuning.model.checkpoint_layout import SCALE_SUFFIX, TIED_SCALE, packed_shape
 from ptuning.model.checkpoint_tensors import CheckpointReader, SharedResult, StoredTensor
-from ptuning.model.quantization.reference import quantize_weight
-
-BLOCK_BYTES = 8 * 2**20  # of a float weight that are quantised at a time
-TIED_SCALE = {HEAD + SCALE_SUFFIX: EMBEDDING + SCALE_SUFFIX}
+from ptuning.model.quantization.reference import quantize_in_blocks
 
 
 def prepare_for_config_(model: PreTrainedModel) -> None:
@@ -74,7 +71,7 @@ def quantized_when_read(
     def compute() -> tuple[Tensor, Tensor]:
         with turn:
             try:
-                return _quantize_in_blocks(reader.read(name).to(device), bits)
+                return quantize_in_blocks(reader.read(name).to(device), bits)
             except ValueError as error:
                 raise ValueError(f"{reader.headers[name].file}: {name}: {error}") from error
 
@@ -83,16 +80,3 @@ def quantized_when_read(
     weight = StoredTensor(torch.int8, packed_shape(shape, bits), lambda: pair.take(0))
     scale = StoredTensor(torch.float16, shape[:1], lambda: pair.take(1))
     return {name: weight, name + SCALE_SUFFIX: scale}
-
-
-def _quantize_in_blocks(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantise some rows at a time, which gives the same numbers and needs little memory beside."""
-    num_rows = weight.shape[0]
-    shape = packed_shape(tuple(weight.shape), bits)
-    packed = torch.empty(shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(num_rows, dtype=torch.float16, device=weight.device)
-    step = max(1, BLOCK_BYTES * num_rows // weight.nbytes)
-    for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
-        packed[rows], scale[rows] = quantize_weight(weight[rows], bits)
-    return packed, scale

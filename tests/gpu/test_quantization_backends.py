@@ -95,8 +95,7 @@ def test_the_published_logits_are_met_on_the_card(
     tensors = load_file(folder / "cases.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ptuning.load_prefix(model, folder / "prefix.safetensors")
-    quantize_model_(model, bits, name, device=device, progress=False)
-    model.to(device)
+    quantize_model_(model.to(device), bits, name)
     ids, positions = tensors["forward_prefix.input_ids"], tensors["forward_prefix.position_ids"]
     with torch.no_grad():
         logits = model(input_ids=ids.to(device), position_ids=positions.to(device)).logits.cpu()

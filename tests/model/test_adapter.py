@@ -96,7 +96,7 @@ def test_the_gradient_is_that_of_plain_weights_row_by_row(build_small, checkpoin
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_on_packed_weights_it_is_that_of_the_unpacked_ones(build_small, bits):
-    packed = quantize_model_(build_small(), bits, backend="torch", progress=False)
+    packed = quantize_model_(build_small(), bits, backend="torch")
     unpacked = build_small()
     for name, module in packed.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -247,7 +247,7 @@ def test_damage_and_what_does_not_fit_are_named(written, build_small):
 
 
 def test_merging_into_packed_weights_is_refused(build_small):
-    model = give_adapter(quantize_model_(build_small(), 8, backend="torch", progress=False))
+    model = give_adapter(quantize_model_(build_small(), 8, backend="torch"))
     with pytest.raises(ValueError, match="load the base unquantised"):
         model.transformer.layers[0].attention.dense.merge()
 

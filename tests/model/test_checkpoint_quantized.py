@@ -161,7 +161,7 @@ def test_weights_are_quantised_once_however_many_threads_read(
         finally:
             inside.release()
 
-    monkeypatch.setattr("ptuning.model.checkpoint_quantized.quantize_weight", counting)
+    monkeypatch.setattr("ptuning.model.quantization.reference.quantize_weight", counting)
     AutoModel.from_pretrained(directory, quantization_bit=8)
     assert len(calls) == 4 * 28
 
@@ -171,7 +171,7 @@ def test_blocks_of_rows_give_the_numbers_of_the_whole(
 ) -> None:
     weight = torch.randn(37, 16, generator=torch.Generator().manual_seed(0)).half()
     torch.save({"w": weight}, tmp_path / "w.bin")
-    monkeypatch.setattr("ptuning.model.checkpoint_quantized.BLOCK_BYTES", 5 * 16 * 2)  # five rows
+    monkeypatch.setattr("ptuning.model.quantization.reference.BLOCK_BYTES", 5 * 16 * 2)  # five rows
     reader = CheckpointReader({"w": TensorHeader(tmp_path / "w.bin", torch.float16, (37, 16))})
     parts = quantized_when_read(reader, "w", 4, device=None, turn=threading.Lock())
     packed, scale = quantize_weight(weight, 4)

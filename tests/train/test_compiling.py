@@ -68,7 +68,7 @@ def test_a_layer_kind_is_one_graph_for_all_lengths(tmp_path, monkeypatch, bits):
     make_base(tmp_path, num_layers=5)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     if bits:
-        quantize_model_(model, bits, progress=False)
+        quantize_model_(model, bits)
     model.add_prefix(4)
     model.freeze_base()
     graphs = []

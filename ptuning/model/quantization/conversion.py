@@ -9,22 +9,13 @@ from typing import cast
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ptuning.model.checkpoint_layout import LAYER_LINEARS, TIED_SCALE
 from ptuning.model.quantization.embedding import QuantizedEmbedding
 from ptuning.model.quantization.linear import QuantizedLinear
 from ptuning.model.quantization.reference import check_bits
 from ptuning.model.quantization.selection import AUTO, check_backend_name
-
-LAYER_LINEARS = (
-    "attention.query_key_value",
-    "attention.dense",
-    "mlp.dense_h_to_4h",
-    "mlp.dense_4h_to_h",
-)
-# A tied head shares the scale too; transformers must know, or it refuses to save the model.
-TIED_SCALE = {"lm_head.weight_scale": "transformer.word_embeddings.weight_scale"}
 
 
 def layer_linear_names(model: PreTrainedModel) -> list[str]:
@@ -51,33 +42,15 @@ def _names_to_convert(model: PreTrainedModel, bits: int, backend: str) -> list[s
     return layer_linear_names(model)
 
 
-def _float_module(model: PreTrainedModel, name: str, device: torch.device | None) -> nn.Module:
-    """Return the named module on device (None: where it is); ValueError when it holds no values."""
-    module = model.get_submodule(name)
-    if module.weight.is_meta:
-        raise ValueError(
-            f"{name}.weight holds no values (it is on the meta device); "
-            "load the weights, then quantise."
-        )
-    return module if device is None else module.to(device)
-
-
-def quantize_model_(
-    model: PreTrainedModel,
-    bits: int,
-    backend: str = AUTO,
-    device: torch.device | None = None,
-    progress: bool = True,
-) -> PreTrainedModel:
-    """Quantise the layer linears in place, one by one, and record it in the config; return model.
-
-    Each linear is moved to device (None: it stays where it is), quantised there and left there, so
-    the device holds one float weight at most. What is not quantised stays put: call `.to(device)`
-    afterwards.
-    """
-    names = _names_to_convert(model, bits, backend)
-    for name in tqdm(names, desc=f"quantising to int{bits}", disable=not progress):
-        linear = cast(nn.Linear, _float_module(model, name, device))
+def quantize_model_(model: PreTrainedModel, bits: int, backend: str = AUTO) -> PreTrainedModel:
+    """Quantise the layer linears where they are, and record it in the config; return model."""
+    for name in _names_to_convert(model, bits, backend):
+        linear = cast(nn.Linear, model.get_submodule(name))
+        if linear.weight.is_meta:
+            raise ValueError(
+                f"{name}.weight holds no values (it is on the meta device); "
+                "load the weights, then quantise."
+            )
         model.set_submodule(name, QuantizedLinear.from_linear(linear, bits, backend))
     model.config.quantization_bit = bits
     return model
@@ -97,10 +70,7 @@ def prepare_quantized_(model: PreTrainedModel, bits: int, backend: str = AUTO) -
 
 
 def quantize_embeddings_(
-    model: PreTrainedModel,
-    bits: int = 8,
-    backend: str = AUTO,
-    device: torch.device | None = None,
+    model: PreTrainedModel, bits: int = 8, backend: str = AUTO
 ) -> PreTrainedModel:
     """Quantise the word embedding in place, and tie an equal output head to it; return model.
 
@@ -120,8 +90,6 @@ def quantize_embeddings_(
             "the embedding holds no values (it is on the meta device); load the weights first."
         )
     tied = head.weight is embedding.weight or torch.equal(head.weight, embedding.weight)
-    if device is not None:
-        embedding, head = embedding.to(device), head.to(device)
     table = QuantizedEmbedding.from_embedding(embedding, bits)
     model.set_input_embeddings(table)
     if tied:

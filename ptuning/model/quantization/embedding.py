@@ -16,13 +16,9 @@ from ptuning.model.quantization.reference import (
     check_bits,
     dequantize_weight,
     packed_columns,
-    quantize_weight,
+    quantize_in_blocks,
 )
 from ptuning.model.quantization.selection import AUTO
-
-ROWS_AT_ONCE = (
-    8192  # 8,192 x 4,096 float16 is 64 MiB: what quantising the table needs beside the table
-)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -58,16 +54,13 @@ class QuantizedEmbedding(nn.Module):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, bits: int = 8) -> Self:
-        """Quantise embedding where it lies, some rows at a time; a row's numbers do not depend on
-        the others.
-        """
+        """Quantise embedding where it is, a few rows at a time."""
         table = embedding.weight.detach()  # (V, E)
-        result = cls(*table.shape, bits=bits, device=table.device, dtype=table.dtype)
-        for start in range(0, table.shape[0], ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            packed, scale = quantize_weight(table[rows], bits)
-            result.weight.data[rows] = packed
-            result.weight_scale.data[rows] = scale
+        packed, scale = quantize_in_blocks(table, bits)
+        result = cls(*table.shape, bits=bits, device=torch.device("meta"))
+        result.weight = nn.Parameter(packed, requires_grad=False)
+        result.weight_scale = nn.Parameter(scale, requires_grad=False)
+        result.dtype_anchor = table.new_empty(0)
         return result
 
     def forward(self, ids: Tensor) -> Tensor:

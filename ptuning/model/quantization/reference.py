@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 SUPPORTED_BITS = (4, 8)
+BLOCK_BYTES = 8 * 2**20  # of a float weight that are quantised at a time
 
 
 class QuantizedWeight(NamedTuple):
@@ -29,7 +30,7 @@ class QuantizedWeight(NamedTuple):
 def check_bits(bits: int) -> None:
     """Raise ValueError unless bits is 4 or 8."""
     if bits not in SUPPORTED_BITS:
-        raise ValueError(f"quantization_bit is {bits}; use 4 or 8.")
+        raise ValueError(f"quantization_bit is {bits}; use 4 or 8, or leave it out.")
 
 
 def largest_code(bits: int) -> int:
@@ -107,6 +108,19 @@ def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes = (half / safe[:, None]).round_().clamp_(-limit, limit).to(torch.int8)
     return QuantizedWeight(pack_codes(codes, bits), scale)
+
+
+def quantize_in_blocks(weight: Tensor, bits: int) -> QuantizedWeight:
+    """Quantise some rows at a time, which gives the same numbers and needs little extra memory."""
+    num_rows, num_columns = weight.shape
+    shape = (num_rows, packed_columns(num_columns, bits))
+    packed = torch.empty(shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(num_rows, dtype=torch.float16, device=weight.device)
+    step = max(1, BLOCK_BYTES * num_rows // weight.nbytes)
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        packed[rows], scale[rows] = quantize_weight(weight[rows], bits)
+    return QuantizedWeight(packed, scale)
 
 
 def dequantize_weight(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ptuning.model.quantization import embedding as module
+from ptuning.model.quantization import reference
 from ptuning.model.quantization.embedding import QuantizedEmbedding
 from ptuning.model.quantization.reference import dequantize_weight, quantize_weight
 
@@ -31,7 +31,7 @@ def test_the_table_is_quantised_in_pieces_with_the_same_result(
     float_table: nn.Embedding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = QuantizedEmbedding.from_embedding(float_table)
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(reference, "BLOCK_BYTES", 7 * 8 * 4)  # seven rows
     pieces = QuantizedEmbedding.from_embedding(float_table)
     assert torch.equal(pieces.weight, whole.weight)
     assert torch.equal(pieces.weight_scale, whole.weight_scale)
