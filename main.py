@@ -1,36 +1,27 @@
 """Tune ChatGLM, validate it, and score its answers next to those of the untouched base.
 
 Order: flags, output directory, rows, then the model, so that a mistake is reported before anything
-heavy happens. torch and transformers are imported only once the flags are known to be good, hence
-the imports inside functions. Exit codes: `ptuning.train.faults.endings`.
+heavy happens. torch and transformers are imported once the flags are known to be good, hence the
+imports inside functions. Exit codes: `ptuning.train.faults.endings`.
 """
 
 import logging
 import os
 import sys
 import time
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from arguments import RunConfig, UsageError, parse_arguments
+from ptuning.output import duration, start_logging, use_bars
 from ptuning.train.resume.signals import Stopped, StopRequest
-
-if TYPE_CHECKING:
-    from ptuning.data.tokenizer import ChatGLMTokenizer
-    from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-    from ptuning.train.memory.fit import Fit
-    from ptuning.train.rows import Rows
-    from ptuning.train.tunings.tuning import Tuning
 
 logger = logging.getLogger("main")
 
 
 def main(argv: list[str]) -> int:
     """Run as asked and return the exit code."""
-    level = logging.WARNING if int(os.environ.get("RANK") or 0) else logging.INFO  # printed once
-    logging.basicConfig(format="%(message)s", level=level, stream=sys.stdout)
+    is_first = int(os.environ.get("RANK") or 0) == 0
+    start_logging(logging.INFO if is_first else logging.WARNING, sys.stdout)  # each line once
     config = None
     try:
         with StopRequest() as stop:
@@ -54,47 +45,96 @@ def main(argv: list[str]) -> int:
 
 def run(config: RunConfig, stop: StopRequest) -> None:
     """Read the rows, load the model, then train, validate and score, as far as asked."""
-    from transformers import set_seed
-
-    import ptuning  # noqa: F401  # registers the model and its tokenizer with transformers
+    from ptuning.data.collation import pad_right
     from ptuning.model.cpu_threads import limit_threads
+    from ptuning.prediction import score
     from ptuning.train.base_model import load_tokenizer
-    from ptuning.train.memory.fit import fit_to_memory
-    from ptuning.train.processes.launch import check_gpu_is_here, launch_notices, trainer_arguments
-    from ptuning.train.progress import check_reporting
-    from ptuning.train.resume.run_directory import RunDirectory
+    from ptuning.train.compiling import compile_layers
+    from ptuning.train.memory.fit import apply_fit, fit_to_memory, workload_of
+    from ptuning.train.memory.memory_errors import memory_explained
+    from ptuning.train.processes.launch import (
+        check_gpu_is_here,
+        launch_notices,
+        trainer_arguments,
+    )
+    from ptuning.train.reporting import check_run
+    from ptuning.train.resume.run_directory import RunDirectory, fingerprint_rows
     from ptuning.train.rows import load_rows
-    from ptuning.train.tunings.tuning import open_tuning
+    from ptuning.train.tunings.tuning import load_model, open_tuning
     from trainer_seq2seq import Seq2SeqTrainer
 
     started = time.monotonic()
+    use_bars(not config.disable_tqdm)
     arguments = trainer_arguments(config)
-    device = arguments.device
-    for notice in (*config.notices, *launch_notices(config, device, arguments.world_size)):
+    device, num_processes = arguments.device, arguments.world_size
+    for notice in (*config.notices, *launch_notices(config, device, num_processes)):
         logger.info(notice)
     check_gpu_is_here(config, device)
-    check_reporting(config)
+    check_run(config)
     tuning = open_tuning(config)
-    with RunDirectory(Path(config.output_dir), arguments) as directory:
-        directory.check(config)
+    with RunDirectory(config.output_dir) as directory:
+        if config.do_train:
+            directory.choose(
+                config.settings(),
+                requested=config.resume_from_checkpoint,
+                overwrite=config.overwrite_output_dir,
+            )
         tokenizer = load_tokenizer(config.tokenizer_name or tuning.weights, **config.hub)
         with arguments.main_process_first(desc="tokenizing"):
-            is_first = arguments.local_process_index == 0
-            rows = load_rows(config, tokenizer, overwrite_cache=config.overwrite_cache and is_first)
-        checkpoint = directory.start(config, rows.train)
-        set_seed(config.seed)
-        limit_threads()
-        model = load_model(config, tuning, device)
-        fit = fit_to_memory(model, rows, config)
-        if config.do_train or config.do_eval:
-            trainer = Seq2SeqTrainer(...)
+            again = config.overwrite_cache and arguments.local_process_index == 0
+            rows = load_rows(config, tokenizer, overwrite_cache=again)
+        rows_per_step = config.rows_per_step(num_processes)
+        checkpoint = None
         if config.do_train:
-            trainer.run(checkpoint)
+            checkpoint = directory.start(
+                fingerprint_rows(rows.train), rows_per_step=rows_per_step, processes=num_processes
+            )
+        limit_threads()
+        workload = workload_of(config, device, num_processes)
+        with memory_explained("loading the base", workload):
+            model = load_model(config, tuning, arguments)
+            fit = fit_to_memory(model, workload, rows.train, rows.validation, rows.test)
+            apply_fit(model, fit, config.checkpointing_options)
+        for line in fit.lines():
+            logger.info(line)
+        trainer = Seq2SeqTrainer(
+            model=model,
+            args=arguments,
+            tuning=tuning,
+            directory=directory,
+            stop=stop,
+            workload=fit.settled_workload,
+            decode=lambda ids: str(tokenizer.decode(ids)),
+            row_settings=config.row_settings,
+            data_collator=partial(
+                pad_right, pad_id=tokenizer.pad_token_id, pad_to_length=config.padded_length
+            ),
+            train_dataset=rows.train,
+            eval_dataset=rows.validation,
+            max_bad_steps=config.max_bad_steps,
+            patience=config.early_stopping_patience,
+        )
+        if rows.train is not None:
+            compile_layers(
+                model,
+                device,
+                wanted=config.torch_compile,
+                backend=config.torch_compile_backend,
+                mode=config.torch_compile_mode,
+                num_tokens=config.tokens_to_train(rows.train.lengths, num_processes),
+            )
+            trainer.train_and_save(checkpoint)
         if config.do_eval:
-            trainer.validate()
-        table = score_answers(config, tuning, model, tokenizer, rows, fit) if rows.test else ""
-    logger.info(
-        "Done in %.0f s; everything is in %s", time.monotonic() - started, config.output_dir
-    )
+            trainer.save_metrics("eval", trainer.evaluate())
+        table = ""
+        if rows.test is not None:
+            with memory_explained("answering", fit.settled_workload):
+                table = score(config, tuning, model, tokenizer, rows, batch_size=fit.eval_batch)
+    spent = duration(time.monotonic() - started)
+    logger.info("Done in %s; everything is in %s", spent, config.output_dir)
     if table:
         logger.info("\n%s", table)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,108 +1,304 @@
-"""transformers' own Seq2SeqTrainer, with checkpoints that are whole or not there, a resume that is
-exact, guards around every step, and a validation loss by tokens.
+"""transformers' Trainer with atomic checkpoints, exact resume, guarded steps and a loss per token.
 
-What a run writes besides: `ptuning.train.resume`; what it skips and why it stops:
-`ptuning.train.faults` and `memory`. Written against transformers 5.10 to 5.23.
+A run killed at any moment and started again takes the same steps as one that was left alone. With
+several processes each row is used once. The parts are in `ptuning.train`: `resume` (checkpoints and
+what transformers does not store in them), `faults` (bad steps, full disks), `processes`. Written
+against the methods of transformers 5.10 to 5.23 that it overrides.
 """
 
+import copy
+import json
+import logging
 import math
+import shutil
+import signal
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import trainer
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from transformers import (
+    EarlyStoppingCallback,
+    SchedulerType,
+    Seq2SeqTrainingArguments,
+    trainer,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
+from ptuning.atomic_file import write_atomically
+from ptuning.evaluate.loss_curve import draw_loss_curve
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
-from ptuning.train.faults.guards import BAD_BATCH_NAME, fault_in
-from ptuning.train.faults.step_guard import BadStepsError, StepGuard, correct_mean
+from ptuning.train.faults.disk_errors import DiskError, explain_disk_error, is_disk_error
+from ptuning.train.faults.guards import (
+    BAD_BATCH_NAME,
+    BadStepsError,
+    StepGuard,
+    correct_mean,
+    fault_in,
+)
 from ptuning.train.memory.fit import Workload
 from ptuning.train.memory.memory_errors import memory_explained
-from ptuning.train.progress import ProgressLines
-from ptuning.train.resume.resuming_trainer import ResumingTrainer
+from ptuning.train.processes.processes import draw_apart, leave_frozen_alone
+from ptuning.train.processes.sharding import sharded_loader
+from ptuning.train.progress import CURVE_NAME, CurveCallback, ProgressLines
+from ptuning.train.resume.checkpoints import (
+    CheckpointFacts,
+    fault_of,
+    finish_checkpoint,
+    read_facts,
+    staging_path,
+    start_checkpoint,
+)
+from ptuning.train.resume.run_directory import RunDirectory
+from ptuning.train.resume.run_state import (
+    RunState,
+    capture_random_state,
+    load_run_state,
+    restore_random_state,
+    save_run_state,
+    set_epoch,
+)
+from ptuning.train.resume.signals import Stopped, StopRequest
 from ptuning.train.tunings.tuning import TrainedState, Tuning, newest_metrics
 
+# Schedules whose learning rate does not depend on the number of steps.
+STEADY_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
-class Seq2SeqTrainer(ResumingTrainer):
+logger = logging.getLogger("main")
+
+
+class Seq2SeqTrainer(transformers.Trainer):
     """Trains what `tuning` attached to a ChatGLM.
 
-    A checkpoint is what `tuning` writes, a prefix artefact for P-Tuning, beside transformers'
-    optimiser, scheduler, random and trainer state and our run state. `row_settings` is written into
-    every artefact, `rows_fingerprint` into every checkpoint. `decode` turns ids to text for people.
+    A checkpoint is what `tuning` writes (a prefix artefact for P-Tuning) next to transformers'
+    optimizer, scheduler, random and trainer state and our run state. The main process writes what
+    the processes share; each writes its own random and run state.
     """
 
     def __init__(
         self,
-        *args: Any,
+        *,
+        model: ChatGLMForConditionalGeneration,
+        args: Seq2SeqTrainingArguments,
         tuning: Tuning,
+        directory: RunDirectory,
+        stop: StopRequest,
         workload: Workload,
-        row_settings: Mapping[str, Any],
         decode: Callable[[list[int]], str],
+        row_settings: Mapping[str, Any],
+        data_collator: Callable[[list[Any]], dict[str, Tensor]],
+        train_dataset: Dataset[Any] | None = None,
+        eval_dataset: Dataset[Any] | None = None,
         max_bad_steps: int = 5,
-        **kwargs: Any,
+        patience: int | None = None,
     ) -> None:
-        """Take transformers' arguments and ours; max_bad_steps 0 skips for ever."""
-        super().__init__(*args, **kwargs)
-        self.tuning = tuning
-        self.workload = workload
-        self.row_settings = dict(row_settings)
-        self.decode = decode
-        self.args.logging_nan_inf_filter = False  # the guard does it, with one look per step
+        """Take what to train, on which rows, and where to; args is copied, not changed.
+
+        decode turns token ids to text, to show a bad batch. row_settings is written to every
+        artefact. workload holds the batch size of validation. max_bad_steps: skipped steps in a
+        row that end the run, 0 for no limit. patience: validations without a better loss that end
+        training, None for no limit.
+        """
+        args = copy.copy(args)
+        args.logging_nan_inf_filter = False  # StepGuard replaces it, at one transfer per step
+        if workload.eval_batch is not None:
+            args.per_device_eval_batch_size = workload.eval_batch
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+        )
         for printer in (transformers.PrinterCallback, trainer.DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(printer)
         self.progress = ProgressLines()
         self.add_callback(self.progress)
+        if args.do_train:
+            self.add_callback(CurveCallback(draw_loss_curve, directory.path / CURVE_NAME))
+        if patience is not None:
+            self.add_callback(EarlyStoppingCallback(patience))
+        if args.world_size > 1:
+            leave_frozen_alone(model)
+        self.tuning = tuning
+        self.directory = directory
+        self.stop = stop
+        self.workload = workload
+        self.decode = decode
+        self.row_settings = dict(row_settings)
+        self.run_state = RunState()
+        self.agreed_to_stop = False  # by several processes
         self._guard = StepGuard(max_in_a_row=max_bad_steps)
-        self._validated: list[Tensor] = []  # a batch's summed loss and answer tokens, (2,) each
+        self._validated: list[Tensor] = []  # (2,) per batch: summed loss, number of answer tokens
+        self._resumed_from: Path | None = None
+        self._has_begun = False  # the run state is in place
+        self._handled_step = -1  # whose log, validation and checkpoint are done
+        self._is_epoch_over = False
+        self._save_is_due = False  # at the end of this epoch
+        self._saved_step = -1
 
     @property
     def chatglm(self) -> ChatGLMForConditionalGeneration:
         """The model itself, whatever wraps it."""
         return self.accelerator.unwrap_model(self.model)
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
-    ) -> None:
-        """Write what is trained and nothing of the frozen base; the main process alone writes."""
-        if not self.args.should_save:
-            return
-        state = TrainedState(
-            self.state.global_step,
-            newest_metrics(self.state.log_history),
-            self.row_settings,
-            state_dict,
+    # ---- Rows ----
+
+    @property
+    def shards_rows(self) -> bool:
+        """Whether rows are sharded here, not by an engine that splits a row or weighs rows."""
+        return (
+            self.args.world_size > 1
+            and getattr(self.args, "parallelism_config", None) is None
+            and self.args.train_sampling_strategy != "batch_rebalance"
         )
-        self.tuning.save(self.chatglm, Path(output_dir or str(self.args.output_dir)), state)
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        """Put the checkpoint's values into the parameters that the optimiser holds."""
-        self.tuning.restore(self.chatglm, Path(resume_from_checkpoint))
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return this process's part of the training rows."""
+        if not self.shards_rows:
+            return super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        order: Any = self._get_train_sampler(rows)
+        batch_size = self._train_batch_size
+        return sharded_loader(
+            rows, order, self.data_collator, self.args, batch_size=batch_size, trains=True
+        )
 
-    def _load_best_model(self) -> None:
-        """Go back to the checkpoint with the best validation loss."""
-        best = self.state.best_model_checkpoint
-        assert best is not None, "transformers calls this only when it has a best checkpoint"
-        self._load_from_checkpoint(best)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return this process's part of the validation rows."""
+        if not self.shards_rows:
+            return super().get_eval_dataloader(eval_dataset)
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        order: Any = SequentialSampler(rows)
+        batch_size = self.args.eval_batch_size
+        return sharded_loader(
+            rows, order, self.data_collator, self.args, batch_size=batch_size, trains=False
+        )
 
-    def evaluate(
-        self,
-        eval_dataset: Dataset[Any] | dict[str, Dataset[Any]] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-        **gen_kwargs: Any,
-    ) -> dict[str, float]:
-        """Return the teacher-forced loss; answers are generated by `ptuning.model.decoding`, not
-        here.
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """Return the sum of all processes' values, in each process."""
+        if self.args.world_size == 1:
+            return values
+        total: Any = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
+        return total
+
+    # ---- Training steps ----
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train from step 0, or from the step of a checkpoint.
+
+        OutOfMemoryStop, DiskError, BadStepsError and Stopped say what to type.
         """
+        if resume_from_checkpoint:
+            self._resumed_from = Path(str(resume_from_checkpoint))
+            self.args.eval_on_start = False  # that was at step 0
+        self.directory.begin()
+        with closing(self.progress), memory_explained("training", self.workload):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def train_and_save(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint if there is one; write the results to the output directory.
+
+        These are what was trained, train_results.json, and the trainer's state with its log.
+        """
+        dtype = str(self.chatglm.dtype).removeprefix("torch.")
+        what = self.tuning.describe(self.chatglm)
+        logger.info("Training %s in %s on %s", what, dtype, self.args.device)
+        with self.stop.deferred():
+            result = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.save_model()
+        self.save_metrics("train", result.metrics)
+        self.save_state()
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Compute one micro-batch's gradient; keep its loss and batch until the step is checked."""
+        self._guard.begin(self._tr_loss)
+        with self._memory_explained("training", inputs):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._guard.add(inputs, loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient norm; cancel the step if loss or norm is zero or not finite."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        loss, norm = self._agree_on(self._guard.values(grad_norm))
+        fault = fault_in(loss, norm)
+        is_skipped = fault is not None and not self._is_left_to_scaler(loss)
+        self.progress.add_step(loss, skipped=is_skipped)
+        if fault is None:
+            self.run_state.skipped_in_a_row = 0
+        elif is_skipped:
+            step = self.state.global_step + 1
+            if self._guard.refuse(model, self._tr_loss, fault, self.run_state, step=step):
+                raise BadStepsError(self._explain_bad_steps((loss, norm), step))
+        self._guard.clear()
+        return grad_norm
+
+    def _is_left_to_scaler(self, loss: float) -> bool:
+        """Tell whether only the gradient is bad under a loss scaler, which so finds its scale."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler is not None and fault_in(loss, 1.0) is None
+
+    def _agree_on(self, values: Tensor) -> tuple[float, float]:
+        """Return loss and gradient norm averaged over processes; note if any wants to stop."""
+        if self.args.world_size > 1:
+            wish = values.new_tensor([float(self.stop.requested is not None)])
+            loss, norm, wishes = self.sum_over_processes(torch.cat([values, wish])).tolist()
+            self.agreed_to_stop = wishes > 0
+            return loss / self.args.world_size, norm / self.args.world_size
+        loss, norm = values.tolist()
+        return loss, norm
+
+    def _explain_bad_steps(self, values: tuple[float, float], step: int) -> str:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return self._guard.explain(
+            self.chatglm,
+            self.directory.path / BAD_BATCH_NAME.format(rank=rank),
+            values=values,
+            dtype=self.chatglm.dtype,
+            learning_rate=float(self.args.learning_rate),
+            log_history=self.state.log_history,
+            decode=self.decode,
+            step=step,
+            last_sound=self.directory.last_sound(),
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with means over the steps that were taken, and the number of skipped ones."""
+        if "loss" in logs:
+            correct_mean(logs, self.run_state, step=self.state.global_step)
+        if "train_loss" in logs:
+            taken = max(self.state.global_step - self.run_state.skipped, 1)
+            logs["train_loss"] = self._total_loss_scalar / taken
+            logs["skipped_steps"] = self.run_state.skipped
+        super().log(logs, start_time)
+
+    def _memory_explained(
+        self, phase: str, batch: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        rows, tokens = batch["input_ids"].shape
+        return memory_explained(phase, self.workload, (rows, tokens))
+
+    # ---- Validation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the teacher-forced loss on the validation rows."""
         try:
-            return transformers.Trainer.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
+            return super().evaluate(*args, **kwargs)
         finally:
             self.progress.end_validation()
 
@@ -112,7 +308,6 @@ class Seq2SeqTrainer(ResumingTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-        **gen_kwargs: Any,
     ) -> tuple[Any, Tensor | None, Tensor | None]:
         """Keep the batch's summed loss and its number of answer tokens for evaluation_loop."""
         inputs = self._prepare_inputs(inputs)
@@ -130,96 +325,301 @@ class Seq2SeqTrainer(ResumingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate, and make the loss the mean over answer tokens, so that batches of any make-up,
-        and any number of processes, give the same.
+        """Evaluate; the teacher-forced loss is the mean over answer tokens.
+
+        So it depends neither on the batch size nor on the number of processes.
         """
         self._validated.clear()
         output = super().evaluation_loop(
             dataloader, description, True, ignore_keys, metric_key_prefix
         )
-        own = torch.stack(self._validated).cpu().double().sum(dim=0)
+        own = torch.stack(self._validated).cpu().double().sum(dim=0)  # (2,)
         loss, num_labels = self.sum_over_processes(own).tolist()
         assert output.metrics is not None, "transformers fills it"
         output.metrics[f"{metric_key_prefix}_loss"] = loss / num_labels if num_labels else math.nan
         self._validated.clear()
         return output
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Train; OutOfMemoryStop, DiskError, BadStepsError and Stopped say what to type."""
-        with closing(self.progress), memory_explained("training", self.workload):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+    # ---- Start and resume ----
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Compute one micro-batch's gradient, and keep loss and batch until the step is judged."""
-        self._guard.begin(self._tr_loss)
-        with self._memory_explained("training", inputs):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self._guard.add(inputs, loss)
-        return loss
+    def _begin(self) -> None:
+        """Put the run state in place, once transformers has restored its own state."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        if self._resumed_from is None:
+            if self.args.world_size > 1:
+                draw_apart(self.args.seed, self.args.process_index)
+            return
+        if self.is_world_process_zero():
+            self._warn_of_other_length(self._resumed_from)
+        self.run_state = load_run_state(self._resumed_from, self.args.process_index)
+        self._tr_loss = torch.tensor(self.run_state.loss_since_log, device=self.args.device)
+        self._total_loss_scalar = self.run_state.loss_logged
+        self._globalstep_last_logged = self.run_state.last_logged_step
+        self._find_best_checkpoint()
+        states: Any = self.state.stateful_callbacks  # by class name, whatever its annotation says
+        remembered = states.get(EarlyStoppingCallback.__name__)
+        for callback in self._early_stopping():
+            if isinstance(remembered, dict):
+                counter = remembered["attributes"]["early_stopping_patience_counter"]
+                callback.early_stopping_patience_counter = counter
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the gradient norm, and see to it that a step that cannot be right is not taken."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        loss, norm = self._agree_on(self._guard.values(grad_norm))
-        fault = fault_in(loss, norm)
-        is_skipped = fault is not None and self._is_ours(loss)
-        self.progress.add_step(loss, skipped=is_skipped)
-        if fault is None:
-            self.run_state.skipped_in_a_row = 0
-        elif is_skipped:
-            step = self.state.global_step + 1
-            if self._guard.refuse(model, self._tr_loss, fault, self.run_state, step=step):
-                raise BadStepsError(self._explain_bad_steps((loss, norm), step))
-        self._guard.clear()
-        return grad_norm
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        callbacks = self.callback_handler.callbacks
+        return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
 
-    def _is_ours(self, loss: float) -> bool:
-        """Tell whether no loss scaler is at work: one finds its scale by overflowing gradients."""
-        scaler = getattr(self.accelerator, "scaler", None)
-        return scaler is None or fault_in(loss, 1.0) is not None
+    def _warn_of_other_length(self, checkpoint: Path) -> None:
+        """Warn if the checkpoint's run was to take another number of steps than this one.
 
-    def _agree_on(self, values: Tensor) -> tuple[float, float]:
-        """Return loss and gradient norm, and note a wish to stop, the same in every process."""
-        if self.args.world_size > 1:
-            wish = values.new_tensor([float(self.stop.requested is not None)])
-            loss, norm, wishes = self.sum_over_processes(torch.cat([values, wish])).tolist()
-            self.agreed_to_stop = wishes > 0
-            return loss / self.args.world_size, norm / self.args.world_size
-        loss, norm = values.tolist()
-        return loss, norm
-
-    def _explain_bad_steps(self, values: tuple[float, float], step: int) -> str:
-        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-        return self._guard.explain(
-            self.chatglm,
-            Path(str(self.args.output_dir)) / BAD_BATCH_NAME.format(rank=rank),
-            values=values,
-            dtype=self.chatglm.dtype,
-            learning_rate=float(self.args.learning_rate),
-            log_history=self.state.log_history,
-            decode=self.decode,
-            step=step,
+        All but the steady schedules spread the learning rate over the whole run, so that it jumps
+        at the resume.
+        """
+        planned = read_facts(checkpoint)["max_steps"]
+        step, num_steps = self.state.global_step, self.state.max_steps
+        if planned == num_steps:
+            return
+        schedule = SchedulerType(self.args.lr_scheduler_type).value
+        advice = f"To keep the old schedule, type --max_steps {planned}"
+        if num_steps <= step:
+            what = "no step is left to train"
+            advice = f"To train on, type a larger --max_steps: it was meant to have {planned}"
+        elif schedule in STEADY_SCHEDULES:
+            what = f"it ends at step {num_steps}, with the learning rate unchanged"
+        else:
+            what = (
+                f"the {schedule} learning-rate schedule now spans {num_steps} steps and jumps "
+                "here, so the result is that of neither length"
+            )
+            if step >= planned:
+                advice = (
+                    "For a schedule of its own, start a new training from the weights: --init_from "
+                    f"{checkpoint} with another --output_dir"
+                )
+        logger.warning(
+            "%s was written at step %d of %d, and this run asks for %d: %s. %s",
+            checkpoint,
+            step,
+            planned,
+            num_steps,
+            what,
+            advice,
         )
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with every mean over the steps that were taken, and the others counted."""
-        if "loss" in logs:
-            correct_mean(logs, self.run_state, step=self.state.global_step)
-        if "train_loss" in logs and self._knows_all_losses:
-            taken = max(self.state.global_step - self.run_state.skipped, 1)
-            logs["train_loss"] = self._total_loss_scalar / taken
-            logs["skipped_steps"] = self.run_state.skipped
-        super().log(logs, start_time)
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Put the checkpoint's values into the parameters that the optimizer holds."""
+        self.tuning.restore(self.chatglm, Path(resume_from_checkpoint))
 
-    def _memory_explained(
-        self, phase: str, batch: Mapping[str, Any]
-    ) -> AbstractContextManager[None]:
-        rows, tokens = batch["input_ids"].shape
-        return memory_explained(phase, self.workload, (rows, tokens))
+    def _load_best_model(self) -> None:
+        """Load the checkpoint with the best validation loss."""
+        best = self.state.best_model_checkpoint
+        assert best is not None, "transformers calls this only when it has a best checkpoint"
+        self._load_from_checkpoint(best)
+
+    def _find_best_checkpoint(self) -> None:
+        """Name the best checkpoint by its path here, even if the directory was moved."""
+        if self.state.best_global_step:
+            best = self.directory.path / f"checkpoint-{self.state.best_global_step}"
+            if fault_of(best) is None:
+                self.state.best_model_checkpoint = str(best)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, in its own order of rows even if it is entered in the middle."""
+        self._begin()
+        if self._is_done():
+            self.control.should_training_stop = True
+            return
+        set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
+        checkpoint = kwargs["resume_from_checkpoint"]
+        if checkpoint is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            if kwargs["steps_trained_in_current_epoch"] == 0:
+                self._load_rng_state(checkpoint)
+            else:
+                restore_random_state(self.run_state.epoch_random_state)
+        self.run_state.epoch_random_state = capture_random_state()
+        super()._run_epoch(*args, **kwargs)
+
+    def _is_done(self) -> bool:
+        """Tell whether a resumed run was at its end; transformers would take one step more."""
+        return self.state.global_step >= self.state.max_steps or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self._early_stopping()
+        )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Finish with the mean loss over all processes, keeping the last checkpoint.
+
+        A run killed while it answers rows resumes from there.
+        """
+        self._begin()  # a run resumed at its end has no epoch
+        self._tr_loss = self.sum_over_processes(self._tr_loss) / self.args.world_size
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    # ---- Checkpoints ----
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Do what the step or epoch asks for; after a signal, write a checkpoint and stop.
+
+        transformers calls this after each step, and again with the same step at an epoch's end.
+        """
+        self._is_epoch_over = self._handled_step == self.state.global_step
+        self._handled_step = self.state.global_step
+        if self._is_epoch_over and self._save_is_due:
+            self.control.should_save = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        wanted = self.agreed_to_stop if self.args.world_size > 1 else self.stop.requested
+        if wanted and not self._epoch_end_follows():
+            if self._saved_step != self.state.global_step:
+                self._save_checkpoint(self.model_wrapped, None)
+            raise Stopped(self.stop.requested or signal.SIGTERM, saved=True)
+
+    def _epoch_end_follows(self) -> bool:
+        """Tell whether the events of an epoch's end follow those of this step."""
+        ends = self.control.should_epoch_stop or self.control.should_training_stop
+        ends = ends or float(self.state.epoch or 0.5).is_integer()
+        return ends and not self._is_epoch_over
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint completely or not at all, then delete those above --save_total_limit.
+
+        That of an epoch's last step is written after the events of the epoch's end: a run that
+        resumes from it does not see them again.
+        """
+        if self._epoch_end_follows():
+            self._save_is_due = True
+            return
+        self._save_is_due = False
+        self.store_flos()
+        checkpoint = self.directory.path / f"checkpoint-{self.state.global_step}"
+        try:
+            self._write_checkpoint(checkpoint)
+        except Exception as error:
+            if not is_disk_error(error):
+                raise
+            shutil.rmtree(staging_path(checkpoint), ignore_errors=True)
+            text = explain_disk_error(
+                error, checkpoint.name, checkpoint.parent, self._checkpoint_bytes()
+            )
+            raise DiskError(text) from error
+        self._saved_step = self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
+            keep = [checkpoint, Path(self.state.best_model_checkpoint or checkpoint)]
+            for old in self.directory.rotate(self.args.save_total_limit, keep=keep):
+                logger.info("Removed %s, above --save_total_limit", old)
+
+    def _write_checkpoint(self, checkpoint: Path) -> None:
+        """Write every process's files under a temporary name; the main process renames it."""
+        staging = staging_path(checkpoint)
+        if self.args.should_save:
+            start_checkpoint(checkpoint)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(staging), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+            state = replace(
+                self.run_state,
+                loss_since_log=self._tr_loss.item(),
+                loss_logged=self._total_loss_scalar,
+                last_logged_step=self._globalstep_last_logged,
+            )
+            save_run_state(staging, self.args.process_index, state)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(checkpoint)
+        else:
+            self._find_best_checkpoint()
+        if self.args.should_save:
+            self._save_trainer_state(staging / TRAINER_STATE_NAME)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish_checkpoint(checkpoint, self._facts())
+        self.accelerator.wait_for_everyone()
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write what is trained and nothing of the frozen base; only the main process writes."""
+        if not self.args.should_save:
+            return
+        state = TrainedState(
+            self.state.global_step,
+            newest_metrics(self.state.log_history),
+            self.row_settings,
+            state_dict,
+        )
+        self.tuning.save(self.chatglm, Path(output_dir or self.directory.path), state)
+
+    def _save_trainer_state(self, path: Path) -> None:
+        """Write transformers' state with that of its callbacks, as transformers does."""
+        states: dict[str, list[Any]] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        by_name: Any = {name: all_ if len(all_) > 1 else all_[0] for name, all_ in states.items()}
+        self.state.stateful_callbacks = by_name
+        self.state.save_to_json(str(path))
+
+    def _facts(self) -> CheckpointFacts:
+        return CheckpointFacts(
+            step=self.state.global_step,
+            max_steps=self.state.max_steps,
+            processes=self.args.world_size,
+            resumable=not self.args.save_only_model,
+            sound=self.run_state.skipped_in_a_row == 0,
+            rows=self.directory.rows,
+            rows_per_step=self._rows_per_step(),
+        )
+
+    def _rows_per_step(self) -> int:
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return int(rows * self.args.world_size)
+
+    def _checkpoint_bytes(self) -> int:
+        """Return about how large a checkpoint is: what is trained, and the optimizer's state."""
+        tensors: list[Any] = [p for p in self.chatglm.parameters() if p.requires_grad]
+        for state in self.optimizer.state.values() if self.optimizer is not None else ():
+            tensors += [value for value in state.values() if torch.is_tensor(value)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    # ---- Results ----
+
+    def save_state(self) -> None:
+        """Write trainer_state.json atomically."""
+        if self.is_world_process_zero():
+            path = self.directory.path / TRAINER_STATE_NAME
+            staging = path.with_name(f".{path.name}.0.tmp")  # the sweep's pattern
+            self.state.save_to_json(str(staging))
+            staging.replace(path)
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """Write `split`_results.json and add it to all_results.json, both atomically."""
+        if not self.is_world_process_zero():
+            return
+        _write_json(self.directory.path / f"{split}_results.json", metrics)
+        if combined:
+            path = self.directory.path / "all_results.json"
+            _write_json(path, {**_read_results(path), **metrics})
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """Return the figures of an earlier part of the run; none from a file that was cut short."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        logger.warning("%s cannot be read and is replaced", path)
+        return {}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=4, sort_keys=True).encode())

@@ -8,20 +8,20 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ptuning.data.collation import pad_left
 from ptuning.data.dataset import GenerationDataset
-from ptuning.data.general import GeneralPrompts
 from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.evaluate.loss_history import load_log_history
 from ptuning.evaluate.metrics import CorpusScores, PairScores, is_blank, mean_scores, score_pair
 from ptuning.evaluate.predictions import (
     PREDICTIONS_NAME,
@@ -29,14 +29,25 @@ from ptuning.evaluate.predictions import (
     PredictionFile,
     write_results,
 )
-from ptuning.evaluate.report import ReportData, ReportRow, write_report
+from ptuning.evaluate.report import METHODS, ReportData, ReportRow, write_report
 from ptuning.evaluate.retention import Retention
 from ptuning.evaluate.table import format_scores_table
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.decoding import Decoding, generate_answers
+from ptuning.model.decoding import PUBLISHED_SAMPLING, Decoding, generate_answers
 from ptuning.model.prefix_artefact import base_fingerprint
+from ptuning.model.tuned import PTUNING, read_tuned_info
 from ptuning.output import Progress
 from ptuning.retention import RetentionRun
+from ptuning.train.base_model import choose_dtype
+from ptuning.train.config import RunConfig
+from ptuning.train.processes.processes import (
+    gather,
+    is_main_process,
+    num_processes,
+    process_index,
+)
+from ptuning.train.rows import Rows
+from ptuning.train.tunings.tuning import Tuning
 
 REPORT_NAME = "report.html"
 BASE_PREDICTIONS_NAME = "generated_predictions_base.txt"
@@ -114,17 +125,11 @@ class BackgroundScores:
         return [self._scores[index].result() for index in sorted(self._scores)]
 
 
-def alone(value: Any) -> list[Any]:
-    """Return what every process of a run of one has."""
-    return [value]
-
-
 @dataclass(frozen=True)
 class AnswerRun:
     """What both passes share.
 
-    Of several processes each answers a share of the rows, and has all answers in the end; `gather`
-    returns the values that each of them gives it, by process.
+    Of several processes each answers a share of the rows, and has all answers in the end.
     """
 
     model: ChatGLMForConditionalGeneration
@@ -135,9 +140,6 @@ class AnswerRun:
     batch_size: int
     decoding: Decoding
     seed: int
-    process_index: int = 0
-    num_processes: int = 1
-    gather: Callable[[Any], list[Any]] = alone
 
     def tuned(self) -> Answers:
         """Answer with the model as it is: an unfinished file of the same run is continued, a
@@ -157,9 +159,9 @@ class AnswerRun:
         self, model: ChatGLMForConditionalGeneration, path: Path, *, is_tuned: bool
     ) -> Answers:
         started = time.monotonic()
-        set_seed(self.seed + self.process_index)
+        set_seed(self.seed + process_index())
         fingerprint = self._fingerprint(model, is_tuned=is_tuned)
-        if self.num_processes > 1:
+        if num_processes() > 1:
             rows = self._answer_shared(model, path, fingerprint, is_tuned=is_tuned)
         else:
             with PredictionFile(path, fingerprint=fingerprint) as file:
@@ -218,51 +220,51 @@ class AnswerRun:
         """
         finished = self._finished_of(path, fingerprint, is_tuned=is_tuned)
         first = len(finished)
-        shares = deal_rows(list(self.rows.lengths[first:]), self.num_processes)
-        own = [first + row for row in shares[self.process_index]]
+        shares = deal_rows(list(self.rows.lengths[first:]), num_processes())
+        own = [first + row for row in shares[process_index()]]
         part = self._part_path(path)
         with PredictionFile(part, fingerprint=f"{fingerprint} from row {first}") as file:
             answered = self._answer_rows(model, file, own, is_tuned=is_tuned)
-        gathered = [row for share in self.gather(answered) for row in share]
+        gathered = [row for share in gather(answered) for row in share]
         rows = sorted([*finished, *gathered], key=lambda row: row.row_index)
-        if self.process_index == 0:
+        if is_main_process():
             with PredictionFile(path, fingerprint=fingerprint) as file:
                 if first == 0:
                     file.restart()
                 for row in rows[first:]:
                     file.add(row.row_index, self.labels[row.row_index], row.text)
-        self.gather(None)  # the rows are in their file before the parts go
+        gather(None)  # the rows are in their file before the parts go
         self._remove_parts(path)
         return rows
 
     def _part_path(self, path: Path) -> Path:
-        part = f"part{self.process_index}of{self.num_processes}"
+        part = f"part{process_index()}of{num_processes()}"
         return path.with_name(f"{path.stem}.{part}{path.suffix}")
 
     def _remove_parts(self, path: Path) -> None:
         """Delete this process's part; the main one deletes what other runs left unfinished too."""
-        whose = "*" if self.process_index == 0 else f"{self.process_index}of*"
+        whose = "*" if is_main_process() else f"{process_index()}of*"
         for part in path.parent.glob(f"{path.stem}.part{whose}"):
             part.unlink(missing_ok=True)
 
     def _finished_of(self, path: Path, fingerprint: str, *, is_tuned: bool) -> list[AnsweredRow]:
         """Return the rows that the main process finds in path, the same for every process."""
         rows: list[AnsweredRow] = []
-        if self.process_index == 0:
+        if is_main_process():
             found = PredictionFile(path, fingerprint=fingerprint).finished
             if len(found) < len(self.rows) or not is_tuned:
                 rows = [
                     AnsweredRow(index, row.prediction, score_pair(row.prediction, row.label))
                     for index, row in enumerate(found)
                 ]
-        shared: list[AnsweredRow] = self.gather(rows)[0]
+        shared: list[AnsweredRow] = gather(rows)[0]
         return shared
 
     def _progress(self, total: int, initial: int, is_tuned: bool) -> Progress:
         title = f"answering with the {'tuned model' if is_tuned else 'base'}"
-        if self.num_processes > 1:
-            title += f", 1 share of {self.num_processes}"
-        return Progress(total, title, initial=initial, visible=self.process_index == 0)
+        if num_processes() > 1:
+            title += f", 1 share of {num_processes()}"
+        return Progress(total, title, initial=initial, visible=is_main_process())
 
     @cached_property
     def labels(self) -> list[str]:
@@ -320,43 +322,91 @@ class AnswerRun:
 
 
 def score(
-    run: AnswerRun,
-    report: Callable[..., ReportData],
+    config: RunConfig,
+    tuning: Tuning,
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: ChatGLMTokenizer,
+    rows: Rows,
     *,
-    untuned: Callable[[ChatGLMForConditionalGeneration], AbstractContextManager[Any]] | None,
-    compare_base: bool,
-    general: GeneralPrompts | None,
+    batch_size: int,
 ) -> str:
-    """Answer every row tuned and with the untouched base, score both; return the table of scores.
+    """Answer the test rows tuned and with the untouched base, score both; return their table.
 
-    `report` makes the report's data of scores and rows. `untuned` gives the base in a block, None
-    when it is not known; `general` are prompts to measure forgetting with. Processes other than the
-    first return "".
+    Writes predictions, predict_results.json and the report. Processes but the first return "".
     """
-    measure = None
-    if general is not None and run.process_index == 0:
-        measure = RetentionRun(general, run.tokenizer, batch_size=run.batch_size)
+    assert rows.test is not None, "asked for only with rows to answer"
+    dtype = choose_dtype(model.device, config.dtype_name)
+    if model.dtype != dtype:  # full fine-tuning trains in float32
+        model.to(dtype)  # type: ignore[arg-type]  # a wrapped nn.Module.to
+    output_dir = Path(config.output_dir)
+    run = AnswerRun(
+        model=model,
+        tokenizer=tokenizer,
+        rows=rows.test,
+        output_dir=output_dir,
+        max_target_length=config.max_target_length,
+        batch_size=batch_size,
+        decoding=decoding_of(config),
+        seed=config.seed,
+    )
+    general = None
+    if rows.general is not None and is_main_process():
+        general = RetentionRun(rows.general, tokenizer, batch_size=batch_size)
     tuned = run.tuned()
-    base = retention = known = None
-    if untuned is not None and (compare_base or measure is not None):
-        with untuned(run.model) as untouched:
-            if compare_base:
-                base = run.base(untouched)
-            if measure is not None:
-                known = measure.ask_base(untouched)
-    if measure is not None and known is not None:
-        retention = measure.compare(run.model, known)
-        logger.info(retention.line())
-    if run.process_index > 0:
+    base, retention = _ask_base(run, tuning, general, answers_rows=config.compare_base)
+    if not is_main_process():
         return ""
     run.write_results(tuned, base, retention)
-    path = run.output_dir / REPORT_NAME
-    data = report(
+    scored = config.output_dir if config.do_train else tuning.checkpoint or tuning.weights
+    info = read_tuned_info(scored)
+    states = [Path(folder) / TRAINER_STATE_NAME for folder in (scored, output_dir)]
+    report = ReportData(
+        title=f"ChatGLM {METHODS[config.tuning or PTUNING]}",
+        made_at=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        model=config.model_name_or_path,
+        prefix=scored,
+        tuning=config.tuning or PTUNING,
+        step=info.step if info else None,
         tuned=tuned.means,
         base=base.means if base else None,
         retention=retention,
         rows=run.report_rows(tuned, base),
+        settings=config.row_settings | asdict(run.decoding),
+        log_history=next((load_log_history(path) for path in states if path.is_file()), []),
     )
-    write_report(path, data)
-    logger.info("Report with all answers: %s", path)
-    return format_scores_table(data.base, data.tuned)
+    write_report(output_dir / REPORT_NAME, report)
+    logger.info("Report with all answers: %s", output_dir / REPORT_NAME)
+    return format_scores_table(report.base, report.tuned)
+
+
+def decoding_of(config: RunConfig) -> Decoding:
+    """Return how a run decodes: greedily or with beams, or as the published code sampled."""
+    if config.recipe == "published":
+        return PUBLISHED_SAMPLING
+    return Decoding(
+        max_new_tokens=config.new_tokens,
+        max_length=config.generation_max_length,
+        num_beams=config.beams,
+    )
+
+
+def _ask_base(
+    run: AnswerRun, tuning: Tuning, general: RetentionRun | None, *, answers_rows: bool
+) -> tuple[Answers | None, Retention | None]:
+    """Return the untouched base's answers, and how far the tuned model's general ones are off.
+
+    None for what was not asked for, or if the base is not known.
+    """
+    if tuning.base is None or not (answers_rows or general):
+        return None, None
+    base = known = None
+    with tuning.untuned(run.model) as untouched:
+        if answers_rows:
+            base = run.base(untouched)
+        if general is not None:
+            known = general.ask_base(untouched)
+    if general is None or known is None:
+        return base, None
+    retention = general.compare(run.model, known)
+    logger.info(retention.line())
+    return base, retention

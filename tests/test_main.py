@@ -86,7 +86,7 @@ def test_a_short_run_trains_validates_answers_and_lists_these_files(base, files,
         "prefix.safetensors",
         "prefix_config.json",
         "rng_state.pth",
-        "run_state.json",
+        "run_state_0.json",
         "scheduler.pt",
         "trainer_state.json",
     ]
@@ -450,10 +450,10 @@ def test_a_damaged_prefix_is_told_before_the_model_is_loaded(base, files, monkey
     assert "damaged" in capsys.readouterr().err
 
 
-def test_resuming_where_there_is_nothing_says_that_it_starts_anew(base, files, caplog):
+def test_resuming_where_there_is_nothing_says_that_it_starts_over(base, files, caplog):
     with caplog.at_level("INFO"):
         assert main(train_flags(base, files, "--resume_from_checkpoint", "auto")) == 0
-    assert "starting anew" in caplog.text
+    assert "starting over" in caplog.text
 
 
 def test_a_data_error_names_the_flag_of_the_file(base, files, capsys):

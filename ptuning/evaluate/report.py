@@ -18,8 +18,8 @@ from ptuning.evaluate.loss_svg import loss_svg
 from ptuning.evaluate.metrics import CorpusScores, is_blank
 from ptuning.evaluate.report_style import SCRIPT, STYLE
 from ptuning.evaluate.retention import Retention, RetentionRow
-from ptuning.output import signed
 from ptuning.evaluate.table import COUNTS, MEASURES
+from ptuning.output import signed
 
 DEFAULT_MAX_ROWS = 200
 TEXT_BUDGET_BYTES = 360_000  # of all texts; with 200 rows' markup the page stays under 500 kB

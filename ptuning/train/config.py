@@ -7,11 +7,10 @@ transformers, so that a mistake is reported at once.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptuning.data.mixing import parse_mix
 from ptuning.model.tuned import (
@@ -34,6 +33,9 @@ from ptuning.train.flags import (
 )
 from ptuning.train.legacy_flags import FALSE_WORDS, TRUE_WORDS
 from ptuning.train.parser import parse
+
+if TYPE_CHECKING:
+    import numpy as np
 
 RECIPES = ("corrected", "published")
 PRESETS: dict[str, dict[str, float]] = {
@@ -69,7 +71,15 @@ DECISIVE = (
     *("load_best_model_at_end", "early_stopping_patience"),
 )
 # Of transformers' other flags all do, but those whose names begin with one of these.
-INDECISIVE = ("logging_", "log_", "save_", "eval_", "dataloader_", "hub_", "disable_tqdm")
+INDECISIVE: tuple[str, ...] = (
+    "logging_",
+    "log_",
+    "save_",
+    "eval_",
+    "dataloader_",
+    "hub_",
+    "disable_tqdm",
+)
 INDECISIVE += ("run_name", "project", "trackio_", "ddp_", "local_rank", "predict_with_generate")
 
 
@@ -120,6 +130,12 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
     def row_settings(self) -> dict[str, Any]:
         """How rows become tokens, by flag name, as an artefact remembers it."""
         return {name: getattr(self, name) for name in ROW_SETTINGS}
+
+    @property
+    def padded_length(self) -> int | None:
+        """Tokens that --pad_to_max_length pads every row to; None without it."""
+        total = self.max_source_length + self.max_target_length
+        return total if self.pad_to_max_length else None
 
     @property
     def dtype_name(self) -> str | None:
@@ -176,6 +192,12 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
     def rows_per_step(self, num_processes: int) -> int:
         """Return the rows that one optimizer step reads, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
+
+    def tokens_to_train(self, lengths: "np.ndarray", num_processes: int) -> float:
+        """Return how many tokens a process trains on; `lengths` are those of the training rows."""
+        if self.max_steps > 0:
+            return float(self.max_steps * self.rows_per_step(1) * lengths.mean())
+        return float(self.num_train_epochs * lengths.sum() / num_processes)
 
     def trainer_values(self) -> dict[str, Any]:
         """Return the keywords of transformers' training arguments."""
@@ -430,12 +452,6 @@ def _check_tuning(config: RunConfig) -> None:
                 f"{', '.join(given)} belong to --tuning {owner}, and --tuning is {tuning}; leave "
                 "one or the other out."
             )
-    shards = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE_WORDS
-    if config.do_train and config.do_predict and shards:
-        raise UsageError(
-            "--do_train with --do_predict needs the whole model in every process, and FSDP shards "
-            "it; train first, then type: PREFIX=OUTPUT_DIR bash evaluate.sh"
-        )
     if tuning == FULL and (config.quantization_bit or config.quantize_embeddings):
         raise UsageError(
             "--tuning is full with a quantized base, whose weights cannot be trained; leave "

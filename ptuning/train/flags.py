@@ -1,14 +1,19 @@
 """Every flag of main.py: name, type, default, and a help text with units.
 
-Declarations only: `ptuning.train.config` parses and checks them, `legacy_flags` holds the names that
-old command lines use. Names are the published ones. transformers' other training flags are accepted
-too and handed to its Trainer. This module imports neither torch nor transformers.
+Declarations only: `ptuning.train.parser` parses them, `config` merges and checks them,
+`legacy_flags` holds the names that old command lines use. Names are the published ones.
+transformers' other training flags are accepted too and handed to its Trainer. This module imports
+neither torch nor transformers.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-MOST_ROWS, LEAST_ROWS = 64, 8  # rows decoded or validated together when no number is given
+# Rows decoded or validated together when no number is given. A decoding step's time is reading the
+# weights until many rows share it: on a CPU 64 rows are about ten times as fast as one
+# (docs/performance.md). Each row has a KV cache of its own, though: 64 rows of 128 tokens take
+# 7.5 GB in ChatGLM-6B in float32.
+MOST_ROWS, LEAST_ROWS = 64, 8
 
 
 class UsageError(ValueError):
@@ -27,8 +32,9 @@ class ModelArguments:
     model_name_or_path: str = flag("", "Directory of the base model, or its hub id.")
     tuning: str | None = flag(
         None,
-        "What is trained: ptuning (a prefix), lora (an adapter) or full (the whole model). Default: "
-        "the kind of --ptuning_checkpoint; ptuning with --pre_seq_len; full with --deepspeed.",
+        "What is trained: ptuning (a prefix), lora (an adapter) or full (the whole model). "
+        "Default: the kind of --ptuning_checkpoint; ptuning with --pre_seq_len; full with "
+        "--deepspeed.",
     )
     ptuning_checkpoint: str | None = flag(
         None,
@@ -48,9 +54,9 @@ class ModelArguments:
     )
     preset: str | None = flag(
         None,
-        "Defaults that belong together: task (--learning_rate 2e-2) for the best score on the task, "
-        "gentle (--learning_rate 1e-3 --prefix_init_std 1e-3) to keep more of the base's abilities. "
-        "Flags that are typed override them.",
+        "Defaults that belong together: task (--learning_rate 2e-2) for the best score on the "
+        "task, gentle (--learning_rate 1e-3 --prefix_init_std 1e-3) to keep more of the base's "
+        "abilities. Flags that are typed override them.",
     )
     prefix_init_std: float | None = flag(
         None,
@@ -74,7 +80,8 @@ class ModelArguments:
     )
     quantization_backend: str = flag(
         "auto",
-        "Kernels for quantized weights: auto, torch, triton or cpm_kernels. auto prints its choice.",
+        "Kernels for quantized weights: auto, torch, triton or cpm_kernels. auto prints its "
+        "choice.",
     )
     quantize_embeddings: bool = flag(
         False, "Store the word embedding, and an output head tied to it, in int8 as well."
@@ -123,8 +130,8 @@ class DataArguments:
     )
     recipe: str = flag(
         "corrected",
-        "'corrected', or 'published' to handle empty histories, long prompts, truncated answers and "
-        "sampled scores as the published code did.",
+        "'corrected', or 'published' to handle empty histories, long prompts, truncated answers "
+        "and sampled scores as the published code did.",
     )
     mix: str | None = flag(
         None,
@@ -146,8 +153,8 @@ class DataArguments:
     )
     measure_retention: bool | None = flag(
         None,
-        "With --do_predict: measure how much the answers to general prompts differ from the base's. "
-        "Default: as --compare_base.",
+        "With --do_predict: measure how much the answers to general prompts differ from the "
+        "base's. Default: as --compare_base.",
     )
     general_prompts: str | None = flag(
         None,
@@ -176,13 +183,13 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = flag(
         None,
         "Resume training: auto (the newest complete checkpoint in output_dir, if there is one), "
-        "true (the same, but there must be one) or a checkpoint-N directory. Default: resume if the "
-        "same command was interrupted.",
+        "true (the same, but there must be one) or a checkpoint-N directory. Default: resume if "
+        "the same command was interrupted.",
     )
     per_device_eval_batch_size: int | None = flag(
         None,
-        f"Rows decoded or validated together. Default: {MOST_ROWS}, or fewer, down to {LEAST_ROWS}, "
-        "when memory is short.",
+        f"Rows decoded or validated together. Default: {MOST_ROWS}, or fewer, down to "
+        f"{LEAST_ROWS}, when memory is short.",
     )
     early_stopping_patience: int | None = flag(
         None, "Stop after N validations in a row without a better loss. Default: never."
@@ -205,8 +212,8 @@ class TrainingArguments:
     gpu_memory: float | None = flag(
         None,
         "GPU memory to stay within, in GB (10**9 bytes): checkpointed layers, the loss chunk and "
-        "the evaluation batch are chosen to fit. Default: the memory that is free. python -m ptuning "
-        "plan accepts it without such a GPU.",
+        "the evaluation batch are chosen to fit. Default: the memory that is free. python -m "
+        "ptuning plan accepts it without such a GPU.",
     )
     torch_compile: bool | None = flag(
         None,
@@ -246,6 +253,7 @@ class TrainerArguments:
     fsdp: str | None = flag(None, "Shard the model with PyTorch FSDP, e.g. full_shard.")
     generation_max_length: int | None = flag(None, "Longest prompt plus answer in tokens.")
     generation_num_beams: int | None = flag(None, "As --num_beams.")
+    disable_tqdm: bool = flag(False, "Print plain lines, without a progress bar.")
     push_to_hub: bool = flag(False, "Upload the checkpoints to the Hugging Face hub.")
     activation_checkpointing: str | None = flag(
         None, "transformers' newer name of --gradient_checkpointing.", nargs="?", const="true"

@@ -54,9 +54,8 @@ IGNORED = {
 }
 # Old flag -> what to do instead.
 REFUSED = {
-    "config_name": "the model's shape is read from the config.json in --model_name_or_path; leave it "
-    "out",
-    "dataset_name": "hub datasets are not read; save the rows as a file and give it as --train_file",
+    "config_name": "the shape is read from config.json in --model_name_or_path; leave it out",
+    "dataset_name": "hub datasets are not read; save the rows as a file and give --train_file",
 }
 FALSE_WORDS = ("false", "no", "n", "f", "0")
 TRUE_WORDS = ("true", "yes", "y", "t", "1")

@@ -26,7 +26,6 @@ from ptuning.train.legacy_flags import (
     translate,
 )
 
-
 METAVARS = {"bool": "BOOL", "int": "N", "float": "X"}
 
 
@@ -151,8 +150,8 @@ def declared_flags(group: type) -> list[Flag]:
 def transformers_flags() -> tuple[Flag, ...]:
     """Return the flags of transformers' training arguments, read from its source."""
     spec = importlib.util.find_spec("transformers")
-    assert spec is not None and spec.submodule_search_locations, "pyproject.toml requires it"
-    folder = Path(spec.submodule_search_locations[0])
+    assert spec is not None, "pyproject.toml requires it"
+    folder = Path(str(spec.origin)).parent
     flags: list[Flag] = []
     for file, name in (
         ("training_args.py", "TrainingArguments"),

@@ -19,6 +19,7 @@ from ptuning.output import Progress, duration, on_terminal, open_bar, tenths
 
 logger = logging.getLogger("main")
 
+CURVE_NAME = "loss_curve.png"
 DRAW_EVERY_S = 30.0  # drawing takes about half a second
 LINE_EVERY_S = 600.0  # without a terminal, more than a line per 10 % where those take long
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from ptuning.train.config import RunConfig, UsageError
+from ptuning.train.processes.processes import is_main_process
+
 # --report_to: packages of which one is needed, by the names they are imported and installed under.
 # Source: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/integration_utils.py
 PACKAGES: dict[str, dict[str, str]] = {
@@ -104,3 +107,18 @@ def check_push_to_hub(
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse to start if what the run reports to is missing (UsageError)."""
+    try:
+        check_reporting(config.report_to)
+        if config.push_to_hub and is_main_process():
+            check_push_to_hub(
+                output_dir=config.output_dir,
+                hub_model_id=config.trainer_flags.get("hub_model_id"),
+                token=config.trainer_flags.get("hub_token"),
+                private=config.trainer_flags.get("hub_private_repo"),
+            )
+    except ValueError as error:
+        raise UsageError(str(error)) from error

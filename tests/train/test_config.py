@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ptuning.model.tuned import TunedInfo, write_tuned_info
-from ptuning.train.config import RunConfig, find_tuning, preset_values, parse_arguments
+from ptuning.train.config import RunConfig, find_tuning, parse_arguments, preset_values
 from ptuning.train.flags import UsageError
 from ptuning.train.parser import make_parser, transformers_flags
 
@@ -60,7 +60,9 @@ def test_a_mistake_is_reported_within_a_second_and_without_torch():
 
 
 def test_without_flags_the_user_is_told_what_to_type():
-    with pytest.raises(UsageError, match="--do_train, --do_eval or --do_predict .* bash train.sh"):
+    with pytest.raises(
+        UsageError, match=r"--do_train, --do_eval or --do_predict .* bash train\.sh"
+    ):
         parse_arguments([])
 
 
@@ -82,7 +84,7 @@ def test_a_flag_with_hyphens_is_the_flag(tmp_path):
 
 
 def test_names_are_not_abbreviated(tmp_path):
-    with pytest.raises(UsageError, match="--pre_seq .did you mean --pre_seq_len"):
+    with pytest.raises(UsageError, match=r"--pre_seq \(did you mean --pre_seq_len"):
         parse_arguments(train(tmp_path, "--pre_seq", "8"))
 
 

@@ -17,12 +17,11 @@ from ptuning.data.reading import DataError
 from ptuning.train.base_model import BaseModelError
 from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.faults.disk_errors import DiskError, explain_disk_error, is_disk_error
-from ptuning.train.faults.step_guard import BadStepsError
+from ptuning.train.faults.guards import BadStepsError
 from ptuning.train.memory.memory_errors import OutOfMemoryStop
-from ptuning.train.processes.launch import num_launched
+from ptuning.train.processes.launch import num_launched, process_name
 from ptuning.train.processes.processes import is_lost_peer
-from ptuning.train.resume.run_directory import OutputDirectoryError, checkpoints, last_sound
-from ptuning.train.resume.run_lock import DirectoryInUseError
+from ptuning.train.resume.run_directory import OutputDirectoryError, RunDirectory
 from ptuning.train.resume.signals import Stopped
 
 CANNOT_START, BAD_STEPS, OUT_OF_MEMORY, DISK, LOST_PEER, CTRL_C = 2, 3, 4, 5, 6, 130
@@ -31,7 +30,6 @@ USAGE_ERRORS = (
     DataError,
     BaseModelError,
     OutputDirectoryError,
-    DirectoryInUseError,
     FileNotFoundError,
 )
 
@@ -44,7 +42,15 @@ class Ending(NamedTuple):
 
 
 def ending_of(error: BaseException, config: RunConfig) -> Ending | None:
-    """Explain an error that a user can do something about; None for a fault of the program."""
+    """Explain an error that a user can do something about; None for a fault of the program.
+
+    The text begins with the number of this process if there are several.
+    """
+    ending = _explain(error, config)
+    return ending and ending._replace(text=f"{process_name()}{ending.text}")
+
+
+def _explain(error: BaseException, config: RunConfig) -> Ending | None:
     if isinstance(error, USAGE_ERRORS):
         return Ending(CANNOT_START, str(error))
     if isinstance(error, KeyboardInterrupt):
@@ -70,9 +76,12 @@ def ending_of(error: BaseException, config: RunConfig) -> Ending | None:
 
 def how_to_resume(config: RunConfig) -> str:
     """Say what a stopped run left and what to type, for python main.py and bash train.sh alike."""
-    left = checkpoints(Path(config.output_dir))
+    left = RunDirectory(config.output_dir).checkpoints()
     if config.do_train and left:
-        return f"{left[-1]} is complete: type the same command again to resume from it."
+        again = "type the same command again"
+        if config.overwrite_output_dir and not config.resume_from_checkpoint:
+            again += " with --resume_from_checkpoint auto at its end"
+        return f"{left[-1]} is complete: {again} to resume from it."
     if config.do_train:
         return (
             "No checkpoint was written yet: type the same command to start over, with a lower "
@@ -82,7 +91,7 @@ def how_to_resume(config: RunConfig) -> str:
 
 
 def _with_other_flags(config: RunConfig) -> str:
-    good = last_sound(Path(config.output_dir))
+    good = RunDirectory(config.output_dir).last_sound()
     if good is None:
         return "Then type the same command with the changed flag."
     return (

@@ -1,5 +1,12 @@
-"""Why steps cannot be used: the fault, the likely cause from evidence, the batch for a person."""
+"""Steps with a bad loss or gradient: skipped, counted, and the run stopped if they do not end.
 
+A loss or gradient that is not finite, or exactly zero, teaches nothing and may destroy what was
+learned. Such a step leaves weights and optimizer as they are; the step number, the data and the
+learning-rate schedule, which is a function of the step number, move on. The check costs one
+transfer of two numbers per step. A run that stops says the likely cause and shows the batch.
+"""
+
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,16 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptuning.atomic_file import write_atomically
+from ptuning.data.tokenization import IGNORED_LABEL
+from ptuning.train.resume.run_state import RunState
 
-IGNORED_LABEL = -100
 BAD_BATCH_NAME = "bad_batch{rank}.txt"  # rank: "" for one process, else _0, _1, ...
 RISING = 1.5  # a logged loss this many times the lowest one has got away
 LARGE_WEIGHT = 100.0  # prefixes start from N(0, 1) and stay near it; 128 x 229,376 draws reach 6
 
 Batch = Mapping[str, Any]
+
+logger = logging.getLogger("main")
+
+
+class BadStepsError(RuntimeError):
+    """Too many steps in a row could not be used; the text says why and what to type."""
 
 
 def fault_in(loss: float, grad_norm: float) -> str | None:
@@ -70,7 +84,7 @@ def likely_cause(evidence: Evidence) -> str:
         if grew:
             signs.append(f"the largest trained weight is {evidence.largest_weight:.4g}")
         return (
-            f"the learning rate is too high ({' and '.join(signs)}); start anew with "
+            f"the learning rate is too high ({' and '.join(signs)}); start over with "
             f"--learning_rate {lower:.1g}"
         )
     if evidence.dtype == "float16":
@@ -130,3 +144,108 @@ def write_bad_batch(
             "",
         ]
     write_atomically(path, "\n".join(lines).encode("utf-8", "backslashreplace"))
+
+
+class StepGuard:
+    """Watches the micro-batches of one optimiser step at a time."""
+
+    def __init__(self, *, max_in_a_row: int) -> None:
+        """Take the skipped steps in a row that end a run; 0 never ends it."""
+        self.max_in_a_row = max_in_a_row
+        self._losses: list[Tensor] = []  # on the device: reading one would wait for it
+        self._batches: list[Batch] = []
+        self._loss_before: Tensor | None = None
+
+    def begin(self, loss_so_far: Tensor) -> None:
+        """Remember the trainer's sum of losses at the first micro-batch of a step."""
+        if not self._losses:
+            self._loss_before = loss_so_far.clone()
+
+    def add(self, batch: Batch, loss: Tensor) -> None:
+        """Keep one micro-batch until the step is checked."""
+        self._losses.append(loss.detach().float())
+        self._batches.append(batch)
+
+    def values(self, grad_norm: Tensor | float | None) -> Tensor:
+        """Return (2,) float32 on the device: the step's loss, and its gradient norm.
+
+        None for a norm that an engine keeps to itself counts as 1.
+        """
+        loss = torch.stack(self._losses).sum()
+        norm = torch.as_tensor(
+            1.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=loss.device
+        )
+        return torch.stack([loss, norm])
+
+    def refuse(
+        self, model: nn.Module, loss_so_far: Tensor, fault: str, state: RunState, *, step: int
+    ) -> bool:
+        """Undo a step before it is taken and count it; True when it is one too many in a row.
+
+        An optimizer ignores parameters without a gradient, and the sum of losses in
+        loss_so_far goes back to where it was.
+        """
+        for parameter in model.parameters():
+            parameter.grad = None
+        assert self._loss_before is not None, "begin ran before"
+        loss_so_far.copy_(self._loss_before)
+        state.skipped += 1
+        state.skipped_since_log += 1
+        state.skipped_in_a_row += 1
+        logger.warning(
+            "Step %d is skipped: %s (%d in a row, %d in all)",
+            step,
+            fault,
+            state.skipped_in_a_row,
+            state.skipped,
+        )
+        return state.skipped_in_a_row == self.max_in_a_row
+
+    def clear(self) -> None:
+        """Drop the step's batches."""
+        self._losses.clear()
+        self._batches.clear()
+
+    def explain(
+        self,
+        model: nn.Module,
+        path: Path,
+        *,
+        values: tuple[float, float],
+        dtype: torch.dtype,
+        learning_rate: float,
+        log_history: Sequence[Mapping[str, Any]],
+        decode: Callable[[list[int]], str],
+        step: int,
+        last_sound: Path | None,
+    ) -> str:
+        """Write the batch to path for people to read, and say what happened and why.
+
+        last_sound is the checkpoint to return to, None without one.
+        """
+        evidence = gather_evidence(
+            model,
+            self._batches,
+            values=values,
+            dtype=dtype,
+            learning_rate=learning_rate,
+            log_history=log_history,
+        )
+        fault, cause = fault_in(*values), likely_cause(evidence)
+        headline = f"step {step}: {fault}\n{evidence}\nlikely cause: {cause}"
+        write_bad_batch(path, self._batches, headline, decode)
+        kept = "no checkpoint was written before" if last_sound is None else f"{last_sound} is kept"
+        return (
+            f"{self.max_in_a_row} steps in a row could not be used; of the last one, step {step}, "
+            f"{fault}. Likely cause: {cause}. The batch is in {path}; {kept}."
+        )
+
+
+def correct_mean(logs: dict[str, float], state: RunState, *, step: int) -> None:
+    """Take the mean loss of a log entry over the steps taken, and count the skipped ones in it."""
+    if state.skipped_since_log:
+        steps = step - state.last_logged_step
+        taken = steps - state.skipped_since_log
+        logs["loss"] = logs["loss"] * steps / taken if taken else float("nan")
+        logs["skipped_steps"] = state.skipped_since_log
+    state.last_logged_step, state.skipped_since_log = step, 0

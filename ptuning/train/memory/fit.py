@@ -51,9 +51,6 @@ FREE_SHARE = 0.9  # of free memory is planned with; allocators lose the rest to 
 # the forward and the backward pass: for a row of 64 answer tokens, chunks of 16 cost about as much
 # as four checkpointed layers, and smaller ones save next to nothing.
 SMALLER_CHUNKS = (256, 128, 64, 32, 16)
-# MOST_ROWS: a decoding step's time is reading the weights until many rows share it: on a CPU 64 rows are about
-# ten times as fast as one (docs/performance.md). Each row has a KV cache of its own, though: 64
-# rows of 128 tokens take 7.5 GB in ChatGLM-6B in float32.
 # cuBLAS's workspace, as PyTorch allocates it: parseChosenWorkspaceSize in
 # https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/cuda/CublasHandlePool.cpp
 HOPPER = 9  # major compute capability
@@ -201,7 +198,6 @@ class Fit:
 def fit_to_memory(
     model: ChatGLMForConditionalGeneration,
     workload: Workload,
-    *,
     train: TokenDataset | None = None,
     validation: TokenDataset | None = None,
     test: GenerationDataset | None = None,

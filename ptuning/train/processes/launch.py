@@ -14,6 +14,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 
 from ptuning.train.config import RunConfig, UsageError
+from ptuning.train.legacy_flags import TRUE_WORDS
 
 
 def num_launched() -> int:
@@ -68,10 +69,10 @@ def trainer_arguments(config: RunConfig) -> Seq2SeqTrainingArguments:
             f"WORLD_SIZE is {num_launched()}, but torch has no way to join several processes on "
             f"{device.type}; add --use_cpu true, or start main.py without a launcher."
         )
-    if config.do_train and config.do_predict and _is_zero3(arguments):
+    if config.do_train and config.do_predict and shards_weights(arguments):
         raise UsageError(
-            "--do_train with --do_predict needs the whole model in every process, and ZeRO stage 3 "
-            "shards it; train first, then type: bash evaluate.sh"
+            "--do_train with --do_predict needs the whole model in every process, and FSDP and "
+            "ZeRO stage 3 shard it; train first, then type: PREFIX=OUTPUT_DIR bash evaluate.sh"
         )
     if device.type != "cuda":
         arguments.dataloader_pin_memory = False  # it only helps copies to a CUDA device
@@ -82,9 +83,11 @@ def trainer_arguments(config: RunConfig) -> Seq2SeqTrainingArguments:
     return arguments
 
 
-def _is_zero3(arguments: Seq2SeqTrainingArguments) -> bool:
+def shards_weights(arguments: Seq2SeqTrainingArguments) -> bool:
+    """Tell whether an engine (FSDP, ZeRO stage 3) leaves each process a part of the weights."""
     zero = getattr(arguments, "hf_deepspeed_config", None)
-    return zero is not None and zero.is_zero3()
+    by_accelerate = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE_WORDS
+    return bool(arguments.fsdp) or by_accelerate or (zero is not None and zero.is_zero3())
 
 
 def check_gpu_is_here(config: RunConfig, device: torch.device) -> None:

@@ -3,13 +3,16 @@
 Every function here that talks has to be called by all processes, in the same order.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import distributed, nn
 from transformers import set_seed
 
 from ptuning.train.config import UsageError
+
+T = TypeVar("T")
 
 # What a process meets when another one is gone: gloo's, NCCL's and the rendezvous store's words.
 LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
@@ -25,7 +28,7 @@ def is_shared() -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return every process's value, by process; the own one alone where there is but one."""
+    """Return one value per process, in rank order."""
     if not is_shared():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()
@@ -33,14 +36,37 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def check_same_everywhere(what: str, value: object, *, needed: str) -> None:
-    """Refuse (UsageError) to start where processes see different things."""
-    values = gather(value)
-    if any(other != values[0] for other in values):
-        index = next(i for i, other in enumerate(values) if other != values[0])
-        raise UsageError(
-            f"{what} is {values[0]} for process 0 and {values[index]} for process {index}; {needed}"
-        )
+def num_processes() -> int:
+    """Return how many processes this run has."""
+    return distributed.get_world_size() if is_shared() else 1
+
+
+def process_index() -> int:
+    """Return the rank of this process, from 0."""
+    return distributed.get_rank() if is_shared() else 0
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that writes what the processes share."""
+    return process_index() == 0
+
+
+def in_main_process(decide: Callable[[], T]) -> T:
+    """Call decide in the main process; return its result, or raise its error, in all of them.
+
+    An error that is neither a ValueError nor an OSError stays with the main process.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    if is_main_process():
+        try:
+            result = decide()
+        except (ValueError, OSError) as error:
+            failure = error
+    result, failure = gather((result, failure))[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]  # what decide returned
 
 
 def check_shared_folder(folder: Path, mark: str) -> None:

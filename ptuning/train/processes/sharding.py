@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
 
-from ptuning.train.faults.guards import IGNORED_LABEL
+from ptuning.data.tokenization import IGNORED_LABEL
 
 
 class ShardedBatches(BatchSampler):

@@ -1,171 +1,475 @@
-"""The output directory of a run: which checkpoints are in it, which may go, what a kill left."""
+"""The output directory of a run: one run at a time, and no run loses what an earlier one left.
 
+`run.json` records the settings and training rows that decide the result. The same command finds
+its own run and resumes it; another command is refused unless it asks to resume or to overwrite.
+The lock is a POSIX record lock on `.run.lock`: it dies with its process, data-loading workers do
+not inherit it, and NFS supports it. On a file system without locks, the process named in the file
+decides.
+"""
+
+import errno
+import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Collection
+import socket
+import sys
+import time
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from ptuning.atomic_file import write_atomically
-from ptuning.train.resume.checkpointing import (
-    MANIFEST_NAME,
+from ptuning.data.dataset import TokenDataset
+from ptuning.model.tuned import INFO_NAME, MARKS
+from ptuning.train.processes.processes import check_shared_folder, in_main_process, is_main_process
+from ptuning.train.resume.checkpoints import (
     REMOVED,
     UNFINISHED,
     delete_checkpoint,
     fault_of,
     move_into_place,
     read_facts,
+    why_not_resumable,
 )
 
+RECORD_NAME = "run.json"
+FORMAT_VERSION = 1
+ARTEFACT_NAMES = (*(name for names in MARKS.values() for name in names), INFO_NAME)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LEFT_BEHIND = re.compile(rf"\.(checkpoint-\d+)({re.escape(UNFINISHED)}|{re.escape(REMOVED)})")
-HALF_FILE = re.compile(r"\..+\.\d+\.tmp")  # what write_atomically leaves when it is killed
+HALF_FILE = re.compile(r"\..+\.\d+\.tmp")  # what a killed write_atomically leaves
+
+LOCK_NAME = ".run.lock"
+WINDOWS_LOCK_OFFSET = 1 << 20  # bytes; a locked byte cannot be read there, so it is past the text
+HELD = (errno.EACCES, errno.EAGAIN)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 logger = logging.getLogger("main")
 
 
 class OutputDirectoryError(ValueError):
-    """The output directory cannot be used."""
+    """The output directory cannot be used as asked; nothing in it was changed."""
 
 
-def make_output_dir(directory: Path) -> None:
-    """Make the output directory and see that it can be written, before anything heavy is loaded."""
-    probe = directory / ".can_be_written"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(probe, b"")
-        probe.unlink(missing_ok=True)  # another process of this run may have been faster
-    except OSError as error:
-        raise OutputDirectoryError(
-            f"--output_dir is {directory}, which cannot be written ({error.strerror}); give "
-            "another folder."
-        ) from error
+class RunDirectory:
+    """An output directory. Entered, it belongs to this run alone; reading needs no entering.
 
-
-def checkpoints(directory: Path) -> list[Path]:
-    """Return the whole checkpoints in directory, oldest step first."""
-    return [folder for folder in _all_checkpoints(directory) if is_whole(folder)]
-
-
-def _all_checkpoints(directory: Path) -> list[Path]:
-    """Return every checkpoint-N in directory, whole or not, oldest step first."""
-    if not directory.is_dir():
-        return []
-    found = {
-        int(match[1]): folder
-        for folder in directory.iterdir()
-        if (match := CHECKPOINT.fullmatch(folder.name)) and folder.is_dir()
-    }
-    return [found[step] for step in sorted(found)]
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Tell whether every file that was written is there in its full size."""
-    return fault_of(checkpoint) is None
-
-
-def checkpoint_to_resume(directory: Path, requested: str) -> Path | None:
-    """Return the checkpoint `--resume_from_checkpoint` asks for; None for a first start with
-    'auto'.
-
-    'auto' and 'true' mean the newest whole one in directory; damaged ones are passed over and
-    named. FileNotFoundError when a named one is not there or not whole, or when 'true' finds none.
+    A run that trains calls `choose` before it reads rows, `start` when it has them, and `begin`
+    right before its first step, which is the first change of what an earlier run left. Every
+    process calls the same methods; the main process decides and writes. `rows` is the fingerprint
+    of the training rows, "" for a run that does not train.
     """
-    if requested.lower() in ("auto", "true"):
-        found = _newest_usable(directory)
-        if found is None and requested.lower() == "true":
-            raise FileNotFoundError(
-                f"--resume_from_checkpoint is {requested}, but {directory} has no whole "
-                "checkpoint-N; leave the flag out to start anew."
+
+    def __init__(self, path: str | Path) -> None:
+        """Name the directory, which may be missing."""
+        self.path = Path(path)
+        self.rows = ""
+        self._settings: dict[str, Any] = {}
+        self._requested: str | None = None
+        self._checkpoint: Path | None = None
+        self._overwrites = False
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Make and lock the directory; OutputDirectoryError if it is in use or not writable."""
+        with ExitStack() as held:
+            in_main_process(lambda: self._open(held))
+            check_shared_folder(self.path, LOCK_NAME)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Unlock the directory, and remove it if this run made it and wrote nothing."""
+        self._held.close()
+
+    def _open(self, held: ExitStack) -> None:
+        try:
+            missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            held.callback(_remove_empty, missing)
+            self.path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(run_lock(self.path))
+        except OSError as error:
+            raise OutputDirectoryError(
+                f"--output_dir is {self.path}, which cannot be written ({error.strerror}); give "
+                "another folder."
+            ) from error
+        self._sweep()
+
+    # ---- What a run starts from ----
+
+    def choose(
+        self, settings: Mapping[str, object], *, requested: str | None = None, overwrite: bool
+    ) -> None:
+        """Refuse what can be refused before rows are read, and find the checkpoint to resume.
+
+        settings are JSON values by flag name, those that decide the result; requested is
+        --resume_from_checkpoint, overwrite --overwrite_output_dir. OutputDirectoryError if the
+        directory holds another run, FileNotFoundError if it lacks the requested checkpoint.
+        """
+        self._settings = json.loads(json.dumps(settings))
+        self._requested, self._overwrites = requested, overwrite
+        self._checkpoint = in_main_process(self._choose)
+
+    def _choose(self) -> Path | None:
+        wanted = (self._requested or "").lower()
+        if wanted and wanted not in ("auto", "true"):
+            return _named_checkpoint(str(self._requested))
+        if wanted:
+            if self._newest_resumable is not None:
+                return self._newest_resumable
+            if wanted == "true":
+                raise FileNotFoundError(
+                    f"--resume_from_checkpoint is {self._requested}, but {self.path} has no intact "
+                    "checkpoint-N; leave the flag out to start over."
+                )
+        if self._overwrites or not self._holds_a_run():
+            return None
+        changed = self._changed_settings()
+        if changed:
+            raise self._refusal(changed)
+        if self._newest_resumable is None and (self._is_finished() or self.checkpoints()):
+            raise self._refusal("the same command wrote it, and it left nothing to resume from")
+        return self._newest_resumable
+
+    def start(self, rows: str, *, rows_per_step: int, processes: int) -> Path | None:
+        """Return the checkpoint to resume, None to start at step 0, and say which it is.
+
+        rows is the fingerprint of the training rows. OutputDirectoryError if the checkpoint was
+        trained on other rows; a warning if the resume cannot be exact.
+        """
+        self.rows = rows
+        if self._checkpoint is not None:
+            in_main_process(lambda: self._check_facts(rows_per_step, processes))
+        elif self._requested:
+            logger.info("%s has no intact checkpoint to resume from: starting over", self.path)
+        return self._checkpoint
+
+    def _check_facts(self, rows_per_step: int, processes: int) -> None:
+        checkpoint = self._checkpoint
+        assert checkpoint is not None, "start asks only with a checkpoint"
+        facts = read_facts(checkpoint)
+        if facts["rows"] != self.rows:
+            trained, given = facts["rows"] or "none", self.rows
+            if not self._requested:
+                raise self._refusal(
+                    f"the training rows were {trained} and are {given}", rows_differ=True
+                )
+            raise OutputDirectoryError(
+                f"{checkpoint} was trained on other rows ({trained}) than --train_file has with "
+                f"these flags ({given}); resume with the old file and lengths, or start a new "
+                f"training from its weights: --init_from {checkpoint} with another --output_dir."
             )
-        return found
+        logger.info(
+            "Resuming %s%s (step %d of %d)%s",
+            checkpoint,
+            "" if self._requested else ", which the same command wrote",
+            facts["step"],
+            facts["max_steps"],
+            "" if self._requested else "; to start over, add --overwrite_output_dir",
+        )
+        for what, then, now in (
+            ("rows per step", facts["rows_per_step"], rows_per_step),
+            ("processes", facts["processes"], processes),
+        ):
+            if then != now:
+                logger.warning(
+                    "%s was written with %s %s and this run has %s: it resumes, but not exactly "
+                    "as one run would have gone",
+                    checkpoint,
+                    then,
+                    what,
+                    now,
+                )
+
+    def begin(self) -> None:
+        """Replace an earlier run if asked to, and record this one in run.json."""
+        if not is_main_process():
+            return
+        if self._overwrites and self._checkpoint is None:
+            old = self._all_checkpoints()
+            for folder in old:
+                delete_checkpoint(folder)
+            if old:
+                logger.info("Removed %d checkpoints of an earlier run in %s", len(old), self.path)
+        record = {"format_version": FORMAT_VERSION, "rows": self.rows, "settings": self._settings}
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.path / RECORD_NAME, text.encode())
+
+    def _holds_a_run(self) -> bool:
+        return bool(self._all_checkpoints()) or self._is_finished()
+
+    def _is_finished(self) -> bool:
+        return any((self.path / name).is_file() for name in ARTEFACT_NAMES)
+
+    def _changed_settings(self) -> str:
+        """Say which settings differ from those in run.json; "" for none."""
+        try:
+            record = json.loads((self.path / RECORD_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            record = {}
+        if record.get("format_version") != FORMAT_VERSION:
+            return f"its settings are not known, as it has no {RECORD_NAME} that can be read"
+        then, now = record["settings"], self._settings
+        return ", ".join(
+            f"--{name} was {_shown(then.get(name))} and is {_shown(now.get(name))}"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
+        )
+
+    def _refusal(self, why: str, *, rows_differ: bool = False) -> OutputDirectoryError:
+        """Say what is in the directory, why it is not touched, and what to type."""
+        found, resume = "a trained model", ""
+        if folders := self.checkpoints() or self._all_checkpoints():
+            found = folders[-1].name
+            with suppress(ValueError):
+                facts = read_facts(folders[-1])
+                found += f" (step {facts['step']} of {facts['max_steps']})"
+                if rows_differ:
+                    resume = (
+                        "to continue it, give its own training file and lengths with "
+                        "--resume_from_checkpoint auto; "
+                    )
+                elif facts["resumable"]:
+                    resume = "to continue it, add --resume_from_checkpoint auto; "
+        return OutputDirectoryError(
+            f"--output_dir {self.path} holds {found} of an earlier run: {why}. To keep it, give "
+            f"another folder (--output_dir, or NAME=... before bash train.sh); {resume}to replace "
+            "it, add --overwrite_output_dir."
+        )
+
+    # ---- Checkpoints ----
+
+    def checkpoints(self) -> list[Path]:
+        """Return the intact checkpoints, oldest step first."""
+        return [folder for folder in self._all_checkpoints() if fault_of(folder) is None]
+
+    def _all_checkpoints(self) -> list[Path]:
+        """Return every checkpoint-N, intact or not, oldest step first."""
+        if not self.path.is_dir():
+            return []
+        found = {
+            int(match[1]): folder
+            for folder in self.path.iterdir()
+            if (match := CHECKPOINT.fullmatch(folder.name)) and folder.is_dir()
+        }
+        return [found[step] for step in sorted(found)]
+
+    @cached_property
+    def _newest_resumable(self) -> Path | None:
+        for checkpoint in reversed(self._all_checkpoints()):
+            reason = why_not_resumable(checkpoint)
+            if reason is None:
+                return checkpoint
+            logger.warning("%s is skipped: %s", checkpoint, reason)
+        return None
+
+    def last_sound(self) -> Path | None:
+        """Return the newest intact checkpoint that was not written at a skipped step, if any."""
+        sound = [folder for folder in self.checkpoints() if read_facts(folder)["sound"]]
+        return sound[-1] if sound else None
+
+    def rotate(self, limit: int | None, *, keep: Collection[Path] = ()) -> list[Path]:
+        """Delete the oldest intact checkpoints above limit and return them; None or 0 keeps all.
+
+        The newest, the newest sound one and those in `keep` stay, even above the limit.
+        """
+        if not limit or limit < 0:
+            return []
+        intact = self.checkpoints()
+        kept = [*keep, *intact[-1:], *filter(None, [self.last_sound()])]
+        protected = {path.resolve() for path in kept}
+        surplus = max(0, len(intact) - max(limit, len(protected)))
+        old = [folder for folder in intact if folder.resolve() not in protected][:surplus]
+        for folder in old:
+            delete_checkpoint(folder)
+        return old
+
+    def _sweep(self) -> None:
+        """Clean up what a killed run left under temporary names.
+
+        A checkpoint that was complete and lacked only its name gets it; others are deleted.
+        """
+        for folder in sorted(self.path.iterdir()):
+            if HALF_FILE.fullmatch(folder.name) and folder.is_file():
+                folder.unlink()
+                continue
+            match = LEFT_BEHIND.fullmatch(folder.name)
+            if match is None:
+                continue
+            checkpoint = self.path / match[1]
+            is_complete = match[2] == UNFINISHED and fault_of(folder, thorough=True) is None
+            if is_complete and not checkpoint.exists():
+                move_into_place(folder, checkpoint)
+                logger.info("%s was complete but not renamed yet: it is used", checkpoint)
+            else:
+                shutil.rmtree(folder)
+                logger.info("Removed %s, which a stopped run left unfinished", folder)
+
+
+def fingerprint_rows(rows: TokenDataset | None) -> str:
+    """Return a short checksum of the training rows in their order; "" without any.
+
+    The order in which rows are seen is drawn over their numbers, so other rows are another run.
+    """
+    if rows is None:
+        return ""
+    checksum = 0
+    for part in (rows.arrays.offsets, rows.arrays.context_lengths, rows.arrays.ids):
+        checksum = zlib.crc32(part.tobytes(), checksum)
+    return f"{len(rows)}-{checksum:08x}"
+
+
+def _named_checkpoint(requested: str) -> Path:
     checkpoint = Path(requested)
-    fault = fault_of(checkpoint, thorough=True) or _not_resumable(checkpoint)
-    if fault is not None:
+    reason = why_not_resumable(checkpoint)
+    if reason is not None:
         raise FileNotFoundError(
-            f"--resume_from_checkpoint is {checkpoint}, which cannot be gone on from: {fault}; "
-            "give another checkpoint-N folder, or 'auto' for the newest whole one in --output_dir."
+            f"--resume_from_checkpoint is {checkpoint}, which cannot be resumed: {reason}. Give "
+            "another checkpoint-N folder, or 'auto' for the newest intact one in --output_dir; "
+            "--init_from starts a new training from the weights alone."
         )
     return checkpoint
 
 
-def _newest_usable(directory: Path) -> Path | None:
-    for checkpoint in reversed(_all_checkpoints(directory)):
-        fault = fault_of(checkpoint, thorough=True) or _not_resumable(checkpoint)
-        if fault is None:
-            return checkpoint
-        logger.warning("%s is passed over: %s", checkpoint, fault)
-    return None
+def _shown(value: object) -> str:
+    """Return a setting as it is typed.
+
+    >>> _shown(None), _shown(True), _shown(0.02)
+    ('unset', 'true', '0.02')
+    """
+    if value is None:
+        return "unset"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _not_resumable(checkpoint: Path) -> str | None:
-    facts = read_facts(checkpoint)
-    if facts is None or facts.get("resumable", True):
-        return None
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # not empty: somebody wrote to it
+        for folder in folders:
+            folder.rmdir()
+
+
+# ---- The lock ----
+
+
+@contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory inside; OutputDirectoryError where another run holds it."""
+    path = directory / LOCK_NAME
+    descriptor = _open_locked(path)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, json.dumps(_own_mark()).encode())
+        yield
+    finally:
+        if os.name != "nt":  # Windows deletes no open file; there the unlocked file stays
+            path.unlink(missing_ok=True)  # while the lock is still held
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int:
+    """Return a descriptor of the lock file, locked; a killed run's file is taken over."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with ExitStack() as failed:
+            failed.callback(os.close, descriptor)
+            if not _is_free(descriptor):
+                raise OutputDirectoryError(_in_use(path, _read_mark(descriptor)))
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    failed.pop_all()
+                    return descriptor
+        # Its holder ended and deleted the file between our two calls: try again.
+
+
+def _is_free(descriptor: int) -> bool:
+    """Lock without waiting and return whether this process is now the holder."""
+    try:
+        _lock(descriptor)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return not _is_running(_read_mark(descriptor))
+        if error.errno not in HELD:
+            raise
+        return False
+    return True
+
+
+def _lock(descriptor: int) -> None:
+    """Lock without waiting; OSError if another process holds the lock or there are no locks."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, WINDOWS_LOCK_OFFSET, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _in_use(path: Path, mark: dict[str, Any]) -> str:
+    who = "another run"
+    if mark:
+        who = f"a run started {mark['started']} (process {mark['pid']} on {mark['host']})"
     return (
-        "it was written with --save_only_model and has no optimiser state (--init_from starts "
-        "anew from its weights)"
+        f"--output_dir {path.parent} is being written by {who}; wait for it, stop it (kill -INT "
+        f"{mark.get('pid', 'PID')} saves first), or give another --output_dir. If that process is "
+        f"certainly gone, delete {path}."
     )
 
 
-def last_sound(directory: Path) -> Path | None:
-    """Return the newest whole checkpoint that was not written at a skipped step; None if none."""
-    for checkpoint in reversed(checkpoints(directory)):
-        facts = read_facts(checkpoint)
-        if facts is None or facts.get("sound", True):
-            return checkpoint
-    return None
+def _own_mark() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "process_start": _process_start(os.getpid()),
+    }
 
 
-def rotate(directory: Path, limit: int | None, *, keep: Collection[Path] = ()) -> list[Path]:
-    """Delete the oldest whole checkpoints above limit and return them; None or 0 keeps all.
+def _read_mark(descriptor: int) -> dict[str, Any]:
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        mark = json.loads(os.read(descriptor, 4096))
+    except ValueError:
+        return {}  # a run that has just made the file, or was killed doing so
+    return mark if isinstance(mark, dict) and {"pid", "host", "started"} <= set(mark) else {}
 
-    The newest, the newest sound one and those in `keep` stay, even above the limit.
+
+def _is_running(mark: dict[str, Any]) -> bool:
+    """Return whether the process of a mark is alive; one on another host counts as alive."""
+    if not mark or mark["pid"] == os.getpid():
+        return False
+    if mark["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(int(mark["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's process
+    return mark.get("process_start") in (None, _process_start(int(mark["pid"])))
+
+
+def _process_start(pid: int) -> str | None:
+    """Return when a process started, in the kernel's ticks since boot, which no clock change moves.
+
+    It tells a process from a later one with the same number. None where /proc does not say.
     """
-    if not limit or limit < 0:
-        return []
-    whole = checkpoints(directory)
-    protected = {whole[-1].resolve()} if whole else set()
-    protected |= {path.resolve() for path in (*keep, last_sound(directory)) if path is not None}
-    surplus = max(0, len(whole) - max(limit, len(protected)))
-    old = [folder for folder in whole if folder.resolve() not in protected][:surplus]
-    for folder in old:
-        delete_checkpoint(folder)
-    return old
-
-
-def sweep(directory: Path) -> None:
-    """Clear away what a killed run left under temporary names.
-
-    A checkpoint that was whole and lacked only its name gets it; half ones and half-deleted ones
-    go. Only for a run that holds the directory's lock.
-    """
-    if not directory.is_dir():
-        return
-    for folder in sorted(directory.iterdir()):
-        if HALF_FILE.fullmatch(folder.name) and folder.is_file():
-            folder.unlink()
-            continue
-        match = LEFT_BEHIND.fullmatch(folder.name)
-        if match is None:
-            continue
-        checkpoint = directory / match[1]
-        if match[2] == UNFINISHED and _is_listed(folder) and not checkpoint.exists():
-            move_into_place(folder, checkpoint)
-            logger.info("%s was whole but not named yet: it is used", checkpoint)
-        else:
-            shutil.rmtree(folder)
-            logger.info("Removed %s, which a stopped run left unfinished", folder)
-
-
-def _is_listed(folder: Path) -> bool:
-    """Tell whether a folder has its list of files, written last, and all that is on it."""
-    return (folder / MANIFEST_NAME).is_file() and fault_of(folder, thorough=True) is None
-
-
-def remove_checkpoints(directory: Path) -> int:
-    """Delete every checkpoint-N in directory, whole or not, and return how many there were."""
-    old = _all_checkpoints(directory)
-    for folder in old:
-        delete_checkpoint(folder)
-    return len(old)
+    try:
+        content = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    return content.rpartition(")")[2].split()[19]  # field 22 of proc_pid_stat(5)

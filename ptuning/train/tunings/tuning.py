@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from transformers import Seq2SeqTrainingArguments, set_seed
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.prefix_artefact import (
@@ -21,7 +22,9 @@ from ptuning.model.prefix_artefact import (
     save_prefix,
 )
 from ptuning.model.tuned import FULL, LORA, PTUNING, remove_other_marks
+from ptuning.train.base_model import choose_dtype, load_base
 from ptuning.train.config import RunConfig, UsageError
+from ptuning.train.processes.launch import shards_weights
 
 logger = logging.getLogger("main")
 
@@ -181,6 +184,28 @@ def open_tuning(config: RunConfig) -> Tuning:
 
         return FullTuning(config)
     return PrefixTuning(config)
+
+
+def load_model(
+    config: RunConfig, tuning: Tuning, arguments: Seq2SeqTrainingArguments
+) -> ChatGLMForConditionalGeneration:
+    """Load the base, attach what is tuned, and put the model on the run's device.
+
+    An engine that shards the weights places them itself.
+    """
+    set_seed(config.seed)
+    model = load_base(
+        tuning.weights,
+        dtype=tuning.load_dtype(choose_dtype(arguments.device, config.dtype_name)),
+        quantization_bit=config.quantization_bit,
+        quantization_backend=config.quantization_backend,
+        quantize_embeddings=config.quantize_embeddings,
+        **config.hub,
+    )
+    tuning.attach(model)
+    if not shards_weights(arguments):
+        model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
+    return model
 
 
 @contextmanager

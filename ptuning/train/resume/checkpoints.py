@@ -1,15 +1,12 @@
-"""Checkpoints that are whole or not there: written under a temporary name, flushed, then renamed.
+"""One checkpoint: complete or not there. Written under a temporary name, flushed, then renamed.
 
-`checkpoint.json` is written last and lists every other file with its size and checksum, so a
-checkpoint is judged without knowing what is in it. Checkpoints of earlier versions have no such
-list; they are judged by the files that those versions wrote. Nothing here asks a clock.
+`checkpoint.json` is written last and lists every other file with its size and checksum, so that a
+checkpoint can be verified without knowing its contents. No decision depends on a file time.
 """
 
 import json
 import os
 import shutil
-import struct
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,19 +15,18 @@ MANIFEST_NAME = "checkpoint.json"
 FORMAT_VERSION = 1
 UNFINISHED = ".unfinished"  # .checkpoint-10.unfinished is being written
 REMOVED = ".removed"  # .checkpoint-10.removed is being deleted
-# What earlier versions wrote last: a checkpoint without them was cut short.
-LEGACY_FILES = ("trainer_state.json", "prefix_config.json", "prefix.safetensors")
 READ_BYTES = 1 << 20
 
 
 class CheckpointFacts(TypedDict):
-    """What a checkpoint says of itself, besides its files.
+    """What a checkpoint records about its run, besides the list of its files.
 
-    `resumable`: it holds the optimiser. `sound`: the step it was written at was not a skipped one.
-    `rows` is a fingerprint of the training rows; `rows_per_step` counts them over all processes.
+    `resumable`: it holds the optimizer. `sound`: the step it was written at was not skipped.
+    `rows` is the fingerprint of the training rows; `rows_per_step` counts them over all processes.
     """
 
     step: int
+    max_steps: int
     processes: int
     resumable: bool
     sound: bool
@@ -48,7 +44,7 @@ def staging_path(checkpoint: Path) -> Path:
 
 
 def start_checkpoint(checkpoint: Path) -> None:
-    """Make the empty folder to write into, in place of what a killed run left there."""
+    """Make the empty folder to write to, replacing what a killed run left there."""
     staging = staging_path(checkpoint)
     if staging.exists():
         shutil.rmtree(staging)
@@ -58,7 +54,7 @@ def start_checkpoint(checkpoint: Path) -> None:
 def finish_checkpoint(checkpoint: Path, facts: CheckpointFacts) -> None:
     """Flush the files of `staging_path`, list them, and give the folder its own name.
 
-    A folder that has the name already (a half one, or one of a run that took other steps) goes.
+    A folder that already has the name (a damaged one, or one of another course) is replaced.
     """
     staging = staging_path(checkpoint)
     files = {
@@ -79,11 +75,9 @@ def finish_checkpoint(checkpoint: Path, facts: CheckpointFacts) -> None:
 
 
 def move_into_place(staging: Path, checkpoint: Path) -> None:
-    """Rename a whole staging folder; the folder that had its name is deleted afterwards."""
-    removed = checkpoint.with_name(f".{checkpoint.name}{REMOVED}")
+    """Rename a complete staging folder; delete the folder that had its name afterwards."""
+    removed = _make_room(checkpoint)
     if checkpoint.exists():
-        if removed.exists():
-            shutil.rmtree(removed)
         os.rename(checkpoint, removed)
     os.rename(staging, checkpoint)
     _flush(checkpoint.parent)
@@ -92,33 +86,38 @@ def move_into_place(staging: Path, checkpoint: Path) -> None:
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint; one that is half deleted does not bear its name any more."""
-    removed = checkpoint.with_name(f".{checkpoint.name}{REMOVED}")
-    if removed.exists():
-        shutil.rmtree(removed)
+    """Delete a checkpoint; while it is half deleted it no longer has its name."""
+    removed = _make_room(checkpoint)
     os.rename(checkpoint, removed)
     shutil.rmtree(removed)
 
 
-def read_facts(checkpoint: Path) -> dict[str, Any] | None:
-    """Return checkpoint.json; None for an earlier version's checkpoint, which has none.
+def _make_room(checkpoint: Path) -> Path:
+    """Return the name that a checkpoint is deleted under, which no folder has any more."""
+    removed = checkpoint.with_name(f".{checkpoint.name}{REMOVED}")
+    if removed.exists():
+        shutil.rmtree(removed)
+    return removed
 
-    ValueError for one that cannot be read.
-    """
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """Return checkpoint.json: CheckpointFacts and `files`; ValueError if it cannot be read."""
     path = checkpoint / MANIFEST_NAME
+    if not checkpoint.is_dir():
+        raise ValueError("it does not exist")
     if not path.is_file():
-        return None
+        raise ValueError(f"has no {MANIFEST_NAME}, which this toolkit writes to every checkpoint")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{MANIFEST_NAME} cannot be read") from error
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise ValueError(f"{MANIFEST_NAME} is not a list of files")
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{MANIFEST_NAME} is not of format {FORMAT_VERSION}")
     return content
 
 
 def fault_of(checkpoint: Path, *, thorough: bool = False) -> str | None:
-    """Say what is wrong with a checkpoint; None for a whole one.
+    """Say what is wrong with a checkpoint; None if it is intact.
 
     Sizes are always compared; thorough reads every file once and compares checksums too.
     """
@@ -126,8 +125,6 @@ def fault_of(checkpoint: Path, *, thorough: bool = False) -> str | None:
         facts = read_facts(checkpoint)
     except ValueError as error:
         return str(error)
-    if facts is None:
-        return _legacy_fault(checkpoint, thorough)
     for name, wanted in facts["files"].items():
         path = checkpoint / name
         if not path.is_file():
@@ -136,47 +133,16 @@ def fault_of(checkpoint: Path, *, thorough: bool = False) -> str | None:
         if found != wanted["bytes"]:
             return f"{name} has {found:,} bytes of {wanted['bytes']:,}"
         if thorough and _crc32(path) != wanted["crc32"]:
-            return f"{name} has other content than was written"
+            return f"the checksum of {name} is wrong"
     return None
 
 
-def _legacy_fault(checkpoint: Path, thorough: bool) -> str | None:
-    missing = [name for name in LEGACY_FILES if not (checkpoint / name).is_file()]
-    if missing:
-        return f"has no {', '.join(missing)}"
-    if not thorough:
-        return None
-    for path in sorted(checkpoint.iterdir()):
-        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-            return f"{path.name} is cut short"
-        if path.suffix == ".json" and not _is_json(path):
-            return f"{path.name} is cut short"
-        if path.suffix == ".safetensors" and path.stat().st_size != _safetensors_bytes(path):
-            return f"{path.name} is cut short"
-    return None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_bytes())
-    except ValueError:
-        return False
-    return True
-
-
-def _safetensors_bytes(path: Path) -> int:
-    """Return the size that the header of a safetensors file promises; -1 for a broken header."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            return -1
-        length = struct.unpack("<Q", start)[0]
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return -1
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return 8 + length + max(ends, default=0)
+def why_not_resumable(checkpoint: Path) -> str | None:
+    """Say why no run can resume from a checkpoint; None if one can. Reads every file once."""
+    fault = fault_of(checkpoint, thorough=True)
+    if fault is None and not read_facts(checkpoint)["resumable"]:
+        return "it was written with --save_only_model and has no optimizer state"
+    return fault
 
 
 def _crc32(path: Path) -> int:
