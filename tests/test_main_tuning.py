@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import main as main_module
 from main import main
 from ptuning.evaluate.report import METHODS
 from ptuning.model.checkpoint_convert import convert_checkpoint
@@ -204,7 +203,9 @@ def test_a_damaged_adapter_is_told_before_the_model_is_loaded(base, files, monke
     assert main(flags_of("lora", base, files)) == 0
     weights = files / "out" / WEIGHTS["lora"]
     weights.write_bytes(weights.read_bytes()[:100])
-    monkeypatch.setattr(main_module, "load_base", lambda *_a, **_o: pytest.fail("was loaded"))
+    monkeypatch.setattr(
+        "ptuning.train.tunings.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
+    )
     flags = [
         "--do_predict",
         "--test_file",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import ptuning.train.resume.run_lock as run_lock
+import ptuning.train.resume.run_directory as run_directory
 from ptuning.train.memory.fit import Workload
 from ptuning.train.memory.memory_errors import (
     OutOfMemoryStop,
@@ -23,8 +23,13 @@ from ptuning.train.memory.memory_errors import (
     is_out_of_memory,
     memory_explained,
 )
-from ptuning.train.resume.run_directory import checkpoints, is_whole
-from ptuning.train.resume.run_lock import LOCK_NAME, DirectoryInUseError, RunLock
+from ptuning.train.resume.checkpoints import fault_of
+from ptuning.train.resume.run_directory import (
+    LOCK_NAME,
+    OutputDirectoryError,
+    RunDirectory,
+    run_lock,
+)
 from ptuning.train.resume.run_state import capture_random_state, restore_random_state
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
@@ -62,12 +67,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(count, short_run, monkeypat
     assert "MiB are free there" in error
     assert "Make room, then: " in error
     assert "Traceback" not in error
-    left = checkpoints(short_run.out)
+    left = RunDirectory(short_run.out).checkpoints()
     assert [path.name for path in short_run.out.iterdir() if path.is_dir()] == [
         path.name for path in left
     ]
     if left:
-        assert f"{left[-1]} is whole" in error
+        assert f"{left[-1]} is complete" in error
         assert "; it takes about 0.0 MiB" in error
     assert short_run.start("--save_steps", "1", "--resume_from_checkpoint", "auto") == 0
 
@@ -92,9 +97,9 @@ def test_a_disk_that_is_really_full(short_run, small_disk, capsys):
     assert short_run.start(*flags, out=out) == 5
     error = capsys.readouterr().err
     assert "No space left on device" in error or "the disk is full or fails" in error
-    left = checkpoints(out)
+    left = RunDirectory(out).checkpoints()
     assert len(left) == 1
-    assert f"{left[0]} is whole" in error
+    assert f"{left[0]} is complete" in error
     filler.unlink()
     assert short_run.start(*flags, "--resume_from_checkpoint", "auto", out=out) == 0
     assert short_run.start(*flags) == 0
@@ -109,8 +114,8 @@ def hold(folder, seconds=30):
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from ptuning.train.resume.run_lock import RunLock\n"
-        f"with RunLock(Path({str(folder)!r})):\n"
+        "from ptuning.train.resume.run_directory import RunDirectory\n"
+        f"with RunDirectory(Path({str(folder)!r})):\n"
         f"    print('held', flush=True)\n    time.sleep({seconds})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -152,18 +157,18 @@ def test_without_locks_the_process_decides(tmp_path, monkeypatch):
     def no_locks(_descriptor):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_lock, "_lock", no_locks)
+    monkeypatch.setattr(run_directory, "_lock", no_locks)
     mark = {"pid": os.getppid(), "host": socket.gethostname(), "started": "today"}
     (tmp_path / LOCK_NAME).write_text(json.dumps(mark))
-    with pytest.raises(DirectoryInUseError, match=f"process {os.getppid()} on"):
-        RunLock(tmp_path).__enter__()
+    with pytest.raises(OutputDirectoryError, match=f"process {os.getppid()} on"):
+        run_lock(tmp_path).__enter__()
     elsewhere = {**mark, "host": "another-machine"}
     (tmp_path / LOCK_NAME).write_text(json.dumps(elsewhere))
-    with pytest.raises(DirectoryInUseError, match="on another-machine"):
-        RunLock(tmp_path).__enter__()
+    with pytest.raises(OutputDirectoryError, match="on another-machine"):
+        run_lock(tmp_path).__enter__()
     for stale in ({**mark, "pid": 2**22 + 1}, {**mark, "process_start": "1"}, {}):
         (tmp_path / LOCK_NAME).write_text(json.dumps(stale))
-        with RunLock(tmp_path):
+        with run_lock(tmp_path):
             assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
     assert not (tmp_path / LOCK_NAME).exists()
 
@@ -172,28 +177,17 @@ def test_without_locks_the_process_decides(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["optimizer.pt", "prefix.safetensors", "trainer_state.json", "run_state.json"]
+    "name", ["optimizer.pt", "prefix.safetensors", "trainer_state.json", "run_state_0.json"]
 )
-def test_a_checkpoint_cut_short_is_passed_over(name, short_run, caplog):
+def test_a_checkpoint_cut_short_is_skipped(name, short_run, caplog):
     assert short_run.start() == 0
     whole = short_run.prefix()
     file = short_run.out / "checkpoint-6" / name
     file.write_bytes(file.read_bytes()[:-10])
     assert short_run.start("--resume_from_checkpoint", "auto") == 0
-    assert "checkpoint-6 is passed over: " + name in caplog.text
+    assert "checkpoint-6 is skipped: " + name in caplog.text
     assert same(short_run.prefix(), whole)
-    assert is_whole(short_run.out / "checkpoint-6")
-
-
-def test_a_checkpoint_of_an_earlier_version_goes_on(short_run):
-    assert short_run.start() == 0
-    whole = short_run.prefix()
-    for step in (2, 4, 6):
-        for name in ("checkpoint.json", "run_state.json"):
-            (short_run.out / f"checkpoint-{step}" / name).unlink()
-    shutil.rmtree(short_run.out / "checkpoint-6")
-    assert short_run.start("--resume_from_checkpoint", "auto") == 0
-    assert same(short_run.prefix(), whole)
+    assert fault_of(short_run.out / "checkpoint-6") is None
 
 
 def test_a_finished_run_that_is_resumed_takes_no_step(short_run, caplog):
@@ -214,13 +208,18 @@ def test_a_finished_run_that_is_resumed_takes_no_step(short_run, caplog):
             "6",
             "8",
             (),
-            "at step 4 of 6, and this run asks for 8: the linear schedule of the learning rate is "
-            "laid over 8 steps from here on and changes course, so the result is that of neither "
-            "length. To keep the course it was on, type --max_steps 6",
+            "at step 4 of 6, and this run asks for 8: the linear learning-rate schedule now "
+            "spans 8 steps and jumps here, so the result is that of neither "
+            "length. To keep the old schedule, type --max_steps 6",
         ),
         ("4", "6", (), "For a schedule of its own, start a new training from the weights: --init"),
         ("6", "3", (), "asks for 3: no step is left to train. To train on, type a larger --max_st"),
-        ("6", "8", ("--lr_scheduler_type", "constant"), "at step 8, at the learning rate of befo"),
+        (
+            "6",
+            "8",
+            ("--lr_scheduler_type", "constant"),
+            "at step 8, with the learning rate unchanged",
+        ),
     ],
 )
 def test_another_number_of_steps_is_told_with_what_it_does(
@@ -289,7 +288,7 @@ def test_init_from_starts_a_new_training_from_an_old_prefix(short_run, caplog):
     assert same(short_run.prefix(second), short_run.prefix())
     state = json.loads((second / "trainer_state.json").read_text("utf-8"))
     assert state["global_step"] == 6
-    assert "Going on from" not in caplog.text
+    assert "Resuming" not in caplog.text
 
 
 def test_init_from_is_refused_where_it_means_nothing(short_run, capsys):
@@ -337,7 +336,7 @@ def test_running_out_of_memory_says_which_setting_to_change(error, short_run, mo
     assert "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 (now 4 x 1" in told
     assert "--gradient_checkpointing true" in told
     assert "--quantization_bit 4" in told
-    assert "checkpoint-4 is whole" in told
+    assert "checkpoint-4 is complete" in told
     assert "Traceback" not in told
 
 
@@ -420,6 +419,6 @@ def test_a_read_only_folder_is_told_before_the_base_is_loaded(
     short_run, small_disk, monkeypatch, capsys
 ):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    monkeypatch.setattr("main.load_base", lambda *_a, **_o: pytest.fail("was loaded"))
+    monkeypatch.setattr("ptuning.train.tunings.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded"))
     assert short_run.start(out=small_disk / "out") == 2
     assert "cannot be written (Read-only file system)" in capsys.readouterr().err

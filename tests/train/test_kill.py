@@ -123,7 +123,7 @@ def result_of(out: Path) -> dict[str, Any]:
         "optimizer": torch.load(last / "optimizer.pt"),
         "scheduler": torch.load(last / "scheduler.pt"),
         "random": torch.load(last / "rng_state.pth", weights_only=False),
-        "run state": json.loads((last / "run_state.json").read_text("utf-8")),
+        "run state": json.loads((last / "run_state_0.json").read_text("utf-8")),
         "best": best and Path(best).name,
         "log": log,
         "state": state,
@@ -154,7 +154,7 @@ def test_a_killed_run_ends_as_one_left_alone(scenario, runs):
     wanted, whole = runs.whole(scenario)
     draw = random.Random(f"kill {scenario}")
     out = runs.folder / f"killed-{len(scenario)}"
-    argv = [*runs.argv(out, scenario), "--resume_from_checkpoint", "auto"]
+    argv = runs.argv(out, scenario)
     kills = finished = 0
     while kills < KILLS[scenario]:
         if kills % 2:
@@ -208,10 +208,10 @@ def test_a_real_process_told_to_stop_saves_first(runs):
             break
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    assert "--resume_from_checkpoint auto" in errors
+    assert "type the same command again" in errors
     assert "Traceback" not in errors
     stopped_at = [p.name for p in out.iterdir() if p.name.startswith("checkpoint-")]
     assert stopped_at
     assert "checkpoint-14" not in stopped_at
-    assert runs.start([*argv, "--resume_from_checkpoint", "auto"])["status"] == 0
+    assert runs.start(argv)["status"] == 0
     assert_same(result_of(out), wanted)

@@ -302,14 +302,35 @@ def test_a_stopped_run_of_two_goes_on_bit_by_bit(number, undisturbed, launcher, 
     statuses = launcher.start(argv, 2, signal=order)
     if number == signal.SIGTERM:
         assert statuses == [143, 143], launcher.log(0) + launcher.log(1)
-        assert "--resume_from_checkpoint auto" in launcher.log(1)
+        assert "type the same command again" in launcher.log(1)
         assert "Traceback" not in launcher.log(0) + launcher.log(1)
     else:
         assert statuses == [-9, -9]
     assert not (tmp_path / "checkpoint-40").exists()
-    launcher.finish([*argv, "--resume_from_checkpoint", "auto"], 2)
-    assert "Going on from" in launcher.log(0)
+    launcher.finish(argv, 2)
+    assert "Resuming" in launcher.log(0)
     assert result_of(tmp_path) == undisturbed
+
+
+def test_every_process_refuses_what_the_main_one_refuses(launcher, tmp_path):
+    argv = argv_of(launcher, tmp_path, 11, RESUMED + " --max_steps 4", launcher.tiny)
+    launcher.finish(argv, 2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert launcher.start([*argv, "--learning_rate", "1e-3"], 2) == [2, 2]
+    for process in (0, 1):
+        assert "--learning_rate was 0.02 and is 0.001" in launcher.log(process)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("then", "now"), [(1, 2), (2, 1)])
+def test_another_number_of_processes_resumes_with_a_warning(then, now, launcher, tmp_path):
+    argv = argv_of(launcher, tmp_path, 12, RESUMED + " --max_steps 4", launcher.tiny)
+    launcher.finish(argv, then)
+    longer = [*argv, "--max_steps", "8", "--resume_from_checkpoint", "auto"]
+    launcher.finish(longer, now)
+    assert f"was written with {then} processes and this run has {now}" in launcher.log(0)
+    losses = [entry["loss"] for entry in log_of(tmp_path) if "loss" in entry]
+    assert len(losses) == 8
 
 
 def test_a_failing_process_does_not_leave_the_other_waiting(launcher, tmp_path):

@@ -12,7 +12,6 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from transformers.integrations import integration_utils
 
-import main as main_module
 from ptuning.train.reporting import PACKAGES, check_push_to_hub, check_reporting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +138,9 @@ def test_a_run_that_cannot_report_does_not_start(
     flags, needed, short_run, without_reporters, monkeypatch, capsys
 ):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(main_module, "load_base", lambda *_a, **_o: pytest.fail("was loaded"))
+    monkeypatch.setattr(
+        "ptuning.train.tunings.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
+    )
     assert short_run.start(*flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("main.py: ")

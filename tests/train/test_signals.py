@@ -6,7 +6,6 @@ import signal
 
 import pytest
 
-import main as main_module
 from ptuning.train.resume.signals import Stopped, StopRequest
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
@@ -49,7 +48,7 @@ def test_the_first_signal_saves_after_the_step(method, signum, code, short_run, 
         assert short_run.start(*flags, "--overwrite_output_dir") == code
     error = capfd.readouterr().err
     assert "Ctrl-C now stops at once" in error
-    assert f"checkpoint-{step} is whole: type the same command with --resume_from" in error
+    assert f"checkpoint-{step} is complete: type the same command with --resume_from" in error
     assert short_run.checkpoints() == sorted({"checkpoint-2", f"checkpoint-{step}"})
     assert not (short_run.out / ".run.lock").exists()
     assert short_run.start(*flags, "--resume_from_checkpoint", "auto") == 0
@@ -74,7 +73,7 @@ def test_a_signal_before_training_stops_at_once(short_run, monkeypatch, capsys):
     def interrupted(*_args, **_options):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(main_module, "load_base", interrupted)
+    monkeypatch.setattr("ptuning.train.tunings.tuning.load_base", interrupted)
     assert short_run.start() == 143
     assert "No checkpoint was written yet" in capsys.readouterr().err
 
