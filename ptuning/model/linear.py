@@ -54,14 +54,14 @@ class Linear(nn.Linear):
 
     _packed: PackedWeight | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
-        if not self._takes(input):
-            return super().forward(input)
-        if torch.is_grad_enabled() and input.requires_grad:
-            output: Tensor = _FrozenProduct.apply(input, self)
+        if not self._takes(x):
+            return super().forward(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            output: Tensor = _FrozenProduct.apply(x, self)
             return output
-        return self._multiply(input)
+        return self._multiply(x)
 
     def product(self, x: Tensor) -> Tensor:
         """Return x (..., I) times the weight transposed, plus the bias; autograd sees nothing."""
