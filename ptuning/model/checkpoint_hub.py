@@ -6,10 +6,13 @@ fetched before are not fetched again.
 
 import json
 import os
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -42,6 +45,8 @@ def find_directory(
     if path.exists():
         return path / subfolder
     repository = os.fspath(name_or_path)
+    if not _has_network():
+        hub_arguments["local_files_only"] = True
     try:
         config = _fetch(repository, CONFIG_FILE, subfolder, hub_arguments)
     except LocalEntryNotFoundError as error:
@@ -63,6 +68,17 @@ def find_directory(
     for name in COMPANION_FILES:
         _fetch_if_there(repository, name, subfolder, hub_arguments)
     return config.parent
+
+
+def _has_network() -> bool:
+    """Say whether the hub's name resolves; without a network huggingface_hub retries for long."""
+    if urllib.request.getproxies():
+        return True  # the proxy resolves names
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def _fetch(repository: str, name: str, subfolder: str, hub_arguments: dict[str, Any]) -> Path:

@@ -1,5 +1,8 @@
 """Hub ids, against a cache as huggingface_hub lays it out on disk; no network is touched."""
 
+import socket
+import time
+import urllib.request
 from pathlib import Path
 
 import huggingface_hub
@@ -50,6 +53,23 @@ def test_repository_that_is_not_cached_is_an_error_in_one_line(cache: Path) -> N
     assert "\n" not in str(error.value)
 
 
+def test_without_a_network_the_cache_alone_is_read(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub would retry for half a minute, with two lines for each try."""
+
+    def no_network(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it retries"))
+    assert find_directory(REPOSITORY, cache_dir=cache).name == COMMIT
+    with pytest.raises(FileNotFoundError, match="neither in the hub's cache nor can the hub"):
+        find_directory("someone/else", cache_dir=cache)
+
+
 @pytest.mark.parametrize("name", ["./output/chatglm", "a/b/c", "no such model!"])
 def test_name_that_cannot_be_a_hub_id_is_a_missing_directory(cache: Path, name: str) -> None:
     with pytest.raises(FileNotFoundError, match="is neither a directory nor a model on the hub"):
@@ -71,6 +91,7 @@ def test_fetching_asks_for_weights_and_settings_and_never_for_code(
             raise LocalEntryNotFoundError(name)
         return str(snapshot / name)
 
+    monkeypatch.setattr("ptuning.model.checkpoint_hub._has_network", lambda: True)
     monkeypatch.setattr("ptuning.model.checkpoint_hub.hf_hub_download", fetch)
     assert find_directory(REPOSITORY, revision="v1") == snapshot
     shards = {f"pytorch_model-{k:05d}-of-00008.bin" for k in range(1, 9)}
