@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.data.vocabulary import train_vocabulary
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
+from ptuning.nano.build import train_vocabulary
 
 KINDS = ("上衣", "裤", "裙", "外套", "衬衫", "毛衣")
 COLOURS = ("白色", "黑色", "红色", "蓝色", "绿色")

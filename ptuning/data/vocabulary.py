@@ -1,4 +1,4 @@
-"""The pieces of a ChatGLM vocabulary, and how to train a small one of the same shape.
+"""The pieces of a ChatGLM vocabulary.
 
 A vocabulary file (`ice_text.model`) is a SentencePiece unigram model. Its first five ids are
 `<unk>`, `<s>`, `</s>`, `<pad>`, `<n>`; then come the ordinary pieces, the control pieces, the
@@ -7,17 +7,14 @@ SentencePiece never matches a control piece in what it reads.
 Source of the layout: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/ice_text.model
 """
 
-import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
-
-from ptuning.atomic_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -158,104 +155,3 @@ def warn_about_added_tokens(
             ", ".join(unknown),
             VOCABULARY_FILE,
         )
-
-
-def train_vocabulary(
-    sentences: Iterable[str],
-    path: Path | str,
-    *,
-    vocab_size: int,
-    character_coverage: float = 0.9999,
-    num_threads: int = 1,
-) -> int:
-    """Train a vocabulary file with the published special pieces in their order.
-
-    Return its number of pieces. vocab_size counts every piece, the 349 fixed ones included; few
-    sentences may yield fewer pieces. One thread gives the same file on every run. Raises
-    ValueError where the sentences cannot fill a vocabulary at all.
-    """
-    path = Path(path)
-    if vocab_size <= NUM_FIXED_PIECES:
-        raise ValueError(
-            f"vocab_size is {vocab_size}; {NUM_FIXED_PIECES} pieces are fixed, use more than that."
-        )
-    trained = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(escape_whitespace(sentence) for sentence in sentences),
-            model_writer=trained,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            character_coverage=character_coverage,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="nmt_nfkc",
-            pad_id=3,
-            control_symbols=list(CONTROL_PIECES),
-            user_defined_symbols=[NEWLINE_PIECE, TAB_PIECE, *BLANK_PIECES],
-            num_threads=num_threads,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"no vocabulary of {vocab_size} pieces can be trained from these sentences: {error}; "
-            "give more text, or another vocab_size."
-        ) from error
-    model = _reorder_pieces(trained.getvalue())
-    write_atomically(path, model)
-    return int(sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size())
-
-
-def _reorder_pieces(model: bytes) -> bytes:
-    """Put the pieces of a trained model in the published order; ids are places in the file.
-
-    The trainer can only write control and user-defined pieces first. A model is a protocol buffer
-    whose field 1 is one piece, repeated:
-    https://github.com/google/sentencepiece/blob/v0.2.0/src/sentencepiece_model.proto
-    """
-    records: dict[str, bytes] = {}
-    others = []
-    for field, record in _split_fields(model):
-        if field == 1:
-            records[_piece_name(record)] = record
-        else:
-            others.append(record)
-    fixed = {*LEADING_PIECES, *TRAILING_PIECES}
-    byte_names = [name for name in records if is_byte_piece(name)]
-    ordinary = [name for name in records if name not in fixed and name not in set(byte_names)]
-    order = [*LEADING_PIECES, *ordinary, *TRAILING_PIECES, *byte_names]
-    return b"".join([*(records[name] for name in order), *others])
-
-
-def _split_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (field number, whole record with its tag); a model holds only nested messages."""
-    start = 0
-    while start < len(message):
-        tag, body = _read_varint(message, start)
-        assert tag & 7 == 2, f"field {tag >> 3} of a SentencePiece model is not a nested message"
-        length, body = _read_varint(message, body)
-        yield tag >> 3, message[start : body + length]
-        start = body + length
-
-
-def _piece_name(record: bytes) -> str:
-    """Read the text of one piece record: its own field 1."""
-    _, body = _read_varint(record, 0)
-    _, body = _read_varint(record, body)
-    tag, body = _read_varint(record, body)
-    assert tag == 0x0A, "a SentencePiece piece does not begin with its text"
-    length, body = _read_varint(record, body)
-    return record[body : body + length].decode("utf-8")
-
-
-def _read_varint(message: bytes, index: int) -> tuple[int, int]:
-    """Return the number at index and the index after it: seven bits a byte, lowest first."""
-    value = shift = 0
-    while True:
-        byte = message[index]
-        value |= (byte & 0x7F) << shift
-        index += 1
-        shift += 7
-        if byte < 0x80:
-            return value, index

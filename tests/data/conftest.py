@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.data.vocabulary import train_vocabulary
+from ptuning.nano.build import train_vocabulary
 
 SENTENCES = [
     "这件白色的衬衫很轻，适合夏天穿，颜色也很好看。",

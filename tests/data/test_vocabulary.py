@@ -15,8 +15,8 @@ from ptuning.data.vocabulary import (
     escape_whitespace,
     load_pieces,
     restore_whitespace,
-    train_vocabulary,
 )
+from ptuning.nano.build import train_vocabulary
 
 SENTENCES = ["一二三四五六七八九十，甲乙丙丁。", "the cat sat on the mat"] * 10
 
