@@ -18,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 logger = logging.getLogger(__name__)
 
+BAR_BYTES = 10**9  # less is read or written within seconds
 LINE_EVERY_S = 2.0  # a loop that is over sooner logs no line
 
 _bars_allowed = True  # --disable_tqdm; like the logging level, one setting for the process
@@ -64,6 +65,21 @@ def open_bar(total: float | None, title: str, **options: Any) -> Iterator[tqdm]:
         if not disable:
             opened.enter_context(logging_redirect_tqdm())
         yield bar
+
+
+@contextmanager
+def bars_for(num_bytes: int) -> Iterator[None]:
+    """Leave transformers its progress bars on a terminal, for weights that take a while."""
+    from transformers.utils import logging as transformers_logging
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    if num_bytes < BAR_BYTES or not shows_bars():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 class Progress:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from ptuning import output
 from ptuning.output import Progress, duration, open_bar
@@ -110,3 +111,11 @@ def test_a_terminal_without_unicode_gets_escapes_and_no_traceback():
     )
     assert done.stderr == b""
     assert done.stdout.split() == [rb"\u88e4\u5b50", rb"\u2502", rb"\udcff", rb"\u88d9"]
+
+
+def test_bars_of_transformers_are_kept_for_large_files_on_a_terminal_only(monkeypatch):
+    for on_terminal, num_bytes, enabled in ((1, 10**10, 1), (1, 10**6, 0), (0, 10**10, 0)):
+        monkeypatch.setattr(output, "shows_bars", lambda on_terminal=on_terminal: bool(on_terminal))
+        with output.bars_for(num_bytes):
+            assert transformers_logging.is_progress_bar_enabled() == bool(enabled)
+        assert transformers_logging.is_progress_bar_enabled()

@@ -333,7 +333,7 @@ def _with_answers(
 
 def _in_chunks(examples: list[Example], title: str, visible: bool) -> Iterator[list[Example]]:
     """Yield the examples in parts, moving a progress bar."""
-    with Progress(len(examples), title, visible=visible) as progress:
+    with Progress(len(examples), title, visible=visible, leave=False) as progress:
         for start in range(0, len(examples), CHUNK_ROWS):
             chunk = examples[start : start + CHUNK_ROWS]
             yield chunk

@@ -9,14 +9,12 @@ import copy
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from ptuning.model.checkpoint import Checkpoint, read_checkpoint, read_config
 from ptuning.model.checkpoint_files import shorten
@@ -31,11 +29,10 @@ from ptuning.model.checkpoint_layout import (
 from ptuning.model.checkpoint_quantized import quantized_when_read, set_backend_
 from ptuning.model.checkpoint_tensors import CheckpointReader, StoredTensor, same_values
 from ptuning.model.config import ChatGLMConfig
-from ptuning.output import shows_bars
+from ptuning.output import bars_for
 
 logger = logging.getLogger(__name__)
 
-BAR_BYTES = 10**9  # weights below load within seconds
 GENERATION_CONFIG_FILE = "generation_config.json"
 NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "attn_implementation")  # the loader takes these itself
 
@@ -68,7 +65,7 @@ def load_pretrained(
     config.quantization_bit = config.quantization_bit or checkpoint.summary.quantization_bits
     config.embedding_quantization_bit = checkpoint.summary.embedding_bits
     wants_info = kwargs.pop("output_loading_info", False)
-    with _bar_for(checkpoint.summary.num_bytes):
+    with bars_for(checkpoint.summary.num_bytes):
         model, info = load(
             None,
             *model_args,
@@ -88,19 +85,6 @@ def load_pretrained(
     if kwargs.get("generation_config") is None and (directory / GENERATION_CONFIG_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return (model, info) if wants_info else model
-
-
-@contextmanager
-def _bar_for(num_bytes: int) -> Iterator[None]:
-    """Leave transformers its progress bar on a terminal, for weights that take a while to read."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    if num_bytes < BAR_BYTES or not shows_bars():
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _settle_config(directory: Path, given: Any, kwargs: dict[str, Any]) -> ChatGLMConfig:

@@ -118,8 +118,8 @@ class ProgressLines(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self._validation is None:
-            total, is_alone = len(eval_dataloader), self._bar is None
-            self._validation = Progress(total, "validating", unit="batch", leave=is_alone)
+            total = len(eval_dataloader)
+            self._validation = Progress(total, "validating", unit="batch", leave=False)
             self._validation.__enter__()
         self._validation.update()
 

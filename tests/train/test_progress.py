@@ -18,6 +18,7 @@ from transformers import TrainerControl, TrainerState
 
 import ptuning.output as output
 import ptuning.train.progress as progress
+from main import main
 from ptuning.output import open_bar
 from ptuning.train.progress import ProgressLines
 from trainer_seq2seq import Seq2SeqTrainer
@@ -166,6 +167,13 @@ def test_early_stopping_and_the_best_step_are_named(short_run, caplog):
     lines = told(caplog, short_run, *flags)
     assert any(re.fullmatch(r"Stopped early, at step \d+ of 40", line) for line in lines)
     assert any(re.fullmatch(r"Kept the best step, \d+: validation loss .*", line) for line in lines)
+
+
+def test_saving_a_whole_model_shows_no_bar_in_a_file(short_run, capsys):
+    flags = short_run.flags("--tuning", "full", "--learning_rate", "1e-4")
+    place = flags.index("--pre_seq_len")
+    assert main([*flags[:place], *flags[place + 2 :]]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_time_left_leaves_out_the_first_step_which_may_compile(monkeypatch, caplog):

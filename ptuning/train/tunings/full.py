@@ -30,6 +30,7 @@ from ptuning.model.tuned import (
     read_tuned_info,
     write_tuned_info,
 )
+from ptuning.output import bars_for
 from ptuning.train.base_model import load_base, load_tokenizer
 from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.tunings.tuning import TrainedState
@@ -99,7 +100,8 @@ class FullTuning:
         unfinished.mkdir(parents=True)
         tensors = None if state.tensors is None else dict(state.tensors)
         try:
-            model.save_pretrained(unfinished, state_dict=tensors)
+            with bars_for(model.get_memory_footprint()):
+                model.save_pretrained(unfinished, state_dict=tensors)
             self.tokenizer.save_pretrained(unfinished)
             _move_into_place(unfinished, directory)
         finally:
