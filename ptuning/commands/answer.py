@@ -7,12 +7,10 @@ The prompts should be others than those that forgetting is measured with.
 import argparse
 import json
 import logging
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ptuning.atomic_file import write_atomically
 from ptuning.data.collation import pad_left
@@ -23,6 +21,7 @@ from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.nano.paths import NANO_DIR
+from ptuning.output import Progress
 from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -87,8 +86,10 @@ def answer(
     answers: list[str | None] = [None] * len(prompts)
     pad = partial(pad_left, pad_id=tokenizer.pad_token_id)
     found = generate_answers(model, ids, pad=pad, batch_size=batch_size, decoding=decoding)
-    for index, tokens in tqdm(found, total=len(prompts), unit="row", file=sys.stderr):
-        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        if text.strip() and len(tokens) != decoding.max_new_tokens:
-            answers[index] = text
+    with Progress(len(prompts), "answering", unit="prompt") as progress:
+        for index, tokens in found:
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            if text.strip() and len(tokens) != decoding.max_new_tokens:
+                answers[index] = text
+            progress.update()
     return answers
