@@ -80,7 +80,7 @@ def how_to_resume(config: RunConfig) -> str:
     if config.do_train and left:
         again = "type the same command again"
         if config.overwrite_output_dir and not config.resume_from_checkpoint:
-            again += " with --resume_from_checkpoint auto at its end"
+            again = "type the same command with --resume_from_checkpoint auto at its end"
         return f"{left[-1]} is complete: {again} to resume from it."
     if config.do_train:
         return (
