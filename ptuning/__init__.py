@@ -2,28 +2,99 @@
 
 Importing this package registers the configuration, the model and the tokenizer with transformers'
 Auto classes and does nothing else. `load_prefix` and `save_prefix` read and write trained prefixes.
+
+Importing torch and transformers takes seconds, so this module imports neither: `--help` and a typo
+are answered at once. Registration waits for the first use of an Auto class, as in
+`from transformers import AutoModel`. That is also the one moment at which it is safe: while
+transformers is being imported, one of our own modules may be the half-imported importer.
 """
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ptuning.versions import check_versions
 
-check_versions()
-
-from transformers import (  # noqa: E402
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-)
-
-from ptuning.data.tokenizer import register_tokenizer  # noqa: E402
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration  # noqa: E402
-from ptuning.model.config import ChatGLMConfig  # noqa: E402
-from ptuning.model.prefix_artefact import load_prefix, save_prefix  # noqa: E402
+if TYPE_CHECKING:
+    from ptuning.model.prefix_artefact import load_prefix, save_prefix
 
 __all__ = ["load_prefix", "save_prefix"]
 
-AutoConfig.register("chatglm", ChatGLMConfig)
-# The published repository maps AutoModel to the class with the head, and its scripts rely on that.
-for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
-    _auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration)
-register_tokenizer()
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ptuning.model import prefix_artefact
+
+    return getattr(prefix_artefact, name)
+
+
+def _register() -> None:
+    # From their own modules: `transformers` itself calls this function when asked for them.
+    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+    )
+
+    from ptuning.data.tokenizer import register_tokenizer
+    from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+    from ptuning.model.config import ChatGLMConfig
+
+    AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
+    # The published repository maps AutoModel to the class with the head; its scripts rely on that.
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+        auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+    register_tokenizer()
+
+
+class _TransformersFinder(MetaPathFinder):
+    """Notices an import of transformers and sets it up to call `_register` in time."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "transformers":
+            return None
+        later = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (finder.find_spec(name, path, target) for finder in later)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                sys.meta_path.remove(self)
+                _register_on_first_use(type(sys.modules[name]))  # it replaces itself there
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register_on_first_use(lazy_module: Any) -> None:
+    """Register before transformers looks up the first of its Auto classes.
+
+    transformers looks up each of its names when it is asked for, in `__getattr__` of the class of
+    its modules. The class is patched rather than the module, which transformers makes twice.
+    """
+    look_up = lazy_module.__getattr__
+
+    def __getattr__(self: ModuleType, name: str) -> Any:
+        is_auto = name == "pipeline" or name.startswith("Auto") or "MAPPING" in name
+        if is_auto and self.__name__ == "transformers":
+            _register()
+            lazy_module.__getattr__ = look_up
+        return look_up(self, name)
+
+    lazy_module.__getattr__ = __getattr__
+
+
+check_versions()
+if "transformers" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _TransformersFinder())

@@ -1,8 +1,7 @@
 """The tools beside training: `python -m ptuning COMMAND ...`.
 
-A command is a module of `ptuning.commands` that is imported only when it is asked for. It has
-`add_arguments(parser)` and `run(arguments) -> exit status`. What a user can cause (ValueError,
-OSError) is one line and exit status 2.
+The commands and their flags are in `ptuning.commands.registry`; a command's module is imported only
+to run it. What a user can cause (ValueError, OSError) is one line and exit status 2.
 """
 
 import argparse
@@ -44,18 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = {command.name: command for command in COMMANDS}
     parser.add_argument("command", choices=names, metavar="COMMAND", help="what to do, see below")
     command = names[parser.parse_args(arguments[:1]).command]
-    module = importlib.import_module(command.module)
     own = argparse.ArgumentParser(
         prog=f"python -m ptuning {command.name}", description=f"{command.help}."
     )
-    module.add_arguments(own)
+    command.add_flags(own)
     if command.takes_main_flags and not {"-h", "--help"} & set(arguments[1:2]):
         given = argparse.Namespace(flags=arguments[1:])
     else:
         given = own.parse_args(arguments[1:])
     start_logging(logging.INFO, sys.stderr)
     try:
-        return module.run(given)
+        return importlib.import_module(command.module).run(given)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         sys.stderr.write(f"ptuning {command.name}: {message}\n")

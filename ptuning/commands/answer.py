@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -20,23 +19,10 @@ from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
-from ptuning.nano.paths import NANO_DIR
 from ptuning.output import Progress
 from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments."""
-    parser.add_argument("prompts", metavar="FILE", type=Path, help="rows with a column `prompt`")
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help=".jsonl to make")
-    parser.add_argument(
-        "--model", default=str(NANO_DIR), help="the base: a directory or hub id; unset: nano"
-    )
-    parser.add_argument("--quantization_bit", type=int, choices=(4, 8), help="quantise it first")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows answered at a time")
 
 
 def run(arguments: argparse.Namespace) -> int:

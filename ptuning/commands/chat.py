@@ -5,20 +5,7 @@ import importlib.util
 import io
 import sys
 
-from ptuning.serve.defaults import choose_served
-from ptuning.serve.model_arguments import add_model_arguments, loading_options
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments."""
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: always the likeliest token"
-    )
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="draw among the likeliest tokens up to this share"
-    )
-    parser.add_argument("--seed", type=int, help="of the draws; unset: a new one each time")
+from ptuning.serve.defaults import choose_served, loading_options
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,20 +10,6 @@ from ptuning.model.checkpoint_hub import find_directory
 logger = logging.getLogger(__name__)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments."""
-    parser.add_argument(
-        "source", metavar="SRC", help="directory or hub id of a ChatGLM-6B checkpoint"
-    )
-    parser.add_argument("destination", metavar="DST", help="directory to write; new or empty")
-    parser.add_argument(
-        "--quantization_bit",
-        type=int,
-        choices=(4, 8),
-        help="bits of the layers' weights; unset keeps them as they are stored",
-    )
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Convert and say what was written."""
     if not Path(arguments.source).exists() and arguments.source.count("/") != 1:

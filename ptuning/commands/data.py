@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.atomic_file import write_atomically
+from ptuning.commands.registry import DEFAULT_PICTURE, NO_PICTURE
 from ptuning.evaluate.length_histogram import (
     Lengths,
     Limit,
@@ -26,63 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PICTURE = Path("output/data-check.png")
-NO_PICTURE = "none"
 SHORTEST = 3  # tokens of a limit: one of text beside two control tokens
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the actions on data, of which there is one."""
-    from ptuning.data.check_findings import NOTICES, PROBLEMS
-
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    check = actions.add_parser(
-        "check",
-        help="report rows, encodings, repeats, overlaps, odd text and lengths of files",
-        description="Report what is in data files, what is wrong with it and what to do.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(
-            [
-                "problems, on which --strict exits with 1:",
-                *(f"  {kind:<20}{words}" for kind, words in PROBLEMS.items()),
-                "",
-                "notices, on which it does not:",
-                *(f"  {kind:<20}{words}" for kind, words in NOTICES.items()),
-                "",
-                "exit status: 2 when a file cannot be read at all, with --strict 1 when there is",
-                "a problem, else 0.",
-            ]
-        ),
-    )
-    check.add_argument("files", nargs="+", metavar="FILE", type=Path, help=".json, .jsonl or .csv")
-    check.add_argument("--strict", action="store_true", help="exit with 1 when there is a problem")
-    _add_reading_arguments(check)
-    check.add_argument(
-        "--picture",
-        metavar="FILE",
-        help=f"length histograms, .png or .svg; unset is {DEFAULT_PICTURE}, "
-        f"{NO_PICTURE} draws nothing",
-    )
-    check.add_argument("--json", type=Path, metavar="FILE", help="write everything found here")
-
-
-def _add_reading_arguments(check: argparse.ArgumentParser) -> None:
-    """Add the flags of main.py that say how rows become tokens."""
-    check.add_argument("--prompt_column", default="content", help="column of the prompt: content")
-    check.add_argument("--response_column", default="summary", help="column of the answer: summary")
-    check.add_argument("--history_column", help="column of earlier turns; unset for none")
-    check.add_argument(
-        "--max_source_length", type=int, default=64, help="longest prompt in tokens: 64"
-    )
-    check.add_argument(
-        "--max_target_length", type=int, default=64, help="longest answer in tokens: 64"
-    )
-    check.add_argument(
-        "--model_name_or_path",
-        metavar="MODEL",
-        help="base whose tokenizer counts, directory or hub id; unset is the embedded nano model",
-    )
-    check.add_argument("--tokenizer_name", metavar="MODEL", help="tokenizer in place of the base's")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -89,14 +89,6 @@ class Diagnosis:
     missing: list[str] = field(default_factory=list)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments."""
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument(
-        "--strict", action="store_true", help="exit with 1 when something needed is missing"
-    )
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Print the diagnosis; 1 with --strict when something needed is missing, else 0."""
     diagnosis = diagnose()

@@ -1,65 +1,269 @@
-"""The list of commands; a new one is a line here and a module with `add_arguments` and `run`."""
+"""The commands and their flags; nothing here imports torch, so help and typos are answered at once.
 
+A new command is an entry in COMMANDS, a function that adds its flags, and a module whose
+`run(arguments)` returns the exit status. The module is imported only when its command is run.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+
+from ptuning.model.tuned import EXPORT_FORMATS
+
+DEFAULT_PICTURE = Path("output/data-check.png")
+NO_PICTURE = "none"
+KEY_VARIABLE = "PTUNING_API_KEY"
+PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
 
 
 class Command(NamedTuple):
-    """A command's name on the command line, one line of help, and the module that does it.
+    """A command's name on the command line, one line of help, its flags and its module.
 
-    takes_main_flags: whatever is typed behind it is handed to the module as it is, in `flags`.
+    takes_main_flags: everything typed after it is passed to the module unparsed, in `flags`.
     """
 
     name: str
     help: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
     module: str
     takes_main_flags: bool = False
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SRC", help="directory or hub id of a ChatGLM-6B checkpoint, or nano"
+    )
+    parser.add_argument("destination", metavar="DST", help="directory to write; new or empty")
+    parser.add_argument(
+        "--quantization_bit",
+        type=int,
+        choices=(4, 8),
+        help="bits of the layers' weights; unset keeps them as they are stored",
+    )
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefix", metavar="PREFIX", help="directory or file of a trained prefix")
+    parser.add_argument("destination", metavar="DST", help="directory to write into")
+    parser.add_argument(
+        "--format",
+        dest="form",
+        required=True,
+        choices=EXPORT_FORMATS,
+        help="published: pytorch_model.bin; peft: an adapter; kv: keys and values per layer",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        metavar="DIRECTORY",
+        help="the base; needed only for a published prefix of another size than ChatGLM-6B's",
+    )
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    from ptuning.data.check_findings import NOTICES, PROBLEMS  # needs numpy
+
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check",
+        help="report rows, encodings, repeats, overlaps, odd text and lengths of files",
+        description="Report what is in data files, what is wrong with it and what to do.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(
+            [
+                "problems, on which --strict exits with 1:",
+                *(f"  {kind:<20}{words}" for kind, words in PROBLEMS.items()),
+                "",
+                "notices, on which it does not:",
+                *(f"  {kind:<20}{words}" for kind, words in NOTICES.items()),
+                "",
+                "exit status: 2 when a file cannot be read at all, with --strict 1 when there is",
+                "a problem, else 0.",
+            ]
+        ),
+    )
+    check.add_argument("files", nargs="+", metavar="FILE", type=Path, help=".json, .jsonl or .csv")
+    check.add_argument("--strict", action="store_true", help="exit with 1 when there is a problem")
+    # The flags of main.py that say how rows become tokens
+    check.add_argument("--prompt_column", default="content", help="column of the prompt: content")
+    check.add_argument("--response_column", default="summary", help="column of the answer: summary")
+    check.add_argument("--history_column", help="column of earlier turns; unset for none")
+    check.add_argument(
+        "--max_source_length", type=int, default=64, help="longest prompt in tokens: 64"
+    )
+    check.add_argument(
+        "--max_target_length", type=int, default=64, help="longest answer in tokens: 64"
+    )
+    check.add_argument(
+        "--model_name_or_path",
+        metavar="MODEL",
+        help="base whose tokenizer counts, directory or hub id; unset is the embedded nano model",
+    )
+    check.add_argument("--tokenizer_name", metavar="MODEL", help="tokenizer in place of the base's")
+    check.add_argument(
+        "--picture",
+        metavar="FILE",
+        help=f"length histograms, .png or .svg; unset is {DEFAULT_PICTURE}, "
+        f"{NO_PICTURE} draws nothing",
+    )
+    check.add_argument("--json", type=Path, metavar="FILE", help="write everything found here")
+
+
+def _answer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", metavar="FILE", type=Path, help="rows with a column `prompt`")
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help=".jsonl to make")
+    parser.add_argument(
+        "--model", default="nano", help="the base: a directory or hub id; unset: nano"
+    )
+    parser.add_argument("--quantization_bit", type=int, choices=(4, 8), help="quantise it first")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows answered at a time")
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="main.py's flags, all of them"
+    )
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 when something needed is missing"
+    )
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    _add_model_flags(parser)
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: always the likeliest token"
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="draw among the likeliest tokens up to this share"
+    )
+    parser.add_argument("--seed", type=int, help="of the draws; unset: a new one each time")
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    _add_model_flags(parser)
+    _add_address_flags(parser, port=8000)
+    parser.add_argument(
+        "--api_key",
+        metavar="SECRET",
+        help="key that clients must send; needed for any address but this machine's own. Unset: "
+        f"the variable {KEY_VARIABLE}",
+    )
+    parser.add_argument("--max_rows", type=int, default=32, help="answers decoded together")
+    parser.add_argument("--max_queue", type=int, default=128, help="requests that may wait besides")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds a request may take, waiting included"
+    )
+    parser.add_argument(
+        "--max_body_kib", type=int, default=256, help="largest request body, in KiB"
+    )
+
+
+def _web(parser: argparse.ArgumentParser) -> None:
+    _add_model_flags(parser)
+    _add_address_flags(parser, port=7860)
+    parser.add_argument(
+        "--password",
+        metavar="SECRET",
+        help="asked of every visitor; needed for any address but this machine's own. Unset: the "
+        f"variable {PASSWORD_VARIABLE}",
+    )
+
+
+def _add_address_flags(parser: argparse.ArgumentParser, *, port: int) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=port, help="port to listen on")
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of chat, serve and web: the base, its prefixes, and how the base is loaded."""
+    parser.add_argument(
+        "--prefix",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIRECTORY",
+        help="a trained prefix and the name it is asked for by, unset: its directory's; may be "
+        "given many times. Unset, with --model unset too: what was tuned last under output/, else "
+        "the nano model alone",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="DIRECTORY",
+        help="base model, a directory, hub id or nano, or the directory of a LoRA adapter or of a "
+        "model that was tuned whole; unset: what the first prefix was trained on",
+    )
+    parser.add_argument("--device", help="such as cpu or cuda:1; unset: a CUDA device if any")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the base; unset: float32 on the CPU, half precision elsewhere",
+    )
+    parser.add_argument(
+        "--quantization_bit",
+        type=int,
+        choices=(4, 8),
+        help="quantise the base as it is read; unset: as it is stored",
+    )
 
 
 COMMANDS = (
     Command(
         "convert",
         "Write a checkpoint once more as safetensors, quantised if asked",
+        _convert,
         "ptuning.commands.convert",
     ),
     Command(
         "export",
         "Write a trained prefix in a form that other programs read",
+        _export,
         "ptuning.commands.export",
     ),
     Command(
         "data",
         "Check data files before training: faults, repeats, overlaps, lengths",
+        _data,
         "ptuning.commands.data",
     ),
     Command(
         "answer",
         "Have a base answer a file of prompts: general rows for --mix",
+        _answer,
         "ptuning.commands.answer",
     ),
     Command(
         "plan",
         "Say what a run of main.py will take, before any weight is loaded",
+        _plan,
         "ptuning.commands.plan",
         takes_main_flags=True,
     ),
     Command(
         "doctor",
         "Show versions, devices and back ends, and what each command would pick",
+        _doctor,
         "ptuning.commands.doctor",
     ),
     Command(
         "chat",
         "Talk to a trained prefix, or to the base, in the terminal or a pipe",
+        _chat,
         "ptuning.commands.chat",
     ),
     Command(
         "serve",
         "Serve any number of prefixes on one base over OpenAI's HTTP API",
+        _serve,
         "ptuning.commands.serve",
     ),
     Command(
         "web",
         "Open a page to talk to a prefix and the base, side by side",
+        _web,
         "ptuning.commands.web",
     ),
 )

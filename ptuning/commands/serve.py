@@ -4,31 +4,8 @@ import argparse
 import importlib.util
 import os
 
-from ptuning.serve.defaults import choose_served
-from ptuning.serve.model_arguments import add_model_arguments, loading_options
-
-KEY_VARIABLE = "PTUNING_API_KEY"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments."""
-    add_model_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
-    parser.add_argument(
-        "--api_key",
-        metavar="SECRET",
-        help="key that clients must send; needed for any address but this machine's own. Unset: "
-        f"the variable {KEY_VARIABLE}",
-    )
-    parser.add_argument("--max_rows", type=int, default=32, help="answers decoded together")
-    parser.add_argument("--max_queue", type=int, default=128, help="requests that may wait besides")
-    parser.add_argument(
-        "--timeout", type=float, default=300.0, help="seconds a request may take, waiting included"
-    )
-    parser.add_argument(
-        "--max_body_kib", type=int, default=256, help="largest request body, in KiB"
-    )
+from ptuning.commands.registry import KEY_VARIABLE
+from ptuning.serve.defaults import choose_served, loading_options
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,26 +5,11 @@ import importlib.util
 import logging
 import os
 
+from ptuning.commands.registry import PASSWORD_VARIABLE
 from ptuning.serve.addresses import check_guarded
-from ptuning.serve.defaults import choose_served
-from ptuning.serve.model_arguments import add_model_arguments, loading_options
-
-PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
+from ptuning.serve.defaults import choose_served, loading_options
 
 logger = logging.getLogger(__name__)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments."""
-    add_model_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
-    parser.add_argument(
-        "--password",
-        metavar="SECRET",
-        help="asked of every visitor; needed for any address but this machine's own. Unset: the "
-        f"variable {PASSWORD_VARIABLE}",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:

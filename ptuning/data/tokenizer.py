@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer
+from transformers import AddedToken, PreTrainedConfig, PreTrainedTokenizer
+from transformers.models.auto.tokenization_auto import AutoTokenizer  # see ptuning/__init__.py
 
 from ptuning.atomic_file import write_atomically
 from ptuning.data.formatting import CHAT_TEMPLATE, ends_in_answer, split_answers

@@ -17,9 +17,8 @@ from ptuning.atomic_file import write_atomically
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.prefix_artefact import KEY_PREFIX, prefix_shape, read_prefix_tensors
 from ptuning.model.prefix_encoder import PrefixEncoder
-from ptuning.model.tuned import PUBLISHED_NAME, read_prefix_info
+from ptuning.model.tuned import EXPORT_FORMATS, PUBLISHED_NAME, read_prefix_info
 
-EXPORT_FORMATS = ("published", "peft", "kv")
 PEFT_CONFIG_NAME = "adapter_config.json"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_VALUE_NAME = "prefix_key_values.safetensors"

@@ -21,6 +21,7 @@ INFO_NAME = "tuning_config.json"
 PREFIX_CONFIG_NAME = "prefix_config.json"
 PREFIX_WEIGHTS_NAME = "prefix.safetensors"
 PUBLISHED_NAME = "pytorch_model.bin"
+EXPORT_FORMATS = ("published", "peft", "kv")  # of `ptuning.model.prefix_export`
 ADAPTER_CONFIG_NAME = "adapter_config.json"  # peft's names
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 # What names the kind of a directory; a run that writes one kind takes the others' away.

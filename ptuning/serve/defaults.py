@@ -1,8 +1,9 @@
 """What is served when nothing is named: what was tuned last here, else the nano model alone."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ptuning.model.tuned import INFO_NAME, PREFIX_CONFIG_NAME
 from ptuning.nano.paths import NANO_DIR
@@ -66,3 +67,12 @@ def choose_served(
     if model is None and named:
         model = base_of(next(iter(named.values())))
     return Served(model or str(NANO_DIR), named)
+
+
+def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what `Session.load` takes of the flags."""
+    return {
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "quantization_bit": arguments.quantization_bit,
+    }

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ptuning.__main__ import main
-from ptuning.commands.data import DEFAULT_PICTURE
+from ptuning.commands.registry import DEFAULT_PICTURE
 from ptuning.data.check_findings import NOTICES, PROBLEMS
 from ptuning.nano.paths import SAMPLE_DIR
 

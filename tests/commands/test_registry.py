@@ -1,7 +1,7 @@
 import importlib
 import subprocess
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,9 +15,7 @@ from ptuning.commands.registry import COMMANDS, Command
 def test_every_command_explains_itself(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = importlib.import_module(command.module)
-    module.add_arguments(ArgumentParser())
-    assert callable(module.run)
+    assert callable(importlib.import_module(command.module).run)
     with pytest.raises(SystemExit, match="0"):
         program.main([command.name, "--help"])
     assert command.help in " ".join(capsys.readouterr().out.split())
@@ -72,18 +70,18 @@ def test_user_errors_are_one_line_and_a_status(
         raise failure
 
     module = ModuleType("failing")
-    module.run, module.add_arguments = run, lambda parser: None  # type: ignore[attr-defined]
+    module.run = run  # type: ignore[attr-defined]
     monkeypatch.setattr(program.importlib, "import_module", lambda name: module)
-    assert program.main(["convert"]) == status
+    assert program.main(["convert", "a", "b"]) == status
     assert capsys.readouterr().err == text
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("failing")
-    module.run, module.add_arguments = lambda arguments: 1 // 0, lambda parser: None  # type: ignore[attr-defined]
+    module.run = lambda arguments: 1 // 0  # type: ignore[attr-defined]
     monkeypatch.setattr(program.importlib, "import_module", lambda name: module)
     with pytest.raises(ZeroDivisionError):
-        program.main(["convert"])
+        program.main(["convert", "a", "b"])
 
 
 def test_module_runs_as_a_program(tmp_path: Path) -> None:
