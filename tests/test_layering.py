@@ -28,7 +28,7 @@ ALLOWED = {
     "ptuning.data": set(),
     "ptuning.model": set(),
     "ptuning.evaluate": set(),
-    "ptuning.train": {"ptuning.data", "ptuning.model"},
+    "ptuning.train": {"ptuning.data", "ptuning.model", "ptuning.nano.paths"},  # "nano" as a name
     # A base is loaded by the same code as in training; the nano model, which is served where no
     # other is named, lends its folder alone.
     "ptuning.serve": {

@@ -20,7 +20,7 @@ from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.output import Progress
-from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
+from ptuning.train.base_model import choose_dtype, find_base, load_base, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 def run(arguments: argparse.Namespace) -> int:
     """Answer, write the rows, and say how many were left out."""
     prompts = list(dict.fromkeys(read_general_prompts(arguments.prompts).prompts))
-    tokenizer = load_tokenizer(arguments.model)
+    base = find_base(arguments.model, flag="--model")
+    tokenizer = load_tokenizer(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_base(
-        arguments.model,
+        base,
         dtype=choose_dtype(device, None),
         quantization_bit=arguments.quantization_bit,
     )

@@ -21,6 +21,7 @@ from ptuning.evaluate.length_histogram import (
     draw_length_histogram,
 )
 from ptuning.nano.paths import NANO_DIR
+from ptuning.train.base_model import find_base, load_tokenizer
 
 if TYPE_CHECKING:
     from ptuning.data.check_report import FileReport, Limits, PairReport
@@ -42,7 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may not fit the terminal
         sys.stdout.reconfigure(errors="backslashreplace")
     limits = Limits(arguments.max_source_length, arguments.max_target_length)
-    tokenizer_name = arguments.tokenizer_name or arguments.model_name_or_path
+    tokenizer_name = None
+    for flag in ("tokenizer_name", "model_name_or_path"):  # the first that is given
+        if getattr(arguments, flag) is not None:
+            tokenizer_name = find_base(getattr(arguments, flag), flag=f"--{flag}")
+            break
     if tokenizer_name is None:
         sys.stdout.write(
             "Tokens are those of the embedded nano model; name your base for its own: "
@@ -67,7 +72,6 @@ def _check_all(
     from ptuning.data.check_counts import Columns
     from ptuning.data.check_findings import find_between, find_in_file
     from ptuning.data.check_report import FileReport, PairReport, file_as_text, pair_as_text
-    from ptuning.train.base_model import load_tokenizer
 
     encoder = Encoder.of(load_tokenizer(tokenizer_name))
     columns = Columns(arguments.prompt_column, arguments.response_column, arguments.history_column)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ptuning.model.checkpoint import read_config
 from ptuning.model.prefix_export import export_prefix
+from ptuning.train.base_model import find_base
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.prefix,
         arguments.destination,
         form=arguments.form,
-        base=None if base is None else read_config(Path(base)),
+        base=base and read_config(Path(find_base(base, flag="--model_name_or_path"))),
     )
     logger.info("wrote %s", written)
     return 0

@@ -18,6 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     if password is None:
         password = os.environ.get(PASSWORD_VARIABLE)
     check_guarded(arguments.host, password, flag="--password")
+    served = choose_served(arguments.model, arguments.prefix)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
             "gradio is not installed; type: bash web_demo.sh, which brings it, or: "
@@ -29,7 +30,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ptuning.serve.web import build_page, launch
     from ptuning.serve.web_talk import WebTalk
 
-    served = choose_served(arguments.model, arguments.prefix)
     with Session.load(served.model, **loading_options(arguments)) as session:
         for name, path in served.prefixes.items():
             session.add_prefix(name, path)

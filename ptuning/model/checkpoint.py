@@ -191,7 +191,7 @@ def _embedding_bits(headers: dict[str, TensorHeader], config: ChatGLMConfig) -> 
         stored = f"{bits} bits" if bits else "floats"
         raise ValueError(
             f"embedding_quantization_bit is {given}, but {EMBEDDING} is stored as {stored}; leave "
-            "it out, and quantise the embedding after loading: --quantize_embeddings."
+            "it out of config.json; the embedding can be quantised after loading."
         )
     return bits
 
@@ -230,8 +230,7 @@ def _add_prefix(
         if config.pre_seq_len is not None and given != found:
             raise ValueError(
                 f"{name} is {given}, but the prefix in {table.file.name} has {found}; leave "
-                "pre_seq_len out and load the prefix by itself: --ptuning_checkpoint "
-                f"{table.file.parent}"
+                f"pre_seq_len out and load the prefix by itself from {table.file.parent}."
             )
     expected.update(prefix_shapes(config, length, project))
     return length
@@ -243,8 +242,8 @@ def _check_tensors(
     missing = [name for name in expected if name not in headers]
     if missing and all(name.startswith(PREFIX_KEYS) for name in headers):
         raise ValueError(
-            f"{directory} holds a prefix and no model; give it as --ptuning_checkpoint "
-            f"{directory}, and the model it was trained on as --model_name_or_path."
+            f"{directory} holds a prefix and no model; give the model it was trained on in its "
+            "place."
         )
     if missing:
         raise ValueError(

@@ -123,10 +123,9 @@ def _warn_of_prefix(checkpoint: Checkpoint, name_or_path: str | os.PathLike[str]
         return
     logger.warning(
         "%s also holds a trained prefix of %d tokens, which is not loaded with the model; load it "
-        "with --ptuning_checkpoint %s or ptuning.load_prefix(model, %r).",
+        "from the same directory as a prefix of its own, in Python ptuning.load_prefix(model, %r).",
         name_or_path,
         length,
-        checkpoint.directory,
         str(checkpoint.directory),
     )
 

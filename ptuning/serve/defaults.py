@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ptuning.model.tuned import INFO_NAME, PREFIX_CONFIG_NAME
 from ptuning.nano.paths import NANO_DIR
-from ptuning.serve.tuned_model import base_of
+from ptuning.serve.tuned_model import base_of, find_model
 
 NEWEST_NAME = "newest"
 
@@ -32,17 +32,19 @@ def find_newest(output: Path) -> Path | None:
 
 
 def parse_prefixes(given: Sequence[str]) -> dict[str, Path]:
-    """Read `NAME=DIRECTORY` words.
+    """Read `NAME=DIRECTORY` words; a DIRECTORY alone is named after its last part.
 
-    >>> parse_prefixes(["adgen=output/adgen"])
-    {'adgen': PosixPath('output/adgen')}
+    >>> parse_prefixes(["adgen=output/run-1", "output/run-2"])
+    {'adgen': PosixPath('output/run-1'), 'run-2': PosixPath('output/run-2')}
     """
     prefixes: dict[str, Path] = {}
     for word in given:
         name, equals, path = word.partition("=")
-        if not (name and equals and path):
+        if not equals or Path(word).exists():
+            name, path = Path(word).resolve().name, word
+        if not (name and path and word):
             raise ValueError(
-                f"--prefix is {word!r}; give NAME=DIRECTORY, such as adgen=output/run."
+                f"--prefix is {word!r}; give DIRECTORY or NAME=DIRECTORY, such as adgen=output/run."
             )
         if name in prefixes:
             raise ValueError(f"--prefix names {name!r} twice; use another name for one of them.")
@@ -66,7 +68,9 @@ def choose_served(
             model = str(newest)
     if model is None and named:
         model = base_of(next(iter(named.values())))
-    return Served(model or str(NANO_DIR), named)
+    model = model or str(NANO_DIR)
+    find_model(model)  # a name that stands for no model is refused before anything heavy is loaded
+    return Served(model, named)
 
 
 def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:

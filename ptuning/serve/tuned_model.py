@@ -18,8 +18,7 @@ from ptuning.model.tuned import (
     read_tuned_info,
 )
 from ptuning.nano.paths import NANO_DIR
-
-MARKS = (PREFIX_CONFIG_NAME, INFO_NAME, ADAPTER_CONFIG_NAME)
+from ptuning.train.base_model import BaseModelError, find_base
 
 
 class NamedModel(NamedTuple):
@@ -33,38 +32,40 @@ class NamedModel(NamedTuple):
 def find_model(name_or_path: str) -> NamedModel:
     """Return what a model's name stands for; nothing of it is loaded.
 
-    ValueError for a prefix, which needs a base to be named with, and for an adapter that does not
-    say what its base is.
+    ValueError for a prefix, which needs a base, and for an adapter without one that is there.
     """
     path = Path(name_or_path)
-    if not any((path / mark).is_file() for mark in MARKS):
-        return NamedModel(name_or_path, None, None)
-    kind = kind_of(path)
-    if kind == PTUNING:
-        raise ValueError(
-            f"{path} holds a prefix, not a model; give it as --prefix NAME={path} instead."
-        )
-    info = read_tuned_info(path)
-    assert isinstance(info, TunedInfo), "an adapter or a whole model with tuning_config.json"
-    if kind == LORA:
+    if (path / ADAPTER_CONFIG_NAME).is_file() and kind_of(path) == LORA:
+        info = read_tuned_info(path)
+        assert isinstance(info, TunedInfo), "an adapter describes itself, or peft did"
         return NamedModel(base_of(path), path, info)
-    return NamedModel(name_or_path, None, info)
+    weights = find_base(name_or_path, flag="--model", tuned_flag="--prefix")
+    info = read_tuned_info(path) if (path / INFO_NAME).is_file() else None
+    return NamedModel(weights, None, info if isinstance(info, TunedInfo) else None)
 
 
 def base_of(tuned: Path) -> str:
     """Return the base that a prefix or an adapter says it was trained on; ValueError without it."""
+    remedy = "give it with --model"
+    if (tuned / ADAPTER_CONFIG_NAME).is_file():
+        file = INFO_NAME if (tuned / INFO_NAME).is_file() else ADAPTER_CONFIG_NAME
+        remedy = f"write it as base_model_name_or_path into {tuned / file}"
     info = read_tuned_info(tuned)
     if info is None or not info.base_model_name_or_path:
         raise ValueError(
-            f"{tuned} does not name its base model (no {PREFIX_CONFIG_NAME} or {INFO_NAME}, or an "
-            "empty name); give a prefix's base with --model, and write an adapter's as "
-            f"base_model_name_or_path into {ADAPTER_CONFIG_NAME}."
+            f"{tuned} does not name the base it was trained on ({PREFIX_CONFIG_NAME} or "
+            f"{INFO_NAME} would); {remedy}."
         )
     base = info.base_model_name_or_path
     checkout = NANO_DIR.parents[2]
     if not Path(base).is_dir() and (checkout / base / "config.json").is_file():
         return str(checkout / base)  # trained by train.sh, which runs in the checkout
-    return base
+    try:
+        return find_base(base, flag="--model")
+    except BaseModelError as error:
+        raise ValueError(
+            f"{tuned} was trained on {base}, and no model is there; where it is now, {remedy}."
+        ) from error
 
 
 def refuse_other_kinds(path: Path) -> None:

@@ -1,48 +1,88 @@
-"""The frozen base of a run: its tokenizer, its dtype, its weights; errors in one line."""
+"""The frozen base of a run: its tokenizer, its dtype, its weights; errors in one line.
 
-import logging
+Importing this module loads neither torch nor transformers: `find_base` refuses a wrong name at
+once. The loading functions take main.py's words; a command whose flags have other names calls
+`find_base` first and passes on what it returns.
+"""
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from ptuning.model.tuned import LORA, PREFIX_CONFIG_NAME, PUBLISHED_NAME, kind_of, read_tuned_info
+from ptuning.nano.paths import NANO_DIR
 
-from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.quantization.conversion import quantize_embeddings_
+if TYPE_CHECKING:
+    import torch
 
-logger = logging.getLogger(__name__)
+    from ptuning.data.tokenizer import ChatGLMTokenizer
+    from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+
+
+WORDS_OF_MAIN = {"flag": "--model_name_or_path", "tuned_flag": "--ptuning_checkpoint"}
 
 
 class BaseModelError(ValueError):
     """The base cannot be loaded as asked."""
 
 
-def check_model_path(name_or_path: str) -> None:
-    """Refuse a path that is neither a directory nor a hub id, before anything is fetched."""
+def find_base(name_or_path: str, *, flag: str, tuned_flag: str | None = None) -> str:
+    """Return the directory or hub id of the base that a flag names; nothing of it is loaded.
+
+    nano is the embedded model. BaseModelError in the words of the command: flag is what was typed
+    before the name, tuned_flag takes a prefix or an adapter (None where the command takes neither).
+    """
     path = Path(name_or_path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BaseModelError(
-                f"--model_name_or_path is {name_or_path}, a folder without config.json; give the "
-                f"folder with the "
-                "published files."
-            )
-        return
-    looks_like_hub_id = name_or_path.count("/") == 1 and not name_or_path.startswith(
-        (".", "/", "~")
-    )
-    if not looks_like_hub_id or path.exists():
+    if name_or_path == "nano" and not path.exists():
+        return str(NANO_DIR)
+    if not path.exists() and name_or_path.count("/") == 1 and name_or_path[0] not in "./~":
+        return name_or_path  # a hub id
+    if not path.is_dir():
         raise BaseModelError(
-            f"--model_name_or_path is {name_or_path}, which is not a folder; give a folder with "
-            f"the published "
-            "files or a hub id such as THUDM/chatglm-6b."
+            f"{flag} is {name_or_path}, which is not a folder; give a folder with the published "
+            "files, a hub id such as THUDM/chatglm-6b, or nano, the embedded model."
         )
+    if not _has_model(path):
+        try:
+            kind = kind_of(path)
+        except FileNotFoundError as error:
+            raise BaseModelError(
+                f"{flag} is {name_or_path}, a folder without config.json; give the folder with the "
+                "published files."
+            ) from error
+        what = "a LoRA adapter" if kind == LORA else "a prefix"
+        info = read_tuned_info(path)
+        base = (info and info.base_model_name_or_path) or "BASE"
+        typed = f"{flag} {base}" + (f" {tuned_flag} {path}" if tuned_flag else "")
+        raise BaseModelError(
+            f"{flag} is {name_or_path}, which holds {what} and no model; give the model it was "
+            f"trained on: {typed}"
+        )
+    return name_or_path
 
 
-def load_tokenizer(name_or_path: str, **hub: Any) -> ChatGLMTokenizer:
+def _has_model(path: Path) -> bool:
+    """Say whether a folder has a model; a published prefix may have a model's config.json."""
+    if not (path / "config.json").is_file():
+        return False
+    if (path / PREFIX_CONFIG_NAME).is_file() and not [
+        *path.glob("*model*.safetensors"),
+        *path.glob("*model*.bin"),
+    ]:
+        return False
+    if not (path / PUBLISHED_NAME).is_file():
+        return True
+    from ptuning.model.checkpoint_files import find_weight_files, read_headers  # needs torch
+
+    return not all("prefix_encoder." in name for name in read_headers(find_weight_files(path)))
+
+
+def load_tokenizer(name_or_path: str, **hub: Any) -> "ChatGLMTokenizer":
     """Load the tokenizer of a base; hub holds transformers' cache_dir, revision and token."""
-    check_model_path(name_or_path)
+    from transformers import AutoTokenizer
+
+    from ptuning.data.tokenizer import ChatGLMTokenizer
+
+    name_or_path = find_base(name_or_path, **WORDS_OF_MAIN)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
     except (OSError, ValueError) as error:
@@ -58,18 +98,23 @@ def load_tokenizer(name_or_path: str, **hub: Any) -> ChatGLMTokenizer:
 def load_base(
     name_or_path: str,
     *,
-    dtype: torch.dtype,
+    dtype: "torch.dtype",
     quantization_bit: int | None = None,
     quantization_backend: str = "auto",
     quantize_embeddings: bool = False,
     **hub: Any,
-) -> ChatGLMForConditionalGeneration:
+) -> "ChatGLMForConditionalGeneration":
     """Load the weights of a base in dtype, frozen; hub holds cache_dir, revision and token.
 
     quantization_bit 4 or 8 quantises float weights as they are read; None keeps what is stored.
     quantize_embeddings makes the embedding int8 unless it is stored quantised.
     """
-    check_model_path(name_or_path)
+    from transformers import AutoModelForCausalLM
+
+    from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+    from ptuning.model.quantization.conversion import quantize_embeddings_
+
+    name_or_path = find_base(name_or_path, **WORDS_OF_MAIN)
     if quantization_bit:
         hub |= {
             "quantization_bit": quantization_bit,
@@ -89,12 +134,15 @@ def load_base(
     return model
 
 
-def choose_dtype(device: torch.device, requested: str | None) -> torch.dtype:
+def choose_dtype(device: "torch.device", requested: str | None) -> "torch.dtype":
     """Return the base's dtype: as requested, else float32 on the CPU, bfloat16 or float16 on a GPU.
 
+    >>> import torch
     >>> choose_dtype(torch.device("cpu"), None)
     torch.float32
     """
+    import torch
+
     if requested is not None:
         dtype: torch.dtype = getattr(torch, requested)
         return dtype

@@ -95,4 +95,4 @@ def test_module_runs_as_a_program(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "which does not exist; give the folder of a checkpoint" in done.stderr
+    assert "which is not a folder; give a folder with the published files" in done.stderr

@@ -226,7 +226,7 @@ def test_prefix_given_as_a_model_says_where_it_goes(golden: Path, tmp_path: Path
         {"transformer.prefix_encoder.embedding.weight": torch.ones(8, 1792)},
         tmp_path / "pytorch_model.bin",
     )
-    assert f"give it as --ptuning_checkpoint {tmp_path}" in complaint(tmp_path)
+    assert f"{tmp_path} holds a prefix and no model; give the model" in complaint(tmp_path)
 
 
 def test_prefix_of_another_base_among_the_weights_is_a_wrong_shape(

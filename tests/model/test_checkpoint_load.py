@@ -255,7 +255,7 @@ def test_prefix_in_a_full_checkpoint_is_not_lost_silently(
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "prefix of 8 tokens" in warnings[0]
-    assert f"--ptuning_checkpoint {directory}" in warnings[0]
+    assert f"load_prefix(model, {str(directory)!r})" in warnings[0]
 
 
 def test_prefix_in_a_full_checkpoint_loads_with_pre_seq_len(

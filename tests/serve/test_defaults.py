@@ -34,8 +34,11 @@ def test_the_newest_prefix_is_found_as_evaluate_sh_does(tmp_path, prefix_dirs):
 def test_named_prefixes_bring_their_base_and_a_named_model_comes_alone(tmp_path, prefix_dirs):
     served = choose_served(None, [f"x={prefix_dirs['other']}"], output=tmp_path)
     assert served == (str(NANO_DIR), {"x": prefix_dirs["other"]})
-    assert choose_served("there", output=tmp_path) == ("there", {})
-    assert choose_served("there", [f"x={prefix_dirs['other']}"]).model == "there"
+    assert choose_served("a/hub-id", output=tmp_path) == ("a/hub-id", {})
+    assert choose_served("a/hub-id", [f"x={prefix_dirs['other']}"]).model == "a/hub-id"
+    assert list(choose_served(None, [str(prefix_dirs["other"])]).prefixes) == [
+        prefix_dirs["other"].name
+    ]
     assert choose_served(None, output=tmp_path) == (str(NANO_DIR), {})
 
 
@@ -50,7 +53,7 @@ def test_a_base_trained_in_the_checkout_is_found_from_anywhere(tmp_path, prefix_
     assert choose_served(None, [f"x={folder}"]).model == str(NANO_DIR)
 
 
-@pytest.mark.parametrize("word", ["adgen", "=dir", "adgen=", ""])
+@pytest.mark.parametrize("word", ["=dir", "adgen=", ""])
 def test_prefixes_without_name_or_folder_are_refused(word):
     with pytest.raises(ValueError, match="NAME=DIRECTORY"):
         choose_served(None, [word])

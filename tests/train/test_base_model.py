@@ -1,11 +1,12 @@
-"""The base of a run is frozen, however it is loaded."""
+"""The base of a run is found, or refused in the words typed, and frozen however it is loaded."""
 
 import pytest
 import torch
 
+from ptuning import save_prefix
 from ptuning.model.quantization.linear import QuantizedLinear
 from ptuning.nano.paths import NANO_DIR
-from ptuning.train.base_model import load_base
+from ptuning.train.base_model import BaseModelError, find_base, load_base, load_tokenizer
 
 LOADS = {
     "float32": {"dtype": torch.float32},
@@ -33,3 +34,35 @@ def test_a_prefix_added_to_a_loaded_base_is_all_that_is_trained():
     model.add_prefix(4)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained == ["transformer.prefix_encoder.embedding.weight"]
+
+
+def test_nano_names_the_embedded_model_unless_a_folder_has_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_base("nano", flag="--model") == str(NANO_DIR)
+    assert load_tokenizer("nano").vocab_size > 0
+    (tmp_path / "nano").mkdir()
+    with pytest.raises(BaseModelError, match=r"--model is nano, a folder without config\.json"):
+        find_base("nano", flag="--model")
+
+
+@pytest.mark.parametrize("name", ["THUDM/chatglm-6b", str(NANO_DIR)])
+def test_a_hub_id_and_a_folder_stand_for_themselves(name):
+    assert find_base(name, flag="--model") == name
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./a/b", "../b", "~/b", "a/b/c", "/no/folder", ""])
+def test_what_is_neither_is_refused(name):
+    with pytest.raises(BaseModelError, match=r"^--model is .*which is not a folder|without config"):
+        find_base(name, flag="--model")
+
+
+def test_a_prefix_in_the_place_of_a_base_is_told_where_it_belongs(tmp_path):
+    model = load_base(str(NANO_DIR), dtype=torch.float32)
+    model.add_prefix(2)
+    save_prefix(model, tmp_path)
+    with pytest.raises(BaseModelError) as caught:
+        load_base(str(tmp_path), dtype=torch.float32)
+    assert str(caught.value) == (
+        f"--model_name_or_path is {tmp_path}, which holds a prefix and no model; give the model it "
+        f"was trained on: --model_name_or_path {NANO_DIR} --ptuning_checkpoint {tmp_path}"
+    )
