@@ -10,6 +10,7 @@ from ptuning.serve.defaults import choose_served, loading_options
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, then chat until the end of the input."""
+    served = choose_served(arguments.model, arguments.prefix)
     from ptuning.serve.cli import TerminalChat  # heavy, and not needed to parse a command line
     from ptuning.serve.session import Session
 
@@ -18,7 +19,6 @@ def run(arguments: argparse.Namespace) -> int:
         _edit_lines()
     else:
         _read_and_write_utf8()
-    served = choose_served(arguments.model, arguments.prefix)
     with Session.load(served.model, max_rows=1, **loading_options(arguments)) as session:
         for name, path in served.prefixes.items():
             session.add_prefix(name, path)

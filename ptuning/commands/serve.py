@@ -10,6 +10,7 @@ from ptuning.serve.defaults import choose_served, loading_options
 
 def run(arguments: argparse.Namespace) -> int:
     """Load in a process of its own, then serve until Ctrl-C."""
+    served = choose_served(arguments.model, arguments.prefix)
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -23,7 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
     if api_key is None:
         api_key = os.environ.get(KEY_VARIABLE)
     check_address(arguments.host, arguments.port, api_key)
-    served = choose_served(arguments.model, arguments.prefix)
     with SessionProcess.load(
         served.model,
         max_rows=arguments.max_rows,
