@@ -42,6 +42,7 @@ from ptuning.train.faults.guards import (
     StepGuard,
     correct_mean,
     fault_in,
+    gather_evidence,
 )
 from ptuning.train.memory.fit import Workload
 from ptuning.train.memory.memory_errors import memory_explained
@@ -166,10 +167,8 @@ class Seq2SeqTrainer(transformers.Trainer):
             return super().get_train_dataloader()
         rows: Any = self.train_dataset
         order: Any = self._get_train_sampler(rows)
-        batch_size = self._train_batch_size
-        return sharded_loader(
-            rows, order, self.data_collator, self.args, batch_size=batch_size, trains=True
-        )
+        collate, size = self.data_collator, self._train_batch_size
+        return sharded_loader(rows, order, collate, self.args, batch_size=size, trains=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return this process's part of the validation rows."""
@@ -177,10 +176,8 @@ class Seq2SeqTrainer(transformers.Trainer):
             return super().get_eval_dataloader(eval_dataset)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         order: Any = SequentialSampler(rows)
-        batch_size = self.args.eval_batch_size
-        return sharded_loader(
-            rows, order, self.data_collator, self.args, batch_size=batch_size, trains=False
-        )
+        collate, size = self.data_collator, self.args.eval_batch_size
+        return sharded_loader(rows, order, collate, self.args, batch_size=size, trains=False)
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Return the sum of all processes' values, in each process."""
@@ -265,13 +262,17 @@ class Seq2SeqTrainer(transformers.Trainer):
 
     def _explain_bad_steps(self, values: tuple[float, float], step: int) -> str:
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-        return self._guard.explain(
+        evidence = gather_evidence(
             self.chatglm,
-            self.directory.path / BAD_BATCH_NAME.format(rank=rank),
+            self.chatglm.dtype,
+            self._guard.batches,
             values=values,
-            dtype=self.chatglm.dtype,
             learning_rate=float(self.args.learning_rate),
             log_history=self.state.log_history,
+        )
+        return self._guard.explain(
+            evidence,
+            self.directory.path / BAD_BATCH_NAME.format(rank=rank),
             decode=self.decode,
             step=step,
             last_sound=self.directory.last_sound(),

@@ -242,7 +242,9 @@ def test_other_rows_are_refused_and_another_batch_is_told(short_run, capsys, cap
     assert "was trained on other rows (30-" in error
     assert "--init_from" in error
     assert short_run.start(*flags, "--per_device_train_batch_size", "2") == 0
-    assert "was written with 4 rows per step and this run has 2" in caplog.text
+    assert (
+        "was written with 4 rows per step by 1 processes, and this run has 2 and 1" in caplog.text
+    )
 
 
 def test_a_clock_that_jumps_changes_nothing(short_run, monkeypatch):

@@ -328,7 +328,7 @@ def test_another_number_of_processes_resumes_with_a_warning(then, now, launcher,
     launcher.finish(argv, then)
     longer = [*argv, "--max_steps", "8", "--resume_from_checkpoint", "auto"]
     launcher.finish(longer, now)
-    assert f"was written with {then} processes and this run has {now}" in launcher.log(0)
+    assert f"was written with {2 * then} rows per step by {then} processes, and" in launcher.log(0)
     losses = [entry["loss"] for entry in log_of(tmp_path) if "loss" in entry]
     assert len(losses) == 8
 

@@ -24,6 +24,7 @@ from ptuning.train.resume.run_directory import (
 from tests.tiny import rows, write_rows
 from tests.train.conftest import same
 from tests.train.test_signals import log_without_times, signal_in
+from trainer_seq2seq import Seq2SeqTrainer
 
 FACTS = {
     **{"max_steps": 60, "processes": 1, "resumable": True, "sound": True},
@@ -370,6 +371,23 @@ def test_a_run_without_checkpoints_is_not_trained_again(short_run, capsys):
     assert short_run.start("--save_strategy", "no") == 2
     assert "it left nothing to resume from" in capsys.readouterr().err
     assert contents(short_run.out) == before
+
+
+def test_the_trainer_changes_no_arguments_but_its_own(short_run, monkeypatch):
+    real, seen = Seq2SeqTrainer.__init__, []
+
+    def init(trainer, **kwargs):
+        seen.append((kwargs["args"], dict(vars(kwargs["args"])), trainer))
+        real(trainer, **kwargs, eval_batch=3)
+
+    monkeypatch.setattr(Seq2SeqTrainer, "__init__", init)
+    flags = ("--eval_on_start", "true", "--eval_strategy", "steps", "--eval_steps", "2")
+    assert short_run.start(*flags) == 0
+    assert short_run.start(*flags) == 0
+    for args, before, trainer in seen:
+        assert vars(args) == before
+        assert trainer.args.per_device_eval_batch_size == 3
+    assert not seen[1][2].args.eval_on_start
 
 
 def test_files_of_others_stay(short_run):

@@ -99,14 +99,14 @@ def likely_cause(evidence: Evidence) -> str:
 
 def gather_evidence(
     model: nn.Module,
+    dtype: torch.dtype,
     batches: Sequence[Batch],
     *,
     values: tuple[float, float],
-    dtype: torch.dtype,
     learning_rate: float,
     log_history: Sequence[Mapping[str, Any]],
 ) -> Evidence:
-    """Look at the weights and labels once; values are the last loss and gradient norm."""
+    """Inspect the weights and labels once; values are the last loss and gradient norm."""
     parameters = list(model.parameters())
     frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point()]
     largest = [p.detach().abs().max().item() for p in parameters if p.requires_grad and p.numel()]
@@ -126,7 +126,7 @@ def gather_evidence(
 def write_bad_batch(
     path: Path, batches: Sequence[Batch], headline: str, decode: Callable[[list[int]], str]
 ) -> None:
-    """Write the rows of the batches as text and ids, for a person to read."""
+    """Write the rows of the batches as text and ids, for people to read."""
     lines = [headline, ""]
     rows = [
         (ids.tolist(), labels.tolist())
@@ -153,7 +153,7 @@ class StepGuard:
         """Take the skipped steps in a row that end a run; 0 never ends it."""
         self.max_in_a_row = max_in_a_row
         self._losses: list[Tensor] = []  # on the device: reading one would wait for it
-        self._batches: list[Batch] = []
+        self.batches: list[Batch] = []
         self._loss_before: Tensor | None = None
 
     def begin(self, loss_so_far: Tensor) -> None:
@@ -164,7 +164,7 @@ class StepGuard:
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Keep one micro-batch until the step is checked."""
         self._losses.append(loss.detach().float())
-        self._batches.append(batch)
+        self.batches.append(batch)
 
     def values(self, grad_norm: Tensor | float | None) -> Tensor:
         """Return (2,) float32 on the device: the step's loss, and its gradient norm.
@@ -204,17 +204,13 @@ class StepGuard:
     def clear(self) -> None:
         """Drop the step's batches."""
         self._losses.clear()
-        self._batches.clear()
+        self.batches.clear()
 
     def explain(
         self,
-        model: nn.Module,
+        evidence: Evidence,
         path: Path,
         *,
-        values: tuple[float, float],
-        dtype: torch.dtype,
-        learning_rate: float,
-        log_history: Sequence[Mapping[str, Any]],
         decode: Callable[[list[int]], str],
         step: int,
         last_sound: Path | None,
@@ -223,17 +219,9 @@ class StepGuard:
 
         last_sound is the checkpoint to return to, None without one.
         """
-        evidence = gather_evidence(
-            model,
-            self._batches,
-            values=values,
-            dtype=dtype,
-            learning_rate=learning_rate,
-            log_history=log_history,
-        )
-        fault, cause = fault_in(*values), likely_cause(evidence)
+        fault, cause = fault_in(evidence.loss, evidence.grad_norm), likely_cause(evidence)
         headline = f"step {step}: {fault}\n{evidence}\nlikely cause: {cause}"
-        write_bad_batch(path, self._batches, headline, decode)
+        write_bad_batch(path, self.batches, headline, decode)
         kept = "no checkpoint was written before" if last_sound is None else f"{last_sound} is kept"
         return (
             f"{self.max_in_a_row} steps in a row could not be used; of the last one, step {step}, "

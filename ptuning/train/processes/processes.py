@@ -1,6 +1,6 @@
-"""What the processes of one run tell each other, as objects and seldom; accelerate sends tensors.
+"""Communication between the processes of a run by objects, used rarely; accelerate sends tensors.
 
-Every function here that talks has to be called by all processes, in the same order.
+All processes must call the functions that communicate, in the same order.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from ptuning.train.config import UsageError
 
 T = TypeVar("T")
 
-# What a process meets when another one is gone: gloo's, NCCL's and the rendezvous store's words.
+# What a process sees when another one has ended: gloo's, NCCL's and the rendezvous store's words.
 LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
 
 
@@ -70,7 +70,7 @@ def in_main_process(decide: Callable[[], T]) -> T:
 
 
 def check_shared_folder(folder: Path, mark: str) -> None:
-    """Refuse to start where a process does not see the file that the main one keeps in folder."""
+    """Refuse to start (UsageError) if a process does not see the main process's file in folder."""
     seen = gather((folder / mark).is_file())
     if not all(seen):
         raise UsageError(
@@ -80,9 +80,9 @@ def check_shared_folder(folder: Path, mark: str) -> None:
 
 
 def leave_frozen_alone(model: nn.Module) -> None:
-    """Tell DistributedDataParallel to send neither frozen weights nor buffers around.
+    """Exclude frozen weights and buffers from DistributedDataParallel's communication.
 
-    Every process read the same files, and what is not trained stays as it is.
+    Every process read the same files, and what is not trained does not change.
     """
     frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
     ignored: Any = [*frozen, *(name for name, _ in model.named_buffers())]
@@ -90,12 +90,12 @@ def leave_frozen_alone(model: nn.Module) -> None:
 
 
 def draw_apart(seed: int, process_index: int) -> None:
-    """Give each process dropout masks of its own; the order of the rows does not depend on this."""
+    """Seed each process differently, for dropout masks of its own; the row order is not affected."""
     set_seed(seed + process_index)
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Tell whether an error comes from another process that is gone."""
+    """Tell whether an error comes from another process that has ended."""
     if isinstance(error, distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_PEER_WORDS)

@@ -1,10 +1,9 @@
-"""The rows of a run shared out among its processes: the same rows in each step as one process has.
+"""Rows sharded over processes: each step has the same rows as in one process.
 
-One global batch is num_processes x batch_size rows of the order that one process would see; every
-process takes its part of it. Where rows are left over at the end, parts differ in length, and a
-process without any computes one row again with every label masked: it adds nothing to loss and
-gradient, and every process takes part in every step. accelerate's own way repeats rows instead,
-which then count twice.
+A global batch is num_processes x batch_size rows in the order that one process would see; every
+process takes its part. At the end of an epoch parts may differ in length, and a process without
+rows computes one row with every label masked: it adds nothing to loss and gradient, and every
+process takes part in every step. accelerate repeats rows instead, which then count twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -81,7 +80,7 @@ class MaskableRows(Dataset[dict[str, Tensor]]):
 
 
 class EpochOrder(Sampler[int]):
-    """An order drawn anew in every epoch, from the seed and the epoch alone: alike everywhere."""
+    """An order drawn per epoch from the seed and the epoch alone, so equal in all processes."""
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
         """Take a sampler that draws from its `generator`."""
@@ -110,7 +109,7 @@ def sharded_loader(
     batch_size: int,
     trains: bool,
 ) -> DataLoader[Any]:
-    """Return the loader of this process's parts; args are transformers' training arguments."""
+    """Return the loader of this process's part; args are transformers' training arguments."""
     if isinstance(order, LengthGroupedSampler):
         order.batch_size *= args.world_size  # rows of like length share a global batch
         order = EpochOrder(order, args.seed)
@@ -140,7 +139,7 @@ def sharded_loader(
     return prepare_data_loader(
         loader,
         args.device,
-        num_processes=1,  # it is shared out already
+        num_processes=1,  # it is sharded already
         process_index=0,
         put_on_device=True,
         use_seedable_sampler=args.accelerator_config.use_seedable_sampler,

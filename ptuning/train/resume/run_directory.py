@@ -21,7 +21,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from ptuning.atomic_file import write_atomically
@@ -84,12 +83,7 @@ class RunDirectory:
             self._held = held.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Unlock the directory, and remove it if this run made it and wrote nothing."""
         self._held.close()
 
@@ -178,19 +172,11 @@ class RunDirectory:
             facts["max_steps"],
             "" if self._requested else "; to start over, add --overwrite_output_dir",
         )
-        for what, then, now in (
-            ("rows per step", facts["rows_per_step"], rows_per_step),
-            ("processes", facts["processes"], processes),
-        ):
-            if then != now:
-                logger.warning(
-                    "%s was written with %s %s and this run has %s: it resumes, but not exactly "
-                    "as one run would have gone",
-                    checkpoint,
-                    then,
-                    what,
-                    now,
-                )
+        then, now = (facts["rows_per_step"], facts["processes"]), (rows_per_step, processes)
+        if then != now:
+            text = "%s was written with %d rows per step by %d processes, and this run has "
+            text += "%d and %d: it resumes, but not bit for bit"
+            logger.warning(text, checkpoint, *then, *now)
 
     def begin(self) -> None:
         """Replace an earlier run if asked to, and record this one in run.json."""

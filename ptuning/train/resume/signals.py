@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: at once where nothing can be lost, after the running step where it can.
+"""Ctrl-C and SIGTERM: stop after the current step where work could be lost, else at once.
 
-A run that trains defers them: the first asks for a checkpoint and an end after the step, a Ctrl-C
-after it stops at once. Everywhere else the first one stops.
+Training defers them: the first asks for a checkpoint and a stop after the step, a Ctrl-C after
+that stops at once. Everywhere else the first one stops.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -30,12 +30,12 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """What a shell calls an end by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        """The shell's exit status for this signal: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signum
 
 
 class StopRequest:
-    """Takes over both signals while it is entered; other threads than the main one get nothing."""
+    """Handles both signals while it is entered, in the main thread only."""
 
     def __init__(self) -> None:
         self.requested: int | None = None  # the first signal that was deferred
@@ -50,12 +50,7 @@ class StopRequest:
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Put the earlier handlers back."""
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]  # what signal.signal returned
@@ -63,9 +58,9 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note the first signal inside; Stopped at the end where nothing acted on it.
+        """Only record the first signal inside; raise Stopped at the end if nothing acted on it.
 
-        After an error signals stay deferred: it ends the run, and has to be what the run reports.
+        After an error signals stay deferred: the run has to report the error.
         """
         self._is_deferring = True
         yield
@@ -90,7 +85,7 @@ class StopRequest:
 
 
 def _end_worker(signum: int) -> None:
-    """Serve a forked data-loading worker: its parent decides on Ctrl-C, SIGTERM ends it."""
+    """Handle a signal in a forked data-loading worker: ignore Ctrl-C, end on SIGTERM."""
     if signum == signal.SIGTERM:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
