@@ -90,7 +90,7 @@ def leave_frozen_alone(model: nn.Module) -> None:
 
 
 def draw_apart(seed: int, process_index: int) -> None:
-    """Seed each process differently, for dropout masks of its own; the row order is not affected."""
+    """Seed each process differently, for its own dropout masks; the row order is not affected."""
     set_seed(seed + process_index)
 
 
