@@ -203,7 +203,7 @@ def test_a_real_process_told_to_stop_saves_first(runs):
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if "'loss'" in line:
+        if "  loss " in line:
             process.send_signal(signal.SIGTERM)
             break
     _, errors = process.communicate(timeout=60)

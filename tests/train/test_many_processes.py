@@ -298,7 +298,7 @@ def test_a_stopped_run_of_two_goes_on_bit_by_bit(number, undisturbed, launcher, 
     """SIGTERM reaches one process alone here: the other has to stop at the same step."""
     argv = argv_of(launcher, tmp_path, 11, RESUMED, launcher.tiny)
     to = [1] if number == signal.SIGTERM else [0, 1]
-    order = {"number": int(number), "to": to, "after": "'epoch': '2'"}
+    order = {"number": int(number), "to": to, "after": "step  8 of 40"}
     statuses = launcher.start(argv, 2, signal=order)
     if number == signal.SIGTERM:
         assert statuses == [143, 143], launcher.log(0) + launcher.log(1)
@@ -365,7 +365,7 @@ def test_torchrun_itself_passes_an_end_on(launcher, tmp_path):
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if "'loss'" in line:
+        if "  loss " in line:
             process.send_signal(signal.SIGINT)
             break
     output, _ = process.communicate(timeout=60)
