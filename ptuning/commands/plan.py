@@ -81,19 +81,6 @@ class Situation(NamedTuple):
         return "the planned GPU" if self.product_flops is None else str(self.fit.workload.device)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take main.py's flags as they are."""
-    parser.add_argument(
-        "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="the flags of the run"
-    )
-    parser.usage = "%(prog)s [-h] FLAGS"
-    parser.epilog = (
-        "FLAGS are those of main.py, all of them: python main.py --help lists them, and README.md "
-        "has a table. Example: python -m ptuning plan --do_train --train_file train.json "
-        "--model_name_or_path THUDM/chatglm-6b --pre_seq_len 128 --output_dir output --gpu_memory 8"
-    )
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 3 if the run is not expected to fit, else 0."""
     text, fits = make_plan(look(parse_arguments(arguments.flags)))

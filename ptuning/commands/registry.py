@@ -122,7 +122,13 @@ def _answer(parser: argparse.ArgumentParser) -> None:
 
 def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="main.py's flags, all of them"
+        "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="the flags of the run"
+    )
+    parser.usage = "%(prog)s [-h] FLAGS"
+    parser.epilog = (
+        "FLAGS are those of main.py, all of them: python main.py --help lists them, and README.md "
+        "has a table. Example: python -m ptuning plan --do_train --train_file train.json "
+        "--model_name_or_path THUDM/chatglm-6b --pre_seq_len 128 --output_dir output --gpu_memory 8"
     )
 
 

@@ -23,6 +23,7 @@ from ptuning.model.tuned import (
     kind_of,
     read_tuned_info,
 )
+from ptuning.train.base_model import WORDS_OF_MAIN, find_base
 from ptuning.train.flags import (
     GROUPS,
     DataArguments,
@@ -227,6 +228,8 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     """
     typed, notices = parse(argv)
     try:
+        if typed.get("model_name_or_path"):
+            typed["model_name_or_path"] = find_base(typed["model_name_or_path"], **WORDS_OF_MAIN)
         preset, lines = preset_values(typed)
         tuning = find_tuning(typed)
         remembered = remembered_settings(typed, tuning)

@@ -34,7 +34,15 @@ def diagnosed(capsys: pytest.CaptureFixture[str]) -> dict:
 def test_defaults_are_those_of_a_run(
     diagnosed: dict, golden: Path, cache: Path, tmp_path: Path
 ) -> None:
-    flags = ["--do_train", "--model_name_or_path", "m", "--train_file", "t", "--pre_seq_len", "4"]
+    flags = [
+        "--do_train",
+        "--model_name_or_path",
+        "my/base",
+        "--train_file",
+        "t",
+        "--pre_seq_len",
+        "4",
+    ]
     device = trainer_arguments(parse_arguments([*flags, "--output_dir", "o"])).device
     model = AutoModelForCausalLM.from_pretrained(make_safetensors(golden, tmp_path / "base"))
     found = diagnosed["defaults"]

@@ -125,7 +125,7 @@ def test_a_compiler_that_fails_is_named_and_the_layers_run_as_they_are(model, ca
 
 
 def test_transformers_is_told_nothing_of_compiling(tmp_path):
-    flags = ["--do_train", "--model_name_or_path", "x", "--train_file", "t.json"]
+    flags = ["--do_train", "--model_name_or_path", "my/base", "--train_file", "t.json"]
     flags += ["--pre_seq_len", "4", "--output_dir", str(tmp_path)]
     config = parse_arguments([*flags, "--torch_compile", "--torch_compile_mode", "default"])
     assert config.torch_compile

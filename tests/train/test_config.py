@@ -1,6 +1,7 @@
 """What a command line means: which value wins, what is tuned, and which flags contradict each other."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -129,7 +130,7 @@ def test_declared_defaults_are_those_of_transformers():
     from ptuning.train.flags import TrainerArguments
 
     theirs = {f.name: f.default for f in fields(Seq2SeqTrainingArguments)}
-    changed = {"torch_compile_mode", "eval_strategy", "lr_scheduler_type"}
+    changed = {"eval_strategy", "lr_scheduler_type", "disable_tqdm"}
     for flag in fields(TrainerArguments):
         if flag.name in theirs and flag.name not in changed:
             assert flag.default == theirs[flag.name], flag.name
@@ -147,7 +148,7 @@ def test_help_shows_every_flag_once_and_no_old_one():
 
 
 def test_a_json_file_says_the_same_and_flags_behind_it_win(tmp_path):
-    values = {"do_train": True, "train_file": "t.json", "model_name_or_path": "nowhere"}
+    values = {"do_train": True, "train_file": "t.json", "model_name_or_path": "my/base"}
     values |= {"output_dir": str(tmp_path), "use_cpu": True, "pre_seq_len": 4, "preset": "gentle"}
     values |= {"prefix_projection": True, "max_steps": None, "weight_decay": "1e-3"}
     path = tmp_path / "run.json"
@@ -312,56 +313,183 @@ def test_a_fully_tuned_model_given_as_the_model_is_the_checkpoint(tmp_path):
 
 
 PREFIX = ["--pre_seq_len", "4"]
-CONTRADICTIONS = {
-    "nothing to tune": ([], "--tuning lora"),
-    "unknown kind": (["--tuning", "qlora"], "ptuning, lora, full"),
-    "prefix without length": (["--tuning", "ptuning"], "--pre_seq_len 128"),
-    "prefix and lora": (["--tuning", "lora", "--pre_seq_len", "8"], "--pre_seq_len belong"),
-    "projection and full": (["--tuning", "full", "--prefix_projection"], "--prefix_projection"),
-    "rank and prefix": ([*PREFIX, "--lora_rank", "4"], "--lora_rank belong"),
-    "full and int4": (["--tuning", "full", "--quantization_bit", "4"], "--tuning lora"),
-    "full and int8 embedding": (["--tuning", "full", "--quantize_embeddings"], "--tuning lora"),
-    "rank 0": (["--tuning", "lora", "--lora_rank", "0"], "--lora_rank is 0"),
-    "alpha 0": (["--tuning", "lora", "--lora_alpha", "0"], "--lora_alpha is 0"),
-    "dropout 1": (["--tuning", "lora", "--lora_dropout", "1"], "--lora_dropout is 1"),
+ROWS = str(ROOT / "AdvertiseGen" / "sample" / "dev.json")
+# flags, words of the message, the flags that its advice leads to
+HINTS = {
+    "nothing to tune": ([], "--tuning lora for", ["--tuning", "lora"]),
+    "nothing to tune, otherwise": ([], "--pre_seq_len 128 to train", ["--pre_seq_len", "128"]),
+    "unknown kind": (["--tuning", "qlora"], "ptuning, lora, full", ["--tuning", "full"]),
+    "prefix without length": (
+        ["--tuning", "ptuning"],
+        "--pre_seq_len 128",
+        ["--tuning", "ptuning", "--pre_seq_len", "128"],
+    ),
+    "prefix and lora": (
+        ["--tuning", "lora", "--pre_seq_len", "8"],
+        "--pre_seq_len belong",
+        ["--tuning", "lora"],
+    ),
+    "projection and full": (
+        ["--tuning", "full", "--prefix_projection"],
+        "--prefix_projection belong",
+        ["--tuning", "full"],
+    ),
+    "rank and prefix": ([*PREFIX, "--lora_rank", "4"], "--lora_rank belong", PREFIX),
+    "full and int4": (
+        ["--tuning", "full", "--quantization_bit", "4"],
+        "--tuning lora",
+        ["--tuning", "lora", "--quantization_bit", "4"],
+    ),
+    "full and int8 embedding": (
+        ["--tuning", "full", "--quantize_embeddings"],
+        "--tuning lora",
+        ["--tuning", "lora", "--quantize_embeddings"],
+    ),
+    "rank 0": (
+        ["--tuning", "lora", "--lora_rank", "0"],
+        "--lora_rank is 0; use 1 or more",
+        ["--tuning", "lora", "--lora_rank", "1"],
+    ),
+    "alpha 0": (
+        ["--tuning", "lora", "--lora_alpha", "0"],
+        "--lora_alpha is 0; use a number above 0",
+        ["--tuning", "lora", "--lora_alpha", "0.1"],
+    ),
+    "dropout 1": (
+        ["--tuning", "lora", "--lora_dropout", "1"],
+        "--lora_dropout is 1.0; use 0 to less than 1",
+        ["--tuning", "lora", "--lora_dropout", "0"],
+    ),
     "odd module": (
         ["--tuning", "lora", "--lora_target_modules", "dense,q_proj"],
         "query_key_value",
+        ["--tuning", "lora", "--lora_target_modules", "dense,query_key_value"],
     ),
-    "fsdp and scores": (
-        ["--tuning", "full", "--fsdp", "full_shard", "--do_predict", "--test_file", "x.json"],
-        "bash evaluate.sh",
+    "no steps": ([*PREFIX, "--max_steps", "0"], "--max_steps is 0; use 1 or more", PREFIX),
+    "no steps, otherwise": (
+        [*PREFIX, "--max_steps", "-3"],
+        "--num_train_epochs",
+        [*PREFIX, "--num_train_epochs", "2"],
     ),
-    "no steps": ([*PREFIX, "--max_steps", "0"], "--max_steps is 0; use 1 or more"),
-    "no epochs": ([*PREFIX, "--num_train_epochs", "0"], "--num_train_epochs is 0; use a number"),
-    "no memory": ([*PREFIX, "--gpu_memory", "0"], "--gpu_memory is 0; use a number above 0"),
-    "checkpointing": ([*PREFIX, "--gradient_checkpointing", "some"], "auto, true or false"),
-    "its options": ([*PREFIX, "--gradient_checkpointing_kwargs", "[1]"], "use_reentrant"),
-    "validation without rows": ([*PREFIX, "--eval_strategy", "steps"], "--validation_file"),
-    "unknown preset": ([*PREFIX, "--preset", "soft"], "task or gentle"),
-    "preset of lora": (["--tuning", "lora", "--preset", "gentle"], "leave --preset out"),
-    "spread of lora": (["--tuning", "lora", "--prefix_init_std", "1"], "no new prefix"),
-    "spread 0": ([*PREFIX, "--prefix_init_std", "0"], "a number above 0"),
+    "no epochs": (
+        [*PREFIX, "--num_train_epochs", "0"],
+        "--num_train_epochs is 0; use a number above 0",
+        [*PREFIX, "--num_train_epochs", "0.5"],
+    ),
+    "no memory": (
+        [*PREFIX, "--gpu_memory", "0"],
+        "--gpu_memory is 0; use a number above 0",
+        [*PREFIX, "--gpu_memory", "8"],
+    ),
+    "checkpointing": (
+        [*PREFIX, "--gradient_checkpointing", "some"],
+        "auto, true or false",
+        [*PREFIX, "--gradient_checkpointing", "true"],
+    ),
+    "its options": (
+        [*PREFIX, "--gradient_checkpointing_kwargs", "[1]"],
+        '{"use_reentrant": false}',
+        [*PREFIX, "--gradient_checkpointing_kwargs", '{"use_reentrant": false}'],
+    ),
+    "validation without rows": (
+        [*PREFIX, "--eval_strategy", "steps"],
+        "--validation_file",
+        [*PREFIX, "--eval_strategy", "steps", "--validation_file", ROWS],
+    ),
+    "patience": (
+        [*PREFIX, "--early_stopping_patience", "2"],
+        "--load_best_model_at_end",
+        [
+            *(*PREFIX, "--early_stopping_patience", "2", "--load_best_model_at_end"),
+            *("--eval_strategy", "steps", "--validation_file", ROWS),
+        ],
+    ),
+    "both dtypes": ([*PREFIX, "--bf16", "--fp16"], "keep one", [*PREFIX, "--bf16"]),
+    "recipe": (
+        [*PREFIX, "--recipe", "mine"],
+        "corrected or published",
+        [*PREFIX, "--recipe", "published"],
+    ),
+    "bits": (
+        [*PREFIX, "--quantization_bit", "3"],
+        "4 or 8, or leave it out",
+        [*PREFIX, "--quantization_bit", "4"],
+    ),
+    "two starts": (
+        ["--init_from", "a", "--ptuning_checkpoint", "b"],
+        "leave one out",
+        ["--init_from", "a"],
+    ),
+    "unknown preset": (
+        [*PREFIX, "--preset", "soft"],
+        "task or gentle",
+        [*PREFIX, "--preset", "gentle"],
+    ),
+    "preset of lora": (
+        ["--tuning", "lora", "--preset", "gentle"],
+        "leave --preset out and give --learning_rate",
+        ["--tuning", "lora", "--learning_rate", "1e-3"],
+    ),
+    "spread of lora": (
+        ["--tuning", "lora", "--prefix_init_std", "1"],
+        "leave it out",
+        ["--tuning", "lora"],
+    ),
+    "spread 0": (
+        [*PREFIX, "--prefix_init_std", "0"],
+        "a number above 0",
+        [*PREFIX, "--prefix_init_std", "1e-3"],
+    ),
     "spread of an old prefix": (
         ["--ptuning_checkpoint", "old", "--prefix_init_std", "1"],
         "no new prefix",
+        ["--ptuning_checkpoint", "old"],
     ),
-    "mix without ratio": ([*PREFIX, "--mix", "general.jsonl"], "FILE:RATIO"),
-    "mix of nothing": ([*PREFIX, "--mix", "none.jsonl:0.2"], "no file none.jsonl"),
+    "mix without ratio": (
+        [*PREFIX, "--mix", "general.jsonl"],
+        "FILE:RATIO",
+        [*PREFIX, "--mix", f"{ROWS}:0.2"],
+    ),
+    "mix of nothing": (
+        [*PREFIX, "--mix", "none.jsonl:0.2"],
+        "no file none.jsonl",
+        [*PREFIX, "--mix", f"{ROWS}:0.2"],
+    ),
     "prompts nowhere": (
         [*PREFIX, "--do_predict", "--test_file", "t", "--general_prompts", "none"],
         "--general_prompts is none",
+        [*PREFIX, "--do_predict", "--test_file", "t"],
     ),
-    "other config": ([*PREFIX, "--config_name", "X"], "--config_name is X, which is not supported"),
+    "other config": (
+        [*PREFIX, "--config_name", "X"],
+        "--config_name is X, which is not supported",
+        PREFIX,
+    ),
+    "hub data": ([*PREFIX, "--dataset_name", "adgen"], "give --train_file", PREFIX),
+    "no column": (
+        [*PREFIX, "--lerning_rate", "1"],
+        "--learning_rate",
+        [*PREFIX, "--learning_rate", "1"],
+    ),
+    "model": (
+        [*PREFIX, "--model_name_or_path", "./nowhere"],
+        "or nano",
+        [*PREFIX, "--model_name_or_path", "nano"],
+    ),
 }
 
 
-@pytest.mark.parametrize("case", sorted(CONTRADICTIONS))
-def test_contradictions_are_reported_with_what_to_type(case, tmp_path):
-    more, needed = CONTRADICTIONS[case]
+@pytest.mark.parametrize("case", sorted(HINTS))
+def test_a_hint_names_flags_of_main_and_following_it_helps(case, tmp_path):
+    more, needed, followed = HINTS[case]
     with pytest.raises(UsageError) as caught:
         parse_arguments(train(tmp_path, *more))
-    assert needed in str(caught.value)
+    message = str(caught.value)
+    assert needed in message
+    assert "\n" not in message
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w*", message)) - set(more)
+    assert named <= set(make_parser()._option_string_actions), message
+    assert isinstance(parse_arguments(train(tmp_path, *followed)), RunConfig)
 
 
 def test_the_config_of_the_base_itself_is_accepted(tmp_path):

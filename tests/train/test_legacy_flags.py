@@ -10,7 +10,7 @@ from ptuning.train.flags import GROUPS
 from ptuning.train.legacy_flags import IGNORED, REFUSED, RENAMED, REPLACED
 
 NEEDED = [
-    *("--do_train", "--train_file", "rows.json", "--model_name_or_path", "base"),
+    *("--do_train", "--train_file", "rows.json", "--model_name_or_path", "my/base"),
     *("--output_dir", "out", "--pre_seq_len", "4"),
 ]
 OF_VALIDATION = ["--validation_file", "rows.json", "--test_file", "rows.json"]
@@ -44,7 +44,7 @@ warmup_ratio=0.1 warmup_steps=0 weight_decay=0 xpu_backend=ccl
 """.split()
 
 OF_THE_PUBLISHED_SCRIPTS = """
-config_name=base tokenizer_name=t cache_dir=d use_fast_tokenizer=true model_revision=main
+config_name=my/base tokenizer_name=t cache_dir=d use_fast_tokenizer=true model_revision=main
 use_auth_token=false resize_position_embeddings=false quantization_bit=4 pre_seq_len=128
 prefix_projection=false ptuning_checkpoint=p lang=zh dataset_config_name=c
 train_file=a validation_file=b test_file=c overwrite_cache=true preprocessing_num_workers=4
@@ -72,7 +72,7 @@ def test_every_old_switch_may_stand_alone(pair):
 
 
 def test_every_old_flag_is_read_from_a_json_file(tmp_path):
-    values = {"do_train": True, "train_file": "rows.json", "model_name_or_path": "base"}
+    values = {"do_train": True, "train_file": "rows.json", "model_name_or_path": "my/base"}
     values |= {"output_dir": "out", "pre_seq_len": 4}
     for pair in OF_THE_OLD_TRAINER + OF_THE_PUBLISHED_SCRIPTS:
         name, _, value = pair.partition("=")

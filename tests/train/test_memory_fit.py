@@ -322,7 +322,15 @@ def test_a_gpus_block_and_workspace_are_those_of_its_size_and_kind(
 
 
 ROOT = Path(__file__).resolve().parents[2]
-BARE = ["--do_train", "--train_file", "x.json", "--model_name_or_path", "x", "--pre_seq_len", "4"]
+BARE = [
+    "--do_train",
+    "--train_file",
+    "x.json",
+    "--model_name_or_path",
+    "my/base",
+    "--pre_seq_len",
+    "4",
+]
 BARE += ["--output_dir", "y"]
 
 

@@ -251,7 +251,9 @@ def test_other_rows_are_refused(tmp_path):
     make_checkpoint(tmp_path, 15, rows="30-1")
     with pytest.raises(OutputDirectoryError, match="rows were 30-1 and are 20-2") as error:
         choose(tmp_path, rows="20-2")
-    assert "its own training file and lengths with --resume_from_checkpoint auto" in str(error.value)
+    assert "its own training file and lengths with --resume_from_checkpoint auto" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"format_version": 99}'])

@@ -22,7 +22,7 @@ from ptuning.model.prefix_artefact import (
     save_prefix,
 )
 from ptuning.model.tuned import FULL, LORA, PTUNING, remove_other_marks
-from ptuning.train.base_model import choose_dtype, load_base
+from ptuning.train.base_model import check_weights, choose_dtype, load_base
 from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.processes.launch import shards_weights
 
@@ -175,6 +175,7 @@ class PrefixTuning:
 
 def open_tuning(config: RunConfig) -> Tuning:
     """Return the kind of tuning that a run asks for; its checkpoint is sound, no base is loaded."""
+    check_weights(config.model_name_or_path)
     if config.tuning == LORA:
         from ptuning.train.tunings.lora import LoraTuning
 
