@@ -18,6 +18,7 @@ from ptuning.data.mixing import FORM, mix_rows, parse_mix
 from ptuning.data.reading import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.train.config import RunConfig, UsageError
+from ptuning.train.processes.processes import num_processes
 
 logger = logging.getLogger("main")
 
@@ -41,6 +42,9 @@ def load_rows(config: RunConfig, tokenizer: ChatGLMTokenizer, *, overwrite_cache
         train_rows = _training_rows("--train_file", config, tokenizer, overwrite_cache)
         if config.mix is not None:
             train_rows = _with_general_rows(train_rows, config, tokenizer, overwrite_cache)
+        rows_per_step = config.rows_per_step(num_processes())
+        epochs, steps = config.num_train_epochs, config.max_steps
+        logger.info(steps_line(len(train_rows), rows_per_step, epochs, max_steps=steps))
     if config.validates:
         validation = _training_rows("--validation_file", config, tokenizer, overwrite_cache)
     if config.do_predict:
