@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ptuning.commands.registry import COMMANDS
 from ptuning.output import start_logging
+from ptuning.train.config import parse_arguments
 
 WHAT = "Tools for ChatGLM-6B checkpoints, prefixes and data."
 
@@ -47,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"python -m ptuning {command.name}", description=f"{command.help}."
     )
     command.add_flags(own)
-    if command.takes_main_flags and not {"-h", "--help"} & set(arguments[1:2]):
-        given = argparse.Namespace(flags=arguments[1:])
-    else:
-        given = own.parse_args(arguments[1:])
     start_logging(logging.INFO, sys.stderr)
     try:
+        if command.takes_main_flags and not {"-h", "--help"} & set(arguments[1:2]):
+            given = argparse.Namespace(config=parse_arguments(arguments[1:]))
+        else:
+            given = own.parse_args(arguments[1:])
         return importlib.import_module(command.module).run(given)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())

@@ -46,7 +46,7 @@ ALLOWED = {
         "ptuning.serve",
         "ptuning.nano.paths",  # whose tokenizer counts where no other is named
     },
-    "ptuning.__main__": {"ptuning.commands"},
+    "ptuning.__main__": {"ptuning.commands", "ptuning.train.config"},  # plan takes main.py's flags
     "arguments": {"ptuning.train"},
     "trainer_seq2seq": {"ptuning.evaluate", "ptuning.model", "ptuning.train"},
     "main": {"ptuning", "arguments", "trainer_seq2seq", *(f"ptuning.{room}" for room in ROOMS)},

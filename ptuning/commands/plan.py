@@ -28,7 +28,7 @@ from ptuning.model.linear import Linear, pack_weights_
 from ptuning.model.prefix_artefact import prefix_shape, read_prefix_tensors
 from ptuning.model.tuned import FULL, PTUNING
 from ptuning.train.base_model import choose_dtype, load_tokenizer
-from ptuning.train.config import RunConfig, parse_arguments
+from ptuning.train.config import RunConfig
 from ptuning.train.memory.estimate import (
     Memory,
     ModelSize,
@@ -83,7 +83,7 @@ class Situation(NamedTuple):
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 3 if the run is not expected to fit, else 0."""
-    text, fits = make_plan(look(parse_arguments(arguments.flags)))
+    text, fits = make_plan(look(arguments.config))
     sys.stdout.write(text)
     return 0 if fits else NOT_FITTING
 

@@ -20,7 +20,7 @@ PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
 class Command(NamedTuple):
     """A command's name on the command line, one line of help, its flags and its module.
 
-    takes_main_flags: everything typed after it is passed to the module unparsed, in `flags`.
+    takes_main_flags: what is typed after it are the flags of main.py; the module gets a `config`.
     """
 
     name: str
