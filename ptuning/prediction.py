@@ -22,7 +22,14 @@ from ptuning.data.collation import pad_left
 from ptuning.data.dataset import GenerationDataset
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.evaluate.loss_history import load_log_history
-from ptuning.evaluate.metrics import CorpusScores, PairScores, is_blank, mean_scores, score_pair
+from ptuning.evaluate.metrics import (
+    CorpusScores,
+    PairScores,
+    format_scores_table,
+    is_blank,
+    mean_scores,
+    score_pair,
+)
 from ptuning.evaluate.predictions import (
     PREDICTIONS_NAME,
     RESULTS_NAME,
@@ -31,7 +38,6 @@ from ptuning.evaluate.predictions import (
 )
 from ptuning.evaluate.report import METHODS, ReportData, ReportRow, write_report
 from ptuning.evaluate.retention import Retention
-from ptuning.evaluate.table import format_scores_table
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import PUBLISHED_SAMPLING, Decoding, generate_answers
 from ptuning.model.prefix_artefact import base_fingerprint

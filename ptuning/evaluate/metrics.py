@@ -1,8 +1,9 @@
-"""The published scores of a prediction: ROUGE-1/2/L on words, BLEU-4 on characters, in percent.
+"""The published scores of a prediction, in percent, and the table that compares two models.
 
-Every row is rounded to 4 places before the mean is taken, as the published evaluation does, so the
-figures compare with published tables digit by digit. What differs: a blank prediction or label
-scores 0 instead of ending the run, and blank predictions are counted.
+ROUGE-1/2/L is computed on words, BLEU-4 on characters. Every row is rounded to 4 places before the
+mean is taken, as in the published evaluation, so the figures compare with published tables digit by
+digit. What differs: a blank prediction or label scores 0 instead of ending the run, and blank
+predictions are counted.
 Sources: ROUGE from rouge_chinese (F1 on jieba words), BLEU from nltk (`sentence_bleu`, method3
 smoothing: Chen and Cherry 2014, https://aclanthology.org/W14-3346).
 """
@@ -53,13 +54,9 @@ class CorpusScores(NamedTuple):
         >>> sorted(scores.by_published_name("base"))[:3]
         ['base_bleu-4', 'base_empty', 'base_rouge-1']
         """
-        means = PairScores(self.rouge_1, self.rouge_2, self.rouge_l, self.bleu_4)
-        metrics: dict[str, float] = {
-            f"{prefix}_{name}": value for name, value in means.by_published_name().items()
-        }
-        metrics[f"{prefix}_samples"] = self.samples
-        metrics[f"{prefix}_empty"] = self.empty
-        return metrics
+        named = PairScores(*self[:4]).by_published_name()
+        named |= {"samples": self.samples, "empty": self.empty}
+        return {f"{prefix}_{name}": value for name, value in named.items()}
 
 
 def mean_scores(rows: Sequence[PairScores], *, empty: int) -> CorpusScores:
@@ -69,11 +66,63 @@ def mean_scores(rows: Sequence[PairScores], *, empty: int) -> CorpusScores:
             "No rows were scored, so there is no mean. Add at least one prediction and its "
             "label; check that the test file is not empty and --max_predict_samples is not 0."
         )
-    samples = len(rows)
-    mean = PairScores(*(math.fsum(column) / samples for column in zip(*rows, strict=True)))
-    return CorpusScores(
-        mean.rouge_1, mean.rouge_2, mean.rouge_l, mean.bleu_4, samples=samples, empty=empty
-    )
+    means = PairScores(*(math.fsum(column) / len(rows) for column in zip(*rows, strict=True)))
+    return CorpusScores(**means._asdict(), samples=len(rows), empty=empty)
+
+
+class ScoreLine(NamedTuple):
+    """One score of two models, as text, and its change."""
+
+    heading: str
+    base: str
+    tuned: str
+    change: str
+    gain: float  # above 0 if tuned is better; always 0 for the number of rows
+
+
+def compare_scores(base: CorpusScores, tuned: CorpusScores) -> list[ScoreLine]:
+    """Return one line per score; a change is the difference of the two numbers as printed."""
+    lines = []
+    for heading, field, places, sign in (
+        ("BLEU-4", "bleu_4", 2, 1),
+        ("ROUGE-1", "rouge_1", 2, 1),
+        ("ROUGE-2", "rouge_2", 2, 1),
+        ("ROUGE-L", "rouge_l", 2, 1),
+        ("empty answers", "empty", 0, -1),
+        ("rows", "samples", 0, 0),
+    ):
+        old, new = base._asdict()[field], tuned._asdict()[field]
+        change = round(new, places) - round(old, places)
+        shown = f"{change:+.{places}f}" if change or places else ""
+        before, after = f"{old:.{places}f}", f"{new:.{places}f}"
+        lines.append(ScoreLine(heading, before, after, shown, gain=sign * change))
+    return lines
+
+
+def format_scores_table(base: CorpusScores | None, tuned: CorpusScores) -> str:
+    """Return the scores as an ASCII table without a trailing newline; base None: one column.
+
+    >>> base = CorpusScores(20.0, 4.0, 15.5, 2.25, samples=1070, empty=3)
+    >>> print(format_scores_table(base, CorpusScores(31.12, 7.11, 24.97, 8.1, 1070, 0)))
+                       base     tuned    change
+    BLEU-4             2.25      8.10     +5.85
+    ROUGE-1           20.00     31.12    +11.12
+    ROUGE-2            4.00      7.11     +3.11
+    ROUGE-L           15.50     24.97     +9.47
+    empty answers         3         0        -3
+    rows               1070      1070
+    """
+    rows = [("", "base", "tuned", "change")]
+    rows += [line[:4] for line in compare_scores(base or tuned, tuned)]
+    if base is None:
+        rows = [(heading, number, "", "") for heading, _, number, _ in rows]
+    lines = [
+        f"{heading:<13}{''.join(f'{cell:>10}' for cell in cells)}".rstrip()
+        for heading, *cells in rows
+    ]
+    if base and base.samples != tuned.samples:
+        lines.append("Base and tuned were scored on different numbers of rows: compare with care.")
+    return "\n".join(lines)
 
 
 def score_pair(prediction: str, label: str) -> PairScores:

@@ -1,24 +1,26 @@
 """One self-contained HTML page about an evaluation: scores, loss curve, settings, rows compared.
 
-The page opens from a file on any machine. Every word of data in it is escaped, and its content
-policy lets no script run but its own, so an answer that contains markup is only ever shown.
+`report.html.j2` holds the markup, the style sheet and the script. The page opens from a file on any
+machine and fetches nothing. All data is escaped, and the page's content security policy allows its
+own script only, so markup in an answer is shown as text.
 """
 
 import base64
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
 from ptuning.atomic_file import write_atomically
-from ptuning.evaluate.loss_history import LossHistory, read_log_history, smooth
-from ptuning.evaluate.loss_svg import loss_svg
-from ptuning.evaluate.metrics import CorpusScores, is_blank
-from ptuning.evaluate.report_style import SCRIPT, STYLE
-from ptuning.evaluate.retention import Retention, RetentionRow
-from ptuning.evaluate.table import COUNTS, MEASURES
+from ptuning.evaluate.loss_history import LossHistory, Point, read_log_history, smooth
+from ptuning.evaluate.metrics import CorpusScores, compare_scores
+from ptuning.evaluate.retention import Retention
 from ptuning.output import signed
 
 DEFAULT_MAX_ROWS = 200
@@ -33,7 +35,11 @@ TUNED_LABELS = {
     "lora": "LoRA 适配器 adapter",
     "full": "微调后的模型 tuned model",
 }
-COUNT_LABELS = {"empty answers": "空回答", "rows": "条数"}
+# Pixels of the loss curve: the whole picture, and the edges of the plot within its scales.
+WIDTH, HEIGHT = 720, 300
+LEFT, RIGHT, TOP, BOTTOM = 48, 696, 12, 248
+MOST_POINTS = 600  # of one line; more cannot be told apart at this width
+MOST_TICKS = 6
 
 
 @dataclass(frozen=True)
@@ -79,30 +85,54 @@ class ReportData:
 
 
 def write_report(path: Path, report: ReportData) -> None:
-    """Write the page; half a surrogate pair in a text becomes a character reference."""
+    """Write the page; a lone surrogate in a text becomes a character reference."""
     write_atomically(path, render_report(report).encode("utf-8", "xmlcharrefreplace"))
 
 
 def render_report(report: ReportData) -> str:
     """Return the page as text."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return "\n".join(
-        (
-            '<!doctype html>\n<html lang="zh">\n<head>\n<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(report.title)}</title>",
-            f"<style>{STYLE}</style>\n</head>\n<body>\n<main>",
-            f'<h1>{escape(report.title)}</h1>\n<p class="quiet">{escape(report.made_at)}</p>',
-            _scores_section(report.base, report.tuned),
-            retention_section(report.retention),
-            _curve_section(read_log_history(report.log_history)),
-            _facts_section(report),
-            _rows_section(report),
-            "</main>\n</body>\n</html>\n",
-        )
+    history = read_log_history(report.log_history)
+    facts: dict[str, object] = {
+        "原模型 base model": report.model,
+        TUNED_LABELS[report.tuning]: report.prefix,
+    }
+    if report.step is not None:
+        facts["步数 step"] = report.step
+    rows = choose_rows(report.rows, report.max_rows)
+    limit = fitting_text_limit(rows)
+    general_rows = report.retention.rows if report.retention else ()
+    return _template().render(
+        report=report,
+        scores=compare_scores(report.base or report.tuned, report.tuned),
+        retention=report.retention,
+        general_rows=sorted(general_rows, key=lambda row: -row.change)[:RETENTION_MAX_ROWS],
+        general_limit=RETENTION_TEXT_LIMIT,
+        history=history,
+        plot=_plot(history) if history.steps else None,
+        facts=facts,
+        rows=rows,
+        limit=limit,
+        is_cut=any(len(text) > limit for row in rows for text in row.texts),
     )
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["sha256"] = _sha256
+    environment.globals |= {"signed": signed, "value_text": _value_text}
+    return environment.get_template("report.html.j2")
+
+
+def _sha256(text: str) -> str:
+    """Return the digest of a script as a content security policy names it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def choose_rows(rows: Sequence[ReportRow], max_rows: int) -> list[ReportRow]:
@@ -136,28 +166,6 @@ def fitting_text_limit(rows: Sequence[ReportRow]) -> int:
     return TEXT_LIMITS[-1]
 
 
-def _facts_section(report: ReportData) -> str:
-    label = TUNED_LABELS[report.tuning]
-    facts: dict[str, object] = {"原模型 base model": report.model, label: report.prefix}
-    if report.step is not None:
-        facts["步数 step"] = report.step
-    table = _facts_table(facts)
-    if report.settings:
-        table += (
-            "<details><summary>全部设置 all settings</summary>"
-            f"{_facts_table(report.settings)}</details>"
-        )
-    return f'<h2>设置 <small>Settings</small></h2>\n<div class="panel">{table}</div>'
-
-
-def _facts_table(facts: Mapping[str, object]) -> str:
-    lines = (
-        f"<tr><th>{escape(str(name))}</th><td>{escape(_value_text(value))}</td></tr>"
-        for name, value in facts.items()
-    )
-    return f'<table class="facts"><tbody>{"".join(lines)}</tbody></table>'
-
-
 def _value_text(value: object) -> str:
     """Return a setting as the READMEs write it.
 
@@ -169,169 +177,58 @@ def _value_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _scores_section(base: CorpusScores | None, tuned: CorpusScores) -> str:
-    heads = ["微调 tuned"] if base is None else ["原模型 base", "微调 tuned", "变化 change"]
-    lines = []
-    for label, name in MEASURES:
-        lines.append(_score_line(label, base and getattr(base, name), getattr(tuned, name), 2))
-    for label, name in COUNTS:
-        both = f"{COUNT_LABELS[label]} {label}"
-        lines.append(_score_line(both, base and getattr(base, name), getattr(tuned, name), 0))
-    cells = "".join(f"<th>{head}</th>" for head in heads)
-    return (
-        '<h2>评分 <small>Scores (%)</small></h2>\n<div class="panel"><table>'
-        f"<thead><tr><th></th>{cells}</tr></thead>\n<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+def _plot(history: LossHistory) -> dict[str, Any]:
+    """Return the loss curve in pixels for the template to draw; needs at least one finite loss.
+
+    The page has its own inline SVG because its colours come from the style sheet and follow dark
+    mode, its labels are text, and it is a few kilobytes.
+    """
+    losses = [point.value for point in (*history.train, *history.validation)]
+    across, step_ticks = _axis(history.steps, LEFT, RIGHT, margin=0.0, integer=True)
+    upward, loss_ticks = _axis(losses, BOTTOM, TOP, margin=0.08, integer=False)
+
+    def place(points: Sequence[Point]) -> list[tuple[float, float]]:
+        """Place every k-th point and the last one, at most about MOST_POINTS."""
+        stride = max(1, math.ceil(len(points) / MOST_POINTS))
+        kept = [*points[:-1:stride], *points[-1:]]
+        return [(across(point.step), upward(point.value)) for point in kept]
+
+    train, smoothed = place(history.train), place(smooth(history.train))
+    validation = place(history.validation)
+    return {
+        "size": (WIDTH, HEIGHT),
+        "frame": (LEFT, RIGHT, BOTTOM),
+        "step_ticks": step_ticks,
+        "loss_ticks": loss_ticks,
+        "lines": {
+            "train raw" if smoothed else "train": train,
+            "train": smoothed or train,
+            "validation": validation,
+        },
+        "dots": {"validation": validation, "train": train if len(train) == 1 else []},
+        "best": place([history.best]) if history.best else [],
+    }
 
 
-def _score_line(label: str, base: float | None, tuned: float, places: int) -> str:
-    cells = f'<td class="tuned">{tuned:.{places}f}</td>'
-    if base is not None:
-        change = round(tuned, places) - round(base, places)  # as a reader subtracts
-        is_better = change > 0 if places else change < 0  # of counts, fewer empty ones are better
-        colour = "" if change == 0 or "rows" in label else "up" if is_better else "down"
-        shown = "" if change == 0 else f"{change:+.{places}f}"
-        cells = f'<td>{base:.{places}f}</td>{cells}<td class="{colour}">{shown}</td>'
-    return f"<tr><th>{label}</th>{cells}</tr>\n"
+def _axis(
+    values: Sequence[float], start: float, end: float, *, margin: float, integer: bool
+) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """Return a map from values to pixels between start and end, and ticks as (pixel, label).
 
+    >>> place, ticks = _axis([0, 3000], 0, 600, margin=0.0, integer=True)
+    >>> place(50), ticks[:2]
+    (10.0, [(0.0, '0'), (100.0, '500')])
+    """
+    from matplotlib.ticker import MaxNLocator
 
-def retention_section(retention: Retention | None) -> str:
-    """Return the section; "" where forgetting was not measured."""
-    if retention is None:
-        return ""
-    ranked = sorted(retention.rows, key=lambda row: -row.change)[:RETENTION_MAX_ROWS]
-    cards = "\n".join(map(_retention_card, ranked))
-    return (
-        "<h2>遗忘 <small>Forgetting</small></h2>\n"
-        '<p class="quiet">微调前后回答同一组通用问题；损失按原模型自己的回答计算，取每个 token '
-        "的平均。 General prompts answered before and after tuning; the loss is that of the base's "
-        f"own answers, per token. {escape(retention.source)}</p>\n"
-        f'<div class="panel">{_retention_figures(retention)}</div>\n'
-        "<details><summary>通用问题的回答，变化最大的在前 "
-        f"Answers to the general prompts, most changed first</summary>\n{cards}\n</details>"
-    )
+    low, high = min(values), max(values)
+    # A single value is placed in the middle of a range around it.
+    spread = margin * (high - low) if high > low else max(abs(high), 1.0) * 0.1
+    low, high = low - spread, high + spread
 
+    def place(value: float) -> float:
+        return round(start + (value - low) / (high - low) * (end - start), 1)
 
-def _retention_figures(retention: Retention) -> str:
-    change = round(retention.change, 3)
-    colour = "down" if change > 0 else "up" if change < 0 else ""
-    return (
-        "<table><thead><tr><th></th><th>原模型 base</th><th>微调 tuned</th>"
-        "<th>变化 change</th></tr></thead>\n<tbody><tr>"
-        "<th>原模型回答的损失 loss on the base's answers</th>"
-        f"<td>{retention.base_loss:.3f}</td>"
-        f'<td class="tuned">{retention.tuned_loss:.3f}</td>'
-        f'<td class="{colour}">{signed(change, 3)}</td></tr>\n'
-        "<tr><th>与原模型的散度 divergence from the base (KL, nats)</th><td>0</td>"
-        f'<td class="tuned">{retention.divergence:.3f}</td><td></td></tr>\n'
-        "<tr><th>相同的回答 identical answers</th>"
-        f"<td>{len(retention.rows)}</td>"
-        f'<td class="tuned">{retention.num_same}</td><td></td></tr></tbody></table>'
-    )
-
-
-def _retention_card(row: RetentionRow) -> str:
-    colour = "down" if row.change > 0 else "up" if row.change < 0 else ""
-    same = "<span>相同 identical</span>" if row.is_same else ""
-    base_loss, tuned_loss = row.base_loss / row.num_tokens, row.tuned_loss / row.num_tokens
-    answers = _text_block("原模型 base", row.base, RETENTION_TEXT_LIMIT)
-    answers += _text_block("微调 tuned", row.tuned, RETENTION_TEXT_LIMIT, style="tuned")
-    return (
-        f'<article class="row"><header><b>{escape(row.prompt[:RETENTION_TEXT_LIMIT])}</b>{same}'
-        f"<span>损失 loss {base_loss:.3f} → {tuned_loss:.3f}</span>"
-        f'<span class="{colour}">{signed(row.change, 3)}</span></header>'
-        f'<div class="texts">{answers}</div></article>'
-    )
-
-
-def _curve_section(history: LossHistory) -> str:
-    if not (history.steps or history.non_finite_steps):
-        return ""  # the run that trained this prefix left no log here
-    legend = ""
-    if history.train:
-        raw = '<i class="raw"></i>训练损失 training loss, as logged'
-        both = f"<span>{raw}</span><span><i></i>平滑 smoothed</span>"
-        legend += both if smooth(history.train) else "<span><i></i>训练损失 training loss</span>"
-    if history.validation:
-        legend += '<span><i class="validation"></i>验证损失 validation loss</span>'
-    remark = f'<p class="alarm">{escape(history.remark)}</p>' if history.remark else ""
-    return (
-        '<h2>损失 <small>Loss</small></h2>\n<div class="panel">'
-        f'{loss_svg(history)}\n<div class="legend">{legend}</div>{remark}</div>'
-    )
-
-
-def _rows_section(report: ReportData) -> str:
-    shown = choose_rows(report.rows, report.max_rows)
-    if not shown:
-        return ""
-    limit = fitting_text_limit(shown)
-    cards = "\n".join(_card(row, limit) for row in shown)
-    return (
-        "<h2>逐条对比 <small>Rows side by side</small></h2>\n"
-        f'<p class="quiet">{_what_is_shown(len(shown), len(report.rows), shown, limit)}</p>\n'
-        f'{_tools(shown, with_base=report.base is not None)}\n<div id="rows">\n{cards}\n</div>\n'
-        f"<script>{SCRIPT}</script>"
-    )
-
-
-def _what_is_shown(count: int, total: int, shown: list[ReportRow], limit: int) -> str:
-    if count == total:
-        words = f"全部 {total} 条，按微调 BLEU-4 从高到低。 All {total:,} rows, best tuned first."
-    else:
-        words = (
-            f"共 {total} 条，按微调 BLEU-4 排序后等距取 {count} 条，含最好与最差。 "
-            f"{count:,} of {total:,} rows, taken evenly from best to worst tuned BLEU-4."
-        )
-    if any(len(text) > limit for row in shown for text in row.texts):
-        words += f" 长文本只显示前 {limit} 字。 Long texts are cut after {limit} characters."
-    return words
-
-
-def _tools(shown: list[ReportRow], *, with_base: bool) -> str:
-    """Return links to the best, middle and worst row, and the choice of order the script shows."""
-    places = {"best": ("最好", 0), "middle": ("中间", len(shown) // 2), "worst": ("最差", -1)}
-    links = " ".join(
-        f'<a href="#row{shown[place].index}">{chinese} {english}</a>'
-        for english, (chinese, place) in places.items()
-    )
-    orders = {"tuned -1": "微调 BLEU-4 tuned, best first", "tuned 1": "tuned, worst first"}
-    if with_base:
-        orders |= {
-            "gain -1": "提升 gain over base, largest first",
-            "gain 1": "gain over base, smallest first",
-            "base -1": "原模型 BLEU-4 base, best first",
-        }
-    orders["index 1"] = "原顺序 order of the file"
-    options = "".join(f'<option value="{value}">{name}</option>' for value, name in orders.items())
-    return (
-        f'<div class="tools"><span>{links}</span><label hidden>排序 order '
-        f'<select id="order">{options}</select></label></div>'
-    )
-
-
-def _card(row: ReportRow, limit: int) -> str:
-    numbers = f"<span>微调 tuned {row.tuned_bleu:.2f}</span>"
-    data = f'data-index="{row.index}" data-tuned="{row.tuned_bleu:g}"'
-    answers = _text_block("微调 tuned", row.tuned, limit, style="tuned")
-    if row.base is not None and row.base_bleu is not None:
-        numbers = f"<span>原模型 base {row.base_bleu:.2f}</span>{numbers}"
-        colour = "up" if row.gain > 0 else "down" if row.gain < 0 else ""
-        numbers += f'<span class="{colour}">{row.gain:+.2f}</span>'
-        data += f' data-base="{row.base_bleu:g}" data-gain="{row.gain:g}"'
-        answers = _text_block("原模型 base", row.base, limit) + answers
-    question = _text_block("输入 prompt", row.prompt, limit)
-    question += _text_block("参考 label", row.label, limit)
-    return (
-        f'<article class="row" id="row{row.index}" {data}>'
-        f"<header><b>第 {row.index + 1} 条 row</b><span>BLEU-4</span>{numbers}</header>"
-        f'<div class="texts">{question}</div><div class="texts">{answers}</div></article>'
-    )
-
-
-def _text_block(name: str, text: str, limit: int, *, style: str = "") -> str:
-    """Return a text of at most limit characters under its name, which is trusted."""
-    shown = escape(text[:limit]) + ("…" if len(text) > limit else "")
-    if is_blank(text):
-        shown = '<em class="quiet">空 empty</em>'
-    return f'<div class="{style}"><span>{name}</span><bdi>{shown}</bdi></div>'
+    locator: Any = MaxNLocator(MOST_TICKS, steps=[1, 2, 5, 10], integer=integer)
+    ticks = [tick for tick in locator.tick_values(low, high).tolist() if low <= tick <= high]
+    return place, [(place(tick), f"{tick:g}") for tick in ticks]

@@ -13,7 +13,8 @@ from matplotlib.image import imread
 
 from ptuning.evaluate.loss_curve import draw_loss_curve
 from ptuning.evaluate.loss_history import Point, load_log_history, read_log_history, smooth
-from ptuning.evaluate.loss_svg import MOST_POINTS, loss_svg, round_steps
+from ptuning.evaluate.report import MOST_POINTS, render_report
+from tests.evaluate.test_report import report
 
 
 def log_of(steps: int, *, validation: bool = True) -> list[dict[str, Any]]:
@@ -31,6 +32,12 @@ def colours_in(path: Path) -> set[tuple[int, int, int]]:
     red, green, blue = np.moveaxis((imread(path)[..., :3] * 255).round().astype(np.int64), -1, 0)
     packed = np.unique(red << 16 | green << 8 | blue).tolist()
     return {(colour >> 16, colour >> 8 & 255, colour & 255) for colour in packed}
+
+
+def svg_of(entries: list[dict[str, Any]]) -> str:
+    """Return the curve on the report page, "" if it has none."""
+    page = render_report(report(log_history=entries, rows=[]))
+    return "".join(re.findall("<svg.*</svg>", page, flags=re.DOTALL))
 
 
 BLUE, ORANGE, RED = (0x25, 0x63, 0xA8), (0xC2, 0x57, 0x1A), (0xB3, 0x26, 0x1E)
@@ -114,7 +121,7 @@ def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 8, 300])
 def test_the_svg_is_well_formed_and_inside_its_frame(steps: int) -> None:
-    root = ElementTree.fromstring(loss_svg(read_log_history(log_of(steps))))
+    root = ElementTree.fromstring(svg_of(log_of(steps)))
     assert root.get("viewBox") == "0 0 720 300"
     for line in root.iter("polyline"):
         numbers = [float(number) for number in re.split("[ ,]", line.get("points") or "")]
@@ -124,18 +131,27 @@ def test_the_svg_is_well_formed_and_inside_its_frame(steps: int) -> None:
 
 
 def test_the_svg_of_a_long_run_stays_small() -> None:
-    svg = loss_svg(read_log_history(log_of(20_000, validation=False)))
+    svg = svg_of(log_of(20_000, validation=False))
     longest = max(len(line.split(" ")) for line in re.findall('points="([^"]+)"', svg))
     assert longest <= MOST_POINTS + 1
     assert len(svg) < 40_000
 
 
 def test_no_loss_has_no_svg() -> None:
-    assert loss_svg(read_log_history([{"step": 1, "loss": float("nan")}])) == ""
+    assert svg_of([{"step": 1, "loss": float("nan")}]) == ""
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (3.31, 5.72), (10, 30000), (4.0, 4.001)])
-def test_round_steps_lie_inside_and_are_few(low: float, high: float) -> None:
-    ticks = round_steps(low, high)
-    assert 2 <= len(ticks) <= 7
-    assert low - 1e-9 <= ticks[0] <= ticks[-1] <= high + 1e-9
+@pytest.mark.parametrize(
+    ("losses", "loss_ticks", "step_ticks"),
+    [
+        ([0.0, 1.0], ["0", "0.2", "0.4", "0.6", "0.8", "1"], ["10", "12", "14", "16", "18", "20"]),
+        ([3.31, 5.72], ["3.5", "4", "4.5", "5", "5.5"], ["10", "12", "14", "16", "18", "20"]),
+        ([4.0], ["3.6", "3.8", "4", "4.2", "4.4"], ["9", "10", "11"]),
+    ],
+)
+def test_the_scales_of_the_svg_have_few_and_round_numbers(
+    losses: list[float], loss_ticks: list[str], step_ticks: list[str]
+) -> None:
+    svg = svg_of([{"step": 10 * place, "loss": loss} for place, loss in enumerate(losses, 1)])
+    assert re.findall('class="tick" [^>]*>([^<]*)<', svg) == loss_ticks
+    assert re.findall('class="tick mid" [^>]*>([^<]*)<', svg)[:-1] == step_ticks

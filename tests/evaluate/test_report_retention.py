@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from ptuning.evaluate.report import RETENTION_MAX_ROWS, render_report, retention_section
+from ptuning.evaluate.report import RETENTION_MAX_ROWS, render_report
 from ptuning.evaluate.retention import Retention, RetentionRow
 from tests.evaluate.test_report import HOSTILE, Page, report
 
@@ -53,7 +53,7 @@ def test_the_page_has_the_figures_and_both_answers_most_changed_first():
 
 def test_hostile_answers_are_shown_and_never_markup():
     row = RetentionRow(HOSTILE, HOSTILE, HOSTILE, 1, 0.0, 0.0, 0.0)
-    page = Page(retention_section(Retention(HOSTILE, [row])))
+    page = Page(render_report(report(retention=Retention(HOSTILE, [row]), rows=[])))
     assert page.open == []
     assert page.attributes("script") == []
     assert page.attributes("img") == []
@@ -65,12 +65,11 @@ def test_many_rows_are_cut_to_the_most_changed():
         RetentionRow(f"[{index}]", "a", "b", 1, 0.0, float(index), 0.0)
         for index in range(RETENTION_MAX_ROWS + 5)
     ]
-    text = retention_section(Retention("x", rows))
+    text = render_report(report(retention=Retention("x", rows), rows=[]))
     assert text.count("<article") == RETENTION_MAX_ROWS
     assert "[4]" not in text
     assert "[5]" in text
 
 
 def test_nothing_is_said_where_nothing_was_measured():
-    assert retention_section(None) == ""
     assert "Forgetting" not in render_report(report())
