@@ -33,7 +33,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 from ptuning.atomic_file import write_atomically
-from ptuning.evaluate.loss_curve import draw_loss_curve
+from ptuning.evaluate.pictures import draw_loss_curve
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
 from ptuning.train.faults.disk_errors import DiskError, explain_disk_error, is_disk_error
 from ptuning.train.faults.guards import (

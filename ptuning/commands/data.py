@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ptuning.atomic_file import write_atomically
 from ptuning.commands.registry import DEFAULT_PICTURE, NO_PICTURE
-from ptuning.evaluate.length_histogram import (
+from ptuning.evaluate.pictures import (
     Lengths,
     Limit,
     check_picture_name,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ptuning.evaluate.loss_curve import draw_loss_curve
 from ptuning.evaluate.loss_history import Point, load_log_history, read_log_history, smooth
+from ptuning.evaluate.pictures import draw_loss_curve
 from ptuning.evaluate.report import MOST_POINTS, render_report
 from tests.evaluate.test_report import report
 

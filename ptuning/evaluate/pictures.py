@@ -1,0 +1,247 @@
+"""The pictures: a run's loss curve, and a histogram of the lengths of prompts and answers.
+
+Drawn with matplotlib's object interface, which needs no screen and leaves pyplot's state alone.
+"""
+
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ptuning.atomic_file import write_atomically
+from ptuning.evaluate.loss_history import LossHistory, Point, read_log_history, smooth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TEXT_COLOUR, QUIET_COLOUR, FAINT_COLOUR = "#333a42", "#7a828c", "#d9dde2"
+ALARM_COLOUR = "#b3261e"
+COLOURS = ("#2563a8", "#c2571a", "#3c7d3f", "#7d4fa3", "#8a6d1f", "#4a8f95")
+FIRST_COLOUR, SECOND_COLOUR = COLOURS[:2]
+STYLE: Any = {  # matplotlib's rcParams
+    "figure.dpi": 160,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.06,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.edgecolor": FAINT_COLOUR,
+    "axes.labelcolor": TEXT_COLOUR,
+    "axes.titlesize": 10,
+    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    "grid.color": FAINT_COLOUR,
+    "grid.linewidth": 0.8,
+    **{f"{axis}tick.color": QUIET_COLOUR for axis in "xy"},
+    **{f"{axis}tick.labelsize": 9 for axis in "xy"},
+    **{f"{axis}tick.major.size": 0 for axis in "xy"},
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "text.color": TEXT_COLOUR,
+}
+# Fonts with Chinese characters on Linux, Windows and macOS, for names of files.
+CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC")
+NUM_BINS = 30
+SUFFIXES = (".png", ".svg")
+
+
+class Lengths(NamedTuple):
+    """The lengths of one file's texts in tokens, control tokens not counted."""
+
+    name: str
+    prompts: Sequence[int]
+    answers: Sequence[int]
+
+
+class Limit(NamedTuple):
+    """A limit on texts, and how many of its tokens are left for text."""
+
+    flag: str
+    length: int
+    room: int
+
+
+@contextmanager
+def _picture(path: Path, width: float, height: float) -> "Iterator[Figure]":
+    """Yield a figure, width by height inches, and write it as PNG or SVG, by the path's suffix."""
+    from matplotlib import font_manager, rc_context
+    from matplotlib.figure import Figure
+
+    installed = set(font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in installed)]
+    content = io.BytesIO()
+    with rc_context(STYLE | {"font.family": fonts}):
+        figure = Figure(figsize=(width, height))
+        yield figure
+        figure.savefig(content, format=path.suffix.lower().removeprefix("."))
+    write_atomically(path, content.getvalue())
+
+
+def draw_loss_curve(log_history: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Draw what was logged: losses above, learning rate below; without a finite loss, say so."""
+    history = read_log_history(log_history)
+    with _picture(path, 8.0, 5.0) as figure:
+        if not history.steps:
+            figure.text(0.5, 0.5, history.remark, ha="center", va="center", fontsize=14)
+            return
+        if history.learning_rate:
+            axes, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
+            _draw_learning_rate(bottom, history.learning_rate)
+        else:
+            axes = bottom = figure.add_subplot()
+        _draw_losses(axes, history)
+        epoch = history.last_epoch
+        epochs = "" if epoch is None else f"  ({epoch:.2f} epochs in all)"
+        bottom.set_xlabel(f"optimiser step{epochs}")
+        bottom.locator_params(axis="x", integer=True)
+
+
+def _draw_losses(axes: "Axes", history: LossHistory) -> None:
+    smoothed = smooth(history.train)
+    if history.train:
+        label = "training loss, as logged" if smoothed else "training loss"
+        marker = "" if len(history.train) > 1 else "o"
+        axes.plot(
+            *zip(*history.train, strict=True),
+            color=FIRST_COLOUR,
+            alpha=0.3 if smoothed else 1.0,
+            linewidth=1.0 if smoothed else 1.8,
+            marker=marker,
+            label=label,
+        )
+    if smoothed:
+        axes.plot(
+            *zip(*smoothed, strict=True),
+            color=FIRST_COLOUR,
+            linewidth=2.2,
+            label="training loss, smoothed",
+        )
+    if history.validation:
+        axes.plot(
+            *zip(*history.validation, strict=True),
+            color=SECOND_COLOUR,
+            linewidth=1.8,
+            marker="o",
+            markersize=5,
+            markeredgecolor="white",
+            label="validation loss",
+        )
+    if history.non_finite_steps:
+        # A cross on the lower edge for each loss that has no place on the scale.
+        axes.plot(
+            history.non_finite_steps,
+            [0.015] * len(history.non_finite_steps),
+            transform=axes.get_xaxis_transform(),
+            linestyle="none",
+            marker="x",
+            color=ALARM_COLOUR,
+            markersize=6,
+            clip_on=False,
+            label=history.remark,
+        )
+    axes.margins(x=0.02, y=0.06)
+    if history.best is not None:
+        _mark_best(axes, history.best, history.steps)
+    axes.set_ylabel("loss per token (nats)")
+    axes.legend(loc="best")
+
+
+def _mark_best(axes: "Axes", best: Point, steps: list[float]) -> None:
+    """Circle the best validation point and label it below, on the side that has room."""
+    axes.plot(
+        [best.step],
+        [best.value],
+        marker="o",
+        markersize=11,
+        markerfacecolor="none",
+        markeredgecolor=SECOND_COLOUR,
+        markeredgewidth=1.6,
+        linestyle="none",
+    )
+    is_right = best.step > (min(steps) + max(steps)) / 2
+    axes.annotate(
+        f"best {best.value:.3f} at step {best.step:g}",
+        (best.step, best.value),
+        xytext=(8 if is_right else -8, -17),
+        textcoords="offset points",
+        ha="right" if is_right else "left",
+        va="top",
+        fontsize=9,
+        fontweight="bold",
+        color=SECOND_COLOUR,
+        bbox={
+            "boxstyle": "round,pad=0.25",
+            "facecolor": "white",
+            "edgecolor": "none",
+            "alpha": 0.85,
+        },
+    )
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.1 * (high - low), high)  # room for the label below the lowest point
+
+
+def _draw_learning_rate(axes: "Axes", points: list[Point]) -> None:
+    marker = "" if len(points) > 1 else "o"
+    steps, rates = zip(*points, strict=True)
+    axes.plot(steps, rates, color=QUIET_COLOUR, linewidth=1.5, marker=marker, markersize=4)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    axes.locator_params(axis="y", nbins=3)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    axes.yaxis.get_offset_text().set(fontsize=8)
+    axes.set_ylabel("learning rate", fontsize=9)
+
+
+def draw_length_histogram(
+    files: Sequence[Lengths], path: Path, *, prompt_limit: Limit, answer_limit: Limit
+) -> None:
+    """Draw the share of rows by length, prompts left, answers right, one line for each of 6 files.
+
+    Raises ValueError for a suffix other than .png or .svg, and if no file has rows.
+    """
+    check_picture_name(path)
+    drawn = [file for file in files if len(file.prompts)][: len(COLOURS)]
+    if not drawn:
+        raise ValueError("there is no row whose length could be drawn.")
+    with _picture(path, 9.0, 4.6) as figure:
+        left, right = figure.subplots(1, 2)
+        _draw_side(left, "prompt", [(f.name, f.prompts) for f in drawn], prompt_limit)
+        _draw_side(right, "answer", [(f.name, f.answers) for f in drawn], answer_limit)
+        left.set_ylabel("share of rows (%)")
+
+
+def check_picture_name(path: Path) -> None:
+    """Raise ValueError unless the suffix is that of a picture format: .png or .svg."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"the picture {path} must end in {' or '.join(SUFFIXES)}.")
+
+
+def _draw_side(
+    axes: "Axes", noun: str, files: Sequence[tuple[str, Sequence[int]]], limit: Limit
+) -> None:
+    """Draw one panel: a stepped line for each file, and the limit across them."""
+    import numpy as np
+
+    arrays = [np.asarray(lengths) for _, lengths in files]
+    longest = max(int(lengths.max()) for lengths in arrays)
+    usual = max(int(np.percentile(lengths, 99.5, method="higher")) for lengths in arrays)
+    high = max(usual, min(longest, limit.room + 1))
+    width = max(1, -(-(high + 1) // NUM_BINS))  # tokens of a bin
+    edges = np.arange(0, high + width + 1, width)
+    for (name, _), lengths, colour in zip(files, arrays, COLOURS, strict=False):
+        counts, _ = np.histogram(np.minimum(lengths, edges[-1] - 1), bins=edges)
+        shares = 100 * counts / len(lengths)
+        axes.stairs(shares, edges, color=colour, alpha=0.14, fill=True)
+        cut = (lengths > limit.room).mean()
+        axes.stairs(shares, edges, color=colour, linewidth=1.6, label=f"{name}: {cut:.1%} cut")
+    axes.axvline(limit.room + 0.5, color=ALARM_COLOUR, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.set_title(f"{noun}s, limit {limit.flag} {limit.length}")
+    beyond = "" if longest < edges[-1] else f", last bar up to {longest:,}"
+    axes.set_xlabel(f"tokens of {noun} text{beyond}")
+    axes.margins(x=0.01)
+    axes.set_ylim(bottom=0)
+    axes.locator_params(axis="both", integer=False, nbins=7)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below the panel, clear of data
