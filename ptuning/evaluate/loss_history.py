@@ -1,7 +1,7 @@
 """The losses of a run, picked out of transformers' `log_history`.
 
 `log_history` is the list in `trainer_state.json`. Its entries carry "step" and then either "loss"
-(with "learning_rate" and "epoch"), or "eval_loss"; a last one carries totals, which are no points.
+(with "learning_rate" and "epoch"), or "eval_loss"; the last one has totals, which are not points.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SMOOTHING_SHARE = 20  # one smoothed point is the mean over 1/20 of the run around it
-FEWEST_TO_SMOOTH = 8  # below this the raw points say it all
+FEWEST_TO_SMOOTH = 8  # fewer points are not smoothed
 
 
 class Point(NamedTuple):
@@ -42,7 +42,7 @@ class LossHistory(NamedTuple):
 
     @property
     def remark(self) -> str:
-        """What a reader must be told beside the curve, in one line; empty if all is well."""
+        """A one-line warning to show next to the curve; empty if all is well."""
         if not self.train and not self.validation:
             return "no finite loss logged"
         if not self.non_finite_steps:
@@ -62,12 +62,12 @@ def read_log_history(entries: Iterable[Mapping[str, Any]]) -> LossHistory:
     curves: dict[str, list[Point]] = {"loss": [], "eval_loss": [], "learning_rate": []}
     epochs = []
     for entry in entries:
-        if not _is_number(entry.get("step")):
+        if entry.get("step") is None:
             continue
         for name, points in curves.items():
-            if _is_number(entry.get(name)):
+            if entry.get(name) is not None:
                 points.append(Point(entry["step"], entry[name]))
-        if _is_number(entry.get("epoch")):
+        if entry.get("epoch") is not None:
             epochs.append(entry["epoch"])
     losses = curves["loss"] + curves["eval_loss"]
     return LossHistory(
@@ -110,10 +110,6 @@ def smooth(points: list[Point]) -> list[Point]:
         window = points[centre - reach : centre + reach + 1]
         smoothed.append(Point(point.step, math.fsum(p.value for p in window) / len(window)))
     return smoothed
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _drawable(points: list[Point]) -> list[Point]:

@@ -138,8 +138,8 @@ def _sha256(text: str) -> str:
 def choose_rows(rows: Sequence[ReportRow], max_rows: int) -> list[ReportRow]:
     """Return the rows to show, best tuned BLEU-4 first.
 
-    Too many are thinned evenly over that order, so that the best, the worst and everything between
-    are shown in their true proportions.
+    Too many rows are thinned evenly over that order, so the shown ones include the best and the
+    worst and have the distribution of all.
 
     >>> rows = [ReportRow(i, "", "", "", tuned_bleu=float(i)) for i in range(9)]
     >>> [row.index for row in choose_rows(rows, 3)]
@@ -148,12 +148,8 @@ def choose_rows(rows: Sequence[ReportRow], max_rows: int) -> list[ReportRow]:
     if max_rows < 1:
         raise ValueError(f"max_rows is {max_rows}; use 1 or more.")
     ranked = sorted(rows, key=lambda row: (-row.tuned_bleu, row.index))
-    if len(ranked) <= max_rows:
-        return ranked
-    if max_rows == 1:
-        return ranked[:1]
-    last = len(ranked) - 1
-    return [ranked[round(place * last / (max_rows - 1))] for place in range(max_rows)]
+    count, last = min(len(ranked), max_rows), len(ranked) - 1
+    return [ranked[round(place * last / max(1, count - 1))] for place in range(count)]
 
 
 def fitting_text_limit(rows: Sequence[ReportRow]) -> int:
