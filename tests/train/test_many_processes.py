@@ -370,5 +370,5 @@ def test_torchrun_itself_passes_an_end_on(launcher, tmp_path):
             break
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "stopped after a whole step" in output, output
+    assert "stopped after a complete step" in output, output
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")]
