@@ -13,7 +13,7 @@ from functools import partial
 
 from arguments import RunConfig, UsageError, parse_arguments
 from ptuning.output import duration, start_logging, use_bars
-from ptuning.train.resume.signals import Stopped, StopRequest
+from ptuning.train.resume.signals import StopRequest
 
 logger = logging.getLogger("main")
 
@@ -22,20 +22,18 @@ def main(argv: list[str]) -> int:
     """Run as asked and return the exit code."""
     is_first = int(os.environ.get("RANK") or 0) == 0
     start_logging(logging.INFO if is_first else logging.WARNING, sys.stdout)  # each line once
-    config = None
     try:
-        with StopRequest() as stop:
-            config = parse_arguments(argv)
-            run(config, stop)
+        config = parse_arguments(argv)
     except UsageError as error:
         print(f"main.py: {error}", file=sys.stderr)
         return 2
+    try:
+        with StopRequest() as stop:
+            run(config, stop)
     except (Exception, KeyboardInterrupt) as error:
-        if config is None and isinstance(error, Stopped):
-            return error.exit_code
         from ptuning.train.faults.endings import ending_of
 
-        ending = None if config is None else ending_of(error, config)
+        ending = ending_of(error, config)
         if ending is None:
             raise
         print(f"main.py: {ending.text}", file=sys.stderr)
