@@ -43,23 +43,24 @@ def main(argv: list[str]) -> int:
 
 def run(config: RunConfig, stop: StopRequest) -> None:
     """Read the rows, load the model, then train, validate and score, as far as asked."""
-    from ptuning.data.collation import pad_right
-    from ptuning.model.cpu_threads import limit_threads
-    from ptuning.prediction import score
-    from ptuning.train.base_model import load_tokenizer
-    from ptuning.train.compiling import compile_layers
-    from ptuning.train.memory.fit import apply_fit, fit_to_memory, workload_of
-    from ptuning.train.memory.memory_errors import memory_explained
-    from ptuning.train.processes.launch import (
-        check_gpu_is_here,
-        launch_notices,
-        trainer_arguments,
-    )
-    from ptuning.train.reporting import check_run
-    from ptuning.train.resume.run_directory import RunDirectory, fingerprint_rows
-    from ptuning.train.rows import load_rows
-    from ptuning.train.tunings.tuning import load_model, open_tuning
-    from trainer_seq2seq import Seq2SeqTrainer
+    with stop.deferred(notice=""):  # an interrupted import leaves modules half loaded
+        from ptuning.data.collation import pad_right
+        from ptuning.model.cpu_threads import limit_threads
+        from ptuning.prediction import score
+        from ptuning.train.base_model import load_tokenizer
+        from ptuning.train.compiling import compile_layers
+        from ptuning.train.memory.fit import apply_fit, fit_to_memory, workload_of
+        from ptuning.train.memory.memory_errors import memory_explained
+        from ptuning.train.processes.launch import (
+            check_gpu_is_here,
+            launch_notices,
+            trainer_arguments,
+        )
+        from ptuning.train.reporting import check_run
+        from ptuning.train.resume.run_directory import RunDirectory, fingerprint_rows
+        from ptuning.train.rows import load_rows
+        from ptuning.train.tunings.tuning import load_model, open_tuning
+        from trainer_seq2seq import Seq2SeqTrainer
 
     started = time.monotonic()
     use_bars(not config.disable_tqdm)

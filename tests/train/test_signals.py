@@ -3,12 +3,17 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from ptuning.train.resume.signals import Stopped, StopRequest
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def signal_in(monkeypatch, method, step, *signums):
@@ -122,3 +127,27 @@ def test_a_signal_after_an_error_does_not_hide_it():
 
     with StopRequest() as stop, pytest.raises(RuntimeError, match="by peer"):
         work(stop)
+
+
+def test_ctrl_c_while_modules_load_is_one_line(tmp_path):
+    """A signal in the middle of `import torch` waits for its end."""
+    flags = ["--do_train", "--train_file", "x.json", "--model_name_or_path", "nano"]
+    flags += ["--output_dir", str(tmp_path / "out"), "--pre_seq_len", "4"]
+    code = (
+        "import os, signal, sys, builtins, main\n"
+        "real = builtins.__import__\n"
+        "def stop(name, *args, **kwargs):\n"
+        "    if name == 'torch':\n"
+        "        builtins.__import__ = real\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *args, **kwargs)\n"
+        "builtins.__import__ = stop\n"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 130
+    assert done.stderr.startswith("main.py: stopped at once. No checkpoint was written yet")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

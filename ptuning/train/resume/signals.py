@@ -40,6 +40,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested: int | None = None  # the first signal that was deferred
         self._is_deferring = False
+        self._notice = NOTICE
         self._owner = os.getpid()
         self._previous: dict[int, object] = {}
 
@@ -57,12 +58,13 @@ class StopRequest:
         self._previous.clear()
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self, *, notice: str = NOTICE) -> Iterator[None]:
         """Only record the first signal inside; raise Stopped at the end if nothing acted on it.
 
-        After an error signals stay deferred: the run has to report the error.
+        notice is printed at the first signal. After an error signals stay deferred: the run has to
+        report the error.
         """
-        self._is_deferring = True
+        self._is_deferring, self._notice = True, notice
         yield
         self._is_deferring = False
         if self.requested is not None:
@@ -77,9 +79,8 @@ class StopRequest:
         if self.requested is None:
             self.requested = signum
             name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
-            os.write(
-                sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE.format(name=name).encode()
-            )
+            text = self._notice.format(name=name).encode()
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text)
         elif signum == signal.SIGINT:
             raise Stopped(signum)
 
