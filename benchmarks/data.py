@@ -20,17 +20,24 @@ from pathlib import Path
 from benchmarks.row_lengths import MAX_LENGTH
 from benchmarks.setting import ROOT, json_file, machine, refuse_below_one, write_json
 from ptuning.data.dataset import load_training_dataset
+from ptuning.data.formatting import RowFormat
 from ptuning.data.reading import read_rows
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.nano.paths import NANO_DIR
 
 PROMPT, RESPONSE = "content", "summary"
+ROW_FORMAT = RowFormat(
+    prompt_column=PROMPT,
+    response_column=RESPONSE,
+    max_source_length=MAX_LENGTH,
+    max_target_length=MAX_LENGTH,
+)
 RECIPES = ("cold", "cached", "published")
 
 
 def write_rows(source: Path, target: Path, count: int) -> list[tuple[str, str]]:
     """Write `count` rows, those of source and then numbered copies; return their texts."""
-    found = read_rows(source, prompt_column=PROMPT, response_column=RESPONSE).kept
+    found = read_rows(source, ROW_FORMAT).kept
     texts = [(str(row.columns[PROMPT]), str(row.columns[RESPONSE])) for row in found]
     rows = []
     for index in range(count):
@@ -47,10 +54,7 @@ def load(file: Path, tokenizer: ChatGLMTokenizer, cache: Path, *, fresh: bool) -
     dataset, _ = load_training_dataset(
         file,
         tokenizer,
-        prompt_column=PROMPT,
-        response_column=RESPONSE,
-        max_source_length=MAX_LENGTH,
-        max_target_length=MAX_LENGTH,
+        ROW_FORMAT,
         cache_dir=cache,
         overwrite_cache=fresh,
         show_progress=False,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ptuning.data.dataset import load_training_dataset
+from ptuning.data.formatting import RowFormat
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.nano.paths import NANO_DIR
 
@@ -58,10 +59,12 @@ def lengths_of(rows_file: Path, tokenizer: str, count: int) -> list[RowLength]:
     dataset, _ = load_training_dataset(
         rows_file,
         ChatGLMTokenizer.from_pretrained(tokenizer),
-        prompt_column="content",
-        response_column="summary",
-        max_source_length=MAX_LENGTH,
-        max_target_length=MAX_LENGTH,
+        RowFormat(
+            prompt_column="content",
+            response_column="summary",
+            max_source_length=MAX_LENGTH,
+            max_target_length=MAX_LENGTH,
+        ),
         max_rows=count,
         show_progress=False,
     )

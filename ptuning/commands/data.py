@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ptuning.atomic_file import write_atomically
 from ptuning.commands.registry import DEFAULT_PICTURE, NO_PICTURE
+from ptuning.data.formatting import RowFormat
 from ptuning.evaluate.pictures import (
     Lengths,
     Limit,
@@ -24,7 +25,7 @@ from ptuning.nano.paths import NANO_DIR
 from ptuning.train.base_model import find_base, load_tokenizer
 
 if TYPE_CHECKING:
-    from ptuning.data.check_report import FileReport, Limits, PairReport
+    from ptuning.data.check_report import FileReport, PairReport
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ SHORTEST = 3  # tokens of a limit: one of text beside two control tokens
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, write the report and return 0, 1 or 2 as --help says."""
-    from ptuning.data.check_report import Limits, as_values
+    from ptuning.data.check_report import as_values
 
     for flag in ("max_source_length", "max_target_length"):
         if getattr(arguments, flag) < SHORTEST:
@@ -42,7 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
         check_picture_name(Path(arguments.picture))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may not fit the terminal
         sys.stdout.reconfigure(errors="backslashreplace")
-    limits = Limits(arguments.max_source_length, arguments.max_target_length)
+    row_format = RowFormat(
+        prompt_column=arguments.prompt_column,
+        response_column=arguments.response_column,
+        history_column=arguments.history_column,
+        max_source_length=arguments.max_source_length,
+        max_target_length=arguments.max_target_length,
+    )
     tokenizer_name = None
     for flag in ("tokenizer_name", "model_name_or_path"):  # the first that is given
         if getattr(arguments, flag) is not None:
@@ -53,10 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
             "Tokens are those of the embedded nano model; name your base for its own: "
             "--model_name_or_path MODEL\n\n"
         )
-    files, pairs = _check_all(arguments, limits, tokenizer_name or str(NANO_DIR))
-    _write_picture(arguments.picture, files, limits)
+    files, pairs = _check_all(arguments.files, row_format, tokenizer_name or str(NANO_DIR))
+    _write_picture(arguments.picture, files, row_format)
     if arguments.json is not None:
-        values = as_values(files, pairs, limits, tokenizer_name or "nano")
+        values = as_values(files, pairs, row_format, tokenizer_name or "nano")
         text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
         # half of a surrogate pair in a column's name becomes its escape, which JSON has too
         write_atomically(arguments.json, text.encode("utf-8", "backslashreplace"))
@@ -65,22 +72,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_all(
-    arguments: argparse.Namespace, limits: "Limits", tokenizer_name: str
+    paths: list[Path], row_format: RowFormat, tokenizer_name: str
 ) -> tuple[list["FileReport"], list["PairReport"]]:
     """Check each file and each pair of files, and print each part when it is known."""
     from ptuning.data.check import Encoder, check_file
-    from ptuning.data.check_counts import Columns
     from ptuning.data.check_findings import find_between, find_in_file
     from ptuning.data.check_report import FileReport, PairReport, file_as_text, pair_as_text
 
     encoder = Encoder.of(load_tokenizer(tokenizer_name))
-    columns = Columns(arguments.prompt_column, arguments.response_column, arguments.history_column)
     files = []
-    for path in arguments.files:
-        counts = check_file(path, encoder, columns)
-        report = FileReport(counts, find_in_file(counts, **limits._asdict()))
+    for path in paths:
+        counts = check_file(path, encoder, row_format)
+        report = FileReport(counts, find_in_file(counts))
         files.append(report)
-        sys.stdout.write(file_as_text(report, limits) + "\n")
+        sys.stdout.write(file_as_text(report) + "\n")
         sys.stdout.flush()
     pairs = []
     usable = [report.counts for report in files if report.counts.num_used]
@@ -91,9 +96,9 @@ def _check_all(
     return files, pairs
 
 
-def _write_picture(given: str | None, files: list["FileReport"], limits: "Limits") -> None:
+def _write_picture(given: str | None, files: list["FileReport"], row_format: RowFormat) -> None:
     """Draw the lengths; a default place that cannot be written is announced and done without."""
-    from ptuning.data.check_lengths import ANSWER_RESERVE, PROMPT_RESERVE
+    from ptuning.data.check_findings import ANSWER_RESERVE, PROMPT_RESERVE
 
     lengths = [
         Lengths(name, report.counts.prompt_lengths.tolist(), report.counts.answer_lengths.tolist())
@@ -103,7 +108,7 @@ def _write_picture(given: str | None, files: list["FileReport"], limits: "Limits
     if given == NO_PICTURE or not lengths:
         return
     path = DEFAULT_PICTURE if given is None else Path(given)
-    source, target = limits
+    source, target = row_format.max_source_length, row_format.max_target_length
     try:
         draw_length_histogram(
             lengths,

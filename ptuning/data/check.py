@@ -1,23 +1,22 @@
 """One pass over a data file that counts what `python -m ptuning data check` reports.
 
-Rows are read as training reads them and encoded in parts, so that memory holds the file's text, a
+Rows are read as training reads them and encoded in chunks, so that memory holds the file's text, a
 digest and two lengths for each row, and never all tokens.
 """
 
 import hashlib
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ptuning.data.check_counts import MOST_EXAMPLES, Columns, FileCounts, Tally
-from ptuning.data.formatting import Example, to_example
+from ptuning.data.check_findings import MOST_EXAMPLES
+from ptuning.data.formatting import Example, RowFormat, to_example
 from ptuning.data.parsing import DataError, Row, iterate_rows
 from ptuning.data.reading import read_text, to_fields
 from ptuning.data.tokenizer import ChatGLMTokenizer
@@ -53,18 +52,83 @@ class Encoder:
     def of(cls, tokenizer: ChatGLMTokenizer) -> "Encoder":
         """Look the ids up, once for all files."""
         is_byte = np.zeros(tokenizer.vocab_size, dtype=bool)
-        is_byte[[index for name, index in tokenizer.get_vocab().items() if is_byte_piece(name)]] = (
-            True
-        )
+        byte_ids = [index for name, index in tokenizer.get_vocab().items() if is_byte_piece(name)]
+        is_byte[byte_ids] = True
         return cls(tokenizer, is_byte, int(tokenizer.unk_token_id))
 
 
+@dataclass
+class Tally:
+    """How often something was found, and the first few places, with what was there."""
+
+    count: int = 0
+    places: list[int] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, place: int, example: str | None = None) -> None:
+        """Count one more."""
+        self.count += 1
+        if len(self.places) < MOST_EXAMPLES:
+            self.places.append(place)
+            if example is not None:
+                self.examples.append(example)
+
+
+@dataclass
+class FileCounts:
+    """Everything counted in one file.
+
+    The place of a row is its line or, if the whole file is one line, its number among the rows.
+    Keys of rows and prompts are digests: 16 bytes of the prompt, then 16 of the answer for a row.
+    Lengths are in tokens, control tokens not counted, one for each row that training would use.
+    """
+
+    path: Path
+    row_format: RowFormat
+    unreadable: str | None = None  # why nothing of the file could be read
+    encoding: str = ""
+    has_mark: bool = False
+    has_lines: bool = True
+    damaged_lines: tuple[int, ...] = ()
+    num_read: int = 0  # objects found, usable or not
+    column_rows: Counter[str] = field(default_factory=Counter)  # rows that have a column
+    tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))  # by kind
+    empty: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))  # by column
+    control_names: Counter[str] = field(default_factory=Counter)  # rows that write one out
+    spelled_characters: Counter[str] = field(default_factory=Counter)  # those written as bytes
+    rows: dict[bytes, int] = field(default_factory=dict)  # key -> first place
+    prompts: dict[bytes, int] = field(default_factory=dict)  # key -> first place
+    contested: dict[bytes, list[int]] = field(default_factory=dict)  # prompt -> places
+    prompt_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    answer_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @property
+    def place_name(self) -> str:
+        """What a place counts: lines, or rows of a file of one line."""
+        return "line" if self.has_lines else "row"
+
+    @property
+    def num_used(self) -> int:
+        """Rows that training would use."""
+        return len(self.prompt_lengths)
+
+    @property
+    def num_broken(self) -> int:
+        """Rows that stop training."""
+        return self.tallies["broken_row"].count if "broken_row" in self.tallies else 0
+
+    def missing_columns(self) -> dict[str, str]:
+        """Return the named columns that no row has, by flag."""
+        columns = self.row_format.columns.items()
+        return {flag: column for flag, column in columns if column not in self.column_rows}
+
+
 def check_file(
-    path: Path | str, encoder: Encoder, columns: Columns, *, show_progress: bool = True
+    path: Path | str, encoder: Encoder, row_format: RowFormat, *, show_progress: bool = True
 ) -> FileCounts:
     """Read a whole file, faults and all, and count; nothing a file can hold raises an error."""
     path = Path(path)
-    counts = FileCounts(path, columns)
+    counts = FileCounts(path, row_format)
     try:
         decoded = read_text(path)
     except DataError as error:
@@ -73,17 +137,17 @@ def check_file(
     counts.encoding, counts.has_mark = decoded.encoding, decoded.has_mark
     counts.damaged_lines = decoded.damaged_lines
     lengths = []
-    characters: Counter[str] = Counter()
     rows = _used_rows(counts, decoded.text, show_progress)
-    for chunk in _in_chunks(rows):
-        lengths.append(_count_tokens(counts, chunk, encoder, characters))
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        lengths.append(_count_tokens(counts, chunk, encoder))
     if lengths:
         counts.prompt_lengths, counts.answer_lengths = np.concatenate(lengths).T
-    counts.spelled_characters = _only_spelled(characters, encoder)
+    _keep_spelled(counts.spelled_characters, encoder)
     if not counts.num_read:
+        broken = counts.tallies["broken_row"].examples
         counts.unreadable = (
-            f"{path}: no row can be read; the first fault is {counts.broken_messages[0]}"
-            if counts.broken.count
+            f"{path}: no row can be read; the first fault is {broken[0]}"
+            if broken
             else f"{path}: no rows; write one JSON object per line, or a JSON array."
         )
     return counts
@@ -111,33 +175,22 @@ def _used_rows(counts: FileCounts, text: str, show_progress: bool) -> Iterator[t
 def _to_used_example(counts: FileCounts, item: Row | DataError, place: int) -> Example | None:
     """Count one row or fault of a file; None where training would not use it."""
     if isinstance(item, DataError):
-        _add_broken(counts, item, place)
+        counts.tallies["broken_row"].add(place, str(item))
         return None
     counts.num_read += 1
     counts.column_rows.update(list(item.columns))
-    names: dict[str, Any] = {
-        "prompt_column": counts.columns.prompt,
-        "response_column": counts.columns.response,
-        "history_column": counts.columns.history,
-    }
     try:
-        fields = to_fields(counts.path, item, **names)
+        fields = to_fields(counts.path, item, counts.row_format)
     except DataError as error:
-        _add_broken(counts, error, place)
+        counts.tallies["broken_row"].add(place, str(error))
         return None
     if fields.empty is not None:
-        counts.empty.setdefault(fields.empty, Tally()).add(place)
+        counts.empty[fields.empty].add(place)
         return None
-    example = to_example(fields.columns, **names)
+    example = to_example(fields.columns, counts.row_format)
     _count_text(counts, place, example)
     _count_repeats(counts, place, example)
     return example
-
-
-def _add_broken(counts: FileCounts, error: DataError, place: int) -> None:
-    counts.broken.add(place)
-    if len(counts.broken_messages) < MOST_EXAMPLES:
-        counts.broken_messages.append(str(error))
 
 
 def find_control_names(text: str) -> list[str]:
@@ -156,16 +209,15 @@ def find_control_names(text: str) -> list[str]:
 def _count_text(counts: FileCounts, place: int, example: Example) -> None:
     """Count what a row's text writes out."""
     names = {*find_control_names(example.prompt), *find_control_names(example.response)}
-    for name in names:
-        counts.control_names.setdefault(name, Tally()).add(place)
     if names:
-        counts.control_rows.add(place)
+        counts.control_names.update(names)
+        counts.tallies["control_text"].add(place)
     if _UNKNOWN_MARK.search(example.prompt):
-        counts.unknown_prompts.add(place)
+        counts.tallies["unknown_mark_prompt"].add(place)
     if _UNKNOWN_MARK.search(example.response):
-        counts.unknown_answers.add(place)
+        counts.tallies["unknown_mark"].add(place)
     if REPLACEMENT in example.prompt + example.response:
-        counts.lost_characters.add(place)
+        counts.tallies["lost_character"].add(place)
 
 
 def _count_repeats(counts: FileCounts, place: int, example: Example) -> None:
@@ -173,9 +225,8 @@ def _count_repeats(counts: FileCounts, place: int, example: Example) -> None:
     prompt = _digest(example.prompt)
     row = prompt + _digest(example.response)
     if row in counts.rows:
-        counts.duplicates.add(place)
-        if len(counts.duplicate_pairs) < MOST_EXAMPLES:
-            counts.duplicate_pairs.append((place, counts.rows[row]))
+        name = counts.place_name
+        counts.tallies["duplicate_row"].add(place, f"{name} {place} = {name} {counts.rows[row]}")
         return
     counts.rows[row] = place
     if prompt in counts.prompts:
@@ -188,58 +239,37 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=DIGEST_BYTES).digest()
 
 
-def _in_chunks(rows: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Example]]]:
-    chunk = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == CHUNK_ROWS:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
 def _count_tokens(
-    counts: FileCounts,
-    chunk: list[tuple[int, Example]],
-    encoder: Encoder,
-    characters: Counter[str],
+    counts: FileCounts, chunk: list[tuple[int, Example]], encoder: Encoder
 ) -> np.ndarray:
     """Return (rows, 2) lengths of prompts and answers; add the characters of rows with bytes."""
     texts = [text for _, example in chunk for text in (example.prompt, example.response)]
     encoded = encoder.tokenizer.encode_batch(texts)
     lengths = np.fromiter(map(len, encoded), np.int32, len(encoded))
     ids = np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum()))
-    num_bytes = _sums_within(encoder.is_byte[ids], lengths).reshape(-1, 2)
-    num_unknown = _sums_within(ids == encoder.unknown_id, lengths).reshape(-1, 2).sum(axis=1)
     lengths = lengths.reshape(-1, 2)
+    ends = np.cumsum(lengths.sum(axis=1))  # of each row in ids
+    num_bytes = _sums_between(encoder.is_byte[ids], ends)
+    num_unknown = _sums_between(ids == encoder.unknown_id, ends)
     for index, (place, example) in enumerate(chunk):
         if not lengths[index].all():
-            counts.invisible.add(place)
+            counts.tallies["no_tokens"].add(place)
         if num_unknown[index]:
-            counts.unknown_ids.add(place)
-        if num_bytes[index].any():
-            counts.spelled_rows.add(place)
-            characters.update(example.prompt)
-            characters.update(example.response)
+            counts.tallies["unknown_token"].add(place)
+        if num_bytes[index]:
+            counts.tallies["spelled_character"].add(place)
+            counts.spelled_characters.update(example.prompt + example.response)
     return lengths
 
 
-def _sums_within(flags: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the number of True in each part of flags; the parts have these lengths, 0 included."""
-    sums = np.concatenate([[0], np.cumsum(flags)])
-    ends = np.cumsum(lengths)
-    return sums[ends] - sums[ends - lengths]
+def _sums_between(flags: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the number of True in each of the consecutive parts of flags, some of them empty."""
+    return np.diff(np.concatenate([[0], np.cumsum(flags)])[ends], prepend=0)
 
 
-def _only_spelled(characters: Counter[str], encoder: Encoder) -> Counter[str]:
+def _keep_spelled(characters: Counter[str], encoder: Encoder) -> None:
     """Keep the characters that the vocabulary writes as bytes."""
     names = list(characters)
-    encoded = encoder.tokenizer.encode_batch(names)
-    return Counter(
-        {
-            name: characters[name]
-            for name, ids in zip(names, encoded, strict=True)
-            if encoder.is_byte[ids].any()
-        }
-    )
+    for name, ids in zip(names, encoder.tokenizer.encode_batch(names), strict=True):
+        if not encoder.is_byte[ids].any():
+            del characters[name]

@@ -26,8 +26,8 @@ from ptuning.data.cache import (
     load_tokens,
     save_tokens,
 )
-from ptuning.data.formatting import Example, Recipe, to_example
-from ptuning.data.reading import DataError, Rows, read_rows
+from ptuning.data.formatting import Example, RowFormat, to_example
+from ptuning.data.reading import DataError, Rows, read_rows, unreadable
 from ptuning.data.tokenization import (
     IGNORED_LABEL,
     TokenizedExample,
@@ -179,14 +179,8 @@ def collector_paused() -> Iterator[None]:
 def load_training_dataset(
     path: Path | str,
     tokenizer: ChatGLMTokenizer,
+    row_format: RowFormat,
     *,
-    prompt_column: str,
-    response_column: str,
-    history_column: str | None = None,
-    source_prefix: str = "",
-    max_source_length: int,
-    max_target_length: int,
-    recipe: Recipe = "corrected",
     max_rows: int | None = None,
     cache_dir: Path | None = None,
     overwrite_cache: bool = False,
@@ -198,46 +192,51 @@ def load_training_dataset(
     content, so overwrite_cache is for a cache that is doubted, not for a file that has changed.
     """
     path = Path(path)
-    columns: dict[str, Any] = {
-        "prompt_column": prompt_column,
-        "response_column": response_column,
-        "history_column": history_column,
-    }
-    prompts = {**columns, "source_prefix": source_prefix, "recipe": recipe}
-    lengths: dict[str, Any] = {
-        "max_source_length": max_source_length,
-        "max_target_length": max_target_length,
-    }
     try:
-        settings = {
-            "file": digest_file(path),
-            "suffix": path.suffix.lower(),
-            "tokenizer": tokenizer.fingerprint,
-            "max_rows": max_rows,
-            **prompts,
-            **lengths,
-        }
+        digest = digest_file(path)
     except OSError as error:
-        raise DataError(
-            path,
-            None,
-            f"cannot be read ({error.strerror}) at {path.absolute()}; check the path and its "
-            "permissions.",
-        ) from error
+        raise unreadable(path, error) from error
+    settings = {
+        "file": digest,
+        "suffix": path.suffix.lower(),
+        "tokenizer": tokenizer.fingerprint,
+        "max_rows": max_rows,
+        **dataclasses.asdict(row_format),
+    }
     cached_file = cache_path(cache_dir or default_cache_dir(), path.stem, settings)
     if not overwrite_cache:
         cached = _load_cached(cached_file, str(path))
         if cached is not None:
             return cached
-    rows = read_rows(path, **columns, max_rows=max_rows)
-    _require_rows(path, rows)
-    examples = [to_example(row.columns, **prompts) for row in rows.kept]
+    lengths: dict[str, Any] = {
+        "max_source_length": row_format.max_source_length,
+        "max_target_length": row_format.max_target_length,
+    }
+    rows = read_rows(path, row_format, max_rows=max_rows)
+    examples = [to_example(row.columns, row_format) for row in rows.kept]
     encoded: list[TokenizedExample] = []
     for chunk in _in_chunks(examples, f"tokenising {path.name}", show_progress):
-        encoded += to_training_batch(tokenizer, chunk, **lengths, recipe=recipe)
-    rows, examples, encoded = _with_answers(rows, examples, encoded, response_column)
-    _require_rows(path, rows)
-    summary = _summarise_training(str(path), rows, examples, encoded, tokenizer, lengths)
+        encoded += to_training_batch(tokenizer, chunk, **lengths, recipe=row_format.recipe)
+    # A row of zero-width spaces has no token between <sop> and <eop>.
+    has_answer = [row.answer_cut or len(row.input_ids) - row.context_length > 2 for row in encoded]
+    if not all(has_answer):
+        rows.dropped[f'no token in "{row_format.response_column}"'] = has_answer.count(False)
+        examples = list(compress(examples, has_answer))
+        encoded = list(compress(encoded, has_answer))
+    _require_rows(path, rows, len(encoded))
+    summary = DataSummary(
+        source=str(path),
+        num_read=rows.num_read,
+        num_kept=len(encoded),
+        dropped=rows.dropped,
+        prompts_cut=sum(row.prompt_cut for row in encoded),
+        answers_cut=sum(row.answer_cut for row in encoded),
+        control_text_rows=_count_control_text(tokenizer, examples),
+        total_tokens=sum(len(row.input_ids) for row in encoded),
+        answer_tokens=sum(len(row.input_ids) - row.context_length for row in encoded),
+        longest=max(len(row.input_ids) for row in encoded),
+        **lengths,
+    )
     arrays = _to_arrays(encoded)
     save_tokens(cached_file, arrays, _to_notes(summary))
     return TokenDataset(arrays), summary
@@ -247,13 +246,8 @@ def load_training_dataset(
 def load_generation_dataset(
     path: Path | str,
     tokenizer: ChatGLMTokenizer,
+    row_format: RowFormat,
     *,
-    prompt_column: str,
-    response_column: str | None,
-    history_column: str | None = None,
-    source_prefix: str = "",
-    max_source_length: int,
-    recipe: Recipe = "corrected",
     max_rows: int | None = None,
     show_progress: bool = True,
 ) -> tuple[GenerationDataset, DataSummary]:
@@ -262,31 +256,17 @@ def load_generation_dataset(
     response_column None takes rows without an answer to compare with; their labels are "".
     """
     path = Path(path)
-    rows = read_rows(
-        path,
-        prompt_column=prompt_column,
-        response_column=response_column,
-        history_column=history_column,
-        max_rows=max_rows,
-    )
-    _require_rows(path, rows)
-    examples = [
-        to_example(
-            row.columns,
-            prompt_column=prompt_column,
-            response_column=response_column,
-            history_column=history_column,
-            source_prefix=source_prefix,
-            recipe=recipe,
-            for_training=False,
-        )
-        for row in rows.kept
-    ]
+    rows = read_rows(path, row_format, max_rows=max_rows)
+    _require_rows(path, rows, len(rows.kept))
+    examples = [to_example(row.columns, row_format, for_training=False) for row in rows.kept]
     prompts: list[list[int]] = []
     prompts_cut = 0
     for chunk in _in_chunks(examples, f"tokenising {path.name}", show_progress):
         ids, cuts = to_generation_batch(
-            tokenizer, chunk, max_source_length=max_source_length, recipe=recipe
+            tokenizer,
+            chunk,
+            max_source_length=row_format.max_source_length,
+            recipe=row_format.recipe,
         )
         prompts += ids
         prompts_cut += sum(cuts)
@@ -300,7 +280,7 @@ def load_generation_dataset(
         source=str(path),
         num_read=rows.num_read,
         num_kept=len(rows.kept),
-        max_source_length=max_source_length,
+        max_source_length=row_format.max_source_length,
         dropped=rows.dropped,
         prompts_cut=prompts_cut,
         control_text_rows=_count_control_text(tokenizer, examples),
@@ -310,25 +290,12 @@ def load_generation_dataset(
     return dataset, summary
 
 
-def _require_rows(path: Path, rows: Rows) -> None:
-    if not rows.kept:
+def _require_rows(path: Path, rows: Rows, num_kept: int) -> None:
+    if not num_kept:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in rows.dropped.items())
         raise DataError(
             path, None, f"no row is left of {rows.num_read}: {reasons}; fill those fields."
         )
-
-
-def _with_answers(
-    rows: Rows, examples: list[Example], encoded: list[TokenizedExample], column: str
-) -> tuple[Rows, list[Example], list[TokenizedExample]]:
-    """Drop, with a count, the rows whose answer has no token, as one of zero-width spaces has."""
-    has_answer = [row.answer_cut or len(row.input_ids) - row.context_length > 2 for row in encoded]
-    if all(has_answer):
-        return rows, examples, encoded
-    reason = f'no token in "{column}"'  # nothing between <sop> and <eop>
-    dropped = {**rows.dropped, reason: has_answer.count(False)}
-    kept = Rows(list(compress(rows.kept, has_answer)), rows.num_read, dropped)
-    return kept, list(compress(examples, has_answer)), list(compress(encoded, has_answer))
 
 
 def _in_chunks(examples: list[Example], title: str, visible: bool) -> Iterator[list[Example]]:
@@ -348,29 +315,6 @@ def _to_arrays(rows: list[TokenizedExample]) -> TokenArrays:
         ids[start:end] = row.input_ids
     context_lengths = np.array([row.context_length for row in rows], dtype=np.int32)
     return TokenArrays(ids, offsets, context_lengths)
-
-
-def _summarise_training(
-    source: str,
-    rows: Rows,
-    examples: list[Example],
-    encoded: list[TokenizedExample],
-    tokenizer: ChatGLMTokenizer,
-    lengths: dict[str, Any],
-) -> DataSummary:
-    return DataSummary(
-        source=source,
-        num_read=rows.num_read,
-        num_kept=len(encoded),
-        dropped=rows.dropped,
-        prompts_cut=sum(row.prompt_cut for row in encoded),
-        answers_cut=sum(row.answer_cut for row in encoded),
-        control_text_rows=_count_control_text(tokenizer, examples),
-        total_tokens=sum(len(row.input_ids) for row in encoded),
-        answer_tokens=sum(len(row.input_ids) - row.context_length for row in encoded),
-        longest=max(len(row.input_ids) for row in encoded),
-        **lengths,
-    )
 
 
 def _count_control_text(tokenizer: ChatGLMTokenizer, examples: list[Example]) -> int:

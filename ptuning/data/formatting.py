@@ -6,6 +6,7 @@ Source: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/modeling_chatglm.py
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 Recipe = Literal["corrected", "published"]
@@ -46,6 +47,37 @@ CHAT_TEMPLATE = """\
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """How rows become tokens; each field is the flag of the same name.
+
+    response_column None: rows need no answer; history_column None: no earlier turns. Lengths are in
+    tokens.
+    """
+
+    prompt_column: str
+    response_column: str | None
+    history_column: str | None = None
+    source_prefix: str = ""
+    max_source_length: int = 64
+    max_target_length: int = 64
+    recipe: Recipe = "corrected"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown recipe."""
+        check_recipe(self.recipe)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns to read, by flag."""
+        columns = {
+            "--prompt_column": self.prompt_column,
+            "--response_column": self.response_column,
+            "--history_column": self.history_column,
+        }
+        return {flag: column for flag, column in columns.items() if column is not None}
+
+
 class Example(NamedTuple):
     """One row of data as text: the prompt, the answer, and the parts the prompt was built from.
 
@@ -83,14 +115,7 @@ def build_prompt(query: str, history: Sequence[tuple[str, str]] = ()) -> str:
 
 
 def to_example(
-    row: Mapping[str, Any],
-    *,
-    prompt_column: str,
-    response_column: str | None,
-    history_column: str | None = None,
-    source_prefix: str = "",
-    recipe: Recipe = "corrected",
-    for_training: bool = True,
+    row: Mapping[str, Any], row_format: RowFormat, *, for_training: bool = True
 ) -> Example:
     """Build the example of a checked row (`reading.read_rows`); response_column None leaves "".
 
@@ -98,23 +123,20 @@ def to_example(
     evaluates and chats with the bare query; the corrected one uses the bare query everywhere.
 
     >>> row = {"content": "类型#裤", "summary": "宽松的裤子"}
-    >>> to_example(row, prompt_column="content", response_column="summary").prompt
+    >>> to_example(row, RowFormat(prompt_column="content", response_column="summary")).prompt
     '类型#裤'
     """
-    check_recipe(recipe)
-    query = row[prompt_column]
-    history = tuple((question, answer) for question, answer in _history_of(row, history_column))
-    always_rounds = recipe == "published" and for_training and history_column is not None
+    query, prefix = row[row_format.prompt_column], row_format.source_prefix
+    response = row[row_format.response_column] if row_format.response_column is not None else ""
+    history: tuple[tuple[str, str], ...] = ()
+    always_rounds = False
+    if row_format.history_column is not None:
+        turns = row.get(row_format.history_column) or ()
+        history = tuple((question, answer) for question, answer in turns)
+        always_rounds = row_format.recipe == "published" and for_training
     has_rounds = bool(history) or always_rounds
-    prompt = build_rounds(query, history) if has_rounds else build_prompt(query)
-    return Example(
-        prompt=source_prefix + prompt,
-        response=row[response_column] if response_column is not None else "",
-        query=query,
-        history=history,
-        source_prefix=source_prefix,
-        has_rounds=has_rounds,
-    )
+    prompt = build_rounds(query, history) if has_rounds else query
+    return Example(prefix + prompt, response, query, history, prefix, has_rounds)
 
 
 def check_recipe(recipe: str) -> None:
@@ -147,7 +169,3 @@ def split_answers(conversation: list[Any]) -> tuple[list[Any], Any]:
 
 def _is_batch(conversation: list[Any]) -> bool:
     return bool(conversation) and not isinstance(conversation[0], Mapping)
-
-
-def _history_of(row: Mapping[str, Any], column: str | None) -> Sequence[tuple[str, str]]:
-    return row.get(column) or () if column is not None else ()

@@ -8,6 +8,7 @@ the world.
 from pathlib import Path
 from typing import NamedTuple
 
+from ptuning.data.formatting import RowFormat
 from ptuning.data.reading import DataError, read_rows
 
 PROMPT_COLUMN = "prompt"
@@ -35,7 +36,7 @@ def find_general_prompts(named: str | None, base: str | None) -> Path:
 
 def read_general_prompts(path: Path) -> GeneralPrompts:
     """Return the prompts of a file in its order; DataError for one without any."""
-    rows = read_rows(path, prompt_column=PROMPT_COLUMN, response_column=None)
+    rows = read_rows(path, RowFormat(prompt_column=PROMPT_COLUMN, response_column=None))
     if not rows.kept:
         raise DataError(path, None, f'no prompt; write rows such as {{"{PROMPT_COLUMN}": "..."}}.')
     return GeneralPrompts(path, [str(row.columns[PROMPT_COLUMN]) for row in rows.kept])

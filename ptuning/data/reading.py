@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptuning.data.encoding import UTF_8, DecodedText, conversion_command, decode_text
+from ptuning.data.formatting import RowFormat
 from ptuning.data.parsing import (
     CSV_SUFFIX,
     JSON_SUFFIXES,
@@ -41,33 +42,17 @@ class Rows(NamedTuple):
     dropped: dict[str, int]
 
 
-def read_rows(
-    path: Path | str,
-    *,
-    prompt_column: str,
-    response_column: str | None,
-    history_column: str | None = None,
-    max_rows: int | None = None,
-) -> Rows:
-    """Read and check the named columns of a .json, .jsonl or .csv file.
+def read_rows(path: Path | str, row_format: RowFormat, *, max_rows: int | None = None) -> Rows:
+    """Read and check the columns of row_format in a .json, .jsonl or .csv file.
 
-    max_rows stops after that many rows, dropped ones included; None reads all. response_column
-    None asks for no answers. Raises DataError for everything a file can get wrong.
+    max_rows stops after that many rows, dropped ones included; None reads all. Raises DataError for
+    everything a file can get wrong.
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(
             f"the number of rows to read is {max_rows}; use 1 or more, or leave it out."
         )
     path = Path(path)
-    columns = [
-        (flag, column)
-        for flag, column in (
-            ("--prompt_column", prompt_column),
-            ("--response_column", response_column),
-            ("--history_column", history_column),
-        )
-        if column is not None
-    ]
     decoded = read_text(path)
     if decoded.first_foreign_line is not None:
         raise DataError(path, decoded.first_foreign_line, explain_encoding(path, decoded))
@@ -80,34 +65,39 @@ def read_rows(
             break
     if not raw_rows:
         raise DataError(path, None, "no rows; write one JSON object per line, or a JSON array.")
-    _check_columns(path, raw_rows, columns)
-    return _check_rows(path, raw_rows, prompt_column, response_column, history_column)
+    _check_columns(path, raw_rows, row_format.columns)
+    kept = []
+    dropped: Counter[str] = Counter()
+    for row in raw_rows:
+        columns, empty = to_fields(path, row, row_format)
+        if empty is None:
+            kept.append(Row(row.line, columns))
+        else:
+            dropped[f'empty "{empty}"'] += 1
+    return Rows(kept, len(raw_rows), dict(dropped))
 
 
-def guess_column(
-    wanted: str, found: Iterable[str], usual: tuple[str, ...] = (), taken: str | None = None
-) -> str | None:
-    """Return the column that was probably meant, never the one already taken; None without any.
+def guess_column(wanted: str, found: Iterable[str], usual: tuple[str, ...] = ()) -> str | None:
+    """Return the column that was probably meant; None where no name is similar or usual.
 
     >>> guess_column("content", ["contents", "title"])
     'contents'
     >>> guess_column("content", ["answer", "question"], PROMPT_NAMES)
     'question'
     """
-    names = [name for name in found if name != taken]
-    by_lower = {name.strip().lower(): name for name in reversed(names)}
+    by_lower = {name.strip().lower(): name for name in reversed(list(found))}
     similar = difflib.get_close_matches(wanted.lower(), by_lower, n=1)
     known = [name for name in usual if name in by_lower]
     best = (similar or known)[:1]
     return by_lower[best[0]] if best else None
 
 
-def _check_columns(path: Path, rows: list[Row], columns: list[tuple[str, str]]) -> None:
+def _check_columns(path: Path, rows: list[Row], columns: dict[str, str]) -> None:
     """Refuse a column that no row has; one that only some rows lack drops those rows later."""
     found: dict[str, None] = {}
     for row in rows:
         found.update(dict.fromkeys(row.columns))
-    for flag, column in columns:
+    for flag, column in columns.items():
         if column not in found:
             names = ", ".join(found) or "none"
             guess = guess_column(column, found)
@@ -120,54 +110,23 @@ def _check_columns(path: Path, rows: list[Row], columns: list[tuple[str, str]]) 
             )
 
 
-def _check_rows(
-    path: Path,
-    rows: list[Row],
-    prompt_column: str,
-    response_column: str | None,
-    history_column: str | None,
-) -> Rows:
-    """Turn the fields to text and drop, with a count, the rows that lack one."""
-    kept = []
-    dropped: Counter[str] = Counter()
-    for row in rows:
-        columns, empty = to_fields(
-            path,
-            row,
-            prompt_column=prompt_column,
-            response_column=response_column,
-            history_column=history_column,
-        )
-        if empty is None:
-            kept.append(Row(row.line, columns))
-        else:
-            dropped[f'empty "{empty}"'] += 1
-    return Rows(kept, len(rows), dict(dropped))
-
-
-def to_fields(
-    path: Path,
-    row: Row,
-    *,
-    prompt_column: str,
-    response_column: str | None,
-    history_column: str | None = None,
-) -> Fields:
+def to_fields(path: Path, row: Row, row_format: RowFormat) -> Fields:
     """Turn the named columns of a row to text; DataError where one is neither text nor a number.
 
     A column that the row lacks is empty; so is one that holds null or blanks only.
     """
     columns: dict[str, Any] = {}
     empty = None
-    for column in (prompt_column, response_column):
+    for column in (row_format.prompt_column, row_format.response_column):
         if column is None:
             continue
         text = _to_text(path, row.line, f'the field "{column}"', row.columns.get(column))
         columns[column] = text
         if empty is None and not text.strip():
             empty = column
-    if history_column is not None:
-        columns[history_column] = _to_history(path, row.line, history_column, row.columns)
+    column = row_format.history_column
+    if column is not None:
+        columns[column] = _to_history(path, row.line, column, row.columns.get(column))
     return Fields(columns, empty)
 
 
@@ -187,36 +146,31 @@ def _to_text(path: Path, line: int, name: str, value: Any) -> str:
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _to_history(
-    path: Path, line: int, column: str, values: dict[str, Any]
-) -> tuple[tuple[str, str], ...]:
+def _to_history(path: Path, line: int, column: str, value: Any) -> tuple[tuple[str, str], ...]:
     """Return the earlier turns; a string (as in CSV) is read as JSON."""
-    value = values.get(column)
-    if isinstance(value, str):
-        value = value.strip() and parse_json(
-            value, lambda problem: _history_error(path, line, column, problem)
+
+    def error(problem: str) -> DataError:
+        return DataError(
+            path,
+            line,
+            f'the history "{column}" has the wrong shape: {problem}; it must be a list of pairs '
+            '[["question", "answer"], ...], or [].',
         )
+
+    if isinstance(value, str):
+        value = value.strip() and parse_json(value, error)
     if not value:
         return ()
     if not isinstance(value, list):
-        raise _history_error(path, line, column, f"it is {kind_of(value)}")
+        raise error(f"it is {kind_of(value)}")
     turns = []
     for index, turn in enumerate(value):
         if not isinstance(turn, list) or len(turn) != 2:
             size = f" of {len(turn)} items" if isinstance(turn, list) else ""
-            raise _history_error(path, line, column, f"turn {index} is {kind_of(turn)}{size}")
+            raise error(f"turn {index} is {kind_of(turn)}{size}")
         name = f'turn {index} of the history "{column}"'
         turns.append((_to_text(path, line, name, turn[0]), _to_text(path, line, name, turn[1])))
     return tuple(turns)
-
-
-def _history_error(path: Path, line: int, column: str, problem: str) -> DataError:
-    return DataError(
-        path,
-        line,
-        f'the history "{column}" has the wrong shape: {problem}; it must be a list of pairs '
-        '[["question", "answer"], ...], or [].',
-    )
 
 
 def read_text(path: Path) -> DecodedText:
@@ -229,13 +183,18 @@ def read_text(path: Path) -> DecodedText:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            path,
-            None,
-            f"cannot be read ({error.strerror}) at {path.absolute()}; check the path and its "
-            "permissions.",
-        ) from error
+        raise unreadable(path, error) from error
     return decode_text(content)
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """Return the DataError for a file that the operating system does not let be read."""
+    return DataError(
+        path,
+        None,
+        f"cannot be read ({error.strerror}) at {path.absolute()}; check the path and its "
+        "permissions.",
+    )
 
 
 def explain_encoding(path: Path, decoded: DecodedText) -> str:

@@ -13,6 +13,7 @@ from ptuning.data.dataset import (
     load_generation_dataset,
     load_training_dataset,
 )
+from ptuning.data.formatting import RowFormat
 from ptuning.data.general import GeneralPrompts, find_general_prompts, read_general_prompts
 from ptuning.data.mixing import FORM, mix_rows, parse_mix
 from ptuning.data.reading import DataError
@@ -65,10 +66,10 @@ def _training_rows(
         rows, summary = load_training_dataset(
             Path(file),
             tokenizer,
+            RowFormat(**config.row_settings),
             max_rows=config.max_train_samples if is_training else config.max_eval_samples,
             overwrite_cache=overwrite_cache,
             cache_dir=Path(config.token_cache_dir) if config.token_cache_dir else None,
-            **config.row_settings,
         )
     _print_summary("Training" if is_training else "Validation", file, summary.lines())
     return rows
@@ -84,9 +85,9 @@ def _with_general_rows(
         general, summary = load_training_dataset(
             source.path,
             tokenizer,
+            RowFormat(**common),
             overwrite_cache=overwrite_cache,
             cache_dir=Path(config.token_cache_dir) if config.token_cache_dir else None,
-            **common,
         )
     except DataError as error:
         raise UsageError(
@@ -106,11 +107,12 @@ def _with_general_rows(
 
 def _test_rows(config: RunConfig, tokenizer: ChatGLMTokenizer) -> GenerationDataset:
     file = str(config.test_file or config.validation_file)
-    common = config.row_settings
-    del common["max_target_length"]  # AnswerRun truncates the answers to compare with
     with files_named_as("--test_file" if config.test_file else "--validation_file"):
         rows, summary = load_generation_dataset(
-            Path(file), tokenizer, max_rows=config.max_predict_samples, **common
+            Path(file),
+            tokenizer,
+            RowFormat(**config.row_settings),
+            max_rows=config.max_predict_samples,
         )
     _print_summary("Prediction", file, summary.lines())
     return rows

@@ -1,6 +1,7 @@
 """The data check: what it counts in a file, and that no file stops it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,32 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ptuning.data.check import CHUNK_ROWS, Encoder, check_file
-from ptuning.data.check_counts import Columns, FileCounts
-from ptuning.data.check_findings import NOTICES, PROBLEMS, Finding, find_between, find_in_file
-from ptuning.data.check_lengths import ANSWER_RESERVE, PROMPT_RESERVE, cut_share, sufficient_limit
+from ptuning.data.check import CHUNK_ROWS, Encoder, FileCounts, check_file
+from ptuning.data.check_findings import (
+    ANSWER_RESERVE,
+    NOTICES,
+    PROBLEMS,
+    PROMPT_RESERVE,
+    Finding,
+    cut_share,
+    find_between,
+    find_in_file,
+    sufficient_limit,
+)
 from ptuning.data.check_report import (
     FileReport,
-    Limits,
     PairReport,
     as_values,
     file_as_text,
     pair_as_text,
 )
-from ptuning.data.formatting import to_example
+from ptuning.data.formatting import RowFormat, to_example
 from ptuning.data.reading import DataError, read_rows
 from ptuning.data.tokenization import to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 
 ROWS = [{"content": "类型#裙", "summary": "简约"}, {"content": "颜色#蓝色", "summary": "条纹"}]
-COLUMNS = Columns("content", "summary")
+FORMAT = RowFormat(prompt_column="content", response_column="summary")
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +48,15 @@ def as_lines(rows: list[Any]) -> str:
 
 
 def check(
-    path: Path, content: str | bytes | list[Any], encoder: Encoder, columns: Columns = COLUMNS
+    path: Path, content: str | bytes | list[Any], encoder: Encoder, row_format: RowFormat = FORMAT
 ) -> FileCounts:
     text = as_lines(content) if isinstance(content, list) else content
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    return check_file(path, encoder, columns, show_progress=False)
+    return check_file(path, encoder, row_format, show_progress=False)
 
 
-def find(counts: FileCounts, limit: int = 64) -> dict[str, Finding]:
-    found = find_in_file(counts, max_source_length=limit, max_target_length=limit)
-    return {finding.kind: finding for finding in found}
+def find(counts: FileCounts) -> dict[str, Finding]:
+    return {finding.kind: finding for finding in find_in_file(counts)}
 
 
 def row(content: Any = "甲", summary: Any = "乙") -> dict[str, Any]:
@@ -177,7 +184,7 @@ def test_every_encoding_is_named_and_checked(
     if name != "UTF-8":
         assert "iconv -f " in found["encoding"].remedy
         with pytest.raises(DataError, match="iconv"):
-            read_rows(tmp_path / f"a{suffix}", prompt_column="content", response_column="summary")
+            read_rows(tmp_path / f"a{suffix}", FORMAT)
 
 
 @pytest.mark.parametrize("codec", ["utf-8", "gbk"])
@@ -209,17 +216,17 @@ def test_missing_columns_come_with_the_flags_to_type(tmp_path: Path, encoder: En
 
 
 def test_a_missing_history_column_does_not_stop_the_check(tmp_path: Path, encoder: Encoder) -> None:
-    counts = check(tmp_path / "a.json", ROWS, encoder, Columns("content", "summary", "histroy"))
+    counts = check(tmp_path / "a.json", ROWS, encoder, replace(FORMAT, history_column="histroy"))
     assert counts.num_used == 2
     assert "--history_column" in find(counts)["missing_column"].remedy
 
 
 def test_a_history_counts_as_part_of_the_prompt(tmp_path: Path, encoder: Encoder) -> None:
     rows = [{**row(), "history": [["问", "答<eop>"]]}, {**row(), "history": []}]
-    counts = check(tmp_path / "a.json", rows, encoder, Columns("content", "summary", "history"))
+    counts = check(tmp_path / "a.json", rows, encoder, replace(FORMAT, history_column="history"))
     assert counts.prompt_lengths[0] > counts.prompt_lengths[1] + 5
-    assert counts.control_rows.places == [1]
-    assert counts.duplicates.count == 0
+    assert counts.tallies["control_text"].places == [1]
+    assert "duplicate_row" not in counts.tallies
 
 
 @pytest.mark.parametrize(
@@ -241,19 +248,19 @@ def test_a_file_without_rows_is_unreadable(
 
 
 def test_a_missing_file_is_unreadable(tmp_path: Path, encoder: Encoder) -> None:
-    counts = check_file(tmp_path / "none.json", encoder, COLUMNS, show_progress=False)
+    counts = check_file(tmp_path / "none.json", encoder, FORMAT, show_progress=False)
     assert "cannot be read (No such file" in find(counts)["unreadable"].message
 
 
 def test_the_check_goes_on_after_broken_lines(tmp_path: Path, encoder: Encoder) -> None:
     path = tmp_path / "a.json"
     counts = check(path, as_lines(ROWS) + "{broken\n" + as_lines([row(), row([])]), encoder)
-    assert (counts.num_used, counts.broken.places) == (3, [3, 5])
-    assert counts.broken_messages[0].startswith(f"{path}:3: broken JSON")
+    assert (counts.num_used, counts.tallies["broken_row"].places) == (3, [3, 5])
+    assert counts.tallies["broken_row"].examples[0].startswith(f"{path}:3: broken JSON")
     csv_file = check(tmp_path / "a.csv", "content,summary\na,b,c\nd,e\n", encoder)
-    assert (csv_file.num_used, csv_file.broken.places) == (1, [2])
+    assert (csv_file.num_used, csv_file.tallies["broken_row"].places) == (1, [2])
     array = check(tmp_path / "b.json", '[{"content":"a","summary":"b"},\n 1,\n{"x": }]', encoder)
-    assert (array.num_used, array.broken.places) == (1, [2, 3])
+    assert (array.num_used, array.tallies["broken_row"].places) == (1, [2, 3])
 
 
 def test_rows_of_a_one_line_array_are_numbered(tmp_path: Path, encoder: Encoder) -> None:
@@ -284,7 +291,7 @@ def test_cuts_are_those_of_training(
     rows = [row("件" * n, "色" * (30 - n)) for n in range(1, 30)]
     counts = check(tmp_path / "a.json", rows, encoder)
     for limit in (3, 10, 17, 40):
-        examples = [to_example(r, prompt_column="content", response_column="summary") for r in rows]
+        examples = [to_example(r, FORMAT) for r in rows]
         trained = to_training_batch(
             tokenizer, examples, max_source_length=limit, max_target_length=limit
         )
@@ -344,26 +351,25 @@ def test_any_bytes_give_a_report(
 ) -> None:
     path = tmp_path / f"any{suffix}"
     counts = check(path, content, encoder)
-    limits = Limits(64, 64)
-    report = FileReport(counts, find_in_file(counts, **limits._asdict()))
+    report = FileReport(counts, find_in_file(counts))
     kinds = {finding.kind for finding in report.findings}
     assert kinds <= {*PROBLEMS, *NOTICES}
     assert ("unreadable" in kinds) == (counts.num_read == 0)
-    assert all(message.startswith(f"{path}:") for message in counts.broken_messages)
-    assert file_as_text(report, limits).startswith(str(path))
+    assert all(message.startswith(f"{path}:") for message in counts.tallies["broken_row"].examples)
+    assert file_as_text(report).startswith(str(path))
     pair = PairReport("a", "b", find_between(counts, counts))
     assert pair_as_text(pair).startswith("a and b\n")
-    json.dumps(as_values([report], [pair], limits, "t"))
+    json.dumps(as_values([report], [pair], FORMAT, "t"))
     assert all(finding.count >= 1 and finding.remedy for finding in report.findings)
     _agrees_with_training(path, counts)
 
 
 def _agrees_with_training(path: Path, counts: FileCounts) -> None:
     """Training refuses a file exactly if the check found what stops training; else rows agree."""
-    stops = counts.unreadable is not None or counts.broken.count or counts.missing_columns()
+    stops = counts.unreadable is not None or counts.num_broken or counts.missing_columns()
     stops = stops or counts.encoding != "UTF-8" or counts.damaged_lines
     try:
-        rows = read_rows(path, prompt_column="content", response_column="summary")
+        rows = read_rows(path, FORMAT)
     except DataError:
         assert stops
     else:
@@ -373,7 +379,7 @@ def _agrees_with_training(path: Path, counts: FileCounts) -> None:
 
 def test_the_real_file_is_known(shared: Path, real_tokenizer: ChatGLMTokenizer) -> None:
     path = shared / "data" / "AdvertiseGen" / "dev.json"
-    counts = check_file(path, Encoder.of(real_tokenizer), COLUMNS, show_progress=False)
+    counts = check_file(path, Encoder.of(real_tokenizer), FORMAT, show_progress=False)
     found = find(counts)
     assert counts.num_used == 1070
     assert found["unknown_mark"].count == 300

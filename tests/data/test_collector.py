@@ -8,7 +8,7 @@ import pytest
 
 from ptuning.data import dataset
 from ptuning.data.dataset import collector_paused, load_generation_dataset, load_training_dataset
-from ptuning.data.formatting import Example, to_example
+from ptuning.data.formatting import Example, RowFormat, to_example
 from ptuning.data.reading import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.nano.paths import NANO_DIR
@@ -53,17 +53,10 @@ def test_it_rests_while_both_kinds_of_rows_are_tokenised(
 
     monkeypatch.setattr(dataset, "to_example", spied)
     tokenizer = ChatGLMTokenizer.from_pretrained(NANO_DIR)
-    columns: dict[str, Any] = {"prompt_column": "content", "response_column": "summary"}
-    load_training_dataset(
-        file,
-        tokenizer,
-        **columns,
-        max_source_length=64,
-        max_target_length=64,
-        cache_dir=tmp_path / "cache",
-        show_progress=False,
-    )
-    load_generation_dataset(file, tokenizer, **columns, max_source_length=64, show_progress=False)
+    row_format = RowFormat(prompt_column="content", response_column="summary")
+    cache = tmp_path / "cache"
+    load_training_dataset(file, tokenizer, row_format, cache_dir=cache, show_progress=False)
+    load_generation_dataset(file, tokenizer, row_format, show_progress=False)
     assert seen == [False, False]
     assert gc.isenabled()
 
@@ -74,8 +67,6 @@ def test_a_file_that_is_refused_leaves_it_on(tmp_path: Path) -> None:
         load_generation_dataset(
             tmp_path / "none.json",
             tokenizer,
-            prompt_column="content",
-            response_column=None,
-            max_source_length=64,
+            RowFormat(prompt_column="content", response_column=None),
         )
     assert gc.isenabled()

@@ -16,7 +16,7 @@ from ptuning.data.dataset import (
     load_generation_dataset,
     load_training_dataset,
 )
-from ptuning.data.formatting import to_example
+from ptuning.data.formatting import RowFormat, to_example
 from ptuning.data.reading import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example
@@ -29,6 +29,7 @@ ROWS = [
 ]
 COLUMNS = {"prompt_column": "content", "response_column": "summary", "history_column": "history"}
 LENGTHS = {"max_source_length": 40, "max_target_length": 20}
+OPTIONS = {"max_rows", "cache_dir", "overwrite_cache"}
 
 
 @pytest.fixture
@@ -41,8 +42,10 @@ def data_file(tmp_path: Path) -> Path:
 def load(
     path: Path, tokenizer: ChatGLMTokenizer, **changes: object
 ) -> tuple[TokenDataset, DataSummary]:
-    settings = {**COLUMNS, **LENGTHS, "cache_dir": path.parent / "cache", "show_progress": False}
-    return load_training_dataset(path, tokenizer, **{**settings, **changes})
+    options = {"cache_dir": path.parent / "cache", "show_progress": False}
+    options |= {name: changes.pop(name) for name in OPTIONS & changes.keys()}
+    row_format = RowFormat(**{**COLUMNS, **LENGTHS, **changes})
+    return load_training_dataset(path, tokenizer, row_format, **options)
 
 
 def test_rows_are_those_of_to_training_example(
@@ -52,7 +55,7 @@ def test_rows_are_those_of_to_training_example(
     kept = [ROWS[0], ROWS[1], ROWS[3]]
     assert len(dataset) == len(kept)
     for item, row in zip(dataset, kept, strict=True):
-        expected = to_training_example(tokenizer, to_example(row, **COLUMNS), **LENGTHS)
+        expected = to_training_example(tokenizer, to_example(row, RowFormat(**COLUMNS)), **LENGTHS)
         assert item["input_ids"].tolist() == expected.input_ids
         assert item["labels"].tolist() == labels_of(expected)
         assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
@@ -221,14 +224,14 @@ def test_generation_rows_keep_prompt_label_and_line(
     data_file: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
     dataset, summary = load_generation_dataset(
-        data_file, tokenizer, **COLUMNS, max_source_length=25, show_progress=False
+        data_file, tokenizer, RowFormat(**COLUMNS, max_source_length=25), show_progress=False
     )
     assert [row.line for row in dataset] == [1, 2, 4]
     assert [row.label for row in dataset] == [ROWS[i]["summary"] for i in (0, 1, 3)]
     assert dataset[0].prompt == "类型#裤*颜色#白色"
     assert dataset[2].prompt.startswith("[Round 0]\n问：你好\n")
     for item, index in zip(dataset, (0, 1, 3), strict=True):
-        example = to_example(ROWS[index], **COLUMNS, for_training=False)
+        example = to_example(ROWS[index], RowFormat(**COLUMNS), for_training=False)
         assert item.input_ids == to_generation_prompt(tokenizer, example, max_source_length=25)
     assert dataset.lengths.tolist() == [len(row.input_ids) for row in dataset]
     assert (summary.num_read, summary.num_kept, summary.prompts_cut) == (4, 3, 1)
@@ -242,9 +245,7 @@ def test_the_published_recipe_evaluates_on_bare_queries(
     dataset, _ = load_generation_dataset(
         data_file,
         tokenizer,
-        **COLUMNS,
-        max_source_length=64,
-        recipe="published",
+        RowFormat(**COLUMNS, recipe="published"),
         show_progress=False,
     )
     assert dataset[0].prompt == ROWS[0]["content"]
@@ -256,9 +257,7 @@ def test_prompts_can_come_without_answers(data_file: Path, tokenizer: ChatGLMTok
     dataset, _ = load_generation_dataset(
         data_file,
         tokenizer,
-        prompt_column="content",
-        response_column=None,
-        max_source_length=64,
+        RowFormat(prompt_column="content", response_column=None),
         max_rows=2,
         show_progress=False,
     )
@@ -271,11 +270,7 @@ def test_the_real_rows_have_the_published_lengths(
     dataset, summary = load_training_dataset(
         shared / "data" / "AdvertiseGen" / "train_head5001.json",
         real_tokenizer,
-        prompt_column="content",
-        response_column="summary",
-        max_source_length=64,
-        max_target_length=64,
-        recipe="published",
+        RowFormat(prompt_column="content", response_column="summary", recipe="published"),
         cache_dir=tmp_path,
         show_progress=False,
     )

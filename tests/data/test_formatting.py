@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptuning.data.formatting import build_prompt, build_rounds, check_recipe, to_example
+from ptuning.data.formatting import RowFormat, build_prompt, build_rounds, check_recipe, to_example
 
 ROW = {"prompt": "天气怎么样？", "response": "晴", "history": ()}
 COLUMNS = {"prompt_column": "prompt", "response_column": "response"}
@@ -24,16 +24,18 @@ def test_rounds_without_history_are_one_open_round() -> None:
 
 @pytest.mark.parametrize("for_training", [True, False])
 def test_the_corrected_recipe_trains_on_what_chat_uses(for_training: bool) -> None:
-    example = to_example(ROW, **COLUMNS, history_column="history", for_training=for_training)
+    example = to_example(
+        ROW, RowFormat(**COLUMNS, history_column="history"), for_training=for_training
+    )
     assert example.prompt == "天气怎么样？"
     assert not example.has_rounds
 
 
 def test_the_published_recipe_trains_on_rounds_and_evaluates_on_the_bare_query() -> None:
-    columns = {**COLUMNS, "history_column": "history", "recipe": "published"}
-    assert to_example(ROW, **columns).prompt == "[Round 0]\n问：天气怎么样？\n答："
-    assert to_example(ROW, **columns, for_training=False).prompt == "天气怎么样？"
-    assert to_example(ROW, **COLUMNS, recipe="published").prompt == "天气怎么样？"
+    columns = RowFormat(**COLUMNS, history_column="history", recipe="published")
+    assert to_example(ROW, columns).prompt == "[Round 0]\n问：天气怎么样？\n答："
+    assert to_example(ROW, columns, for_training=False).prompt == "天气怎么样？"
+    assert to_example(ROW, RowFormat(**COLUMNS, recipe="published")).prompt == "天气怎么样？"
 
 
 @pytest.mark.parametrize("recipe", ["corrected", "published"])
@@ -41,7 +43,9 @@ def test_the_published_recipe_trains_on_rounds_and_evaluates_on_the_bare_query()
 def test_a_history_is_written_the_same_everywhere(recipe: str, for_training: bool) -> None:
     row = {**ROW, "history": [["你好", "你好！"]]}
     example = to_example(
-        row, **COLUMNS, history_column="history", recipe=recipe, for_training=for_training
+        row,
+        RowFormat(**COLUMNS, history_column="history", recipe=recipe),
+        for_training=for_training,
     )
     assert example.prompt == "[Round 0]\n问：你好\n答：你好！\n[Round 1]\n问：天气怎么样？\n答："
     assert example.history == (("你好", "你好！"),)
@@ -50,13 +54,17 @@ def test_a_history_is_written_the_same_everywhere(recipe: str, for_training: boo
 
 def test_the_prefix_stands_before_the_whole_prompt() -> None:
     row = {**ROW, "history": [["你好", "你好！"]]}
-    example = to_example(row, **COLUMNS, history_column="history", source_prefix="礼貌：")
+    example = to_example(
+        row, RowFormat(**COLUMNS, history_column="history", source_prefix="礼貌：")
+    )
     assert example.prompt.startswith("礼貌：[Round 0]\n")
-    assert to_example(ROW, **COLUMNS, source_prefix="礼貌：").prompt == "礼貌：天气怎么样？"
+    assert (
+        to_example(ROW, RowFormat(**COLUMNS, source_prefix="礼貌：")).prompt == "礼貌：天气怎么样？"
+    )
 
 
 def test_a_row_without_an_answer_column_has_an_empty_answer() -> None:
-    assert to_example(ROW, prompt_column="prompt", response_column=None).response == ""
+    assert to_example(ROW, RowFormat(prompt_column="prompt", response_column=None)).response == ""
 
 
 def test_another_recipe_is_refused() -> None:

@@ -2,19 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from ptuning.data.formatting import RowFormat
 from ptuning.data.parsing import DataError, iterate_rows
 from ptuning.data.reading import Rows, read_rows
 
 ROWS = [{"content": "类型#裤", "summary": "宽松"}, {"content": "类型#裙", "summary": "修身"}]
 
 
-def read(path: Path, **changes: object) -> Rows:
-    return read_rows(path, **{"prompt_column": "content", "response_column": "summary", **changes})
+def read(path: Path, *, max_rows: int | None = None, **changes: Any) -> Rows:
+    columns = {"prompt_column": "content", "response_column": "summary", **changes}
+    return read_rows(path, RowFormat(**columns), max_rows=max_rows)
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -296,7 +299,7 @@ def test_any_bytes_give_rows_or_a_data_error(tmp_path: Path, content: bytes, suf
     path = write(tmp_path / f"any{suffix}", content)
     rows, error = None, None
     try:
-        rows = read_rows(path, prompt_column="a", response_column="b", history_column=None)
+        rows = read_rows(path, RowFormat(prompt_column="a", response_column="b"))
     except DataError as data_error:
         error = data_error
     if rows is None:

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.data.collation import pad_left
-from ptuning.data.formatting import Example, build_prompt, build_rounds, to_example
+from ptuning.data.formatting import Example, RowFormat, build_prompt, build_rounds, to_example
 from ptuning.data.tokenization import to_generation_batch, to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example
@@ -18,10 +19,11 @@ WIDE = {"max_source_length": 1000, "max_target_length": 1000}
 
 
 def make(
-    query: str, response: str = "", history: list | None = None, prefix: str = "", **changes: object
+    query: str, response: str = "", history: list | None = None, prefix: str = "", **changes: Any
 ) -> Example:
     row = {"prompt": query, "response": response, "history": history or []}
-    return to_example(row, **COLUMNS, history_column="history", source_prefix=prefix, **changes)
+    row_format = RowFormat(**COLUMNS, history_column="history", source_prefix=prefix, **changes)
+    return to_example(row, row_format)
 
 
 def encode(tokenizer: ChatGLMTokenizer, text: str) -> list[int]:
@@ -48,7 +50,10 @@ def test_published_training_rows_are_repeated_exactly(
 ) -> None:
     rows = golden_rows(golden, "train_64_64")
     examples = [
-        to_example(row, prompt_column="content", response_column="summary", recipe="published")
+        to_example(
+            row,
+            RowFormat(prompt_column="content", response_column="summary", recipe="published"),
+        )
         for row in rows
     ]
     made = to_training_batch(
@@ -64,7 +69,9 @@ def test_published_training_rows_with_history_are_repeated_exactly(
 ) -> None:
     rows = golden_rows(golden, "train_256_256_history")
     for row in rows:
-        example = to_example(row, **COLUMNS, history_column="history", recipe="published")
+        example = to_example(
+            row, RowFormat(**COLUMNS, history_column="history", recipe="published")
+        )
         made = to_training_example(
             real_tokenizer,
             example,
@@ -100,7 +107,7 @@ def test_recipes_differ_on_the_real_rows_only_in_the_eop_of_cut_answers(
     rows = golden_rows(golden, "train_64_64")
     cuts = 0
     for row in rows:
-        example = to_example(row, prompt_column="content", response_column="summary")
+        example = to_example(row, RowFormat(prompt_column="content", response_column="summary"))
         made = to_training_example(
             real_tokenizer, example, max_source_length=64, max_target_length=64
         )

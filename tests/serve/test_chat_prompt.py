@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptuning.data.formatting import to_example
+from ptuning.data.formatting import RowFormat, to_example
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.chat_prompt import build_chat_prompt
@@ -23,10 +23,12 @@ def test_prompts_are_those_of_evaluation(tokenizer, limit, history, source_prefi
     question = "类型#裙*颜色#白色*风格#简约*图案#条纹"
     example = to_example(
         {"q": question, "h": history},
-        prompt_column="q",
-        response_column=None,
-        history_column="h",
-        source_prefix=source_prefix,
+        RowFormat(
+            prompt_column="q",
+            response_column=None,
+            history_column="h",
+            source_prefix=source_prefix,
+        ),
         for_training=False,
     )
     expected = to_generation_prompt(tokenizer, example, max_source_length=limit)
