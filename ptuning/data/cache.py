@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
+
+from ptuning.atomic_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +68,10 @@ def load_tokens(path: Path) -> tuple[TokenArrays, dict[str, Any]] | None:
 
 def save_tokens(path: Path, arrays: TokenArrays, notes: Mapping[str, Any]) -> bool:
     """Write the arrays whole or not at all; return whether it worked."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    content = save(arrays._asdict(), metadata={"notes": json.dumps(dict(notes))})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(arrays._asdict(), unfinished, metadata={"notes": json.dumps(dict(notes))})
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
+        write_atomically(path, content)
+    except OSError as error:
         logger.warning(
             "tokens cannot be kept in %s (%s), so the next run tokenises again; "
             "set PTUNING_CACHE to a folder that can be written",

@@ -180,14 +180,14 @@ def _to_used_example(counts: FileCounts, item: Row | DataError, place: int) -> E
     counts.num_read += 1
     counts.column_rows.update(list(item.columns))
     try:
-        fields = to_fields(counts.path, item, counts.row_format)
+        columns, empty = to_fields(counts.path, item, counts.row_format)
     except DataError as error:
         counts.tallies["broken_row"].add(place, str(error))
         return None
-    if fields.empty is not None:
-        counts.empty[fields.empty].add(place)
+    if empty is not None:
+        counts.empty[empty].add(place)
         return None
-    example = to_example(fields.columns, counts.row_format)
+    example = to_example(columns, counts.row_format)
     _count_text(counts, place, example)
     _count_repeats(counts, place, example)
     return example

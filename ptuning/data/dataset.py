@@ -135,21 +135,17 @@ class DataSummary:
             f"  {'prompts' if prompts_only else 'rows'} of {self.mean_length:.1f} tokens on "
             f"average, {self.longest} at most; {self.total_tokens} tokens in all{answers}"
         )
-        if self.prompts_cut:
-            lines.append(
-                f"  {self._share(self.prompts_cut, self.num_kept)} with the prompt cut: raise "
-                f"--max_source_length above {self.max_source_length}"
-            )
-        if self.answers_cut:
-            lines.append(
-                f"  {self._share(self.answers_cut, self.num_kept)} with the answer cut: raise "
-                f"--max_target_length above {self.max_target_length}"
-            )
-        if self.control_text_rows:
-            lines.append(
-                f"  {self._share(self.control_text_rows, self.num_kept)} with a control token "
-                "such as <eop> written out: it is read as plain text"
-            )
+        source, target = self.max_source_length, self.max_target_length
+        remarks = {
+            f"the prompt cut: raise --max_source_length above {source}": self.prompts_cut,
+            f"the answer cut: raise --max_target_length above {target}": self.answers_cut,
+            "a control token such as <eop> written out: it is read as plain text": (
+                self.control_text_rows
+            ),
+        }
+        for remark, count in remarks.items():
+            if count:
+                lines.append(f"  {self._share(count, self.num_kept)} with {remark}")
         return lines
 
     @staticmethod

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 Recipe = Literal["corrected", "published"]
 
-# `build_prompt` for transformers' chats: one question is bare, more messages are numbered rounds,
-# and a system message stands before the first question.
+# The prompts of `to_example` for transformers' chats: one question is bare, more messages are
+# numbered rounds, and a system message stands before the first question.
 CHAT_TEMPLATE = """\
 {%- set chat = namespace(system='', round=0, expected='user') -%}
 {%- set turns = messages | rejectattr('role', 'equalto', 'system') | list -%}
@@ -103,15 +103,6 @@ def build_rounds(query: str, history: Sequence[tuple[str, str]] = ()) -> str:
         for index, (question, answer) in enumerate(history)
     ]
     return f"{''.join(rounds)}[Round {len(rounds)}]\n问：{query}\n答："
-
-
-def build_prompt(query: str, history: Sequence[tuple[str, str]] = ()) -> str:
-    """Return the bare query, or numbered rounds when there were earlier turns.
-
-    >>> build_prompt("你好")
-    '你好'
-    """
-    return build_rounds(query, history) if history else query
 
 
 def to_example(

@@ -7,7 +7,7 @@ yielded and not raised, so that a caller may stop there or go on with the other 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,23 +52,16 @@ def _read_lines(path: Path, text: str) -> Iterator[Row | DataError]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                item: Row | DataError = Row(
-                    number, _as_object(path, number, _parse_line(path, number, line))
+                value = parse_json(line)
+            except ValueError as error:
+                yield DataError(
+                    path,
+                    number,
+                    f"broken JSON: {error}; write one whole object per line, or one array of "
+                    "objects.",
                 )
-            except DataError as error:
-                item = error
-            yield item
-
-
-def _parse_line(path: Path, number: int, line: str) -> Any:
-    return parse_json(
-        line,
-        lambda problem: DataError(
-            path,
-            number,
-            f"broken JSON: {problem}; write one whole object per line, or one array of objects.",
-        ),
-    )
+            else:
+                yield _to_row(path, number, value)
 
 
 def _read_array(path: Path, text: str) -> Iterator[Row | DataError]:
@@ -98,7 +91,7 @@ def _read_elements(path: Path, text: str) -> Iterator[Row | DataError]:
             ) from error
         except RecursionError as error:
             raise DataError(path, line, "nested too deeply; write an array of objects.") from error
-        yield Row(line, value) if isinstance(value, dict) else _not_an_object(path, line, value)
+        yield _to_row(path, line, value)
         index = _skip_blank(text, index)
         separator = text[index : index + 1]
         if separator not in (",", "]") or not separator:
@@ -153,14 +146,14 @@ def _read_csv(path: Path, text: str) -> Iterator[Row | DataError]:
             yield Row(number, dict(zip(header, fields, strict=True)))
 
 
-def parse_json(text: str, to_error: Callable[[str], DataError]) -> Any:
-    """Decode one JSON value, numbers as their digits; raise to_error(what is wrong)."""
+def parse_json(text: str) -> Any:
+    """Decode one JSON value, numbers as their digits; ValueError says what is wrong."""
     try:
         return DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise to_error(_say_fault(error)) from error
+        raise ValueError(_say_fault(error)) from error
     except RecursionError as error:
-        raise to_error("nested too deeply") from error
+        raise ValueError("nested too deeply") from error
 
 
 def _say_fault(error: json.JSONDecodeError) -> str:
@@ -173,13 +166,9 @@ def _say_fault(error: json.JSONDecodeError) -> str:
     return f"{error.msg}{place} column {error.colno}"
 
 
-def _as_object(path: Path, line: int, value: Any) -> dict[str, Any]:
+def _to_row(path: Path, line: int, value: Any) -> Row | DataError:
     if isinstance(value, dict):
-        return value
-    raise _not_an_object(path, line, value)
-
-
-def _not_an_object(path: Path, line: int, value: Any) -> DataError:
+        return Row(line, value)
     return DataError(
         path,
         line,

@@ -27,13 +27,6 @@ PROMPT_NAMES = ("content", "prompt", "question", "instruction", "query", "input"
 RESPONSE_NAMES = ("summary", "response", "answer", "output", "completion", "target")
 
 
-class Fields(NamedTuple):
-    """The named columns of a row as text, and the first that is empty though needed, else None."""
-
-    columns: dict[str, Any]
-    empty: str | None
-
-
 class Rows(NamedTuple):
     """What a file held: the rows kept, how many were read, and why the others were dropped."""
 
@@ -110,9 +103,10 @@ def _check_columns(path: Path, rows: list[Row], columns: dict[str, str]) -> None
             )
 
 
-def to_fields(path: Path, row: Row, row_format: RowFormat) -> Fields:
-    """Turn the named columns of a row to text; DataError where one is neither text nor a number.
+def to_fields(path: Path, row: Row, row_format: RowFormat) -> tuple[dict[str, Any], str | None]:
+    """Return the named columns of a row as text, and the first that is empty though needed.
 
+    DataError where one is neither text nor a number.
     A column that the row lacks is empty; so is one that holds null or blanks only.
     """
     columns: dict[str, Any] = {}
@@ -127,7 +121,7 @@ def to_fields(path: Path, row: Row, row_format: RowFormat) -> Fields:
     column = row_format.history_column
     if column is not None:
         columns[column] = _to_history(path, row.line, column, row.columns.get(column))
-    return Fields(columns, empty)
+    return columns, empty
 
 
 def _to_text(path: Path, line: int, name: str, value: Any) -> str:
@@ -158,7 +152,10 @@ def _to_history(path: Path, line: int, column: str, value: Any) -> tuple[tuple[s
         )
 
     if isinstance(value, str):
-        value = value.strip() and parse_json(value, error)
+        try:
+            value = value.strip() and parse_json(value)
+        except ValueError as problem:
+            raise error(str(problem)) from problem
     if not value:
         return ()
     if not isinstance(value, list):

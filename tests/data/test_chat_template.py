@@ -1,11 +1,11 @@
-"""Chats: transformers' apply_chat_template gives the prompts of `build_prompt`."""
+"""Chats: transformers' apply_chat_template gives the prompts of `to_example`."""
 
 import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptuning.data.formatting import build_prompt
+from ptuning.data.formatting import build_rounds
 from ptuning.data.tokenizer import ChatGLMTokenizer
 
 
@@ -26,11 +26,11 @@ texts = st.text(max_size=10)
 
 @given(query=texts, history=st.lists(st.tuples(texts, texts), max_size=3))
 @settings(deadline=None)
-def test_a_chat_is_the_prompt_of_build_prompt(
+def test_a_chat_has_the_prompt_of_a_row(
     tokenizer: ChatGLMTokenizer, query: str, history: list[tuple[str, str]]
 ) -> None:
     messages = to_messages(query, history)
-    prompt = build_prompt(query, history)
+    prompt = build_rounds(query, history) if history else query
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert text == prompt
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -40,7 +40,7 @@ def test_a_chat_is_the_prompt_of_build_prompt(
 def test_a_finished_chat_is_a_training_row(tokenizer: ChatGLMTokenizer) -> None:
     messages = [*to_messages("天气", [("你好", "你好！")]), {"role": "assistant", "content": "晴"}]
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert ids == tokenizer(build_prompt("天气", [("你好", "你好！")]), "晴")["input_ids"]
+    assert ids == tokenizer(build_rounds("天气", [("你好", "你好！")]), "晴")["input_ids"]
     prompt = tokenizer.apply_chat_template(
         messages[:-1], add_generation_prompt=True, return_dict=False
     )
@@ -54,7 +54,7 @@ def test_chats_can_be_batched(tokenizer: ChatGLMTokenizer) -> None:
     batch = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt"
     )
-    prompts = ["你好", build_prompt("天气", [("你好", "你好！")])]
+    prompts = ["你好", build_rounds("天气", [("你好", "你好！")])]
     expected = tokenizer(prompts, padding=True, return_tensors="pt")
     assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
     assert batch["attention_mask"].tolist() == expected["attention_mask"].tolist()
@@ -71,7 +71,7 @@ def test_a_system_message_stands_before_the_first_question(tokenizer: ChatGLMTok
     text = tokenizer.apply_chat_template(
         [system, *to_messages("天气", [("你好", "好")])], add_generation_prompt=True, tokenize=False
     )
-    assert text == build_prompt("天气", [("简短回答\n你好", "好")])
+    assert text == build_rounds("天气", [("简短回答\n你好", "好")])
     text = tokenizer.apply_chat_template(
         [system, *to_messages("你好", [])], add_generation_prompt=True, tokenize=False
     )

@@ -2,19 +2,14 @@
 
 import pytest
 
-from ptuning.data.formatting import RowFormat, build_prompt, build_rounds, check_recipe, to_example
+from ptuning.data.formatting import RowFormat, build_rounds, check_recipe, to_example
 
 ROW = {"prompt": "天气怎么样？", "response": "晴", "history": ()}
 COLUMNS = {"prompt_column": "prompt", "response_column": "response"}
 
 
-def test_a_question_without_history_is_bare() -> None:
-    assert build_prompt("你好") == "你好"
-    assert build_prompt("你好", []) == "你好"
-
-
 def test_history_becomes_numbered_rounds() -> None:
-    prompt = build_prompt("丙", [("甲", "1"), ("乙", "2")])
+    prompt = build_rounds("丙", [("甲", "1"), ("乙", "2")])
     assert prompt == "[Round 0]\n问：甲\n答：1\n[Round 1]\n问：乙\n答：2\n[Round 2]\n问：丙\n答："
 
 

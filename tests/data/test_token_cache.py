@@ -106,11 +106,10 @@ def test_a_folder_that_cannot_be_written_is_announced(
 def test_a_full_disk_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def run_out(arrays: dict, path: Path, metadata: dict) -> None:
-        path.write_bytes(b"half")
+    def run_out(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ptuning.data.cache.save_file", run_out)
+    monkeypatch.setattr("ptuning.atomic_file.os.fsync", run_out)
     assert not save_tokens(tmp_path / "tokens.safetensors", ARRAYS, NOTES)
     assert list(tmp_path.iterdir()) == []
     assert "No space left" in caplog.text

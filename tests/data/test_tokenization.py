@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.data.collation import pad_left
-from ptuning.data.formatting import Example, RowFormat, build_prompt, build_rounds, to_example
+from ptuning.data.formatting import Example, RowFormat, build_rounds, to_example
 from ptuning.data.tokenization import to_generation_batch, to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example
@@ -211,7 +211,7 @@ def test_a_history_that_fits_is_whole(tokenizer: ChatGLMTokenizer) -> None:
     prompts, cuts = to_generation_batch(
         tokenizer, [make("问", "", HISTORY)], max_source_length=budget + 2
     )
-    assert prompts[0][:-2] == encode(tokenizer, build_prompt("问", HISTORY))
+    assert prompts[0][:-2] == encode(tokenizer, build_rounds("问", HISTORY))
     assert cuts == [False]
 
 
