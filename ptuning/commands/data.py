@@ -134,11 +134,9 @@ def _short_names(files: list["FileReport"]) -> list[str]:
 
 def _conclude(files: list["FileReport"], pairs: list["PairReport"], *, is_strict: bool) -> int:
     """Print the totals; return the exit status."""
-    from ptuning.data.check_findings import count_problems
-
     findings = [finding for report in files for finding in report.findings]
     findings += [finding for pair in pairs for finding in pair.findings]
-    num_problems = count_problems(findings)
+    num_problems = sum(finding.is_problem for finding in findings)
     num_unreadable = sum(report.counts.unreadable is not None for report in files)
     status = 2 if num_unreadable else int(is_strict and num_problems > 0)
     unreadable = f" ({num_unreadable} cannot be read)" if num_unreadable else ""

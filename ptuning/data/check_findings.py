@@ -1,6 +1,6 @@
 """What `data check` can find in a file or a pair of files: one table, and the findings."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -332,8 +332,3 @@ def shown_name(name: str) -> str:
     """
     short = name if len(name) <= 40 else f"{name[:37]}..."
     return short if short.isprintable() and short.strip() else repr(short)
-
-
-def count_problems(findings: Sequence[Finding]) -> int:
-    """Return how many of the findings are problems."""
-    return sum(finding.is_problem for finding in findings)

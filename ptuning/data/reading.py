@@ -48,7 +48,11 @@ def read_rows(path: Path | str, row_format: RowFormat, *, max_rows: int | None =
     path = Path(path)
     decoded = read_text(path)
     if decoded.first_foreign_line is not None:
-        raise DataError(path, decoded.first_foreign_line, explain_encoding(path, decoded))
+        message = "not UTF-8, nor GBK or UTF-16; save the file again as UTF-8."
+        if decoded.encoding != UTF_8:
+            command = conversion_command(path, decoded.encoding)
+            message = f"not UTF-8; it looks like {decoded.encoding}. Convert it: {command}"
+        raise DataError(path, decoded.first_foreign_line, message)
     raw_rows = []
     for item in iterate_rows(path, decoded.text):
         if isinstance(item, DataError):
@@ -192,11 +196,3 @@ def unreadable(path: Path, error: OSError) -> DataError:
         f"cannot be read ({error.strerror}) at {path.absolute()}; check the path and its "
         "permissions.",
     )
-
-
-def explain_encoding(path: Path, decoded: DecodedText) -> str:
-    """Say what is wrong with the bytes of a file that is not UTF-8, and what mends it."""
-    if decoded.encoding == UTF_8:
-        return "not UTF-8, nor GBK or UTF-16; save the file again as UTF-8."
-    command = conversion_command(path, decoded.encoding)
-    return f"not UTF-8; it looks like {decoded.encoding}. Convert it: {command}"
