@@ -208,7 +208,8 @@ def find_control_names(text: str) -> list[str]:
 
 def _count_text(counts: FileCounts, place: int, example: Example) -> None:
     """Count what a row's text writes out."""
-    names = {*find_control_names(example.prompt), *find_control_names(example.response)}
+    found = find_control_names(example.prompt) + find_control_names(example.response)
+    names = list(dict.fromkeys(found))  # each once, in order
     if names:
         counts.control_names.update(names)
         counts.tallies["control_text"].add(place)

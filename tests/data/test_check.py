@@ -114,6 +114,14 @@ def test_ordinary_brackets_are_no_control_tokens(tmp_path: Path, encoder: Encode
     assert "control_text" not in find(check(tmp_path / "a.json", rows, encoder))
 
 
+def test_control_tokens_are_listed_in_the_order_of_the_text(
+    tmp_path: Path, encoder: Encoder
+) -> None:
+    names = ["<sop>", "<n>", "[gMASK]", "<eop>", "<|tab|>"]
+    found = find(check(tmp_path / "a.json", [row("".join(names))], encoder))
+    assert found["control_text"].examples == tuple(f"{name} in 1 row" for name in names)
+
+
 def test_only_the_first_places_are_kept_and_all_are_counted(
     tmp_path: Path, encoder: Encoder
 ) -> None:
