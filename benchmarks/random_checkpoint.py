@@ -20,17 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.setting import SIZES
-from ptuning.model.checkpoint_files import BIN_FILE, BIN_INDEX
-from ptuning.model.checkpoint_layout import (
+from ptuning.model.checkpoint import (
     EMBEDDING,
     HEAD,
     LAYER_LINEARS,
     SCALE_SUFFIX,
     float_shapes,
     is_layer_linear,
-    packed_shape,
 )
+from ptuning.model.checkpoint_files import BIN_FILE, BIN_INDEX
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.quantization.reference import packed_columns
 
 BITS = (0, 4, 8)  # 0 is float16
 NUM_SHARDS = 8  # of the published float16 release
@@ -93,7 +93,7 @@ def stored_shapes(size: str, bits: int) -> dict[str, tuple[torch.dtype, tuple[in
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, shape in float_shapes(config).items():
         if bits and is_layer_linear(name):
-            stored[name] = (torch.int8, packed_shape(shape, bits))
+            stored[name] = (torch.int8, (shape[0], packed_columns(shape[1], bits)))
             stored[name + SCALE_SUFFIX] = (torch.float16, (shape[0],))
         else:
             stored[name] = (torch.float16, shape)

@@ -16,8 +16,7 @@ from benchmarks.random_checkpoint import (
     stored_shapes,
     write_checkpoint,
 )
-from ptuning.model.checkpoint import check_checkpoint
-from ptuning.model.checkpoint_layout import HEAD
+from ptuning.model.checkpoint import HEAD, check_checkpoint
 
 SIZE = (2, 32, 2, 64)  # layers, hidden size, heads, vocabulary
 

@@ -17,8 +17,7 @@ from transformers.utils import can_return_tuple
 
 from ptuning.model.answer_loss import summed_loss
 from ptuning.model.backbone import ChatGLMModel, ChatGLMPreTrainedModel
-from ptuning.model.checkpoint_load import load_pretrained
-from ptuning.model.checkpoint_quantized import prepare_for_config_
+from ptuning.model.checkpoint_load import load_pretrained, prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import Linear
 from ptuning.model.packing import Packing, find_packing, pack

@@ -1,12 +1,14 @@
-"""A checkpoint on disk, checked before any weight is read.
+"""A checkpoint on disk: what it must hold, and whether it does, checked before any weight is read.
 
-Published shards, slim int8 and int4 releases and safetensors are read alike. `check_checkpoint` is
-the pre-flight look that every command can afford; `read_checkpoint` returns the same knowledge with
-the place of every tensor, for the loader and the converter.
+Published shards, slim int8 and int4 releases and safetensors are read alike. A quantised release
+stores the four linear weights of a layer as int8 (two columns per byte at 4 bits) with one float16
+scale per row; the `-int4-qe` release does the same to the embedding and the output head.
+Source of the names:
+https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/pytorch_model.bin.index.json
 """
 
-import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,26 +20,33 @@ from ptuning.model.checkpoint_files import (
     read_headers,
     shorten,
 )
-from ptuning.model.checkpoint_layout import (
-    EMBEDDING,
-    HEAD,
-    LAYER_LINEARS,
-    OLDER_NUM_IMAGE_TOKENS,
-    OLDER_VOCABULARY,
-    PREFIX_KEYS,
-    RECOMPUTED,
-    SCALE_SUFFIX,
-    Shape,
-    float_shapes,
-    is_layer_linear,
-    packed_shape,
-    prefix_shapes,
-    release_name,
-)
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.quantization.reference import check_bits
+from ptuning.model.quantization.reference import check_bits, packed_columns
+from ptuning.model.tuned import read_json
 
 logger = logging.getLogger(__name__)
+
+EMBEDDING = "transformer.word_embeddings.weight"
+HEAD = "lm_head.weight"
+PREFIX_KEYS = "transformer.prefix_encoder."
+SCALE_SUFFIX = "_scale"  # a quantised `x.weight` has its scales in `x.weight_scale`
+LAYER_LINEARS = (
+    "attention.query_key_value",
+    "attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+)
+RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # stored by the published code, derived here
+# A tied head shares the scale too; transformers must know, or it refuses to save the model.
+TIED_SCALE = {HEAD + SCALE_SUFFIX: EMBEDDING + SCALE_SUFFIX}
+
+Shape = tuple[int, ...]
+_LINEAR_WEIGHT = re.compile(
+    rf"transformer\.layers\.\d+\.(?:{'|'.join(map(re.escape, LAYER_LINEARS))})\.weight"
+)
+
+OLDER_VOCABULARY = 150528  # the older release: 20,000 image tokens come first
+OLDER_NUM_IMAGE_TOKENS = 20_000
 
 
 @dataclass(frozen=True)
@@ -139,20 +148,6 @@ def read_config(directory: Path) -> ChatGLMConfig:
     return ChatGLMConfig.from_pretrained(directory)
 
 
-def read_json(file: Path) -> dict[str, object]:
-    """Return the object in a JSON file; ValueError names the file when there is none in it."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy or download it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{file} holds a {type(values).__name__}, needed is an object; copy or download it "
-            "again."
-        )
-    return values
-
-
 def _num_image_tokens(directory: Path, config: ChatGLMConfig) -> int:
     file = directory / "tokenizer_config.json"
     given = read_json(file).get("num_image_tokens") if file.is_file() else None
@@ -208,7 +203,7 @@ def _expected_shapes(
             tensor_bits = bits
         elif name in (EMBEDDING, HEAD):
             tensor_bits = _packed_bits(headers.get(name), config.hidden_size)
-        expected[name] = packed_shape(shape, tensor_bits) if tensor_bits else shape
+        expected[name] = (shape[0], packed_columns(shape[1], tensor_bits)) if tensor_bits else shape
         if tensor_bits:
             expected[name + SCALE_SUFFIX] = (shape[0],)
     return expected
@@ -281,3 +276,66 @@ def _report_unexpected(directory: Path, names: list[str]) -> None:
             directory,
             shorten(unknown),
         )
+
+
+def is_layer_linear(name: str) -> bool:
+    """Say whether name is a weight that quantisation touches.
+
+    >>> is_layer_linear("transformer.layers.3.mlp.dense_h_to_4h.weight")
+    True
+    >>> is_layer_linear("lm_head.weight")
+    False
+    """
+    return _LINEAR_WEIGHT.fullmatch(name) is not None
+
+
+def float_shapes(config: ChatGLMConfig) -> dict[str, Shape]:
+    """Return the shape of every tensor of a float checkpoint without a prefix, in file order."""
+    hidden, width = config.hidden_size, config.inner_hidden_size
+    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}
+    for index in range(config.num_layers):
+        layer = f"transformer.layers.{index}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{layer}{norm}.weight"] = shapes[f"{layer}{norm}.bias"] = (hidden,)
+        for linear, (rows, columns) in zip(
+            LAYER_LINEARS,
+            ((3 * hidden, hidden), (hidden, hidden), (width, hidden), (hidden, width)),
+            strict=True,
+        ):
+            shapes[f"{layer}{linear}.weight"] = (rows, columns)
+            shapes[f"{layer}{linear}.bias"] = (rows,)
+    for part in ("weight", "bias"):
+        shapes[f"transformer.final_layernorm.{part}"] = (hidden,)
+    shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def prefix_shapes(config: ChatGLMConfig, prefix_length: int, project: bool) -> dict[str, Shape]:
+    """Return the shapes of a prefix of this length, under its full published names."""
+    hidden = config.hidden_size
+    table_width = 2 * config.num_layers * hidden
+    if not project:
+        return {f"{PREFIX_KEYS}embedding.weight": (prefix_length, table_width)}
+    return {
+        f"{PREFIX_KEYS}embedding.weight": (prefix_length, hidden),
+        f"{PREFIX_KEYS}trans.0.weight": (hidden, hidden),
+        f"{PREFIX_KEYS}trans.0.bias": (hidden,),
+        f"{PREFIX_KEYS}trans.2.weight": (table_width, hidden),
+        f"{PREFIX_KEYS}trans.2.bias": (table_width,),
+    }
+
+
+def release_name(config: ChatGLMConfig, num_image_tokens: int = 0) -> str:
+    """Say in a few words which release a configuration belongs to.
+
+    >>> release_name(ChatGLMConfig())
+    'ChatGLM-6B with 130,528 tokens'
+    """
+    is_published_size = (config.num_layers, config.hidden_size) == (28, 4096)
+    name = "ChatGLM-6B" if is_published_size else "a ChatGLM"
+    size = f", {config.num_layers} layers, hidden size {config.hidden_size}"
+    older = f" (the older release, whose ids are {num_image_tokens:,} higher)"
+    return (
+        f"{name} with {config.vocab_size:,} tokens{older if num_image_tokens else ''}"
+        f"{'' if is_published_size else size}"
+    )

@@ -20,9 +20,8 @@ from ptuning.model.checkpoint import (
     read_checkpoint,
     read_json,
 )
-from ptuning.model.checkpoint_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from ptuning.model.checkpoint_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, StoredTensor
 from ptuning.model.checkpoint_load import head_is_embedding, stored_tensors
-from ptuning.model.checkpoint_tensors import StoredTensor
 from ptuning.output import open_bar
 
 logger = logging.getLogger(__name__)

@@ -1,18 +1,20 @@
-"""Weight files on disk: which ones there are, and what each holds, without reading weights.
+"""Weight files on disk: which ones there are, what their headers say, and their tensors on demand.
 
-Only headers are read: the JSON at the head of a .safetensors file, the zip directory and the tensor
-table of a .bin file, the latter with torch's `weights_only` reader, which runs no code. A file that
-is not what its name says is named, with what is wrong and what to do.
+Headers are the JSON at the start of a .safetensors file, or the zip directory and tensor table of a
+.bin file, read with torch's `weights_only` reader, which runs no code. Tensors are memory-mapped,
+so that a checkpoint is never in memory twice: a tensor used in its stored dtype shares the file's
+pages; one that is converted or moved to a GPU is copied, and its mapping is dropped soon after.
 """
 
 import json
 import math
 import pickle
 import struct
+import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +39,11 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+# Pages of a mapping stay in memory until it is dropped, so it is renewed after this many bytes.
+REMAP_BYTES = 64 * 2**20
+# Smaller tensors are copied: a norm or a bias would keep the mapping of its whole file alive.
+COPY_BYTES = 2**20
 
 NUM_NAMES_SHOWN = 3  # of a list of tensors in an error; the rest is counted
 
@@ -228,6 +235,82 @@ def _first_tensor_cut(file: Path) -> str | None:
             return None  # the header itself is damaged: the caller says so
     cut = [name for name, end in ends.items() if end > size - 8 - length]
     return min(cut, key=ends.__getitem__) if cut else None
+
+
+class CheckpointReader:
+    """Reads single tensors out of a checkpoint's files; may be called from several threads."""
+
+    def __init__(self, headers: dict[str, TensorHeader]) -> None:
+        self.headers = headers
+        self._lock = threading.Lock()
+        self._file: Path | None = None
+        self._get: Callable[[str], Tensor] | None = None
+        self._handed_out_bytes = 0
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as stored, on the CPU; a large one is mapped from its file."""
+        header = self.headers[name]
+        with self._lock:
+            is_worn = self._handed_out_bytes + header.num_bytes > REMAP_BYTES
+            if self._get is None or self._file != header.file or is_worn:
+                self._map(header.file)
+            self._handed_out_bytes += header.num_bytes
+            assert self._get is not None, "a file is mapped above"
+            value = self._get(name)
+            return value.clone() if header.num_bytes < COPY_BYTES else value
+
+    def _map(self, file: Path) -> None:
+        self.close()
+        if file.suffix == ".safetensors":
+            self._get = open_safetensors(file).get_tensor
+        else:
+            self._get = map_bin(file).__getitem__
+        self._file = file
+
+    def close(self) -> None:
+        """Drop the current mapping; tensors already handed out stay valid."""
+        self._get = self._file = None
+        self._handed_out_bytes = 0
+
+
+class StoredTensor:
+    """A tensor that is read when it is indexed; transformers' loader takes it for a tensor."""
+
+    def __init__(
+        self, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]
+    ) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self._read = read
+
+    @classmethod
+    def of(cls, reader: CheckpointReader, name: str) -> "StoredTensor":
+        """Return the named tensor of the reader's checkpoint."""
+        header = reader.headers[name]
+        return cls(header.dtype, header.shape, lambda: reader.read(name))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def is_floating_point(self) -> bool:
+        """Say whether the values are floats, as Tensor.is_floating_point does."""
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Read the tensor and return the part that index selects; `[...]` for all of it."""
+        return self._read()[index]
+
+
+def same_values(headers: dict[str, TensorHeader], first: str, second: str) -> bool:
+    """Say whether two tensors are stored and equal; both are mapped for as long as that takes."""
+    left, right = headers.get(first), headers.get(second)
+    if left is None or right is None or left[1:] != right[1:]:  # dtype and shape
+        return False
+    return torch.equal(
+        CheckpointReader(headers).read(first), CheckpointReader(headers).read(second)
+    )
 
 
 def shorten(names: list[str]) -> str:

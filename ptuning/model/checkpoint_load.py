@@ -2,7 +2,8 @@
 
 Everything that can be wrong is found before the first weight is read. The output head is tied to
 the embedding when their values are equal, and float weights are quantised as they are read when the
-configuration asks for it.
+configuration asks for it. The model is first built empty in the form that its configuration names,
+so that the stored tensors fit; the quantised layers are imported when one is needed.
 """
 
 import copy
@@ -11,24 +12,27 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ptuning.model.checkpoint import Checkpoint, read_checkpoint, read_config
-from ptuning.model.checkpoint_files import shorten
-from ptuning.model.checkpoint_hub import HUB_ARGUMENTS, find_directory
-from ptuning.model.checkpoint_layout import (
+from ptuning.model.checkpoint import (
     EMBEDDING,
     HEAD,
     PREFIX_KEYS,
     SCALE_SUFFIX,
+    TIED_SCALE,
+    Checkpoint,
     is_layer_linear,
+    read_checkpoint,
+    read_config,
 )
-from ptuning.model.checkpoint_quantized import quantized_when_read, set_backend_
-from ptuning.model.checkpoint_tensors import CheckpointReader, StoredTensor, same_values
+from ptuning.model.checkpoint_files import CheckpointReader, StoredTensor, same_values, shorten
+from ptuning.model.checkpoint_hub import HUB_ARGUMENTS, find_directory
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.quantization.reference import packed_columns, quantize_in_blocks
 from ptuning.output import bars_for
 
 logger = logging.getLogger(__name__)
@@ -60,7 +64,15 @@ def load_pretrained(
     config = _settle_config(directory, kwargs.pop("config", None), kwargs)
     checkpoint = read_checkpoint(directory, config, use_safetensors=use_safetensors)
     logger.info("%s: %s", name_or_path, checkpoint.summary)
-    _warn_of_prefix(checkpoint, name_or_path)
+    if checkpoint.summary.prefix_length is not None and config.pre_seq_len is None:
+        logger.warning(
+            "%s also holds a trained prefix of %d tokens, which is not loaded with the model; load "
+            "it from the same directory as a prefix of its own, in Python "
+            "ptuning.load_prefix(model, %r).",
+            name_or_path,
+            checkpoint.summary.prefix_length,
+            str(directory),
+        )
     config.tie_word_embeddings = head_is_embedding(checkpoint)
     config.quantization_bit = config.quantization_bit or checkpoint.summary.quantization_bits
     config.embedding_quantization_bit = checkpoint.summary.embedding_bits
@@ -116,20 +128,6 @@ def _only_device(device_map: Any) -> torch.device | None:
     return device_map if isinstance(device_map, torch.device) else None
 
 
-def _warn_of_prefix(checkpoint: Checkpoint, name_or_path: str | os.PathLike[str]) -> None:
-    """Say aloud that a prefix among the weights is left aside, unless the config asks for it."""
-    length = checkpoint.summary.prefix_length
-    if length is None or checkpoint.config.pre_seq_len is not None:
-        return
-    logger.warning(
-        "%s also holds a trained prefix of %d tokens, which is not loaded with the model; load it "
-        "from the same directory as a prefix of its own, in Python ptuning.load_prefix(model, %r).",
-        name_or_path,
-        length,
-        str(checkpoint.directory),
-    )
-
-
 def stored_tensors(
     checkpoint: Checkpoint, *, with_prefix: bool, device: torch.device | None = None
 ) -> dict[str, StoredTensor]:
@@ -160,13 +158,10 @@ def head_is_embedding(checkpoint: Checkpoint) -> bool:
     headers = checkpoint.headers
     if HEAD not in headers:
         return True
-    pairs = [(HEAD, EMBEDDING)]
+    parts = [""]
     if HEAD + SCALE_SUFFIX in headers or EMBEDDING + SCALE_SUFFIX in headers:
-        pairs.append((HEAD + SCALE_SUFFIX, EMBEDDING + SCALE_SUFFIX))
-    return all(
-        first in headers and second in headers and same_values(headers, first, second)
-        for first, second in pairs
-    )
+        parts.append(SCALE_SUFFIX)
+    return all(same_values(headers, HEAD + part, EMBEDDING + part) for part in parts)
 
 
 def _check_complete(info: dict[str, Any], directory: Path) -> None:
@@ -178,3 +173,76 @@ def _check_complete(info: dict[str, Any], directory: Path) -> None:
             f"{directory} did not fill {shorten(sorted(missing + mismatched))}; the model and its "
             "config.json do not belong together: download both from one place."
         )
+
+
+def prepare_for_config_(model: PreTrainedModel) -> None:
+    """Give a new model the empty quantised layers its configuration calls for, if any.
+
+    With embedding_quantization_bit the (V, E) embedding and the head are packed as well, and tying
+    them means their scales too.
+    """
+    config = model.config
+    if not (config.quantization_bit or config.embedding_quantization_bit):
+        return
+    from ptuning.model.quantization.conversion import prepare_quantized_
+    from ptuning.model.quantization.embedding import QuantizedEmbedding
+    from ptuning.model.quantization.linear import QuantizedLinear
+
+    if config.quantization_bit:
+        prepare_quantized_(model, config.quantization_bit)
+    if config.embedding_quantization_bit:
+        bits = config.embedding_quantization_bit
+        table = cast(nn.Embedding, model.get_input_embeddings())
+        device, dtype = table.weight.device, table.weight.dtype
+        size = (table.num_embeddings, table.embedding_dim)
+        model.set_input_embeddings(QuantizedEmbedding(*size, bits=bits, device=device, dtype=dtype))
+        head = cast(nn.Linear, model.get_output_embeddings())
+        model.set_output_embeddings(QuantizedLinear.empty_like(head, bits))
+        model._tied_weights_keys = {**model._tied_weights_keys, **TIED_SCALE}
+
+
+def set_backend_(model: PreTrainedModel, backend: str) -> None:
+    """Let every quantised layer of the model run on this back end; ValueError if unknown."""
+    from ptuning.model.quantization.linear import QuantizedLinear
+    from ptuning.model.quantization.selection import check_backend_name
+
+    check_backend_name(backend)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.backend = backend
+
+
+def quantized_when_read(
+    reader: CheckpointReader,
+    name: str,
+    bits: int,
+    *,
+    device: torch.device | None,
+    turn: threading.Lock,
+) -> dict[str, StoredTensor]:
+    """Return the packed weight and its scales in place of a float weight, neither computed yet.
+
+    Both are computed when the first of them is read; the other is kept until it is read too. Each
+    weight is quantised on device (None is the CPU); turn is shared by all of them, so that one
+    float weight is in memory at a time however many threads read.
+    """
+    header = reader.headers[name]
+    halves: dict[int, Tensor] = {}
+    own_turn = threading.Lock()
+
+    def take(half: int) -> Tensor:
+        with own_turn:
+            if half not in halves:
+                try:
+                    with turn:
+                        pair = quantize_in_blocks(reader.read(name).to(device), bits)
+                except ValueError as error:
+                    raise ValueError(f"{header.file}: {name}: {error}") from error
+                halves.update(enumerate(pair))
+            return halves.pop(half)
+
+    shape = (header.shape[0], packed_columns(header.shape[1], bits))
+    return {
+        name: StoredTensor(torch.int8, shape, lambda: take(0)),
+        name + SCALE_SUFFIX: StoredTensor(torch.float16, shape[:1], lambda: take(1)),
+    }

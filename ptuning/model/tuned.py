@@ -91,7 +91,7 @@ def kind_of(path: str | Path) -> str:
     if path.is_file() or any((path / name).is_file() for name in MARKS[PTUNING]):
         return PTUNING
     if (path / ADAPTER_CONFIG_NAME).is_file():
-        kind = _read_json(path / ADAPTER_CONFIG_NAME).get("peft_type")
+        kind = read_json(path / ADAPTER_CONFIG_NAME).get("peft_type")
         if kind != "LORA":
             raise ValueError(
                 f"{path} holds PEFT's kind of adapter {kind}; LORA is read, and a prefix in the "
@@ -122,7 +122,7 @@ def read_tuned_info(path: str | Path) -> PrefixInfo | TunedInfo | None:
     if (path / INFO_NAME).is_file():
         return _read_info(path / INFO_NAME, TunedInfo)
     if kind == LORA:  # written by peft alone
-        base = _read_json(path / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        base = read_json(path / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
         return TunedInfo(LORA, base_model_name_or_path=str(base or ""))
     return None
 
@@ -150,7 +150,7 @@ def find_prefix_weights(path: Path) -> Path:
 
 
 def _read_info(file: Path, kind: type[Info]) -> Info:
-    values = _read_json(file)
+    values = read_json(file)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -163,13 +163,17 @@ def _read_info(file: Path, kind: type[Info]) -> Info:
         raise ValueError(f"{file} is incomplete ({error}); restore it from the run.") from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; ValueError names the file when there is none in it."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON ({error}); restore it from the run.") from error
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise ValueError(f"{file} is not JSON ({error}); copy or download it again.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}; restore it from the run.")
+        raise ValueError(
+            f"{file} contains a JSON {type(values).__name__} instead of an object; copy or "
+            "download it again."
+        )
     return values
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModel
 from ptuning.model import checkpoint_convert
 from ptuning.model.checkpoint import check_checkpoint
 from ptuning.model.checkpoint_convert import convert_checkpoint, split_into_shards
-from ptuning.model.checkpoint_tensors import StoredTensor
+from ptuning.model.checkpoint_files import StoredTensor
 from tests.model.published import (
     golden_config,
     golden_tensors,

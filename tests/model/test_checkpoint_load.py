@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint import check_checkpoint
-from ptuning.model.checkpoint_layout import float_shapes, prefix_shapes
+from ptuning.model.checkpoint import check_checkpoint, float_shapes, prefix_shapes
 from ptuning.model.config import ChatGLMConfig
 from tests.model.published import (
     SHIFT,

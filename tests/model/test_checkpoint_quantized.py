@@ -11,9 +11,8 @@ from transformers import AutoModel
 
 import ptuning
 from ptuning.model.checkpoint import check_checkpoint
-from ptuning.model.checkpoint_files import TensorHeader
-from ptuning.model.checkpoint_quantized import quantized_when_read
-from ptuning.model.checkpoint_tensors import CheckpointReader
+from ptuning.model.checkpoint_files import CheckpointReader, TensorHeader
+from ptuning.model.checkpoint_load import quantized_when_read
 from ptuning.model.quantization.embedding import QuantizedEmbedding
 from ptuning.model.quantization.linear import QuantizedLinear
 from ptuning.model.quantization.reference import dequantize_weight, quantize_weight
@@ -178,6 +177,28 @@ def test_blocks_of_rows_give_the_numbers_of_the_whole(
     assert torch.equal(parts["w_scale"][...], scale)
     assert torch.equal(parts["w"][...], packed)
     assert (parts["w"].shape, parts["w_scale"].shape) == ((37, 8), (37,))
+
+
+@pytest.mark.parametrize("order", [("w", "w_scale"), ("w_scale", "w")])
+def test_weight_and_scale_are_computed_once_and_handed_out_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[str, str]
+) -> None:
+    weight = torch.arange(32.0).view(2, 16).half()
+    torch.save({"w": weight}, tmp_path / "w.bin")
+    calls: list[int] = []
+
+    def counting(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(bits)
+        return quantize_weight(weight, bits)
+
+    monkeypatch.setattr("ptuning.model.checkpoint_load.quantize_in_blocks", counting)
+    reader = CheckpointReader({"w": TensorHeader(tmp_path / "w.bin", torch.float16, (2, 16))})
+    parts = quantized_when_read(reader, "w", 8, device=None, turn=threading.Lock())
+    found = {name: parts[name][...] for name in order}
+    packed, scale = quantize_weight(weight, 8)
+    assert torch.equal(found["w"], packed)
+    assert torch.equal(found["w_scale"], scale)
+    assert calls == [8]
 
 
 def test_value_that_cannot_be_quantised_is_named_with_its_tensor(

@@ -84,7 +84,7 @@ def test_a_description_of_another_version_or_no_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match="format_version 99"):
         read_tuned_info(adapter)
     (adapter / "tuning_config.json").write_text('{"tuning": ')
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         read_tuned_info(adapter)
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ptuning.model import checkpoint_tensors
-from ptuning.model.checkpoint_files import WeightFiles, read_headers
-from ptuning.model.checkpoint_tensors import (
+from ptuning.model import checkpoint_files
+from ptuning.model.checkpoint_files import (
     CheckpointReader,
-    SharedResult,
     StoredTensor,
+    WeightFiles,
+    read_headers,
     same_values,
 )
 
@@ -45,9 +45,9 @@ def test_mapping_is_renewed_so_that_pages_are_given_back(
 ) -> None:
     opened: list[Path] = []
     name = "map_bin" if file.suffix == ".bin" else "open_safetensors"
-    really_open = getattr(checkpoint_tensors, name)
-    monkeypatch.setattr(checkpoint_tensors, name, lambda f: (opened.append(f), really_open(f))[1])
-    monkeypatch.setattr(checkpoint_tensors, "REMAP_BYTES", 2 * ROWS * 4)
+    really_open = getattr(checkpoint_files, name)
+    monkeypatch.setattr(checkpoint_files, name, lambda f: (opened.append(f), really_open(f))[1])
+    monkeypatch.setattr(checkpoint_files, "REMAP_BYTES", 2 * ROWS * 4)
     for index in range(6):
         assert torch.equal(reader.read(f"large.{index}"), torch.full((ROWS,), float(index)))
     assert opened == [file] * 3, "two tensors for one mapping"
@@ -87,16 +87,3 @@ def test_nan_equals_nothing(tmp_path: Path) -> None:
     values = torch.tensor([1.0, float("nan")])
     torch.save({"a": values, "b": values.clone()}, tmp_path / "w.bin")
     assert not same_values(read_headers(WeightFiles((tmp_path / "w.bin",), {})), "a", "b")
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_pair_is_computed_once_and_handed_out_half_by_half(order: tuple[int, int]) -> None:
-    calls: list[None] = []
-
-    def compute() -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(None)
-        return torch.zeros(2), torch.ones(3)
-
-    pair = SharedResult(compute)
-    assert {half: pair.take(half).numel() for half in order} == {0: 2, 1: 3}
-    assert len(calls) == 1
