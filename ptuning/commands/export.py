@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from ptuning.model.checkpoint import read_config
-from ptuning.model.prefix_export import export_prefix
+from ptuning.model.prefix_artefact import export_prefix
 from ptuning.train.base_model import find_base
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import base_fingerprint
+from ptuning.model.prefix_artefact import base_fingerprint, check_finite
 from ptuning.model.quantization.linear import QuantizedLinear
 from ptuning.model.tuned import (
     ADAPTER_CONFIG_NAME,
@@ -36,7 +36,6 @@ from ptuning.model.tuned import (
 )
 
 ADAPTER = "default"  # the name inside the model; it is not stored
-STORED_PREFIX = "base_model.model."  # peft wraps a model twice and stores names as seen from there
 
 
 def load_peft() -> ModuleType:
@@ -80,7 +79,7 @@ def add_adapter(
 def _inject(model: ChatGLMForConditionalGeneration, config: Any) -> None:
     """Put peft's layers around the linears that config names, frozen or quantised ones alike."""
     peft = load_peft()
-    if has_adapter(model):
+    if adapter_parameters(model):
         raise ValueError("this model has a LoRA adapter already; load the base anew for another.")
     from ptuning.model.quantization.lora_linear import QuantizedLoraLinear  # needs peft
 
@@ -90,27 +89,23 @@ def _inject(model: ChatGLMForConditionalGeneration, config: Any) -> None:
         parameter.data = parameter.data.float()  # like the prefix, whatever the base is
 
 
-def has_adapter(model: ChatGLMForConditionalGeneration) -> bool:
-    """Say whether model has an adapter."""
-    return any(".lora_A." in name for name, _ in model.named_parameters())
-
-
 def adapter_parameters(model: ChatGLMForConditionalGeneration) -> dict[str, nn.Parameter]:
-    """Return the adapter's parameters by the names they are stored under."""
+    """Return the adapter's parameters by peft's stored names; empty for a model without one."""
     return {
-        stored_name(name): value
+        _stored_name(name): value
         for name, value in model.named_parameters()
         if "lora_" in name and f".{ADAPTER}" in name
     }
 
 
-def stored_name(name: str) -> str:
+def _stored_name(name: str) -> str:
     """Return peft's name for an adapter parameter of the model.
 
-    >>> stored_name("transformer.layers.0.attention.dense.lora_A.default.weight")
+    >>> _stored_name("transformer.layers.0.attention.dense.lora_A.default.weight")
     'base_model.model.transformer.layers.0.attention.dense.lora_A.weight'
     """
-    return STORED_PREFIX + name.replace(f".{ADAPTER}", "")
+    # peft wraps a model twice and stores names as seen from there
+    return "base_model.model." + name.replace(f".{ADAPTER}", "")
 
 
 def save_adapter(
@@ -129,7 +124,7 @@ def save_adapter(
     if not values:
         raise ValueError("this model has no adapter to save; give it one with add_adapter.")
     if tensors is not None:
-        values = {stored_name(k): v for k, v in tensors.items() if stored_name(k) in values}
+        values = {_stored_name(k): v for k, v in tensors.items() if _stored_name(k) in values}
     stored = {name: value.detach().float().cpu().contiguous() for name, value in values.items()}
     write_atomically(directory / ADAPTER_WEIGHTS_NAME, save(stored, metadata={"format": "pt"}))
     config = copy.copy(model.peft_config[ADAPTER])
@@ -150,7 +145,7 @@ def load_adapter(
     info = read_tuned_info(directory)
     if not isinstance(info, TunedInfo) or info.tuning != LORA:
         raise ValueError(f"{directory} holds no LoRA adapter ({ADAPTER_CONFIG_NAME}).")
-    check_base(info, base_fingerprint(model), directory)
+    check_base(info, model.name_or_path, base_fingerprint(model), directory)
     tensors = read_adapter_tensors(directory)
     config = load_peft().LoraConfig.from_pretrained(str(directory))
     config.inference_mode = not trainable
@@ -174,11 +169,7 @@ def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
             "another checkpoint."
         ) from error
     for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise ValueError(
-                f"{file} has {name} with entries that are not finite: its training had diverged, "
-                "so give an earlier checkpoint."
-            )
+        check_finite(name, value, file)
     return tensors
 
 
@@ -208,7 +199,9 @@ def fill_adapter(
 @contextmanager
 def without_adapter(model: ChatGLMForConditionalGeneration) -> Iterator[None]:
     """Answer as the untouched base inside the block; the adapter is on again after it."""
-    layers = _adapter_layers(model)
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     trained = [p for p in model.parameters() if p.requires_grad]
     for layer in layers:
         layer.enable_adapters(False)
@@ -221,9 +214,3 @@ def without_adapter(model: ChatGLMForConditionalGeneration) -> Iterator[None]:
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _adapter_layers(model: ChatGLMForConditionalGeneration) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,12 +1,13 @@
-"""Prefixes in and out: our directory, a published `pytorch_model.bin`, or bare safetensors.
+"""Prefixes in and out: our directory, a published `pytorch_model.bin`, safetensors, PEFT's files.
 
 An artefact is a self-describing directory with `prefix.safetensors` (published key names, float32)
-and `prefix_config.json` (everything needed to use it). Files are written under a temporary name
-and renamed, the config last.
-Shapes: P prefix tokens, L layers, E hidden size.
+and `prefix_config.json` (everything needed to use it), which is written last. Exports for other
+programs are float32 too; a projection is kept in the published form and applied in the others.
+Shapes: P prefix tokens, L layers, H heads, D width of a head, E = H x D hidden size.
 """
 
 import hashlib
+import io
 import json
 import pickle
 from dataclasses import asdict
@@ -20,16 +21,30 @@ from torch import Tensor
 
 from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.checkpoint import PREFIX_KEYS
+from ptuning.model.config import ChatGLMConfig
 from ptuning.model.prefix_encoder import PrefixEncoder
 from ptuning.model.tuned import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    EXPORT_FORMATS,
     PREFIX_CONFIG_NAME,
     PREFIX_WEIGHTS_NAME,
+    PUBLISHED_NAME,
     PrefixInfo,
+    check_base,
     find_prefix_weights,
     read_prefix_info,
 )
 
-KEY_PREFIX = "transformer.prefix_encoder."
+KEY_VALUE_NAME = "prefix_key_values.safetensors"
+PROJECTION_NAMES = {
+    "embedding.weight",
+    "trans.0.weight",
+    "trans.0.bias",
+    "trans.2.weight",
+    "trans.2.bias",
+}
 
 
 def base_fingerprint(model: ChatGLMForConditionalGeneration) -> str:
@@ -73,28 +88,42 @@ def save_prefix(
             "this model has no prefix to save; give it one with model.add_prefix(prefix_length)."
         )
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    info = PrefixInfo(
-        prefix_length=encoder.prefix_length,
-        prefix_projection=encoder.project,
-        num_layers=model.config.num_layers,
-        hidden_size=model.config.hidden_size,
-        num_attention_heads=model.config.num_attention_heads,
-        vocab_size=model.config.vocab_size,
+    info = _describe(
+        model,
+        encoder,
         base_model_name_or_path=model.name_or_path or "",
         base_fingerprint=base_fingerprint(model),
         step=step,
         metrics=metrics or {},
         settings=settings or {},
     )
-    tensors = {
-        KEY_PREFIX + name: value.detach().float().cpu().contiguous()
-        for name, value in encoder.state_dict().items()
-    }
-    write_atomically(directory / PREFIX_WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    weights = save(published_tensors(encoder), metadata={"format": "pt"})
+    write_atomically(directory / PREFIX_WEIGHTS_NAME, weights)
     text = json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n"
     write_atomically(directory / PREFIX_CONFIG_NAME, text.encode())
     return info
+
+
+def _describe(
+    model: ChatGLMForConditionalGeneration, encoder: PrefixEncoder, **details: Any
+) -> PrefixInfo:
+    return PrefixInfo(
+        prefix_length=encoder.prefix_length,
+        prefix_projection=encoder.project,
+        num_layers=model.config.num_layers,
+        hidden_size=model.config.hidden_size,
+        num_attention_heads=model.config.num_attention_heads,
+        vocab_size=model.config.vocab_size,
+        **details,
+    )
+
+
+def published_tensors(encoder: PrefixEncoder) -> dict[str, Tensor]:
+    """Return the encoder's tensors under their full published names, float32, on the CPU."""
+    return {
+        PREFIX_KEYS + name: value.detach().float().cpu().contiguous()
+        for name, value in encoder.state_dict().items()
+    }
 
 
 def load_prefix(
@@ -133,18 +162,11 @@ def load_prefix(
         )
     encoder = model.transformer.new_prefix_encoder(length, project=project)
     _check_sizes(model, encoder, tensors, info, path)
-    if not allow_other_base:
-        _check_fingerprint(model, info, path)
+    if info is not None and not allow_other_base:
+        check_base(info, model.name_or_path, base_fingerprint(model), path)
     encoder.load_state_dict(tensors)
     model.attach_prefix(encoder)
-    return info or PrefixInfo(
-        prefix_length=length,
-        prefix_projection=project,
-        num_layers=model.config.num_layers,
-        hidden_size=model.config.hidden_size,
-        num_attention_heads=model.config.num_attention_heads,
-        vocab_size=model.config.vocab_size,
-    )
+    return info or _describe(model, encoder)
 
 
 def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
@@ -172,7 +194,7 @@ def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
             tensors[short] = _checked_tensor(name, value, file)
     if "embedding.weight" not in tensors:
         raise ValueError(
-            f"{file} has no prefix ({KEY_PREFIX}embedding.weight); it holds "
+            f"{file} has no prefix ({PREFIX_KEYS}embedding.weight); it holds "
             f"{', '.join(sorted(loaded)[:3]) or 'nothing'}...: give a P-Tuning v2 checkpoint."
         )
     return tensors
@@ -189,30 +211,28 @@ def _checked_tensor(name: str, value: Any, file: Path) -> Tensor:
             f"{file} does not hold a prefix: it has {name} {what}, and needed are {num_axes} axes "
             "with something in them; give a P-Tuning v2 checkpoint."
         )
+    check_finite(name, value, file)
+    return value.float()
+
+
+def check_finite(name: str, value: Tensor, file: Path) -> None:
+    """Refuse a stored tensor with entries that are NaN or infinite (ValueError)."""
     if not value.isfinite().all():
         raise ValueError(
             f"{file} has {name} with entries that are not finite: its training had diverged, so "
             "give an earlier checkpoint."
         )
-    return value.float()
 
 
 def prefix_shape(tensors: dict[str, Tensor], path: Path) -> tuple[int, bool]:
     """Return the prefix length and whether there is a projection, read from the shapes."""
     names = set(tensors)
-    projection = {
-        "embedding.weight",
-        "trans.0.weight",
-        "trans.0.bias",
-        "trans.2.weight",
-        "trans.2.bias",
-    }
-    if names not in ({"embedding.weight"}, projection):
+    if names not in ({"embedding.weight"}, PROJECTION_NAMES):
         raise ValueError(
             f"the prefix at {path} has the tensors {sorted(names)}; needed are embedding.weight "
-            f"alone or, with a projection, {sorted(projection)}."
+            f"alone or, with a projection, {sorted(PROJECTION_NAMES)}."
         )
-    return tensors["embedding.weight"].shape[0], names == projection
+    return tensors["embedding.weight"].shape[0], names == PROJECTION_NAMES
 
 
 def _check_sizes(
@@ -239,17 +259,104 @@ def _check_sizes(
         )
 
 
-def _check_fingerprint(
-    model: ChatGLMForConditionalGeneration, info: PrefixInfo | None, path: Path
-) -> None:
-    """Refuse a prefix that says it was trained on another base."""
-    if info is None or info.base_fingerprint is None:
-        return
-    fingerprint = base_fingerprint(model)
-    if info.base_fingerprint != fingerprint:
+def export_prefix(
+    prefix: str | Path, destination: str | Path, *, form: str, base: ChatGLMConfig | None = None
+) -> Path:
+    """Write a prefix into the directory destination in one of EXPORT_FORMATS; return the file.
+
+    base is needed only for a published prefix of a model that is not of ChatGLM-6B's size. An
+    existing file of the same name raises FileExistsError; a prefix that cannot be read raises what
+    load_prefix raises.
+    """
+    if form not in EXPORT_FORMATS:
+        raise ValueError(f"--format is {form!r}; use one of {', '.join(EXPORT_FORMATS)}.")
+    prefix, destination = Path(prefix), Path(destination)
+    encoder, base_name = read_encoder(prefix, base)
+    if form == "published":
+        buffer = io.BytesIO()
+        torch.save(published_tensors(encoder), buffer)
+        contents = {PUBLISHED_NAME: buffer.getvalue()}
+    elif form == "kv":
+        contents = {KEY_VALUE_NAME: save(_key_values(encoder), metadata={"format": "pt"})}
+    else:
+        contents = _peft_files(encoder, base_name)
+    for name in contents:
+        if (destination / name).exists():
+            raise FileExistsError(
+                f"{destination / name} is already there; give another directory or remove it."
+            )
+    for name, content in contents.items():
+        write_atomically(destination / name, content)
+    return destination / next(iter(contents))
+
+
+def read_encoder(path: Path, base: ChatGLMConfig | None = None) -> tuple[PrefixEncoder, str]:
+    """Return the prefix at path as an encoder without a model, and its base's name or ""."""
+    tensors = read_prefix_tensors(path)
+    length, project = prefix_shape(tensors, path)
+    info = read_prefix_info(path)
+    sizes = base or ChatGLMConfig() if info is None else info
+    num_layers, num_heads = sizes.num_layers, sizes.num_attention_heads
+    head_dim = sizes.hidden_size // num_heads
+    table_width = 2 * num_layers * num_heads * head_dim
+    width = tensors["trans.2.bias"].shape[0] if project else tensors["embedding.weight"].shape[1]
+    if width != table_width:
         raise ValueError(
-            f"the prefix at {path} was trained on {info.base_model_name_or_path or 'a base'} "
-            f"(fingerprint {info.base_fingerprint[:8]}), but this base {model.name_or_path} has "
-            f"{fingerprint[:8]}; load the base it was trained on, or pass allow_other_base=True to "
-            "try it anyway."
+            f"the prefix at {path} is {width} wide, not {table_width} (2 x {num_layers} layers x "
+            f"{num_heads} heads x {head_dim}); name the model it was trained on: "
+            "--model_name_or_path DIRECTORY"
         )
+    encoder = PrefixEncoder(
+        prefix_length=length,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        project=project,
+    )
+    encoder.load_state_dict(tensors)
+    return encoder, "" if info is None else info.base_model_name_or_path
+
+
+def flat_table(encoder: PrefixEncoder) -> Tensor:
+    """Return the (P, 2*L*E) table, projected: layer l's keys at part 2l of 2L, values at 2l+1."""
+    with torch.no_grad():
+        table = encoder.embedding.weight
+        if encoder.trans is not None:
+            table = encoder.trans(table)
+        return table.detach().float().contiguous()
+
+
+def _key_values(encoder: PrefixEncoder) -> dict[str, Tensor]:
+    """Return `layers.{i}.key` and `layers.{i}.value` of every layer, each (H, P, D)."""
+    with torch.no_grad():
+        pairs = encoder(torch.float32)  # L tensors (2, 1, H, P, D)
+    return {
+        f"layers.{index}.{name}": pair[half, 0].contiguous()
+        for index, pair in enumerate(pairs)
+        for half, name in enumerate(("key", "value"))
+    }
+
+
+def _peft_files(encoder: PrefixEncoder, base_name: str) -> dict[str, bytes]:
+    """Return a PEFT prefix-tuning adapter: its config and the table as `prompt_embeddings`.
+
+    PEFT views the table as (P, 2L, H, D) with keys before values, which is the order it has here.
+    It keeps a projection only while it trains, so the table is the projected one.
+    """
+    hidden_size = encoder.num_heads * encoder.head_dim
+    config = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": base_name or None,
+        "num_virtual_tokens": encoder.prefix_length,
+        "num_layers": encoder.num_layers,
+        "num_attention_heads": encoder.num_heads,
+        "token_dim": hidden_size,
+        "num_transformer_submodules": 1,
+        "encoder_hidden_size": hidden_size,
+        "prefix_projection": False,
+    }
+    weights = save({"prompt_embeddings": flat_table(encoder)}, metadata={"format": "pt"})
+    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    return {ADAPTER_WEIGHTS_NAME: weights, ADAPTER_CONFIG_NAME: text.encode()}

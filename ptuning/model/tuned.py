@@ -21,7 +21,7 @@ INFO_NAME = "tuning_config.json"
 PREFIX_CONFIG_NAME = "prefix_config.json"
 PREFIX_WEIGHTS_NAME = "prefix.safetensors"
 PUBLISHED_NAME = "pytorch_model.bin"
-EXPORT_FORMATS = ("published", "peft", "kv")  # of `ptuning.model.prefix_export`
+EXPORT_FORMATS = ("published", "peft", "kv")
 ADAPTER_CONFIG_NAME = "adapter_config.json"  # peft's names
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 # What names the kind of a directory; a run that writes one kind takes the others' away.
@@ -196,14 +196,19 @@ def remove_other_marks(directory: Path, kind: str) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
-def check_base(info: TunedInfo, fingerprint: str, path: Path) -> None:
-    """Refuse an adapter trained on another base than the one of this fingerprint (ValueError)."""
-    if info.base_fingerprint is not None and info.base_fingerprint != fingerprint:
-        raise ValueError(
-            f"the adapter at {path} was trained on {info.base_model_name_or_path or 'a base'} "
-            f"(fingerprint {info.base_fingerprint[:8]}), but this base has {fingerprint[:8]}; load "
-            "the base it was trained on."
-        )
+def check_base(
+    info: PrefixInfo | TunedInfo, base: str | None, fingerprint: str, path: Path
+) -> None:
+    """Refuse a prefix or adapter trained on another base than this one (ValueError)."""
+    if info.base_fingerprint is None or info.base_fingerprint == fingerprint:
+        return
+    is_prefix = isinstance(info, PrefixInfo)
+    raise ValueError(
+        f"the {'prefix' if is_prefix else 'adapter'} at {path} was trained on "
+        f"{info.base_model_name_or_path or 'a base'} (fingerprint {info.base_fingerprint[:8]}), "
+        f"but {base or 'this base'} has {fingerprint[:8]}; load the base it was trained on"
+        f"{', or pass allow_other_base=True to try it anyway' if is_prefix else ''}."
+    )
 
 
 def check_targets(target_modules: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ from ptuning.model.adapter import (
     adapter_parameters,
     add_adapter,
     fill_adapter,
-    has_adapter,
     load_adapter,
     read_adapter_tensors,
     save_adapter,
@@ -217,7 +216,7 @@ def test_another_base_is_refused_by_its_fingerprint(written, build_small):
         other.transformer.final_layernorm.bias += 1.0
     with pytest.raises(ValueError, match=r"trained on some/base \(fingerprint"):
         load_adapter(other, directory)
-    assert not has_adapter(other)
+    assert not adapter_parameters(other)
 
 
 def test_damage_and_what_does_not_fit_are_named(written, build_small):

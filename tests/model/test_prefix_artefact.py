@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import KEY_PREFIX, base_fingerprint
+from ptuning.model.checkpoint import PREFIX_KEYS
+from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.tuned import (
     FORMAT_VERSION,
     PREFIX_CONFIG_NAME,
@@ -134,7 +135,7 @@ def test_a_model_without_a_prefix_saves_none(build_small: Build, tmp_path: Path)
 
 def published(model: Model) -> dict[str, Tensor]:
     """The prefix under the names a published checkpoint has."""
-    return {KEY_PREFIX + name: value for name, value in prefix_tensors(model).items()}
+    return {PREFIX_KEYS + name: value for name, value in prefix_tensors(model).items()}
 
 
 @pytest.mark.parametrize("project", [False, True])

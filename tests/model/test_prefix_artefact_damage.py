@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import KEY_PREFIX
+from ptuning.model.checkpoint import PREFIX_KEYS
 from ptuning.model.tuned import (
     FORMAT_VERSION,
     PREFIX_CONFIG_NAME,
@@ -34,7 +34,7 @@ def artefact(small: Model, tmp_path: Path) -> Path:
 
 def published(model: Model) -> dict[str, Tensor]:
     """The prefix under the names a published checkpoint has."""
-    return {KEY_PREFIX + name: value for name, value in model.prefix_encoder.state_dict().items()}
+    return {PREFIX_KEYS + name: value for name, value in model.prefix_encoder.state_dict().items()}
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
@@ -78,8 +78,8 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     "content",
     [
         [torch.zeros(2)],
-        {KEY_PREFIX + "embedding.weight": [1.0, 2.0]},
-        {"model": {KEY_PREFIX + "embedding.weight": torch.zeros(5, 192)}},
+        {PREFIX_KEYS + "embedding.weight": [1.0, 2.0]},
+        {"model": {PREFIX_KEYS + "embedding.weight": torch.zeros(5, 192)}},
     ],
 )
 def test_a_file_of_another_kind_is_refused(small: Model, tmp_path: Path, content: Any) -> None:

@@ -100,7 +100,7 @@ def test_writing_one_kind_takes_the_marks_of_the_others_away(prefix):
 
 def test_only_the_base_it_was_trained_on_fits(tmp_path):
     info = TunedInfo(LORA, "some/base", "a" * 32)
-    check_base(info, "a" * 32, tmp_path)
-    check_base(TunedInfo(LORA), "b" * 32, tmp_path)  # it does not say
+    check_base(info, "this/base", "a" * 32, tmp_path)
+    check_base(TunedInfo(LORA), "this/base", "b" * 32, tmp_path)  # it does not say
     with pytest.raises(ValueError, match="trained on some/base"):
-        check_base(info, "b" * 32, tmp_path)
+        check_base(info, "this/base", "b" * 32, tmp_path)
