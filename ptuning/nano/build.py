@@ -9,8 +9,6 @@ import argparse
 import io
 import json
 import logging
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,8 +31,13 @@ from ptuning.data.vocabulary import (
     escape_whitespace,
     is_byte_piece,
 )
-from ptuning.nano.corpus import Example, SampleRow, sample_corpus, sample_rows
-from ptuning.nano.general import general_text, sample_general_prompts
+from ptuning.nano.corpus import (
+    SampleRow,
+    general_text,
+    sample_corpus,
+    sample_general_prompts,
+    sample_rows,
+)
 from ptuning.nano.paths import NANO_DIR, SAMPLE_DIR
 from ptuning.nano.pretrain import NanoSettings, new_config, new_model, tokenise, train
 
@@ -146,23 +149,13 @@ def _read_varint(message: bytes, index: int) -> tuple[int, int]:
 
 def write_sample(folder: Path) -> None:
     """Write train.json and dev.json, one JSON object on each line."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train.json", "dev.json"), sample_rows(), strict=True):
-        unfinished = folder / f".{name}.{os.getpid()}"
-        unfinished.write_text(sample_text(rows), encoding="utf-8", newline="\n")
-        os.replace(unfinished, folder / name)
+        write_atomically(folder / name, sample_text(rows).encode())
 
 
 def sample_text(rows: Sequence[SampleRow]) -> str:
     """Return the rows as the text of an ADGEN file."""
     return "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
-
-
-def vocabulary_lines(examples: Sequence[Example]) -> Iterator[str]:
-    """Yield the lines of text that the vocabulary is trained on."""
-    for example in examples:
-        for text in example:
-            yield from (line for line in text.split("\n") if line)
 
 
 def build_weights(folder: Path, settings: NanoSettings) -> list[float]:
@@ -171,8 +164,9 @@ def build_weights(folder: Path, settings: NanoSettings) -> list[float]:
     Weights are rounded to float16 at the end: what is stored is what is computed with.
     """
     examples = sample_corpus(settings.num_examples)
+    texts = (text for example in examples[: settings.num_vocabulary_examples] for text in example)
     train_vocabulary(
-        vocabulary_lines(examples[: settings.num_vocabulary_examples]),
+        (line for text in texts for line in text.split("\n") if line),
         folder / VOCABULARY_FILE,
         vocab_size=settings.vocab_size,
         character_coverage=1.0,
@@ -195,21 +189,16 @@ def build_weights(folder: Path, settings: NanoSettings) -> list[float]:
 
 def replace_folder(new: Path, folder: Path) -> None:
     """Put every file of `new` into `folder`, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(new.iterdir()):
-        unfinished = folder / f".{path.name}.{os.getpid()}"
-        shutil.copyfile(path, unfinished)
-        os.replace(unfinished, folder / path.name)
+        write_atomically(folder / path.name, path.read_bytes())
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rebuild the sample data and, unless told otherwise, the weights."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(prog="python -m ptuning.nano.build", description=__doc__)
     parser.add_argument(
-        "--weights",
-        type=Path,
-        default=NANO_DIR,
-        help="Folder of the weights; default: the shipped one.",
+        "--weights", type=Path, default=NANO_DIR, help="Folder of the weights [the shipped one]."
     )
     parser.add_argument(
         "--sample", type=Path, default=SAMPLE_DIR, help="Folder of the sample data."
@@ -217,13 +206,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sample_only", action="store_true", help="Write the sample data, leave the weights."
     )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Rebuild the sample data and, unless told otherwise, the weights."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = parse_arguments(arguments)
+    options = parser.parse_args(arguments)
     write_sample(options.sample)
     logger.info("sample data: %s", options.sample)
     if options.sample_only:

@@ -1,31 +1,37 @@
-"""What the nano base is trained on, and the sample data its prefix is trained on.
+"""What the nano base is trained on, its prefix's sample data, and the general prompts.
 
 An example is a prompt and an answer; free text has an empty prompt. The prompt of a conversation is
 written as the published recipe writes it: `[Round n]`, `问：`, `答：`.
+General prompts sample everything that the base can do besides the task. Those of the default seed
+are stored next to the weights; `--mix` takes prompts of another seed.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection
 from random import Random
 from typing import NamedTuple
 
 from ptuning.data.formatting import build_rounds
-from ptuning.nano.chat import sample_small_talk
-from ptuning.nano.grammar import Product, pick, sample_product
-from ptuning.nano.styles import (
+from ptuning.nano.grammar import (
     TONES,
+    Product,
     clause_of,
+    pick,
+    sample_product,
     write_english,
     write_listing,
     write_sample_fragment,
     write_sample_summary,
     write_title,
 )
-from ptuning.nano.words import KINDS, SHARED_KEYS, VALUES
+from ptuning.nano.words import KINDS, SHARED_KEYS, SMALL_TALK, VALUES
 
 CORPUS_SEED = 20240607
 SAMPLE_SEED = 20240608
+GENERAL_SEED = 20240609
 NUM_SAMPLE_TRAIN = 2000
 NUM_SAMPLE_DEV = 200
+NUM_GENERAL_PROMPTS = 40
 
 INVENTED_SHARE = 0.2  # of the bare content strings
 CHARACTERS = sorted({c for values in VALUES.values() for value in values for c in value.clause})
@@ -138,6 +144,12 @@ def write_freely(rng: Random) -> Example:
     return Example("", "，".join(clauses) + "。")
 
 
+def sample_small_talk(rng: Random) -> tuple[str, str]:
+    """Draw one question and its answer."""
+    questions, answer = pick(rng, SMALL_TALK)
+    return pick(rng, questions), answer
+
+
 def talk(rng: Random) -> Example:
     """Hold a short conversation; the last turn is the one to answer."""
     if rng.random() < 0.4:
@@ -194,3 +206,65 @@ def sample_rows() -> tuple[list[SampleRow], list[SampleRow]]:
         rows.setdefault(row.content, row)
     drawn = list(rows.values())
     return drawn[:NUM_SAMPLE_TRAIN], drawn[NUM_SAMPLE_TRAIN:]
+
+
+def ask_fact(rng: Random) -> str:
+    """Ask for one attribute of a product."""
+    product = sample_product(rng, mix_order=False)
+    key, _ = pick(rng, product.attributes)
+    return f"{product.content}，{key}是什么？"
+
+
+def ask_for_text(rng: Random) -> str:
+    """Ask for a text in a tone."""
+    product = sample_product(rng, mix_order=False)
+    instruction, _ = tell_in_tone(product, rng)
+    return f"{instruction}：{product.content}"
+
+
+CHINESE_TALK = [ask for asks, _ in SMALL_TALK for ask in asks if not ask.isascii()]
+ENGLISH_TALK = [ask for asks, answer in SMALL_TALK if answer.isascii() for ask in asks]
+# How many of every 40 general prompts are of each sort; half are asked or answered in English.
+GENERAL_SORTS: tuple[tuple[int, Callable[[Random], str]], ...] = (
+    (8, lambda rng: pick(rng, CHINESE_TALK)),
+    (6, lambda rng: pick(rng, ENGLISH_TALK)),
+    (14, lambda rng: f"写成英文：{sample_product(rng, mix_order=False).content}"),
+    (3, lambda rng: f"起一个标题：{sample_product(rng, mix_order=False).content}"),
+    (3, ask_fact),
+    (4, ask_for_text),
+    (2, lambda rng: ask_value(rng).prompt),
+)
+
+
+def sample_general_prompts(
+    count: int = NUM_GENERAL_PROMPTS, *, seed: int = GENERAL_SEED, without: Collection[str] = ()
+) -> list[str]:
+    """Draw different prompts, the sorts in turn by their shares; `without` names ones to avoid.
+
+    ValueError when one sort has not enough of them.
+    """
+    rng = Random(seed)
+    avoided, drawn = set(without), []
+    for weight, ask in GENERAL_SORTS:
+        wanted, tries = round(count * weight / NUM_GENERAL_PROMPTS), 0
+        while wanted:
+            prompt = ask(rng)
+            tries += 1
+            if prompt not in avoided:
+                avoided.add(prompt)
+                drawn.append(prompt)
+                wanted -= 1
+            elif tries > 100 * count:
+                break  # small talk is soon used up; products take its place
+    while len(drawn) < count:
+        prompt = ask_for_text(rng)
+        if prompt not in avoided:
+            avoided.add(prompt)
+            drawn.append(prompt)
+    return drawn
+
+
+def general_text(prompts: list[str]) -> str:
+    """Return the prompts as the text of a file."""
+    rows = ",\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
+    return f"[\n{rows}\n]\n"

@@ -53,14 +53,6 @@ class Row(NamedTuple):
     answer_start: int
 
 
-class Batch(NamedTuple):
-    """Rows padded on the right; each (B, S)."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-
 def new_config(settings: NanoSettings, tokenizer: ChatGLMTokenizer) -> ChatGLMConfig:
     """Describe the nano model: ChatGLM-6B's architecture, small sizes, the vocabulary's own ids."""
     ids = tokenizer.get_vocab()
@@ -100,12 +92,10 @@ def tokenise(examples: Sequence[Example], tokenizer: ChatGLMTokenizer) -> list[R
     """Turn examples into sequences with their control tokens."""
     prompts = tokenizer.encode_batch([example.prompt for example in examples])
     answers = tokenizer.encode_batch([example.answer for example in examples])
-    rows = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        rows.append(
-            Row(tokenizer.build_inputs_with_special_tokens(prompt, answer), len(prompt) + 1)
-        )
-    return rows
+    return [
+        Row(tokenizer.build_inputs_with_special_tokens(prompt, answer), len(prompt) + 1)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def batches_of(rows: Sequence[Row], settings: NanoSettings) -> list[list[Row]]:
@@ -120,8 +110,8 @@ def batches_of(rows: Sequence[Row], settings: NanoSettings) -> list[list[Row]]:
     return batches
 
 
-def pad_right(rows: Sequence[Row], pad_id: int) -> Batch:
-    """Join rows to one batch."""
+def pad_right(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+    """Return input_ids, attention_mask and labels of one batch, each (B, S)."""
     width = max(len(row.ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad_id)  # (B, S)
     attention_mask = torch.zeros_like(input_ids)
@@ -131,20 +121,7 @@ def pad_right(rows: Sequence[Row], pad_id: int) -> Batch:
         input_ids[index, :length] = torch.tensor(row.ids)
         attention_mask[index, :length] = 1
         labels[index, row.answer_start : length] = input_ids[index, row.answer_start : length]
-    return Batch(input_ids, attention_mask, labels)
-
-
-def new_optimizer(
-    model: ChatGLMForConditionalGeneration, settings: NanoSettings
-) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def rate_at(step: int, num_steps: int, settings: NanoSettings) -> float:
@@ -159,19 +136,20 @@ def train(
 ) -> Iterator[float]:
     """Train the model in place, one pass over the rows; yield each step's loss."""
     batches = batches_of(rows, settings)
-    optimizer = new_optimizer(model, settings)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
     schedule = LambdaLR(optimizer, lambda step: rate_at(step, len(batches), settings))
     model.train()
     pad_id = int(model.config.pad_token_id or 0)
     with tqdm(batches, desc="pretraining", unit="step", mininterval=1.0) as progress:
         for group in progress:
-            batch = pad_right(group, pad_id)
             with torch.autocast("cpu", torch.bfloat16):  # weights and optimizer stay in float32
-                loss = model(
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask,
-                    labels=batch.labels,
-                ).loss
+                loss = model(**pad_right(group, pad_id)).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)

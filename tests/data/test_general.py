@@ -11,7 +11,7 @@ from ptuning.data.general import (
     read_general_prompts,
 )
 from ptuning.data.reading import DataError
-from ptuning.nano.general import general_text, sample_general_prompts
+from ptuning.nano.corpus import general_text, sample_general_prompts
 from ptuning.nano.paths import NANO_DIR
 
 

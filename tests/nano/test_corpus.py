@@ -16,16 +16,17 @@ from ptuning.nano.corpus import (
     sample_corpus,
     sample_rows,
 )
-from ptuning.nano.grammar import sample_product, shuffled
-from ptuning.nano.paths import SAMPLE_DIR
-from ptuning.nano.styles import (
+from ptuning.nano.grammar import (
     SAMPLE_CLOSINGS,
     SAMPLE_JOINTS,
     SAMPLE_OPENINGS,
     TONES,
+    sample_product,
+    shuffled,
     write_listing,
     write_sample_summary,
 )
+from ptuning.nano.paths import SAMPLE_DIR
 from ptuning.nano.words import KINDS, SHARED_KEYS, SPOKEN_KEYS, VALUES
 
 CONTENT = re.compile(r"类型#(上衣|裤|裙)(\*[^#*]+#[^#*]+){2,5}")

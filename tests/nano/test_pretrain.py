@@ -78,12 +78,12 @@ def test_rows_are_prompt_gmask_sop_answer_eop(tokenizer):
 def test_labels_begin_at_sop_and_padding_is_hidden(tokenizer):
     rows = tokenise([Example("你好", "再见"), Example("", "再见")], tokenizer)
     batch = pad_right(rows, pad_id=3)
-    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape
-    assert batch.attention_mask.sum(dim=1).tolist() == [len(row.ids) for row in rows]
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert batch["attention_mask"].sum(dim=1).tolist() == [len(row.ids) for row in rows]
     start = rows[0].answer_start
-    assert batch.labels[0, :start].tolist() == [-100] * start
-    assert batch.labels[0, start:].tolist() == rows[0].ids[start:]
-    assert batch.input_ids[1, len(rows[1].ids) :].eq(3).all()
+    assert batch["labels"][0, :start].tolist() == [-100] * start
+    assert batch["labels"][0, start:].tolist() == rows[0].ids[start:]
+    assert batch["input_ids"][1, len(rows[1].ids) :].eq(3).all()
 
 
 def test_every_row_is_in_exactly_one_batch(tokenizer):
