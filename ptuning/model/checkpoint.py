@@ -36,7 +36,7 @@ LAYER_LINEARS = (
     "mlp.dense_h_to_4h",
     "mlp.dense_4h_to_h",
 )
-RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # stored by the published code, derived here
+RECOMPUTED = ".rotary_emb.inv_freq"  # stored by the published code, derived here
 # A tied head shares the scale too; transformers must know, or it refuses to save the model.
 TIED_SCALE = {HEAD + SCALE_SUFFIX: EMBEDDING + SCALE_SUFFIX}
 
@@ -118,8 +118,15 @@ def read_checkpoint(
     expected = _expected_shapes(headers, config, bits)
     prefix_length = _add_prefix(expected, headers, config)
     _check_tensors(directory, headers, expected)
-    _report_unexpected(directory, sorted(set(headers) - set(expected)))
-    wanted = {name: headers[name] for name in expected}
+    unknown = sorted(
+        name for name in headers if name not in expected and not name.endswith(RECOMPUTED)
+    )
+    if unknown:
+        logger.warning(
+            "%s also holds %s, which ChatGLM-6B does not have; left aside.",
+            directory,
+            shorten(unknown),
+        )
     summary = CheckpointSummary(
         release=release_name(config, _num_image_tokens(directory, config)),
         dtype=headers["transformer.final_layernorm.weight"].dtype,
@@ -129,7 +136,7 @@ def read_checkpoint(
         embedding_bits=embedding_bits,
         prefix_length=prefix_length,
     )
-    return Checkpoint(directory, config, wanted, summary)
+    return Checkpoint(directory, config, {name: headers[name] for name in expected}, summary)
 
 
 def read_config(directory: Path) -> ChatGLMConfig:
@@ -266,16 +273,6 @@ def _check_tensors(
                 f"{header.file}: {name} is {str(header.dtype)[6:]}, unlike the other layers' "
                 "weights; copy or download the weights again."
             )
-
-
-def _report_unexpected(directory: Path, names: list[str]) -> None:
-    unknown = [name for name in names if not RECOMPUTED.search(name)]
-    if unknown:
-        logger.warning(
-            "%s also holds %s, which ChatGLM-6B does not have; left aside.",
-            directory,
-            shorten(unknown),
-        )
 
 
 def is_layer_linear(name: str) -> bool:

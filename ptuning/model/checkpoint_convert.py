@@ -55,10 +55,13 @@ def convert_checkpoint(
             f"{destination} is already there and not empty; give a new directory."
         )
     checkpoint = read_checkpoint(source)
-    _check_bits(checkpoint, quantization_bits)
-    checkpoint.config.quantization_bit = (
-        checkpoint.summary.quantization_bits or quantization_bits or 0
-    )
+    stored_bits = checkpoint.summary.quantization_bits
+    if quantization_bits is not None and stored_bits not in (0, quantization_bits):
+        raise ValueError(
+            f"--quantization_bit is {quantization_bits}, but {source} is stored with {stored_bits} "
+            "bits; leave it out, or give the float16 release."
+        )
+    checkpoint.config.quantization_bit = stored_bits or quantization_bits or 0
     checkpoint.config.tie_word_embeddings = head_is_embedding(checkpoint)
     tensors = stored_tensors(checkpoint, with_prefix=True)
     _check_room(destination, sum(tensor.num_bytes for tensor in tensors.values()))
@@ -75,15 +78,6 @@ def convert_checkpoint(
         if temporary.exists():  # it has its final name when all went well
             shutil.rmtree(temporary)
     return check_checkpoint(destination)
-
-
-def _check_bits(checkpoint: Checkpoint, wanted: int | None) -> None:
-    stored = checkpoint.summary.quantization_bits
-    if wanted is not None and stored not in (0, wanted):
-        raise ValueError(
-            f"--quantization_bit is {wanted}, but {checkpoint.directory} is stored with {stored} "
-            "bits; leave it out, or give the float16 release."
-        )
 
 
 def _check_room(destination: Path, num_bytes: int) -> None:

@@ -25,6 +25,8 @@ SAFETENSORS_FILE = "model.safetensors"
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_FILE = "pytorch_model.bin"
 INDEX_OF = {SAFETENSORS_FILE: SAFETENSORS_INDEX, BIN_FILE: BIN_INDEX}
+# What use_safetensors accepts, in order of preference.
+ACCEPTED = {None: (SAFETENSORS_FILE, BIN_FILE), True: (SAFETENSORS_FILE,), False: (BIN_FILE,)}
 
 # The dtype names of the safetensors format that a ChatGLM checkpoint can use.
 SAFETENSORS_DTYPES = {
@@ -83,8 +85,7 @@ def find_weight_files(directory: Path, *, use_safetensors: bool | None = None) -
         raise FileNotFoundError(
             f"{directory} {what}; give the directory that holds config.json and the weights."
         )
-    kinds = {None: (SAFETENSORS_FILE, BIN_FILE), True: (SAFETENSORS_FILE,), False: (BIN_FILE,)}
-    for name in kinds[use_safetensors]:
+    for name in ACCEPTED[use_safetensors]:
         if (directory / INDEX_OF[name]).is_file():
             return _read_index(directory / INDEX_OF[name])
         if (directory / name).is_file():
@@ -100,7 +101,9 @@ def find_weight_files(directory: Path, *, use_safetensors: bool | None = None) -
             f"{directory} has {shards[0]} but no {index}, which says what the shards hold; "
             f"{_COPY_AGAIN}."
         )
-    wanted = " or ".join(f"{INDEX_OF[name]} or {name}" for name in reversed(kinds[use_safetensors]))
+    wanted = " or ".join(
+        f"{INDEX_OF[name]} or {name}" for name in reversed(ACCEPTED[use_safetensors])
+    )
     raise FileNotFoundError(f"{directory} has no weights ({wanted}); download the model into it.")
 
 
@@ -253,24 +256,15 @@ class CheckpointReader:
         with self._lock:
             is_worn = self._handed_out_bytes + header.num_bytes > REMAP_BYTES
             if self._get is None or self._file != header.file or is_worn:
-                self._map(header.file)
+                self._get = None  # drops the old mapping; tensors already handed out stay valid
+                if header.file.suffix == ".safetensors":
+                    self._get = open_safetensors(header.file).get_tensor
+                else:
+                    self._get = map_bin(header.file).__getitem__
+                self._file, self._handed_out_bytes = header.file, 0
             self._handed_out_bytes += header.num_bytes
-            assert self._get is not None, "a file is mapped above"
             value = self._get(name)
             return value.clone() if header.num_bytes < COPY_BYTES else value
-
-    def _map(self, file: Path) -> None:
-        self.close()
-        if file.suffix == ".safetensors":
-            self._get = open_safetensors(file).get_tensor
-        else:
-            self._get = map_bin(file).__getitem__
-        self._file = file
-
-    def close(self) -> None:
-        """Drop the current mapping; tensors already handed out stay valid."""
-        self._get = self._file = None
-        self._handed_out_bytes = 0
 
 
 class StoredTensor:

@@ -9,6 +9,8 @@ import os
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ptuning.model.checkpoint_files import BIN_FILE, INDEX_OF, SAFETENSORS_FILE
+from ptuning.model.checkpoint_files import ACCEPTED, INDEX_OF
 
 CONFIG_FILE = "config.json"
 COMPANION_FILES = ("tokenizer_config.json", "generation_config.json", "ice_text.model")
@@ -47,8 +49,9 @@ def find_directory(
     repository = os.fspath(name_or_path)
     if not _has_network():
         hub_arguments["local_files_only"] = True
+    fetch = partial(hf_hub_download, repository, subfolder=subfolder or None, **hub_arguments)
     try:
-        config = _fetch(repository, CONFIG_FILE, subfolder, hub_arguments)
+        config = fetch(CONFIG_FILE)
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"{repository} is not a directory, and it is neither in the hub's cache nor can the "
@@ -64,10 +67,10 @@ def find_directory(
             f"{repository} is neither a directory nor a model on the hub with a {CONFIG_FILE} "
             f"({type(error).__name__}); check the spelling, e.g. THUDM/chatglm-6b."
         ) from error
-    _fetch_weights(repository, subfolder, use_safetensors, hub_arguments)
+    _fetch_weights(fetch, repository, ACCEPTED[use_safetensors])
     for name in COMPANION_FILES:
-        _fetch_if_there(repository, name, subfolder, hub_arguments)
-    return config.parent
+        _fetch_if_there(fetch, name)
+    return Path(config).parent
 
 
 def _has_network() -> bool:
@@ -81,33 +84,24 @@ def _has_network() -> bool:
     return True
 
 
-def _fetch(repository: str, name: str, subfolder: str, hub_arguments: dict[str, Any]) -> Path:
-    return Path(hf_hub_download(repository, name, subfolder=subfolder or None, **hub_arguments))
-
-
-def _fetch_if_there(
-    repository: str, name: str, subfolder: str, hub_arguments: dict[str, Any]
-) -> Path | None:
+def _fetch_if_there(fetch: Callable[[str], str], name: str) -> Path | None:
     try:
-        return _fetch(repository, name, subfolder, hub_arguments)
+        return Path(fetch(name))
     except EntryNotFoundError:
         return None  # this repository has no such file
 
 
-def _fetch_weights(
-    repository: str, subfolder: str, use_safetensors: bool | None, hub_arguments: dict[str, Any]
-) -> None:
-    kinds = {None: (SAFETENSORS_FILE, BIN_FILE), True: (SAFETENSORS_FILE,), False: (BIN_FILE,)}
-    for name in kinds[use_safetensors]:
-        index = _fetch_if_there(repository, INDEX_OF[name], subfolder, hub_arguments)
+def _fetch_weights(fetch: Callable[[str], str], repository: str, accepted: tuple[str, ...]) -> None:
+    for name in accepted:
+        index = _fetch_if_there(fetch, INDEX_OF[name])
         if index is not None:
             weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
             for shard in sorted(set(weight_map.values())):
-                _fetch(repository, shard, subfolder, hub_arguments)
+                fetch(shard)
             return
-        if _fetch_if_there(repository, name, subfolder, hub_arguments) is not None:
+        if _fetch_if_there(fetch, name) is not None:
             return
     raise FileNotFoundError(
-        f"{repository} has no {' or '.join(kinds[use_safetensors])} on the hub; give another "
-        "model, or a directory."
+        f"{repository} has no {' or '.join(accepted)} on the hub; give another model, or a "
+        "directory."
     )

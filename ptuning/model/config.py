@@ -61,7 +61,7 @@ class ChatGLMConfig(PreTrainedConfig):
     embedding_quantization_bit: int = 0  # our own key; the published -int4-qe config has none
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Refuse what this model is not, then let transformers read the rest."""
+        """Refuse other models, let transformers read the rest, and refuse impossible sizes."""
         later = [key for key in LATER_GENERATION_KEYS if key in kwargs]
         if later:
             raise ValueError(
@@ -75,7 +75,16 @@ class ChatGLMConfig(PreTrainedConfig):
                 "it to true."
             )
         super().__post_init__(**kwargs)
-        self._check_sizes()
+        for name in POSITIVE_SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more.")
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; "
+                "two-dimensional rotary needs a head width divisible by 4."
+            )
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len is {self.pre_seq_len}; use 1 or more, or leave it out.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -87,19 +96,6 @@ class ChatGLMConfig(PreTrainedConfig):
                 ids["pad_token_id"] = bos_token_id - SOP_TOKEN_ID + 3
             config_dict = ids | config_dict
         return super().from_dict(config_dict, **kwargs)
-
-    def _check_sizes(self) -> None:
-        """Refuse sizes that no model can have."""
-        for name in POSITIVE_SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more.")
-        if self.hidden_size % (4 * self.num_attention_heads):
-            raise ValueError(
-                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; "
-                "two-dimensional rotary needs a head width divisible by 4."
-            )
-        if self.pre_seq_len is not None and self.pre_seq_len < 1:
-            raise ValueError(f"pre_seq_len is {self.pre_seq_len}; use 1 or more, or leave it out.")
 
     @property
     def head_dim(self) -> int:

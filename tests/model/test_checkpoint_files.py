@@ -51,14 +51,14 @@ def test_mapping_is_renewed_so_that_pages_are_given_back(
     for index in range(6):
         assert torch.equal(reader.read(f"large.{index}"), torch.full((ROWS,), float(index)))
     assert opened == [file] * 3, "two tensors for one mapping"
-    reader.close()
-    reader.read("small")
-    assert len(opened) == 4
 
 
-def test_tensors_outlive_the_mapping_they_came_from(reader: CheckpointReader) -> None:
+def test_tensors_outlive_the_mapping_they_came_from(
+    reader: CheckpointReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_files, "REMAP_BYTES", 1)
     first = reader.read("large.3")
-    reader.close()
+    reader.read("large.4")
     assert first[-1] == 3.0
 
 
