@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint import PREFIX_KEYS
+from ptuning.model.checkpoint import PREFIX_KEYS, prefix_shapes
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.prefix_encoder import PrefixEncoder
 from ptuning.model.tuned import (
@@ -38,13 +38,6 @@ from ptuning.model.tuned import (
 )
 
 KEY_VALUE_NAME = "prefix_key_values.safetensors"
-PROJECTION_NAMES = {
-    "embedding.weight",
-    "trans.0.weight",
-    "trans.0.bias",
-    "trans.2.weight",
-    "trans.2.bias",
-}
 
 
 def base_fingerprint(model: ChatGLMForConditionalGeneration) -> str:
@@ -227,12 +220,14 @@ def check_finite(name: str, value: Tensor, file: Path) -> None:
 def prefix_shape(tensors: dict[str, Tensor], path: Path) -> tuple[int, bool]:
     """Return the prefix length and whether there is a projection, read from the shapes."""
     names = set(tensors)
-    if names not in ({"embedding.weight"}, PROJECTION_NAMES):
+    published = prefix_shapes(ChatGLMConfig(), 1, project=True)
+    projection = {name.removeprefix(PREFIX_KEYS) for name in published}
+    if names not in ({"embedding.weight"}, projection):
         raise ValueError(
             f"the prefix at {path} has the tensors {sorted(names)}; needed are embedding.weight "
-            f"alone or, with a projection, {sorted(PROJECTION_NAMES)}."
+            f"alone or, with a projection, {sorted(projection)}."
         )
-    return tensors["embedding.weight"].shape[0], names == PROJECTION_NAMES
+    return tensors["embedding.weight"].shape[0], names == projection
 
 
 def _check_sizes(

@@ -8,10 +8,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptuning  # noqa: F401  (registers the model with the Auto classes)
-from ptuning.nano.build import MAX_WEIGHTS_BYTES
+from ptuning.nano.build import MAX_WEIGHTS_BYTES, NanoSettings
 from ptuning.nano.corpus import sample_rows
 from ptuning.nano.paths import NANO_DIR
-from ptuning.nano.pretrain import NanoSettings
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,19 @@ import pytest
 import torch
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.nano.build import build_weights, main, replace_folder
+from ptuning.nano.build import (
+    NanoSettings,
+    batches_of,
+    build_weights,
+    main,
+    new_config,
+    pad_right,
+    rate_at,
+    replace_folder,
+    tokenise,
+)
 from ptuning.nano.corpus import Example, sample_corpus
 from ptuning.nano.paths import NANO_DIR
-from ptuning.nano.pretrain import NanoSettings, batches_of, new_config, pad_right, rate_at, tokenise
 
 TINY = replace(
     NanoSettings(),
