@@ -80,7 +80,7 @@ def _inject(model: ChatGLMForConditionalGeneration, config: Any) -> None:
     """Put peft's layers around the linears that config names, frozen or quantised ones alike."""
     peft = load_peft()
     if adapter_parameters(model):
-        raise ValueError("this model has a LoRA adapter already; load the base anew for another.")
+        raise ValueError("this model has a LoRA adapter already; load the base again for another.")
     from ptuning.model.quantization.lora_linear import QuantizedLoraLinear  # needs peft
 
     config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})

@@ -51,9 +51,9 @@ OLDER_NUM_IMAGE_TOKENS = 20_000
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """What lies in a directory, from its configuration and headers alone.
+    """What a directory holds, from its configuration and headers alone.
 
-    quantization_bits is 0 for float weights; prefix_length is None where there is no prefix among
+    quantization_bits is 0 for float weights; prefix_length is None where no prefix is among
     them. num_bytes counts the tensors as stored. dtype is that of the norms, the embedding and,
     unless quantised, the weights.
     """
@@ -164,7 +164,7 @@ def _num_image_tokens(directory: Path, config: ChatGLMConfig) -> int:
 
 
 def _packed_bits(header: TensorHeader | None, columns: int) -> int:
-    """Return 8 or 4 for an int8 tensor of so many columns, 0 for floats or where there is none."""
+    """Return 8 or 4 for an int8 tensor with that many columns, 0 for floats or no tensor."""
     if header is None or header.dtype != torch.int8 or len(header.shape) != 2:
         return 0
     return 4 if header.shape[1] * 2 == columns else 8
@@ -249,7 +249,7 @@ def _check_tensors(
         )
     if missing:
         raise ValueError(
-            f"{directory} misses {shorten(missing)} of the {len(expected)} tensors its "
+            f"{directory} lacks {shorten(missing)} of the {len(expected)} tensors its "
             "config.json calls for; copy or download the weights again, or the config.json that "
             "belongs to them."
         )

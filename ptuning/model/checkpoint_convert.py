@@ -1,7 +1,7 @@
 """Write a checkpoint once more as safetensors: one copy of the head, no code, quantised if asked.
 
-Everything is written into a temporary directory beside the destination, which gets its name when it
-is whole; an interrupted run leaves nothing. No more than one shard is held in memory.
+Everything is written to a temporary directory next to the destination and renamed when complete;
+an interrupted run leaves nothing. No more than one shard is held in memory.
 """
 
 import json
@@ -27,7 +27,7 @@ from ptuning.output import open_bar
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 * 10**9  # also the most that is held in memory
-SPARE_BYTES = 64 * 2**20  # room for what comes beside the weights
+SPARE_BYTES = 64 * 2**20  # room for the files next to the weights
 COMPANIONS = (
     "ice_text.model",
     "special_tokens_map.json",

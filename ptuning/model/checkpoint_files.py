@@ -124,7 +124,7 @@ def _read_index(index: Path) -> WeightFiles:
     if missing:
         lost = sum(1 for file in weight_map.values() if file in missing)
         raise FileNotFoundError(
-            f"{directory} misses {', '.join(missing)} ({len(missing)} of {len(names)} shards, "
+            f"{directory} lacks {', '.join(missing)} ({len(missing)} of {len(names)} shards, "
             f"{lost} tensors), which {index.name} lists; download what is missing."
         )
     return WeightFiles(tuple(directory / name for name in names), weight_map)
@@ -139,7 +139,7 @@ def read_headers(weight_files: WeightFiles) -> dict[str, TensorHeader]:
         for name in expected:
             if name not in found:
                 raise ValueError(
-                    f"{file} does not hold {name}, which the index beside it says it does; "
+                    f"{file} does not hold {name}, although the index next to it lists it; "
                     f"{_COPY_AGAIN}, or the index."
                 )
         headers.update(found)

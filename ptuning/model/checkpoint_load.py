@@ -165,7 +165,7 @@ def head_is_embedding(checkpoint: Checkpoint) -> bool:
 
 
 def _check_complete(info: dict[str, Any], directory: Path) -> None:
-    """Hold what the check of the headers promised: nothing but a fresh prefix was initialised."""
+    """Raise ValueError if transformers left anything but a new prefix unfilled."""
     missing = [name for name in info["missing_keys"] if not name.startswith(PREFIX_KEYS)]
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     if missing or mismatched:

@@ -128,7 +128,7 @@ def read_tuned_info(path: str | Path) -> PrefixInfo | TunedInfo | None:
 
 
 def read_prefix_info(path: Path) -> PrefixInfo | None:
-    """Return the description beside the prefix at path, None for a published checkpoint."""
+    """Return the description next to the prefix at path, None for a published checkpoint."""
     file = (path if path.is_dir() else path.parent) / PREFIX_CONFIG_NAME
     if not file.is_file() or find_prefix_weights(path).name != PREFIX_WEIGHTS_NAME:
         return None

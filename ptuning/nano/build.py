@@ -95,7 +95,6 @@ def train_vocabulary(
     *,
     vocab_size: int,
     character_coverage: float = 0.9999,
-    num_threads: int = 1,
 ) -> int:
     """Train a vocabulary file with the published special pieces in their order.
 
@@ -123,7 +122,7 @@ def train_vocabulary(
             pad_id=3,
             control_symbols=list(CONTROL_PIECES),
             user_defined_symbols=[NEWLINE_PIECE, TAB_PIECE, *BLANK_PIECES],
-            num_threads=num_threads,
+            num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -2,8 +2,8 @@
 
 An example is a prompt and an answer; free text has an empty prompt. The prompt of a conversation is
 written as the published recipe writes it: `[Round n]`, `问：`, `答：`.
-General prompts sample everything that the base can do besides the task. Those of the default seed
-are stored next to the weights; `--mix` takes prompts of another seed.
+General prompts sample everything that the base can do in addition to the task. Those of the default
+seed are stored next to the weights; `--mix` takes prompts of another seed.
 """
 
 import json

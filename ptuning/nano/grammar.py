@@ -14,7 +14,7 @@ from ptuning.nano.words import KINDS, SHARED_KEYS, SPOKEN_KEYS, VALUES, Kind, Va
 
 Item = TypeVar("Item")
 
-MIN_ATTRIBUTES = 2  # besides the type
+MIN_ATTRIBUTES = 2  # in addition to the type
 MAX_ATTRIBUTES = 5
 FIRST_SHARE = 0.75  # how often the first of several wordings is taken
 
@@ -66,12 +66,6 @@ class Product(NamedTuple):
         shape = self.value_of(self.kind.shape_key)
         return self.kind.noun if shape is None else shape.name
 
-    @property
-    def english_noun(self) -> str:
-        """The most telling name in English."""
-        shape = self.value_of(self.kind.shape_key)
-        return self.kind.english if shape is None else shape.english
-
     def value_of(self, key: str) -> Value | None:
         """Return the value of one attribute; None where the product does not say."""
         return dict(self.attributes).get(key)
@@ -111,11 +105,6 @@ def clause_of(rng: Random, value: Value) -> str:
     return pick_first_mostly(rng, (value.clause, value.other_clause))
 
 
-def counted_noun(product: Product) -> str:
-    """Return the product with its counting word, as in `条阔腿裤`."""
-    return product.kind.counter + product.noun
-
-
 def write_listing(product: Product) -> str:
     """List the attributes plainly: what the base answers to a bare content string."""
     told = [("类型", product.kind.name), *((key, value.name) for key, value in product.attributes)]
@@ -148,7 +137,7 @@ def write_warm(product: Product, rng: Random) -> str:
     told = [
         f"{SPOKEN_KEYS[key][0]}嘛，{clause_of(rng, value)}" for key, value in product.attributes
     ]
-    return f"我跟你说说这{counted_noun(product)}。{'；'.join(told)}。"
+    return f"我跟你说说这{product.kind.counter}{product.noun}。{'；'.join(told)}。"
 
 
 def write_brief(product: Product, rng: Random) -> str:
@@ -179,7 +168,9 @@ def write_english(product: Product) -> str:
         for key, value in product.attributes
         if key != product.kind.shape_key
     ]
-    return f"{product.english_noun}. {', '.join(told)}."
+    shape = product.value_of(product.kind.shape_key)
+    noun = product.kind.english if shape is None else shape.english
+    return f"{noun}. {', '.join(told)}."
 
 
 def write_sample_summary(product: Product, rng: Random) -> str:
