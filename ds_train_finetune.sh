@@ -3,7 +3,7 @@
 #     MODEL=/path/to/chatglm-6b NUM_GPUS=4 PRECISION=bf16 bash ds_train_finetune.sh
 #     bash evaluate.sh                                # score it afterwards
 # The same command resumes a run that was interrupted. Settings are variables before the command; flags of main.py behind
-# it win over them, and .venv/bin/python main.py --help lists those. A path in a variable is looked up in your folder,
+# it win over them, and python main.py --help lists those. A path in a variable is looked up in your folder,
 # then in the repository; OUTPUT_DIR is in your folder.
 #
 #   MODEL, TRAIN_FILE, NAME, OUTPUT_DIR, EPOCHS, PYTHON       as in bash train.sh --help; MODEL unset: THUDM/chatglm-6b

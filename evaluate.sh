@@ -2,7 +2,7 @@
 # Score a prefix, a LoRA adapter or a whole model again:  bash evaluate.sh     # the newest under output/
 #     PREFIX=output/RUN/checkpoint-1000 bash evaluate.sh
 #     MODEL=THUDM/chatglm-6b PREFIX=/path/to/checkpoint-3000 bash evaluate.sh   # one from the published code
-# Settings are variables before the command; flags of main.py behind it win over them, and .venv/bin/python main.py --help
+# Settings are variables before the command; flags of main.py behind it win over them, and python main.py --help
 # lists those. A path in a variable is looked up in your folder, then in the repository; OUTPUT_DIR is in your folder.
 #
 #   PREFIX             folder of a run or one of its checkpoint-N; unset: the newest under output/

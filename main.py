@@ -58,7 +58,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         )
         from ptuning.train.reporting import check_run
         from ptuning.train.resume.run_directory import RunDirectory, fingerprint_rows
-        from ptuning.train.rows import load_rows
+        from ptuning.train.rows import check_files, load_rows
         from ptuning.train.tunings.tuning import load_model, open_tuning
         from trainer_seq2seq import Seq2SeqTrainer
 
@@ -70,6 +70,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         logger.info(notice)
     check_gpu_is_here(config, device)
     check_run(config)
+    check_files(config)
     tuning = open_tuning(config)
     with RunDirectory(config.output_dir) as directory:
         if config.do_train:

@@ -4,7 +4,7 @@
 #     TUNING=lora bash train.sh                       # a LoRA adapter instead of a prefix (docs/tuning.md)
 #     NUM_GPUS=4 bash train.sh                        # as many rows per step, on four GPUs (docs/multi-gpu.md)
 # The same command resumes a run that was interrupted. Settings are variables before the command; flags of main.py behind
-# it win over them, and .venv/bin/python main.py --help lists those. A path in a variable is looked up in your folder,
+# it win over them, and python main.py --help lists those. A path in a variable is looked up in your folder,
 # then in the repository; OUTPUT_DIR is in your folder.
 #
 #   MODEL              a folder, a hub id or nano, the embedded model; unset: THUDM/chatglm-6b with a CUDA device, else nano
@@ -13,7 +13,7 @@
 #   TRAIN_FILE         rows to train on; unset: AdvertiseGen/train.json if it is there, else the sample in AdvertiseGen/sample
 #   DEV_FILE           rows to score on; needed with TRAIN_FILE
 #   NAME               name of the run; unset: the data's and the model's, such as adgen-nano
-#   OUTPUT_DIR         folder of the run; unset: output/NAME-pt-PRE_SEQ_LEN-LR, -lora-LR or -ft-LR
+#   OUTPUT_DIR         folder of the run; unset, in the repository: output/NAME-pt-PRE_SEQ_LEN-LR, -lora-LR or -ft-LR
 #   EPOCHS             passes over the training rows, instead of MAX_STEPS
 #   NUM_GPUS           GPUs to use, one process each; unset: one
 #   PYTHON             the Python to use; unset: .venv, made on the first run

@@ -49,7 +49,7 @@ from ptuning.train.memory.fit import (
     workload_size,
 )
 from ptuning.train.processes.launch import trainer_arguments
-from ptuning.train.rows import Rows, load_rows
+from ptuning.train.rows import Rows, check_files, load_rows
 
 NOT_FITTING = 3  # exit status
 NO_TIME = "unknown: the GPU is not in this machine, so nothing was measured"
@@ -72,6 +72,7 @@ class Situation(NamedTuple):
     passes: int  # over the rows to answer: 2 if the untouched base answers them too
     max_length: int  # tokens that the base model was trained with
     process: int  # bytes that Python and its libraries hold; 0 where only the device counts
+    longest: int  # tokens of prompt and answer that the flags allow
     free: int  # bytes, before anything is loaded; on a CPU, this process's share
     product_flops: float | None  # per second; None without the GPU
 
@@ -90,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def look(config: RunConfig) -> Situation:
     """Read configuration and rows, time the device, and fit the run to its memory."""
+    check_files(config)
     arguments = trainer_arguments(config)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, **config.hub)
     rows = load_rows(config, tokenizer, overwrite_cache=config.overwrite_cache)
@@ -122,6 +124,7 @@ def look(config: RunConfig) -> Situation:
         epochs=config.num_train_epochs,
         passes=2 if config.compare_base else 1,
         max_length=base.max_sequence_length,
+        longest=config.max_source_length + config.new_tokens,
         process=process,
         free=free,
         product_flops=flops,
@@ -178,6 +181,11 @@ def make_plan(situation: Situation) -> tuple[str, bool]:
         part, answering_fits = plan_answering(situation, rows.test)
         lines += part
         fits &= answering_fits
+    if situation.longest > situation.max_length:
+        lines.append(
+            f"--max_source_length and --max_target_length allow {situation.longest:,} tokens, and "
+            f"the base model was trained with at most {situation.max_length:,}"
+        )
     if fit.eval_line():
         lines.append(fit.eval_line())
     lines.append("Fits in memory." if fits else "Does not fit: change one of the settings above.")

@@ -47,7 +47,7 @@ def find_directory(
     if path.exists():
         return path / subfolder
     repository = os.fspath(name_or_path)
-    if not _has_network():
+    if not has_network():
         hub_arguments["local_files_only"] = True
     fetch = partial(hf_hub_download, repository, subfolder=subfolder or None, **hub_arguments)
     try:
@@ -73,7 +73,7 @@ def find_directory(
     return Path(config).parent
 
 
-def _has_network() -> bool:
+def has_network() -> bool:
     """Say whether the hub's name resolves; without a network huggingface_hub retries for long."""
     if urllib.request.getproxies():
         return True  # the proxy resolves names

@@ -91,8 +91,11 @@ def load_tokenizer(name_or_path: str, **hub: Any) -> "ChatGLMTokenizer":
     from transformers import AutoTokenizer
 
     from ptuning.data.tokenizer import ChatGLMTokenizer
+    from ptuning.model.checkpoint_hub import has_network
 
     name_or_path = find_base(name_or_path, **WORDS_OF_MAIN)
+    if not Path(name_or_path).is_dir() and not has_network():
+        hub["local_files_only"] = True  # else huggingface_hub retries for a minute
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
     except (OSError, ValueError) as error:

@@ -216,8 +216,7 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
         """Return the flags that decide what is learned, by name, as JSON values."""
         others = {n: v for n, v in self.trainer_flags.items() if not n.startswith(INDECISIVE)}
         values = {name: getattr(self, name) for name in DECISIVE} | others
-        if self.max_steps > 0:
-            del values["num_train_epochs"]
+        del values["num_train_epochs" if self.max_steps > 0 else "max_steps"]
         return values
 
 

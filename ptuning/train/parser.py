@@ -67,13 +67,15 @@ class FlagParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; python main.py --help lists all flags.")
 
     def unknown(self, given: Sequence[str]) -> str:
-        """Say which flags are unknown, and which were probably meant."""
-        words = [text.lstrip("-").split("=")[0] for text in given if text.startswith("--")] or given
-        names = [option.lstrip("-") for option in self._option_string_actions]
+        """Say which words are no flags, and which flags were probably meant."""
+        words = [text.split("=")[0] for text in given if text.startswith("--")]
+        if not words:
+            where = "; a JSON file of flags goes first" if given[0].endswith(".json") else ""
+            return f"{given[0]} is not a flag{where}; python main.py --help lists all flags."
         hints = []
         for word in words:
-            close = difflib.get_close_matches(word, names, n=1)
-            hints.append(f"--{word}" + (f" (did you mean --{close[0]}?)" if close else ""))
+            close = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            hints.append(word + (f" (did you mean {close[0]}?)" if close else ""))
         return f"unknown flags: {', '.join(hints)}; python main.py --help lists all flags."
 
 

@@ -33,6 +33,22 @@ class Rows(NamedTuple):
     general: GeneralPrompts | None = None
 
 
+def check_files(config: RunConfig) -> None:
+    """Refuse files of rows that do not exist (UsageError), before anything is fetched or loaded."""
+    answered = "test_file" if config.test_file else "validation_file"
+    for name, is_read in (
+        ("train_file", config.do_train),
+        ("validation_file", config.validates),
+        (answered, config.do_predict),
+    ):
+        file = getattr(config, name)
+        if is_read and not Path(file).exists():
+            raise UsageError(
+                f"--{name}: {file}: no such file, seen from {Path.cwd()}; give a .json, .jsonl or "
+                ".csv file of rows."
+            )
+
+
 def load_rows(config: RunConfig, tokenizer: ChatGLMTokenizer, *, overwrite_cache: bool) -> Rows:
     """Tokenize the files that this run needs and print what became of their rows.
 

@@ -91,7 +91,7 @@ def test_fetching_asks_for_weights_and_settings_and_never_for_code(
             raise LocalEntryNotFoundError(name)
         return str(snapshot / name)
 
-    monkeypatch.setattr("ptuning.model.checkpoint_hub._has_network", lambda: True)
+    monkeypatch.setattr("ptuning.model.checkpoint_hub.has_network", lambda: True)
     monkeypatch.setattr("ptuning.model.checkpoint_hub.hf_hub_download", fetch)
     assert find_directory(REPOSITORY, revision="v1") == snapshot
     shards = {f"pytorch_model-{k:05d}-of-00008.bin" for k in range(1, 9)}

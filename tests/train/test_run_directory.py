@@ -380,10 +380,11 @@ def test_the_trainer_changes_no_arguments_but_its_own(short_run, monkeypatch):
 
     def init(trainer, **kwargs):
         seen.append((kwargs["args"], dict(vars(kwargs["args"])), trainer))
-        real(trainer, **kwargs, eval_batch=3)
+        real(trainer, **kwargs)
 
     monkeypatch.setattr(Seq2SeqTrainer, "__init__", init)
     flags = ("--eval_on_start", "true", "--eval_strategy", "steps", "--eval_steps", "2")
+    flags += ("--per_device_eval_batch_size", "3")
     assert short_run.start(*flags) == 0
     assert short_run.start(*flags) == 0
     for args, before, trainer in seen:

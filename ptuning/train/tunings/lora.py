@@ -27,7 +27,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.tuned import LORA, TunedInfo, kind_of
 from ptuning.train.config import RunConfig, UsageError
-from ptuning.train.tunings.tuning import TrainedState, checkpoint_explained
+from ptuning.train.tunings.tuning import TrainedState, checkpoint_explained, frozen_base
 
 RANK, ALPHA, DROPOUT = 8, 16.0, 0.1  # what unset flags mean; flags.py says so
 
@@ -79,11 +79,10 @@ class LoraTuning:
         """Count trained and frozen parameters."""
         adapter = adapter_parameters(model)
         trained = sum(p.numel() for p in adapter.values())
-        frozen = sum(p.numel() for p in model.parameters()) - trained
         config: Any = model.peft_config[ADAPTER]
         return (
             f"a LoRA adapter of rank {config.r} on {', '.join(sorted(config.target_modules))}, "
-            f"{trained:,} parameters; {frozen:,} of the base stay frozen"
+            f"{trained:,} parameters; {frozen_base(model)}"
         )
 
     def save(

@@ -21,6 +21,7 @@ from ptuning.model.prefix_artefact import (
     read_prefix_tensors,
     save_prefix,
 )
+from ptuning.model.quantization.linear import QuantizedLinear
 from ptuning.model.tuned import FULL, LORA, PTUNING, remove_other_marks
 from ptuning.train.base_model import check_weights, choose_dtype, load_base
 from ptuning.train.config import RunConfig, UsageError
@@ -129,10 +130,10 @@ class PrefixTuning:
         encoder = model.prefix_encoder
         assert encoder is not None, "attach ran before"
         trained = sum(p.numel() for p in encoder.parameters())
-        frozen = sum(p.numel() for _, p in model.base_parameters())
+        mlp = " through an MLP" if encoder.project else ""
         return (
-            f"a prefix of {encoder.prefix_length} tokens, {trained:,} parameters; {frozen:,} of "
-            f"the base stay frozen"
+            f"a prefix of {encoder.prefix_length} tokens{mlp}, {trained:,} parameters; "
+            f"{frozen_base(model)}"
         )
 
     def save(
@@ -216,6 +217,17 @@ def checkpoint_explained(flag: str) -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"{flag}: {error}") from error
+
+
+def frozen_base(model: ChatGLMForConditionalGeneration) -> str:
+    """Say how many parameters the frozen base has, and in how many bits quantized ones are."""
+    frozen = (p for _, p in model.base_parameters() if not p.requires_grad)
+    count = sum(p.numel() for p in frozen)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):  # stored in bytes of one or two codes each
+            count += module.in_features * module.out_features - module.weight.numel()
+    bits = model.config.quantization_bit
+    return f"the base's {count:,} stay frozen" + (f", its layers in int{bits}" if bits else "")
 
 
 def newest_metrics(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
