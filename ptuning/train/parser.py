@@ -74,7 +74,9 @@ class FlagParser(argparse.ArgumentParser):
             return f"{given[0]} is not a flag{where}; python main.py --help lists all flags."
         hints = []
         for word in words:
-            close = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            options = self._option_string_actions
+            close = [option for option in options if option.startswith(word)]
+            close = close or difflib.get_close_matches(word, options, n=1)
             hints.append(word + (f" (did you mean {close[0]}?)" if close else ""))
         return f"unknown flags: {', '.join(hints)}; python main.py --help lists all flags."
 

@@ -151,6 +151,7 @@ def planned(**how: Any) -> plan.Situation:
         epochs=3.0,
         passes=1,
         max_length=2048,
+        longest=128,
         process=0,
         free=16 * 10**9,
         product_flops=1e12,
@@ -214,3 +215,9 @@ def test_a_step_on_cuda_peaks_where_it_is_predicted() -> None:
 
 def test_a_batch_counts_its_tokens() -> None:
     assert Batch((5, 9), 6).tokens == 14
+
+
+def test_lengths_beyond_the_base_models_are_warned_of(flags, capsys):
+    assert main(["plan", *flags, "--max_source_length", "2000"]) == 0
+    text = capsys.readouterr().out
+    assert "allow 2,128 tokens, and the base model was trained with at most 2,048" in text
