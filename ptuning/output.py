@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from tqdm import tqdm
@@ -82,7 +81,7 @@ def bars_for(num_bytes: int) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-class Progress:
+class Progress(ExitStack):
     """The progress of a loop over `total` items: a bar on a terminal, else a log line per 10 %.
 
     total None is unknown: without a bar, nothing is logged.
@@ -99,27 +98,17 @@ class Progress:
         leave: bool = True,
     ) -> None:
         """Take the loop's size and name; `initial` items are already done."""
+        super().__init__()
         self.total, self.title, self.unit, self.visible = total, title, unit, visible
         self.done = self.initial = initial
         self._options = {"unit": unit, "initial": initial, "leave": leave, "disable": not visible}
-        self._opened = ExitStack()
 
     def __enter__(self) -> Self:
         """Show the bar."""
         self._started = self._line_at = time.monotonic()
         self._tenth = tenths(self.initial, self.total or 1)
-        bar = open_bar(self.total, self.title, **self._options)
-        self.bar = self._opened.enter_context(bar)
+        self.bar = self.enter_context(open_bar(self.total, self.title, **self._options))
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the bar."""
-        self._opened.close()
 
     def update(self, count: int = 1) -> None:
         """Count items that are done."""
@@ -137,15 +126,10 @@ class Progress:
         self._tenth, self._line_at = tenth, now
         spent = now - self._started
         left = spent / (self.done - self.initial) * (total - self.done)
-        logger.info(
-            "%s: %d of %d %s (%d %%), %s",
-            self.title,
-            self.done,
-            total,
-            f"{self.unit}es" if self.unit.endswith("ch") else f"{self.unit}s",
-            100 * self.done // total,
-            f"took {duration(spent)}" if is_over else f"{duration(left)} left",
-        )
+        units = f"{self.unit}es" if self.unit.endswith("ch") else f"{self.unit}s"
+        when = f"took {duration(spent)}" if is_over else f"{duration(left)} left"
+        share = 100 * self.done // total
+        logger.info("%s: %d of %d %s (%d %%), %s", self.title, self.done, total, units, share, when)
 
 
 def tenths(done: int, total: int) -> int:

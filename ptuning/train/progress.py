@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from ptuning.output import Progress, duration, on_terminal, open_bar, tenths
 
@@ -32,8 +32,7 @@ class ProgressLines(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        """Begin without a bar: on_train_begin opens it, `close` closes it."""
-        self._opened = ExitStack()
+        self._opened = ExitStack()  # on_train_begin opens the bar, `close` closes it
         self._bar: tqdm | None = None  # None outside training
         self._validation: Progress | None = None
         self._losses: list[float] = []  # of the steps taken since the last line
@@ -57,14 +56,12 @@ class ProgressLines(TrainerCallback):
     def end_validation(self) -> None:
         """Close the bar of a validation."""
         if self._validation is not None:
-            self._validation.__exit__(None, None, None)
+            self._validation.close()
             self._validation = None
 
     # ---- Events of transformers' Trainer ----
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
         if not state.is_world_process_zero:
             return
@@ -75,9 +72,7 @@ class ProgressLines(TrainerCallback):
             open_bar(state.max_steps, "training", unit="step", initial=state.global_step)
         )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the bar, or print the line of a tenth; on_log prints it where it has more to say."""
         if self._bar is None:
             return
@@ -88,37 +83,24 @@ class ProgressLines(TrainerCallback):
         if self._is_tenth(state) and self._bar.disable and not control.should_log:
             self._print_step(state, {})
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Print a log entry in words."""
-        if not state.is_world_process_zero or logs is None:
+        if not state.is_world_process_zero:
             return
+        logs = kwargs["logs"]
         if "train_loss" in logs:
             self._print_trained(args, state, logs)
         elif "eval_loss" in logs:
-            self._print_validation(state, logs, kwargs["eval_dataloader"])
+            self._print_validation(state, logs, kwargs["eval_dataloader"].dataset)
         elif "loss" in logs and self._bar is not None and self._is_wanted(state):
             self._print_step(state, logs)
 
-    def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Count a batch of a validation."""
         if not state.is_world_process_zero:
             return
         if self._validation is None:
-            total = len(eval_dataloader)
+            total = len(kwargs["eval_dataloader"])
             self._validation = Progress(total, "validating", unit="batch", leave=False)
             self._validation.__enter__()
         self._validation.update()
@@ -138,7 +120,9 @@ class ProgressLines(TrainerCallback):
 
     def _print_step(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
         """Print where the run is: step, loss, and what else is known."""
-        parts = [_step(state), self._loss_words()]
+        losses = self._losses
+        mean = f"loss {math.fsum(losses) / len(losses):.3f}" if losses else "no usable loss"
+        parts = [_step(state), mean]
         if "learning_rate" in logs:
             parts.append(f"learning rate {logs['learning_rate']:.2e}")
         if self._num_skipped:
@@ -147,13 +131,8 @@ class ProgressLines(TrainerCallback):
         if state.global_step < state.max_steps:
             parts.append(f"{duration(self._time_left(state))} left")
         logger.info("  ".join(parts))
-        self._losses.clear()
+        losses.clear()
         self._num_skipped = 0
-
-    def _loss_words(self) -> str:
-        if not self._losses:
-            return "no usable loss"
-        return f"loss {math.fsum(self._losses) / len(self._losses):.3f}"
 
     def _time_left(self, state: TrainerState) -> float:
         """Return seconds; the first step of this process is left out once there are others."""
@@ -162,38 +141,26 @@ class ProgressLines(TrainerCallback):
             since, num_steps = self._started, 1
         return (time.monotonic() - since) / num_steps * (state.max_steps - state.global_step)
 
-    def _print_validation(
-        self, state: TrainerState, logs: Mapping[str, Any], dataloader: Any
-    ) -> None:
+    def _print_validation(self, state: TrainerState, logs: Mapping[str, Any], rows: Any) -> None:
         loss = float(logs["eval_loss"])
         if self._bar is not None:
             logger.info("%s  validation loss %.3f", _step(state), loss)
             return
-        logger.info(
-            "Validation loss %.3f (perplexity %.2f): %d rows in %s",
-            loss,
-            math.exp(loss) if loss < 700 else math.inf,  # beyond, exp overflows float64
-            len(dataloader.dataset),
-            duration(logs["eval_runtime"]),
-        )
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond, exp overflows float64
+        spent, text = duration(logs["eval_runtime"]), "Validation loss %.3f (perplexity %.2f): "
+        logger.info(text + "%d rows in %s", loss, perplexity, len(rows), spent)
 
-    def _print_trained(
-        self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, Any]
-    ) -> None:
+    def _print_trained(self, args: Any, state: TrainerState, logs: Mapping[str, Any]) -> None:
         if self._bar is None:
             return
         spent, num_steps = time.monotonic() - self._started, state.global_step - self._first_step
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        skipped = logs.get("skipped_steps")
-        logger.info(
-            "Trained %d steps in %s (%.3g rows/s)  mean loss %.3f  last loss %.3f%s",
-            num_steps,
-            duration(spent),
-            num_steps * rows / spent,
-            logs["train_loss"],
-            self._last_loss,
-            f"  {_skipped(skipped)}" if skipped else "",
-        )
+        text = f"Trained {num_steps} steps in {duration(spent)} "
+        text += f"({num_steps * rows / spent:.3g} rows/s)  mean loss {logs['train_loss']:.3f}  "
+        text += f"last loss {self._last_loss:.3f}"
+        if skipped := logs.get("skipped_steps"):
+            text += f"  {_skipped(skipped)}"
+        logger.info(text)
         if state.global_step < state.max_steps:
             logger.info("Stopped early, at step %d of %d", state.global_step, state.max_steps)
         if args.load_best_model_at_end and state.best_metric is not None:
@@ -219,20 +186,15 @@ class CurveCallback(TrainerCallback):
         self, draw: Callable[[Sequence[Mapping[str, Any]], Path], None], path: Path
     ) -> None:
         """Draw to path with draw(log_history, path)."""
-        self.draw = draw
-        self.path = path
+        self.draw, self.path = draw, path
         self._drawn_at = time.monotonic()
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw when the last picture is old enough."""
         if state.is_world_process_zero and time.monotonic() - self._drawn_at > DRAW_EVERY_S:
             self._draw_now(state)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw the whole run."""
         if state.is_world_process_zero:
             self._draw_now(state)
@@ -241,7 +203,6 @@ class CurveCallback(TrainerCallback):
         try:
             self.draw(state.log_history, self.path)
         except OSError as error:  # a picture is not worth a run
-            logger.warning(
-                "%s cannot be written (%s); the run continues", self.path, error.strerror
-            )
+            text = "%s cannot be written (%s); the run continues"
+            logger.warning(text, self.path, error.strerror)
         self._drawn_at = time.monotonic()

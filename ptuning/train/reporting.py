@@ -13,37 +13,28 @@ from ptuning.train.processes.processes import is_main_process
 
 # --report_to: packages of which one is needed, by the names they are imported and installed under.
 # Source: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/integration_utils.py
-PACKAGES: dict[str, dict[str, str]] = {
+SAME_NAME = "clearml codecarbon dagshub dvclive mlflow neptune swanlab trackio wandb"
+PACKAGES: dict[str, dict[str, str]] = {name: {name: name} for name in SAME_NAME.split()} | {
     "azure_ml": {"azureml": "azureml-core"},
-    "clearml": {"clearml": "clearml"},
-    "codecarbon": {"codecarbon": "codecarbon"},
     "comet_ml": {"comet_ml": "comet-ml"},
-    "dagshub": {"dagshub": "dagshub"},
-    "dvclive": {"dvclive": "dvclive"},
     "flyte": {"flytekit": "flytekit"},
     "kubeflow": {},  # it sends to a server, with no package of its own
-    "mlflow": {"mlflow": "mlflow"},
-    "neptune": {"neptune": "neptune"},
-    "swanlab": {"swanlab": "swanlab"},
     "tensorboard": {"tensorboard": "tensorboard", "tensorboardX": "tensorboardX"},
-    "trackio": {"trackio": "trackio"},
-    "wandb": {"wandb": "wandb"},
 }
 
 
 def check_reporting(report_to: str | Sequence[str] | None) -> None:
-    """Check that the packages of --report_to are installed; ValueError with what to type."""
+    """Check that the packages of --report_to are installed; UsageError with what to type."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     if names in (["none"], ["all"]):
         return
     if unknown := [name for name in names if name not in PACKAGES]:
-        raise ValueError(
+        raise UsageError(
             f"--report_to is {', '.join(unknown)}; use none, all (whatever is installed) or one of "
-            f"{', '.join(PACKAGES)}."
+            f"{', '.join(sorted(PACKAGES))}."
         )
-    missing = list(_missing_packages(names))
-    if missing:
-        raise ValueError(
+    if missing := list(_missing_packages(names)):
+        raise UsageError(
             f"--report_to {' '.join(names)} needs {' and '.join(missing)}, not installed here; "
             f"type: {sys.executable} -m pip install {' '.join(missing)}"
         )
@@ -74,17 +65,17 @@ def check_push_to_hub(
     """Make the repository that --push_to_hub writes to, as transformers would after loading.
 
     hub_model_id None names it after output_dir, token None is that of `hf auth login` or HF_TOKEN.
-    ValueError, with what to type, where the hub cannot be reached or refuses.
+    UsageError, with what to type, where the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi, constants, errors, get_token
 
     leave_out = "or leave --push_to_hub out and upload the folder later with hf upload."
     if constants.HF_HUB_OFFLINE:
-        raise ValueError(
+        raise UsageError(
             f"--push_to_hub needs the hub, and HF_HUB_OFFLINE is set: unset it, {leave_out}"
         )
     if (token or get_token()) is None:
-        raise ValueError(
+        raise UsageError(
             "--push_to_hub needs a token that may write: type hf auth login, give --hub_token, "
             f"{leave_out}"
         )
@@ -92,33 +83,30 @@ def check_push_to_hub(
     try:
         HfApi().create_repo(repository, token=token, private=private, exist_ok=True)
     except (errors.HfHubHTTPError, ValueError) as error:  # refused: token, permission, name
-        raise ValueError(
+        raise UsageError(
             f"--push_to_hub: {constants.ENDPOINT} refuses the repository {repository}: "
             f"{_first_line(error)} Give a token that may write to it (--hub_token, hf auth login) "
             f"and --hub_model_id OWNER/NAME, {leave_out}"
         ) from error
     except (errors.HTTPError, OSError) as error:  # HTTPError: httpx's or httpx2's, as the hub has
-        raise ValueError(
+        raise UsageError(
             f"--push_to_hub: {constants.ENDPOINT} cannot be reached ({_first_line(error)}): check "
             f"the connection or set HF_ENDPOINT to a mirror, {leave_out}"
         ) from error
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_run(config: RunConfig) -> None:
     """Refuse to start if what the run reports to is missing (UsageError)."""
-    try:
-        check_reporting(config.report_to)
-        if config.push_to_hub and is_main_process():
-            check_push_to_hub(
-                output_dir=config.output_dir,
-                hub_model_id=config.trainer_flags.get("hub_model_id"),
-                token=config.trainer_flags.get("hub_token"),
-                private=config.trainer_flags.get("hub_private_repo"),
-            )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    check_reporting(config.report_to)
+    if config.push_to_hub and is_main_process():
+        flags = config.trainer_flags
+        check_push_to_hub(
+            output_dir=config.output_dir,
+            hub_model_id=flags.get("hub_model_id"),
+            token=flags.get("hub_token"),
+            private=flags.get("hub_private_repo"),
+        )

@@ -209,7 +209,7 @@ def test_a_long_tenth_has_lines_of_its_own(monkeypatch, caplog):
         state.global_step = step
         lines.add_step(1.0)
         lines.on_step_end(None, state, control)
-        lines.on_log(None, state, control, {"loss": 1.0, "learning_rate": 0.02})
+        lines.on_log(None, state, control, logs={"loss": 1.0, "learning_rate": 0.02})
     lines.close()
     assert [int(message.split()[1]) for message in caplog.messages] == [1, 11, 21, 31, 41]
 
