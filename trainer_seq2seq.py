@@ -35,7 +35,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ptuning.atomic_file import write_atomically
 from ptuning.evaluate.pictures import draw_loss_curve
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
-from ptuning.train.faults.disk_errors import DiskError, explain_disk_error, is_disk_error
+from ptuning.train.faults.endings import DiskError, explain_disk_error, is_disk_error
 from ptuning.train.faults.guards import (
     BAD_BATCH_NAME,
     BadStepsError,
@@ -46,7 +46,7 @@ from ptuning.train.faults.guards import (
 )
 from ptuning.train.memory.fit import Workload
 from ptuning.train.memory.memory_errors import memory_explained
-from ptuning.train.processes.processes import draw_apart, leave_frozen_alone
+from ptuning.train.processes.launch import leave_frozen_alone
 from ptuning.train.processes.sharding import sharded_loader
 from ptuning.train.progress import CURVE_NAME, CurveCallback, ProgressLines
 from ptuning.train.resume.checkpoints import (
@@ -264,9 +264,8 @@ class Seq2SeqTrainer(transformers.Trainer):
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
         evidence = gather_evidence(
             self.chatglm,
-            self.chatglm.dtype,
             self._guard.batches,
-            values=values,
+            values,
             learning_rate=float(self.args.learning_rate),
             log_history=self.state.log_history,
         )
@@ -349,8 +348,8 @@ class Seq2SeqTrainer(transformers.Trainer):
             return
         self._has_begun = True
         if self._resumed_from is None:
-            if self.args.world_size > 1:
-                draw_apart(self.args.seed, self.args.process_index)
+            if self.args.world_size > 1:  # for dropout masks of its own; the row order is the same
+                transformers.set_seed(self.args.seed + self.args.process_index)
             return
         if self.is_world_process_zero():
             self._warn_of_other_length(self._resumed_from)

@@ -46,7 +46,7 @@ from ptuning.output import Progress
 from ptuning.retention import RetentionRun
 from ptuning.train.base_model import choose_dtype
 from ptuning.train.config import RunConfig
-from ptuning.train.processes.processes import (
+from ptuning.train.processes.launch import (
     gather,
     is_main_process,
     num_processes,

@@ -377,7 +377,7 @@ def test_the_trainers_explanation_is_not_explained_again():
 
 
 def test_a_safetensors_error_on_a_full_disk_is_known():
-    from ptuning.train.faults.disk_errors import is_disk_error
+    from ptuning.train.faults.endings import is_disk_error
 
     with pytest.raises(Exception, match="No such file") as found:
         save_file({"a": torch.ones(1)}, "/nowhere/at/all/a.safetensors")

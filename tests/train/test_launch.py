@@ -8,7 +8,7 @@ from transformers.training_args import ParallelMode
 
 from ptuning.train.config import parse_arguments
 from ptuning.train.flags import UsageError
-from ptuning.train.processes import processes
+from ptuning.train.processes import launch
 from ptuning.train.processes.launch import (
     check_gpu_is_here,
     how_to_use_all,
@@ -104,16 +104,16 @@ def test_gpu_memory_is_for_a_gpu(tmp_path):
 
 def test_machines_that_do_not_share_the_output_folder_are_refused(monkeypatch, tmp_path):
     (tmp_path / "mark").touch()
-    processes.check_shared_folder(tmp_path, "mark")
-    monkeypatch.setattr(processes, "gather", lambda own: [own, False])
+    launch.check_shared_folder(tmp_path, "mark")
+    monkeypatch.setattr(launch, "gather", lambda own: [own, False])
     with pytest.raises(UsageError, match="process 1 does not see"):
-        processes.check_shared_folder(tmp_path, "mark")
+        launch.check_shared_folder(tmp_path, "mark")
 
 
 def test_frozen_weights_and_buffers_are_not_sent_around():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     model[0].requires_grad_(False)
-    processes.leave_frozen_alone(model)
+    launch.leave_frozen_alone(model)
     ignored = set(model._ddp_params_and_buffers_to_ignore)
     assert ignored == {
         *("0.weight", "0.bias"),
@@ -131,4 +131,4 @@ def test_frozen_weights_and_buffers_are_not_sent_around():
     ],
 )
 def test_a_lost_process_is_told_from_a_fault(error, is_lost):
-    assert processes.is_lost_peer(error) is is_lost
+    assert launch.is_lost_peer(error) is is_lost

@@ -10,28 +10,27 @@
 | 130, 143 | stopped by Ctrl-C, by SIGTERM |
 """
 
+import errno
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from ptuning.data.reading import DataError
 from ptuning.train.base_model import BaseModelError
 from ptuning.train.config import RunConfig, UsageError
-from ptuning.train.faults.disk_errors import DiskError, explain_disk_error, is_disk_error
 from ptuning.train.faults.guards import BadStepsError
 from ptuning.train.memory.memory_errors import OutOfMemoryStop
-from ptuning.train.processes.launch import num_launched, process_name
-from ptuning.train.processes.processes import is_lost_peer
+from ptuning.train.processes.launch import is_lost_peer, num_launched, process_name
 from ptuning.train.resume.run_directory import OutputDirectoryError, RunDirectory
 from ptuning.train.resume.signals import Stopped
 
 CANNOT_START, BAD_STEPS, OUT_OF_MEMORY, DISK, LOST_PEER, CTRL_C = 2, 3, 4, 5, 6, 130
-USAGE_ERRORS = (
-    UsageError,
-    DataError,
-    BaseModelError,
-    OutputDirectoryError,
-    FileNotFoundError,
-)
+USAGE_ERRORS = (UsageError, DataError, BaseModelError, OutputDirectoryError, FileNotFoundError)
+
+MIB = 2**20
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# torch.save and safetensors have errors of their own for a write that failed.
+DISK_WORDS = ("PytorchStreamWriter", "inline_container", "No space left", "os error 28")
 
 
 class Ending(NamedTuple):
@@ -62,12 +61,11 @@ def _explain(error: BaseException, config: RunConfig) -> Ending | None:
         return Ending(BAD_STEPS, f"{error} {_with_other_flags(config)}")
     if isinstance(error, OutOfMemoryStop):
         return Ending(OUT_OF_MEMORY, f"{error}\n{how_to_resume(config)}")
-    if is_disk_error(error) or isinstance(error, DiskError):
-        text = str(error)
-        if not isinstance(error, DiskError):
-            where = Path(str(getattr(error, "filename", None) or config.output_dir))
-            text = explain_disk_error(error, "a result", where, None)
-        return Ending(DISK, f"{text} Make room, then: {how_to_resume(config)}")
+    if is_disk_error(error) and not isinstance(error, DiskError):
+        where = Path(str(getattr(error, "filename", None) or config.output_dir))
+        error = DiskError(explain_disk_error(error, "a result", where))
+    if isinstance(error, DiskError):
+        return Ending(DISK, f"{error} Make room, then: {how_to_resume(config)}")
     if num_launched() > 1 and is_lost_peer(error):
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Ending(LOST_PEER, f"another process ended first, and says why ({first_line})")
@@ -98,3 +96,35 @@ def _with_other_flags(config: RunConfig) -> str:
         "Then type the same command with the changed flag and --overwrite_output_dir, or keep what "
         f"was learned: --init_from {good} with another --output_dir."
     )
+
+
+# ---- Disks ----
+
+
+class DiskError(RuntimeError):
+    """Results could not be written; the text says what was tried and what to type."""
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Tell whether an error comes from a disk that is full or fails.
+
+    >>> is_disk_error(OSError(errno.ENOSPC, "No space left on device"))
+    True
+    """
+    if isinstance(error, OSError):
+        return error.errno in DISK_ERRNOS
+    return isinstance(error, Exception) and any(words in str(error) for words in DISK_WORDS)
+
+
+def explain_disk_error(
+    error: BaseException, what: str, where: Path, needed: int | None = None
+) -> str:
+    """Say what was being written where, and the bytes needed (None: not known) and free."""
+    reason = getattr(error, "strerror", None) or "the disk is full or fails"
+    need = "" if needed is None else f"; it takes about {needed / MIB:,.1f} MiB"
+    folder = next(path for path in (where, *where.parents) if path.exists())
+    try:
+        free = f"{shutil.disk_usage(folder).free / MIB:,.1f} MiB are free there"
+    except OSError as failure:
+        free = f"free space is not known ({failure.strerror})"
+    return f"{what} could not be written to {where}: {reason}{need}, {free}."

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.atomic_file import write_atomically
-from ptuning.data.tokenization import IGNORED_LABEL
+from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
 from ptuning.train.resume.run_state import RunState
 
 BAD_BATCH_NAME = "bad_batch{rank}.txt"  # rank: "" for one process, else _0, _1, ...
@@ -98,11 +98,10 @@ def likely_cause(evidence: Evidence) -> str:
 
 
 def gather_evidence(
-    model: nn.Module,
-    dtype: torch.dtype,
+    model: ChatGLMForConditionalGeneration,
     batches: Sequence[Batch],
-    *,
     values: tuple[float, float],
+    *,
     learning_rate: float,
     log_history: Sequence[Mapping[str, Any]],
 ) -> Evidence:
@@ -115,7 +114,7 @@ def gather_evidence(
         loss=values[0],
         grad_norm=values[1],
         num_labels=sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         base_is_finite=all(bool(p.isfinite().all()) for p in frozen),
         largest_weight=math.nan if is_nan else max(largest, default=0.0),
         learning_rate=learning_rate,
@@ -128,11 +127,9 @@ def write_bad_batch(
 ) -> None:
     """Write the rows of the batches as text and ids, for people to read."""
     lines = [headline, ""]
-    rows = [
-        (ids.tolist(), labels.tolist())
-        for batch in batches
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
-    ]
+    rows: list[Any] = []
+    for batch in batches:
+        rows += zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
     for number, (ids, labels) in enumerate(rows, start=1):
         answer = [label for label in labels if label != IGNORED_LABEL]
         lines += [
@@ -150,8 +147,7 @@ class StepGuard:
     """Watches the micro-batches of one optimiser step at a time."""
 
     def __init__(self, *, max_in_a_row: int) -> None:
-        """Take the skipped steps in a row that end a run; 0 never ends it."""
-        self.max_in_a_row = max_in_a_row
+        self.max_in_a_row = max_in_a_row  # skipped steps that end a run; 0 never ends it
         self._losses: list[Tensor] = []  # on the device: reading one would wait for it
         self.batches: list[Batch] = []
         self._loss_before: Tensor | None = None
@@ -172,10 +168,8 @@ class StepGuard:
         None for a norm that an engine keeps to itself counts as 1.
         """
         loss = torch.stack(self._losses).sum()
-        norm = torch.as_tensor(
-            1.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=loss.device
-        )
-        return torch.stack([loss, norm])
+        norm = 1.0 if grad_norm is None else grad_norm
+        return torch.stack([loss, torch.as_tensor(norm, dtype=loss.dtype, device=loss.device)])
 
     def refuse(
         self, model: nn.Module, loss_so_far: Tensor, fault: str, state: RunState, *, step: int
@@ -192,13 +186,8 @@ class StepGuard:
         state.skipped += 1
         state.skipped_since_log += 1
         state.skipped_in_a_row += 1
-        logger.warning(
-            "Step %d is skipped: %s (%d in a row, %d in all)",
-            step,
-            fault,
-            state.skipped_in_a_row,
-            state.skipped,
-        )
+        count = f"{state.skipped_in_a_row} in a row, {state.skipped} in all"
+        logger.warning("Step %d is skipped: %s (%s)", step, fault, count)
         return state.skipped_in_a_row == self.max_in_a_row
 
     def clear(self) -> None:
@@ -234,6 +223,6 @@ def correct_mean(logs: dict[str, float], state: RunState, *, step: int) -> None:
     if state.skipped_since_log:
         steps = step - state.last_logged_step
         taken = steps - state.skipped_since_log
-        logs["loss"] = logs["loss"] * steps / taken if taken else float("nan")
+        logs["loss"] = logs["loss"] * steps / taken if taken else math.nan
         logs["skipped_steps"] = state.skipped_since_log
     state.last_logged_step, state.skipped_since_log = step, 0

@@ -43,7 +43,7 @@ from ptuning.train.memory.estimate import (
     training_memory,
     validation_bytes,
 )
-from ptuning.train.processes.processes import gather
+from ptuning.train.processes.launch import gather
 from ptuning.train.tunings.lora import RANK
 
 FREE_SHARE = 0.9  # of free memory is planned with; allocators lose the rest to fragmentation

@@ -1,30 +1,34 @@
-"""How many processes a run has, which device each uses, and what to type to use all of them.
+"""The processes of a run: how many, on which device each, and how they exchange Python objects.
 
 A launcher (torchrun, accelerate, srun) sets WORLD_SIZE. Without one a run uses one device;
-nn.DataParallel, which transformers chooses by itself when it sees several, is never used.
+nn.DataParallel, which transformers chooses by itself when it sees several, is never used. All
+processes must call the functions that communicate, in the same order; accelerate sends tensors.
 """
 
 import importlib.util
 import os
 import shlex
 import sys
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import distributed, nn
 from transformers import Seq2SeqTrainingArguments
 
 from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.legacy_flags import TRUE_WORDS
 
+T = TypeVar("T")
+
+# What a process sees when another one has ended: gloo's, NCCL's and the rendezvous store's words.
+LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
+
 
 def num_launched() -> int:
     """Return the number of processes that a launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def launched_index() -> int:
-    """Return the index of this process among them."""
-    return int(os.environ.get("RANK") or 0)
 
 
 def process_name() -> str:
@@ -33,7 +37,7 @@ def process_name() -> str:
     >>> process_name()
     ''
     """
-    return f"process {launched_index()}: " if num_launched() > 1 else ""
+    return f"process {os.environ.get('RANK') or 0}: " if num_launched() > 1 else ""
 
 
 def process_values(config: RunConfig) -> dict[str, Any]:
@@ -126,3 +130,76 @@ def how_to_use_all(config: RunConfig, device: torch.device, num_devices: int) ->
         f"use all{note} (docs/multi-gpu.md), type:\n"
         f"  torchrun --nproc_per_node {num_devices} main.py {shlex.join(again)}"
     )
+
+
+# ---- Communication ----
+
+
+def num_processes() -> int:
+    """Return how many processes this run has."""
+    is_joined = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if is_joined else 1
+
+
+def process_index() -> int:
+    """Return the rank of this process, from 0."""
+    return distributed.get_rank() if num_processes() > 1 else 0
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that writes what the processes share."""
+    return process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """Return one value per process, in rank order."""
+    if num_processes() == 1:
+        return [value]
+    values: list[Any] = [None] * num_processes()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def in_main_process(decide: Callable[[], T]) -> T:
+    """Call decide in the main process; return its result, or raise its error, in all of them.
+
+    An error that is neither a ValueError nor an OSError stays with the main process.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    if is_main_process():
+        try:
+            result = decide()
+        except (ValueError, OSError) as error:
+            failure = error
+    result, failure = gather((result, failure))[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]  # what decide returned
+
+
+def check_shared_folder(folder: Path, mark: str) -> None:
+    """Refuse to start (UsageError) if a process does not see the main process's file in folder."""
+    seen = gather((folder / mark).is_file())
+    if not all(seen):
+        raise UsageError(
+            f"--output_dir is {folder}, and process {seen.index(False)} does not see there what "
+            "process 0 writes; give a folder that every machine of this run shares."
+        )
+
+
+def leave_frozen_alone(model: nn.Module) -> None:
+    """Exclude frozen weights and buffers from DistributedDataParallel's communication.
+
+    Every process read the same files, and what is not trained does not change.
+    """
+    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
+    ignored: Any = [*frozen, *(name for name, _ in model.named_buffers())]
+    model._ddp_params_and_buffers_to_ignore = ignored
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Tell whether an error comes from another process that has ended."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_PEER_WORDS)

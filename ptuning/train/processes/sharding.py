@@ -33,38 +33,21 @@ class ShardedBatches(BatchSampler):
         drop_last: bool = False,
     ) -> None:
         """Take the order of all rows, and the rows of one process in a whole batch."""
-        super().__init__(sampler, batch_size, drop_last)
-        self.num_processes = num_processes
-        self.process_index = process_index
-
-    def __len__(self) -> int:
-        """Batches in the order, the same for every process."""
-        rows, whole = len(self.sampler), self.batch_size * self.num_processes  # type: ignore[arg-type]
-        return rows // whole if self.drop_last else -(-rows // whole)
+        super().__init__(sampler, batch_size * num_processes, drop_last)
+        self.num_shares, self.share_index = num_processes, process_index
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield this process's row numbers, batch by batch."""
-        batch: list[int] = []
-        for index in self.sampler:
-            batch.append(index)
-            if len(batch) == self.batch_size * self.num_processes:
-                yield self.part_of(batch)
-                batch = []
-        if batch and not self.drop_last:
-            yield self.part_of(batch)
-
-    def part_of(self, batch: list[int]) -> list[int]:
-        """Return this process's rows of a global batch, contiguous and of nearly equal number."""
-        start = len(batch) * self.process_index // self.num_processes
-        end = len(batch) * (self.process_index + 1) // self.num_processes
-        return batch[start:end] or [~batch[0]]
+        """Yield this process's rows of each global batch: contiguous, of nearly equal number."""
+        for batch in super().__iter__():
+            start = len(batch) * self.share_index // self.num_shares
+            end = len(batch) * (self.share_index + 1) // self.num_shares
+            yield batch[start:end] or [~batch[0]]
 
 
 class MaskableRows(Dataset[dict[str, Tensor]]):
     """Rows by their numbers; ~i is row i with every label masked."""
 
     def __init__(self, rows: Dataset[dict[str, Tensor]]) -> None:
-        """Take rows with `labels`; nothing is copied."""
         self.rows = rows
 
     def __len__(self) -> int:
@@ -83,7 +66,6 @@ class EpochOrder(Sampler[int]):
     """An order drawn per epoch from the seed and the epoch alone, so equal in all processes."""
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        """Take a sampler that draws from its `generator`."""
         self.sampler, self.seed, self.epoch = sampler, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -120,21 +102,17 @@ def sharded_loader(
         process_index=args.process_index,
         drop_last=trains and args.dataloader_drop_last,
     )
-    options: dict[str, Any] = {}
-    if trains:
-        workers = args.dataloader_num_workers
-        options["worker_init_fn"] = partial(
-            seed_worker, num_workers=workers, rank=args.process_index
-        )
-        options["persistent_workers"] = args.dataloader_persistent_workers
+    workers = args.dataloader_num_workers
+    seeds = partial(seed_worker, num_workers=workers, rank=args.process_index)
     loader = DataLoader(
         MaskableRows(rows),
         batch_sampler=batches,
         collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
+        num_workers=workers,
         pin_memory=args.dataloader_pin_memory,
         prefetch_factor=args.dataloader_prefetch_factor,
-        **options,
+        worker_init_fn=seeds if trains else None,
+        persistent_workers=trains and args.dataloader_persistent_workers,
     )
     return prepare_data_loader(
         loader,

@@ -26,7 +26,7 @@ from typing import Any, Self
 from ptuning.atomic_file import write_atomically
 from ptuning.data.dataset import TokenDataset
 from ptuning.model.tuned import INFO_NAME, MARKS
-from ptuning.train.processes.processes import check_shared_folder, in_main_process, is_main_process
+from ptuning.train.processes.launch import check_shared_folder, in_main_process, is_main_process
 from ptuning.train.resume.checkpoints import (
     REMOVED,
     UNFINISHED,

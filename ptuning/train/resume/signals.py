@@ -6,10 +6,9 @@ that stops at once. Everywhere else the first one stops.
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Self
 
@@ -34,28 +33,22 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.signum
 
 
-class StopRequest:
+class StopRequest(ExitStack):
     """Handles both signals while it is entered, in the main thread only."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.requested: int | None = None  # the first signal that was deferred
         self._is_deferring = False
         self._notice = NOTICE
         self._owner = os.getpid()
-        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
         """Install the handlers; outside the main thread Python allows none."""
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
-                self._previous[signum] = signal.signal(signum, self._handle)
+                self.callback(signal.signal, signum, signal.signal(signum, self._handle))
         return self
-
-    def __exit__(self, *error: object) -> None:
-        """Put the earlier handlers back."""
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)  # type: ignore[arg-type]  # what signal.signal returned
-        self._previous.clear()
 
     @contextmanager
     def deferred(self, *, notice: str = NOTICE) -> Iterator[None]:
@@ -71,22 +64,16 @@ class StopRequest:
             raise Stopped(self.requested)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:
-            _end_worker(signum)
-            return
-        if not self._is_deferring:
+        if os.getpid() != self._owner:  # a forked data-loading worker leaves Ctrl-C to its parent
+            if signum == signal.SIGTERM:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+        elif not self._is_deferring:
             raise Stopped(signum)
-        if self.requested is None:
+        elif self.requested is None:
             self.requested = signum
             name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
-            text = self._notice.format(name=name).encode()
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text)
+            # Not print, which may be what the signal interrupted.
+            os.write(2, self._notice.format(name=name).encode())
         elif signum == signal.SIGINT:
             raise Stopped(signum)
-
-
-def _end_worker(signum: int) -> None:
-    """Handle a signal in a forked data-loading worker: ignore Ctrl-C, end on SIGTERM."""
-    if signum == signal.SIGTERM:
-        signal.signal(signum, signal.SIG_DFL)
-        os.kill(os.getpid(), signum)
