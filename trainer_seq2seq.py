@@ -13,7 +13,7 @@ import math
 import shutil
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,22 +128,17 @@ class Seq2SeqTrainer(transformers.Trainer):
             self.add_callback(EarlyStoppingCallback(patience))
         if args.world_size > 1:
             leave_frozen_alone(model)
-        self.tuning = tuning
-        self.directory = directory
-        self.stop = stop
-        self.workload = workload
-        self.decode = decode
-        self.row_settings = dict(row_settings)
+        self.tuning, self.workload, self.row_settings = tuning, workload, dict(row_settings)
+        self.directory, self.stop, self.decode = directory, stop, decode
         self.run_state = RunState()
         self.agreed_to_stop = False  # by several processes
         self._guard = StepGuard(max_in_a_row=max_bad_steps)
         self._validated: list[Tensor] = []  # (2,) per batch: summed loss, number of answer tokens
         self._resumed_from: Path | None = None
         self._has_begun = False  # the run state is in place
-        self._handled_step = -1  # whose log, validation and checkpoint are done
+        self._handled_step = self._saved_step = -1  # whose events are done, whose checkpoint is
         self._is_epoch_over = False
         self._save_is_due = False  # at the end of this epoch
-        self._saved_step = -1
 
     @property
     def chatglm(self) -> ChatGLMForConditionalGeneration:
@@ -165,26 +160,26 @@ class Seq2SeqTrainer(transformers.Trainer):
         """Return this process's part of the training rows."""
         if not self.shards_rows:
             return super().get_train_dataloader()
-        rows: Any = self.train_dataset
-        order: Any = self._get_train_sampler(rows)
-        collate, size = self.data_collator, self._train_batch_size
-        return sharded_loader(rows, order, collate, self.args, batch_size=size, trains=True)
+        rows, size = self.train_dataset, self._train_batch_size
+        return self._sharded(rows, self._get_train_sampler(rows), size, trains=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return this process's part of the validation rows."""
         if not self.shards_rows:
             return super().get_eval_dataloader(eval_dataset)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        order: Any = SequentialSampler(rows)
-        collate, size = self.data_collator, self.args.eval_batch_size
-        return sharded_loader(rows, order, collate, self.args, batch_size=size, trains=False)
+        return self._sharded(rows, SequentialSampler(rows), self.args.eval_batch_size, trains=False)
+
+    def _sharded(self, rows: Any, order: Any, batch_size: int, *, trains: bool) -> DataLoader[Any]:
+        return sharded_loader(
+            rows, order, self.data_collator, self.args, batch_size=batch_size, trains=trains
+        )
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Return the sum of all processes' values, in each process."""
         if self.args.world_size == 1:
             return values
-        total: Any = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
-        return total
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum")
 
     # ---- Training steps ----
 
@@ -216,16 +211,11 @@ class Seq2SeqTrainer(transformers.Trainer):
         self.save_metrics("train", result.metrics)
         self.save_state()
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Compute one micro-batch's gradient; keep its loss and batch until the step is checked."""
         self._guard.begin(self._tr_loss)
-        with self._memory_explained("training", inputs):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        with memory_explained("training", self.workload, inputs["input_ids"].shape):
+            loss = super().training_step(model, inputs, *args)
         self._guard.add(inputs, loss)
         return loss
 
@@ -287,12 +277,6 @@ class Seq2SeqTrainer(transformers.Trainer):
             logs["skipped_steps"] = self.run_state.skipped
         super().log(logs, start_time)
 
-    def _memory_explained(
-        self, phase: str, batch: Mapping[str, Any]
-    ) -> AbstractContextManager[None]:
-        rows, tokens = batch["input_ids"].shape
-        return memory_explained(phase, self.workload, (rows, tokens))
-
     # ---- Validation ----
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -303,40 +287,28 @@ class Seq2SeqTrainer(transformers.Trainer):
             self.progress.end_validation()
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Any, Tensor | None, Tensor | None]:
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[None, None, None]:
         """Keep the batch's summed loss and its number of answer tokens for evaluation_loop."""
         inputs = self._prepare_inputs(inputs)
-        with self._memory_explained("validating", inputs), torch.no_grad():
+        shape = inputs["input_ids"].shape
+        with memory_explained("validating", self.workload, shape), torch.no_grad():
             loss = model(**inputs, num_items_in_batch=1).loss
         num_labels = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
         self._validated.append(torch.stack([loss.detach().float(), num_labels.float()]))
         return None, None, None
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate; the teacher-forced loss is the mean over answer tokens.
 
         So it depends neither on the batch size nor on the number of processes.
         """
         self._validated.clear()
-        output = super().evaluation_loop(
-            dataloader, description, True, ignore_keys, metric_key_prefix
-        )
+        output = super().evaluation_loop(*args, **kwargs)
         own = torch.stack(self._validated).cpu().double().sum(dim=0)  # (2,)
         loss, num_labels = self.sum_over_processes(own).tolist()
         assert output.metrics is not None, "transformers fills it"
-        output.metrics[f"{metric_key_prefix}_loss"] = loss / num_labels if num_labels else math.nan
+        output.metrics["eval_loss"] = loss / num_labels if num_labels else math.nan
         self._validated.clear()
         return output
 
@@ -396,15 +368,8 @@ class Seq2SeqTrainer(transformers.Trainer):
                     "For a schedule of its own, start a new training from the weights: --init_from "
                     f"{checkpoint} with another --output_dir"
                 )
-        logger.warning(
-            "%s was written at step %d of %d, and this run asks for %d: %s. %s",
-            checkpoint,
-            step,
-            planned,
-            num_steps,
-            what,
-            advice,
-        )
+        text = "%s was written at step %d of %d, and this run asks for %d: %s. %s"
+        logger.warning(text, checkpoint, step, planned, num_steps, what, advice)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -455,11 +420,8 @@ class Seq2SeqTrainer(transformers.Trainer):
         """
         self._begin()  # a run resumed at its end has no epoch
         self._tr_loss = self.sum_over_processes(self._tr_loss) / self.args.world_size
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
+        self.args.save_total_limit = None
+        return super()._finalize_training(*args, **kwargs)
 
     # ---- Checkpoints ----
 
@@ -503,9 +465,8 @@ class Seq2SeqTrainer(transformers.Trainer):
             if not is_disk_error(error):
                 raise
             shutil.rmtree(staging_path(checkpoint), ignore_errors=True)
-            text = explain_disk_error(
-                error, checkpoint.name, checkpoint.parent, self._checkpoint_bytes()
-            )
+            num_bytes = self._checkpoint_bytes()
+            text = explain_disk_error(error, checkpoint.name, checkpoint.parent, num_bytes)
             raise DiskError(text) from error
         self._saved_step = self.state.global_step
         if self.args.push_to_hub:
@@ -550,38 +511,31 @@ class Seq2SeqTrainer(transformers.Trainer):
         """Write what is trained and nothing of the frozen base; only the main process writes."""
         if not self.args.should_save:
             return
-        state = TrainedState(
-            self.state.global_step,
-            newest_metrics(self.state.log_history),
-            self.row_settings,
-            state_dict,
-        )
+        metrics = newest_metrics(self.state.log_history)
+        state = TrainedState(self.state.global_step, metrics, self.row_settings, state_dict)
         self.tuning.save(self.chatglm, Path(output_dir or self.directory.path), state)
 
     def _save_trainer_state(self, path: Path) -> None:
         """Write transformers' state with that of its callbacks, as transformers does."""
-        states: dict[str, list[Any]] = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
-        by_name: Any = {name: all_ if len(all_) > 1 else all_[0] for name, all_ in states.items()}
-        self.state.stateful_callbacks = by_name
+        callbacks = [*self.callback_handler.callbacks, self.control]
+        states: Any = {
+            type(c).__name__: c.state() for c in callbacks if isinstance(c, ExportableState)
+        }
+        self.state.stateful_callbacks = states
         self.state.save_to_json(str(path))
 
     def _facts(self) -> CheckpointFacts:
+        args = self.args
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return CheckpointFacts(
             step=self.state.global_step,
             max_steps=self.state.max_steps,
-            processes=self.args.world_size,
-            resumable=not self.args.save_only_model,
+            processes=args.world_size,
+            resumable=not args.save_only_model,
             sound=self.run_state.skipped_in_a_row == 0,
             rows=self.directory.rows,
-            rows_per_step=self._rows_per_step(),
+            rows_per_step=rows_per_step,
         )
-
-    def _rows_per_step(self) -> int:
-        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return int(rows * self.args.world_size)
 
     def _checkpoint_bytes(self) -> int:
         """Return about how large a checkpoint is: what is trained, and the optimizer's state."""
@@ -604,22 +558,13 @@ class Seq2SeqTrainer(transformers.Trainer):
         """Write `split`_results.json and add it to all_results.json, both atomically."""
         if not self.is_world_process_zero():
             return
-        _write_json(self.directory.path / f"{split}_results.json", metrics)
-        if combined:
-            path = self.directory.path / "all_results.json"
-            _write_json(path, {**_read_results(path), **metrics})
-
-
-def _read_results(path: Path) -> dict[str, Any]:
-    """Return the figures of an earlier part of the run; none from a file that was cut short."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        logger.warning("%s cannot be read and is replaced", path)
-        return {}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=4, sort_keys=True).encode())
+        path = self.directory.path / "all_results.json"
+        results: dict[str, float] = {}
+        try:
+            if path.is_file():
+                results = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            logger.warning("%s cannot be read and is replaced", path)
+        for name, content in ((f"{split}_results.json", metrics), (path.name, results | metrics)):
+            text = json.dumps(content, indent=4, sort_keys=True)
+            write_atomically(path.with_name(name), text.encode())
