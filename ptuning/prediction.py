@@ -107,7 +107,6 @@ class BackgroundScores:
     """
 
     def __init__(self) -> None:
-        """Start the thread with the first row."""
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scores")
         self._scores: dict[int, Future[PairScores]] = {}
 
@@ -138,7 +137,6 @@ class AnswerRun:
     Of several processes each answers a share of the rows, and has all answers in the end.
     """
 
-    model: ChatGLMForConditionalGeneration
     tokenizer: ChatGLMTokenizer
     rows: GenerationDataset
     output_dir: Path
@@ -147,23 +145,13 @@ class AnswerRun:
     decoding: Decoding
     seed: int
 
-    def tuned(self) -> Answers:
-        """Answer with the model as it is: an unfinished file of the same run is continued, a
-        finished one made anew.
-        """
-        path = self.output_dir / PREDICTIONS_NAME
-        return self._answer(self.model, path, is_tuned=True)
+    def answer(self, model: ChatGLMForConditionalGeneration, *, is_tuned: bool) -> Answers:
+        """Answer every row; model is the tuned one, or the untouched base.
 
-    def base(self, untouched: ChatGLMForConditionalGeneration) -> Answers:
-        """Answer with the untouched base; finished rows of an earlier run with the same base are
-        used again.
+        A file that an earlier run left unfinished is continued. A finished one is used again if it
+        is the base's and replaced if it is the tuned model's.
         """
-        path = self.output_dir / BASE_PREDICTIONS_NAME
-        return self._answer(untouched, path, is_tuned=False)
-
-    def _answer(
-        self, model: ChatGLMForConditionalGeneration, path: Path, *, is_tuned: bool
-    ) -> Answers:
+        path = self.output_dir / (PREDICTIONS_NAME if is_tuned else BASE_PREDICTIONS_NAME)
         started = time.monotonic()
         set_seed(self.seed + process_index())
         fingerprint = self._fingerprint(model, is_tuned=is_tuned)
@@ -189,10 +177,11 @@ class AnswerRun:
         """Return the rows of these numbers; those that file has are taken from there."""
         first = len(file.finished)
         texts = [row.prediction for row in file.finished] + [""] * (len(indices) - first)
-        with (
-            BackgroundScores() as scores,
-            self._progress(len(indices), first, is_tuned) as progress,
-        ):
+        title = f"answering with the {'tuned model' if is_tuned else 'base'}"
+        if num_processes() > 1:
+            title += f", 1 share of {num_processes()}"
+        progress = Progress(len(indices), title, initial=first, visible=is_main_process())
+        with BackgroundScores() as scores, progress:
             for place, row in enumerate(file.finished):
                 scores.add(place, row.prediction, row.label)
             for offset, token_ids in generate_answers(
@@ -228,8 +217,9 @@ class AnswerRun:
         first = len(finished)
         shares = deal_rows(list(self.rows.lengths[first:]), num_processes())
         own = [first + row for row in shares[process_index()]]
-        part = self._part_path(path)
-        with PredictionFile(part, fingerprint=f"{fingerprint} from row {first}") as file:
+        part = f"{path.stem}.part{process_index()}of{num_processes()}{path.suffix}"
+        fingerprint_of_part = f"{fingerprint} from row {first}"
+        with PredictionFile(path.with_name(part), fingerprint=fingerprint_of_part) as file:
             answered = self._answer_rows(model, file, own, is_tuned=is_tuned)
         gathered = [row for share in gather(answered) for row in share]
         rows = sorted([*finished, *gathered], key=lambda row: row.row_index)
@@ -242,10 +232,6 @@ class AnswerRun:
         gather(None)  # the rows are in their file before the parts go
         self._remove_parts(path)
         return rows
-
-    def _part_path(self, path: Path) -> Path:
-        part = f"part{process_index()}of{num_processes()}"
-        return path.with_name(f"{path.stem}.{part}{path.suffix}")
 
     def _remove_parts(self, path: Path) -> None:
         """Delete this process's part; the main one deletes what other runs left unfinished too."""
@@ -263,14 +249,7 @@ class AnswerRun:
                     AnsweredRow(index, row.prediction, score_pair(row.prediction, row.label))
                     for index, row in enumerate(found)
                 ]
-        shared: list[AnsweredRow] = gather(rows)[0]
-        return shared
-
-    def _progress(self, total: int, initial: int, is_tuned: bool) -> Progress:
-        title = f"answering with the {'tuned model' if is_tuned else 'base'}"
-        if num_processes() > 1:
-            title += f", 1 share of {num_processes()}"
-        return Progress(total, title, initial=initial, visible=is_main_process())
+        return list(gather(rows)[0])
 
     @cached_property
     def labels(self) -> list[str]:
@@ -285,9 +264,7 @@ class AnswerRun:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _fingerprint(self, model: ChatGLMForConditionalGeneration, *, is_tuned: bool) -> str:
-        """Return a hash of everything that shapes an answer; sampled answers are never taken up
-        again.
-        """
+        """Return a hash of all that shapes an answer; sampled answers are never continued."""
         digest = hashlib.sha256()
         parts: list[Any] = [base_fingerprint(model), str(model.dtype), asdict(self.decoding)]
         if self.decoding.do_sample:
@@ -320,8 +297,8 @@ class AnswerRun:
                 label=self.labels[index],
                 tuned=tuned.texts[index],
                 tuned_bleu=tuned.scores[index].bleu_4,
-                base=None if base is None else base.texts[index],
-                base_bleu=None if base is None else base.scores[index].bleu_4,
+                base=base.texts[index] if base else None,
+                base_bleu=base.scores[index].bleu_4 if base else None,
             )
             for index, row in enumerate(self.rows.rows)
         ]
@@ -346,7 +323,6 @@ def score(
         model.to(dtype)  # type: ignore[arg-type]  # a wrapped nn.Module.to
     output_dir = Path(config.output_dir)
     run = AnswerRun(
-        model=model,
         tokenizer=tokenizer,
         rows=rows.test,
         output_dir=output_dir,
@@ -358,8 +334,15 @@ def score(
     general = None
     if rows.general is not None and is_main_process():
         general = RetentionRun(rows.general, tokenizer, batch_size=batch_size)
-    tuned = run.tuned()
-    base, retention = _ask_base(run, tuning, general, answers_rows=config.compare_base)
+    tuned = run.answer(model, is_tuned=True)
+    base = retention = None
+    if tuning.base is not None and (config.compare_base or general):
+        with tuning.untuned(model) as untouched:
+            base = run.answer(untouched, is_tuned=False) if config.compare_base else None
+            known = general.ask_base(untouched) if general else None
+        if general and known:
+            retention = general.compare(model, known)
+            logger.info(retention.line())
     if not is_main_process():
         return ""
     run.write_results(tuned, base, retention)
@@ -394,25 +377,3 @@ def decoding_of(config: RunConfig) -> Decoding:
         max_length=config.generation_max_length,
         num_beams=config.beams,
     )
-
-
-def _ask_base(
-    run: AnswerRun, tuning: Tuning, general: RetentionRun | None, *, answers_rows: bool
-) -> tuple[Answers | None, Retention | None]:
-    """Return the untouched base's answers, and how far the tuned model's general ones are off.
-
-    None for what was not asked for, or if the base is not known.
-    """
-    if tuning.base is None or not (answers_rows or general):
-        return None, None
-    base = known = None
-    with tuning.untuned(run.model) as untouched:
-        if answers_rows:
-            base = run.base(untouched)
-        if general is not None:
-            known = general.ask_base(untouched)
-    if general is None or known is None:
-        return base, None
-    retention = general.compare(run.model, known)
-    logger.info(retention.line())
-    return base, retention

@@ -68,29 +68,26 @@ class RetentionRun:
         end = self.tokenizer.eop_token_id
         token_ids = [ids if len(ids) == MAX_NEW_TOKENS else [*ids, end] for ids in answers]
         scores: list[TokenScores] = []
-        for log_probabilities, targets in self._scored(base, token_ids):
+        for log_probabilities, losses in self._scored(base, token_ids):
             kept = log_probabilities.topk(min(KEPT_TOKENS, log_probabilities.shape[1]))
-            losses = -log_probabilities.gather(1, targets[:, None])[:, 0]
             scores.append(TokenScores(losses.cpu(), kept.indices.cpu(), kept.values.cpu()))
         return BaseAnswers(self._texts(answers), token_ids, scores)
 
     def compare(self, tuned: ChatGLMForConditionalGeneration, base: BaseAnswers) -> Retention:
         """Answer and score the same with the tuned model."""
         texts = self._texts(self._answer(tuned, "the tuned model"))
-        rows = []
-        for index, (log_probabilities, targets) in enumerate(self._scored(tuned, base.token_ids)):
-            losses = -log_probabilities.gather(1, targets[:, None])[:, 0]
-            scores = base.scores[index]
-            row = RetentionRow(
+        rows = [
+            RetentionRow(
                 prompt=self.prompts[index],
                 base=base.texts[index],
                 tuned=texts[index],
-                num_tokens=len(targets),
-                base_loss=float(scores.losses.sum()),
+                num_tokens=len(losses),
+                base_loss=float(base.scores[index].losses.sum()),
                 tuned_loss=float(losses.sum()),
-                divergence=float(divergence(scores, log_probabilities.cpu()).sum()),
+                divergence=float(divergence(base.scores[index], log_probabilities.cpu()).sum()),
             )
-            rows.append(row)
+            for index, (log_probabilities, losses) in enumerate(self._scored(tuned, base.token_ids))
+        ]
         return Retention(str(self.source), rows)
 
     def _answer(self, model: ChatGLMForConditionalGeneration, name: str) -> list[list[int]]:
@@ -117,46 +114,37 @@ class RetentionRun:
     def _scored(
         self, model: ChatGLMForConditionalGeneration, token_ids: Sequence[list[int]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each answer's log-probabilities (T, V) and its tokens (T,), in order."""
+        """Yield each answer's log-probabilities (T, V) and its tokens' losses (T,), in order."""
         was_training = model.training
         model.eval()
         try:
             for start in range(0, len(token_ids), BATCH_ROWS):
-                batch = range(start, min(start + BATCH_ROWS, len(token_ids)))
-                yield from _score_batch(
-                    model,
-                    [self.prompt_ids[index] for index in batch],
-                    [token_ids[index] for index in batch],
-                    pad_id=self.tokenizer.pad_token_id,
-                )
+                yield from self._scored_batch(model, token_ids, slice(start, start + BATCH_ROWS))
         finally:
             model.train(was_training)
 
-
-def _score_batch(
-    model: ChatGLMForConditionalGeneration,
-    prompts: Sequence[list[int]],
-    answers: Sequence[list[int]],
-    *,
-    pad_id: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = [
-        {"input_ids": [*prompt, *answer], "labels": [IGNORED_LABEL] * len(prompt) + answer}
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    batch = pad_right(rows, pad_id=pad_id)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    input_ids, targets = batch["input_ids"], batch["targets"]
-    hidden_states = model.transformer(
-        input_ids,
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        packing=Packing((len(input_ids), input_ids.shape[1]), batch["tokens"], batch["needed"]),
-    ).last_hidden_state  # (1, N, E)
-    logits = model.lm_head(hidden_states[0])  # (N, V)
-    lengths = [len(answer) for answer in answers]
-    for row_logits, row_targets in zip(logits.split(lengths), targets.split(lengths), strict=True):
-        yield row_logits.float().log_softmax(-1), row_targets
+    def _scored_batch(
+        self, model: ChatGLMForConditionalGeneration, token_ids: Sequence[list[int]], part: slice
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        answers = token_ids[part]
+        rows = [
+            {"input_ids": [*prompt, *answer], "labels": [IGNORED_LABEL] * len(prompt) + answer}
+            for prompt, answer in zip(self.prompt_ids[part], answers, strict=True)
+        ]
+        padded = pad_right(rows, pad_id=self.tokenizer.pad_token_id)
+        batch = {name: tensor.to(model.device) for name, tensor in padded.items()}
+        input_ids, lengths = batch["input_ids"], [len(answer) for answer in answers]
+        hidden_states = model.transformer(
+            input_ids,
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            packing=Packing((len(input_ids), input_ids.shape[1]), batch["tokens"], batch["needed"]),
+        ).last_hidden_state  # (1, N, E)
+        logits = model.lm_head(hidden_states[0])  # (N, V)
+        targets = batch["targets"].split(lengths)
+        for row_logits, row_targets in zip(logits.split(lengths), targets, strict=True):
+            log_probabilities = row_logits.float().log_softmax(-1)
+            yield log_probabilities, -log_probabilities.gather(1, row_targets[:, None])[:, 0]
 
 
 def divergence(base: TokenScores, tuned: Tensor) -> Tensor:

@@ -46,13 +46,12 @@ def staging_path(checkpoint: Path) -> Path:
 def start_checkpoint(checkpoint: Path) -> None:
     """Make the empty folder to write to, replacing what a killed run left there."""
     staging = staging_path(checkpoint)
-    if staging.exists():
-        shutil.rmtree(staging)
+    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
 
 
 def finish_checkpoint(checkpoint: Path, facts: CheckpointFacts) -> None:
-    """Flush the files of `staging_path`, list them, and give the folder its own name.
+    """List the files of `staging_path`, flush them, and give the folder its own name.
 
     A folder that already has the name (a damaged one, or one of another course) is replaced.
     """
@@ -62,23 +61,17 @@ def finish_checkpoint(checkpoint: Path, facts: CheckpointFacts) -> None:
         for path in sorted(staging.rglob("*"))
         if path.is_file()
     }
-    for name in files:
-        _flush(staging / name)
     content = {"format_version": FORMAT_VERSION, **facts, "files": files}
     manifest = staging / MANIFEST_NAME
     manifest.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _flush(manifest)
-    for folder in [path for path in staging.rglob("*") if path.is_dir()]:
-        _flush(folder)
-    _flush(staging)
+    for path in [*staging.rglob("*"), staging]:
+        _flush(path)
     move_into_place(staging, checkpoint)
 
 
 def move_into_place(staging: Path, checkpoint: Path) -> None:
     """Rename a complete staging folder; delete the folder that had its name afterwards."""
-    removed = _make_room(checkpoint)
-    if checkpoint.exists():
-        os.rename(checkpoint, removed)
+    removed = _set_aside(checkpoint)
     os.rename(staging, checkpoint)
     _flush(checkpoint.parent)
     if removed.exists():
@@ -87,16 +80,16 @@ def move_into_place(staging: Path, checkpoint: Path) -> None:
 
 def delete_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint; while it is half deleted it no longer has its name."""
-    removed = _make_room(checkpoint)
-    os.rename(checkpoint, removed)
-    shutil.rmtree(removed)
+    shutil.rmtree(_set_aside(checkpoint))
 
 
-def _make_room(checkpoint: Path) -> Path:
-    """Return the name that a checkpoint is deleted under, which no folder has any more."""
+def _set_aside(checkpoint: Path) -> Path:
+    """Give a checkpoint, if it exists, the name that it is deleted under; return that name."""
     removed = checkpoint.with_name(f".{checkpoint.name}{REMOVED}")
     if removed.exists():
         shutil.rmtree(removed)
+    if checkpoint.exists():
+        os.rename(checkpoint, removed)
     return removed
 
 

@@ -66,7 +66,6 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Name the directory, which may be missing."""
         self.path = Path(path)
         self.rows = ""
         self._settings: dict[str, Any] = {}
@@ -117,8 +116,15 @@ class RunDirectory:
 
     def _choose(self) -> Path | None:
         wanted = (self._requested or "").lower()
-        if wanted and wanted not in ("auto", "true"):
-            return _named_checkpoint(str(self._requested))
+        if wanted not in ("", "auto", "true"):
+            checkpoint = Path(str(self._requested))
+            if reason := why_not_resumable(checkpoint):
+                raise FileNotFoundError(
+                    f"--resume_from_checkpoint is {checkpoint}, which cannot be resumed: {reason}. "
+                    "Give another checkpoint-N folder, or 'auto' for the newest intact one in "
+                    "--output_dir; --init_from starts a new training from the weights alone."
+                )
+            return checkpoint
         if wanted:
             if self._newest_resumable is not None:
                 return self._newest_resumable
@@ -127,10 +133,9 @@ class RunDirectory:
                     f"--resume_from_checkpoint is {self._requested}, but {self.path} has no intact "
                     "checkpoint-N; leave the flag out to start over."
                 )
-        if self._overwrites or not self._holds_a_run():
+        if self._overwrites or not (self._all_checkpoints() or self._is_finished()):
             return None
-        changed = self._changed_settings()
-        if changed:
+        if changed := self._changed_settings():
             raise self._refusal(changed)
         if self._newest_resumable is None and (self._is_finished() or self.checkpoints()):
             raise self._refusal("the same command wrote it, and it left nothing to resume from")
@@ -164,14 +169,9 @@ class RunDirectory:
                 f"these flags ({given}); resume with the old file and lengths, or start a new "
                 f"training from its weights: --init_from {checkpoint} with another --output_dir."
             )
-        logger.info(
-            "Resuming %s%s (step %d of %d)%s",
-            checkpoint,
-            "" if self._requested else ", which the same command wrote",
-            facts["step"],
-            facts["max_steps"],
-            "" if self._requested else "; to start over, add --overwrite_output_dir",
-        )
+        where = f"{checkpoint}{'' if self._requested else ', which the same command wrote'}"
+        how = "" if self._requested else "; to start over, add --overwrite_output_dir"
+        logger.info("Resuming %s (step %d of %d)%s", where, facts["step"], facts["max_steps"], how)
         then, now = (facts["rows_per_step"], facts["processes"]), (rows_per_step, processes)
         if then != now:
             text = "%s was written with %d rows per step by %d processes, and this run has "
@@ -191,9 +191,6 @@ class RunDirectory:
         record = {"format_version": FORMAT_VERSION, "rows": self.rows, "settings": self._settings}
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self.path / RECORD_NAME, text.encode())
-
-    def _holds_a_run(self) -> bool:
-        return bool(self._all_checkpoints()) or self._is_finished()
 
     def _is_finished(self) -> bool:
         return any((self.path / name).is_file() for name in ARTEFACT_NAMES)
@@ -221,13 +218,9 @@ class RunDirectory:
             with suppress(ValueError):
                 facts = read_facts(folders[-1])
                 found += f" (step {facts['step']} of {facts['max_steps']})"
-                if rows_differ:
-                    resume = (
-                        "to continue it, give its own training file and lengths with "
-                        "--resume_from_checkpoint auto; "
-                    )
-                elif facts["resumable"]:
-                    resume = "to continue it, add --resume_from_checkpoint auto; "
+                if rows_differ or facts["resumable"]:
+                    add = "give its own training file and lengths with" if rows_differ else "add"
+                    resume = f"to continue it, {add} --resume_from_checkpoint auto; "
         return OutputDirectoryError(
             f"--output_dir {self.path} holds {found} of an earlier run: {why}. To keep it, give "
             f"another folder (--output_dir, or NAME=... before bash train.sh); {resume}to replace "
@@ -242,14 +235,9 @@ class RunDirectory:
 
     def _all_checkpoints(self) -> list[Path]:
         """Return every checkpoint-N, intact or not, oldest step first."""
-        if not self.path.is_dir():
-            return []
-        found = {
-            int(match[1]): folder
-            for folder in self.path.iterdir()
-            if (match := CHECKPOINT.fullmatch(folder.name)) and folder.is_dir()
-        }
-        return [found[step] for step in sorted(found)]
+        found = filter(Path.is_dir, self.path.glob("checkpoint-*"))
+        folders = [path for path in found if CHECKPOINT.fullmatch(path.name)]
+        return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
 
     @cached_property
     def _newest_resumable(self) -> Path | None:
@@ -289,7 +277,6 @@ class RunDirectory:
         for folder in sorted(self.path.iterdir()):
             if HALF_FILE.fullmatch(folder.name) and folder.is_file():
                 folder.unlink()
-                continue
             match = LEFT_BEHIND.fullmatch(folder.name)
             if match is None:
                 continue
@@ -314,18 +301,6 @@ def fingerprint_rows(rows: TokenDataset | None) -> str:
     for part in (rows.arrays.offsets, rows.arrays.context_lengths, rows.arrays.ids):
         checksum = zlib.crc32(part.tobytes(), checksum)
     return f"{len(rows)}-{checksum:08x}"
-
-
-def _named_checkpoint(requested: str) -> Path:
-    checkpoint = Path(requested)
-    reason = why_not_resumable(checkpoint)
-    if reason is not None:
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint is {checkpoint}, which cannot be resumed: {reason}. Give "
-            "another checkpoint-N folder, or 'auto' for the newest intact one in --output_dir; "
-            "--init_from starts a new training from the weights alone."
-        )
-    return checkpoint
 
 
 def _shown(value: object) -> str:
@@ -353,10 +328,16 @@ def run_lock(directory: Path) -> Iterator[None]:
     """Hold the lock of a directory inside; OutputDirectoryError where another run holds it."""
     path = directory / LOCK_NAME
     descriptor = _open_locked(path)
+    mark = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "process_start": _process_start(os.getpid()),
+    }
     try:
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, json.dumps(_own_mark()).encode())
+        os.write(descriptor, json.dumps(mark).encode())
         yield
     finally:
         if os.name != "nt":  # Windows deletes no open file; there the unlocked file stays
@@ -416,15 +397,6 @@ def _in_use(path: Path, mark: dict[str, Any]) -> str:
     )
 
 
-def _own_mark() -> dict[str, Any]:
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "process_start": _process_start(os.getpid()),
-    }
-
-
 def _read_mark(descriptor: int) -> dict[str, Any]:
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -442,10 +414,8 @@ def _is_running(mark: dict[str, Any]) -> bool:
         return True
     try:
         os.kill(int(mark["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # another user's process
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's process
     return mark.get("process_start") in (None, _process_start(int(mark["pid"])))
 
 
@@ -454,8 +424,7 @@ def _process_start(pid: int) -> str | None:
 
     It tells a process from a later one with the same number. None where /proc does not say.
     """
-    try:
+    with suppress(OSError):
         content = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    return content.rpartition(")")[2].split()[19]  # field 22 of proc_pid_stat(5)
+        return content.rpartition(")")[2].split()[19]  # field 22 of proc_pid_stat(5)
+    return None
