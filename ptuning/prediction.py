@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -99,7 +99,7 @@ def deal_rows(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-class BackgroundScores:
+class BackgroundScores(ThreadPoolExecutor):
     """Scores by row number, computed in a thread while the next rows are generated.
 
     One thread is enough: a row takes milliseconds to score and far longer to generate, and torch's
@@ -107,20 +107,16 @@ class BackgroundScores:
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scores")
+        super().__init__(max_workers=1, thread_name_prefix="scores")
         self._scores: dict[int, Future[PairScores]] = {}
-
-    def __enter__(self) -> Self:
-        """Return the scores themselves."""
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait for the row being scored; after an error, for no other."""
-        self._pool.shutdown(cancel_futures=kind is not None)
+        self.shutdown(cancel_futures=kind is not None)
 
     def add(self, index: int, prediction: str, label: str) -> None:
         """Have row `index` scored; returns at once."""
-        self._scores[index] = self._pool.submit(score_pair, prediction, label)
+        self._scores[index] = self.submit(score_pair, prediction, label)
 
     def in_row_order(self) -> list[PairScores]:
         """Wait for every row added and return the scores in row order.

@@ -165,17 +165,16 @@ def in_main_process(decide: Callable[[], T]) -> T:
 
     An error that is neither a ValueError nor an OSError stays with the main process.
     """
-    result: T | None = None
-    failure: Exception | None = None
+    outcome: tuple[Any, Exception | None] = None, None
     if is_main_process():
         try:
-            result = decide()
+            outcome = decide(), None
         except (ValueError, OSError) as error:
-            failure = error
-    result, failure = gather((result, failure))[0]
+            outcome = None, error
+    result, failure = gather(outcome)[0]
     if failure is not None:
         raise failure
-    return result  # type: ignore[return-value]  # what decide returned
+    return result
 
 
 def check_shared_folder(folder: Path, mark: str) -> None:
