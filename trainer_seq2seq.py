@@ -223,8 +223,9 @@ class Seq2SeqTrainer(transformers.Trainer):
         """Return the gradient norm; cancel the step if loss or norm is zero or not finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         loss, norm = self._agree_on(self._guard.values(grad_norm))
-        fault = fault_in(loss, norm)
-        is_skipped = fault is not None and not self._is_left_to_scaler(loss)
+        fault, scaler = fault_in(loss, norm), getattr(self.accelerator, "scaler", None)
+        # A loss scaler finds its scale by steps whose gradient alone is bad: they are left to it.
+        is_skipped = fault is not None and (scaler is None or fault_in(loss, 1.0) is not None)
         self.progress.add_step(loss, skipped=is_skipped)
         if fault is None:
             self.run_state.skipped_in_a_row = 0
@@ -234,11 +235,6 @@ class Seq2SeqTrainer(transformers.Trainer):
                 raise BadStepsError(self._explain_bad_steps((loss, norm), step))
         self._guard.clear()
         return grad_norm
-
-    def _is_left_to_scaler(self, loss: float) -> bool:
-        """Tell whether only the gradient is bad under a loss scaler, which so finds its scale."""
-        scaler = getattr(self.accelerator, "scaler", None)
-        return scaler is not None and fault_in(loss, 1.0) is None
 
     def _agree_on(self, values: Tensor) -> tuple[float, float]:
         """Return loss and gradient norm averaged over processes; note if any wants to stop."""
@@ -332,10 +328,9 @@ class Seq2SeqTrainer(transformers.Trainer):
         self._find_best_checkpoint()
         states: Any = self.state.stateful_callbacks  # by class name, whatever its annotation says
         remembered = states.get(EarlyStoppingCallback.__name__)
-        for callback in self._early_stopping():
-            if isinstance(remembered, dict):
-                counter = remembered["attributes"]["early_stopping_patience_counter"]
-                callback.early_stopping_patience_counter = counter
+        for callback in self._early_stopping() if remembered else ():
+            counter = remembered["attributes"]["early_stopping_patience_counter"]
+            callback.early_stopping_patience_counter = counter
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
         callbacks = self.callback_handler.callbacks
@@ -371,9 +366,7 @@ class Seq2SeqTrainer(transformers.Trainer):
         text = "%s was written at step %d of %d, and this run asks for %d: %s. %s"
         logger.warning(text, checkpoint, step, planned, num_steps, what, advice)
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
         """Put the checkpoint's values into the parameters that the optimizer holds."""
         self.tuning.restore(self.chatglm, Path(resume_from_checkpoint))
 

@@ -133,13 +133,21 @@ class AnswerRun:
     Of several processes each answers a share of the rows, and has all answers in the end.
     """
 
+    config: RunConfig
     tokenizer: ChatGLMTokenizer
     rows: GenerationDataset
-    output_dir: Path
-    max_target_length: int
     batch_size: int
-    decoding: Decoding
-    seed: int
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        """How answers are decoded: greedily or with beams, or as the published code sampled."""
+        if self.config.recipe == "published":
+            return PUBLISHED_SAMPLING
+        return Decoding(
+            max_new_tokens=self.config.new_tokens,
+            max_length=self.config.generation_max_length,
+            num_beams=self.config.beams,
+        )
 
     def answer(self, model: ChatGLMForConditionalGeneration, *, is_tuned: bool) -> Answers:
         """Answer every row; model is the tuned one, or the untouched base.
@@ -147,9 +155,9 @@ class AnswerRun:
         A file that an earlier run left unfinished is continued. A finished one is used again if it
         is the base's and replaced if it is the tuned model's.
         """
-        path = self.output_dir / (PREDICTIONS_NAME if is_tuned else BASE_PREDICTIONS_NAME)
-        started = time.monotonic()
-        set_seed(self.seed + process_index())
+        name = PREDICTIONS_NAME if is_tuned else BASE_PREDICTIONS_NAME
+        path, started = Path(self.config.output_dir) / name, time.monotonic()
+        set_seed(self.config.seed + process_index())
         fingerprint = self._fingerprint(model, is_tuned=is_tuned)
         if num_processes() > 1:
             rows = self._answer_shared(model, path, fingerprint, is_tuned=is_tuned)
@@ -254,7 +262,7 @@ class AnswerRun:
         So they are normalised (NFKC) exactly as the generated answers are.
         """
         encoded = self.tokenizer.encode_batch([row.label for row in self.rows.rows])
-        return [self._text_of(ids[: self.max_target_length - 2]) for ids in encoded]
+        return [self._text_of(ids[: self.config.max_target_length - 2]) for ids in encoded]
 
     def _text_of(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -282,7 +290,7 @@ class AnswerRun:
             metrics |= base.means.by_published_name("base")
         if retention is not None:
             metrics |= retention.by_name()
-        write_results(self.output_dir / RESULTS_NAME, metrics)
+        write_results(Path(self.config.output_dir) / RESULTS_NAME, metrics)
 
     def report_rows(self, tuned: Answers, base: Answers | None) -> list[ReportRow]:
         """Return the rows side by side."""
@@ -318,15 +326,7 @@ def score(
     if model.dtype != dtype:  # full fine-tuning trains in float32
         model.to(dtype)  # type: ignore[arg-type]  # a wrapped nn.Module.to
     output_dir = Path(config.output_dir)
-    run = AnswerRun(
-        tokenizer=tokenizer,
-        rows=rows.test,
-        output_dir=output_dir,
-        max_target_length=config.max_target_length,
-        batch_size=batch_size,
-        decoding=decoding_of(config),
-        seed=config.seed,
-    )
+    run = AnswerRun(config, tokenizer, rows.test, batch_size)
     general = None
     if rows.general is not None and is_main_process():
         general = RetentionRun(rows.general, tokenizer, batch_size=batch_size)
@@ -362,14 +362,3 @@ def score(
     write_report(output_dir / REPORT_NAME, report)
     logger.info("Report with all answers: %s", output_dir / REPORT_NAME)
     return format_scores_table(report.base, report.tuned)
-
-
-def decoding_of(config: RunConfig) -> Decoding:
-    """Return how a run decodes: greedily or with beams, or as the published code sampled."""
-    if config.recipe == "published":
-        return PUBLISHED_SAMPLING
-    return Decoding(
-        max_new_tokens=config.new_tokens,
-        max_length=config.generation_max_length,
-        num_beams=config.beams,
-    )

@@ -122,27 +122,6 @@ def gather_evidence(
     )
 
 
-def write_bad_batch(
-    path: Path, batches: Sequence[Batch], headline: str, decode: Callable[[list[int]], str]
-) -> None:
-    """Write the rows of the batches as text and ids, for people to read."""
-    lines = [headline, ""]
-    rows: list[Any] = []
-    for batch in batches:
-        rows += zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
-    for number, (ids, labels) in enumerate(rows, start=1):
-        answer = [label for label in labels if label != IGNORED_LABEL]
-        lines += [
-            f"row {number} of {len(rows)}: {len(ids)} tokens with padding, {len(answer)} labels",
-            f"  text:   {decode(ids)!r}",
-            f"  answer: {decode(answer)!r}",
-            f"  ids:    {ids}",
-            f"  labels: {labels}",
-            "",
-        ]
-    write_atomically(path, "\n".join(lines).encode("utf-8", "backslashreplace"))
-
-
 class StepGuard:
     """Watches the micro-batches of one optimiser step at a time."""
 
@@ -209,8 +188,22 @@ class StepGuard:
         last_sound is the checkpoint to return to, None without one.
         """
         fault, cause = fault_in(evidence.loss, evidence.grad_norm), likely_cause(evidence)
-        headline = f"step {step}: {fault}\n{evidence}\nlikely cause: {cause}"
-        write_bad_batch(path, self.batches, headline, decode)
+        lines = [f"step {step}: {fault}", f"{evidence}", f"likely cause: {cause}", ""]
+        rows: list[Any] = []
+        for batch in self.batches:
+            rows += zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+        for number, (ids, labels) in enumerate(rows, start=1):
+            answer = [label for label in labels if label != IGNORED_LABEL]
+            size = f"{len(ids)} tokens with padding, {len(answer)} labels"
+            lines += [
+                f"row {number} of {len(rows)}: {size}",
+                f"  text:   {decode(ids)!r}",
+                f"  answer: {decode(answer)!r}",
+                f"  ids:    {ids}",
+                f"  labels: {labels}",
+                "",
+            ]
+        write_atomically(path, "\n".join(lines).encode("utf-8", "backslashreplace"))
         kept = "no checkpoint was written before" if last_sound is None else f"{last_sound} is kept"
         return (
             f"{self.max_in_a_row} steps in a row could not be used; of the last one, step {step}, "

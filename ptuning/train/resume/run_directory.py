@@ -147,16 +147,14 @@ class RunDirectory:
         rows is the fingerprint of the training rows. OutputDirectoryError if the checkpoint was
         trained on other rows; a warning if the resume cannot be exact.
         """
-        self.rows = rows
-        if self._checkpoint is not None:
-            in_main_process(lambda: self._check_facts(rows_per_step, processes))
+        self.rows, checkpoint = rows, self._checkpoint
+        if checkpoint is not None:
+            in_main_process(lambda: self._check_facts(checkpoint, rows_per_step, processes))
         elif self._requested:
             logger.info("%s has no intact checkpoint to resume from: starting over", self.path)
-        return self._checkpoint
+        return checkpoint
 
-    def _check_facts(self, rows_per_step: int, processes: int) -> None:
-        checkpoint = self._checkpoint
-        assert checkpoint is not None, "start asks only with a checkpoint"
+    def _check_facts(self, checkpoint: Path, rows_per_step: int, processes: int) -> None:
         facts = read_facts(checkpoint)
         if facts["rows"] != self.rows:
             trained, given = facts["rows"] or "none", self.rows
