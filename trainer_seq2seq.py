@@ -121,9 +121,10 @@ class Seq2SeqTrainer(transformers.Trainer):
         for printer in (transformers.PrinterCallback, trainer.DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(printer)
         self.progress = ProgressLines()
-        self.add_callback(self.progress)
-        if args.do_train:
-            self.add_callback(CurveCallback(draw_loss_curve, directory.path / CURVE_NAME))
+        if self.is_world_process_zero():
+            self.add_callback(self.progress)
+            if args.do_train:
+                self.add_callback(CurveCallback(draw_loss_curve, directory.path / CURVE_NAME))
         if patience is not None:
             self.add_callback(EarlyStoppingCallback(patience))
         if args.world_size > 1:

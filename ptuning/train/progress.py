@@ -1,7 +1,7 @@
 """What a training run shows while it goes on: progress lines, a bar, the picture of its loss.
 
-The callbacks replace transformers' own printing, which is Python dicts; what reports elsewhere
-(--report_to) is left alone.
+The callbacks replace transformers' own printing, which is Python dicts, in the main process; what
+reports elsewhere (--report_to) is left alone.
 """
 
 import logging
@@ -63,8 +63,6 @@ class ProgressLines(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
-        if not state.is_world_process_zero:
-            return
         self._first_step = self._line_step = state.global_step
         self._started = self._first_step_over = self._line_at = time.monotonic()
         self._has_line = False
@@ -85,8 +83,6 @@ class ProgressLines(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Print a log entry in words."""
-        if not state.is_world_process_zero:
-            return
         logs = kwargs["logs"]
         if "train_loss" in logs:
             self._print_trained(args, state, logs)
@@ -97,8 +93,6 @@ class ProgressLines(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Count a batch of a validation."""
-        if not state.is_world_process_zero:
-            return
         if self._validation is None:
             total = len(kwargs["eval_dataloader"])
             self._validation = Progress(total, "validating", unit="batch", leave=False)
@@ -191,15 +185,11 @@ class CurveCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw when the last picture is old enough."""
-        if state.is_world_process_zero and time.monotonic() - self._drawn_at > DRAW_EVERY_S:
-            self._draw_now(state)
+        if time.monotonic() - self._drawn_at > DRAW_EVERY_S:
+            self.on_train_end(args, state, control)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Draw the whole run."""
-        if state.is_world_process_zero:
-            self._draw_now(state)
-
-    def _draw_now(self, state: TrainerState) -> None:
+        """Draw the run as far as it has come."""
         try:
             self.draw(state.log_history, self.path)
         except OSError as error:  # a picture is not worth a run
