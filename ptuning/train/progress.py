@@ -72,8 +72,7 @@ class ProgressLines(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the bar, or print the line of a tenth; on_log prints it where it has more to say."""
-        if self._bar is None:
-            return
+        assert self._bar is not None, "on_train_begin opened it"
         self._bar.set_postfix_str(f"loss {self._last_loss:.3f}", refresh=False)
         self._bar.update()
         if state.global_step == self._first_step + 1:
@@ -88,7 +87,7 @@ class ProgressLines(TrainerCallback):
             self._print_trained(args, state, logs)
         elif "eval_loss" in logs:
             self._print_validation(state, logs, kwargs["eval_dataloader"].dataset)
-        elif "loss" in logs and self._bar is not None and self._is_wanted(state):
+        elif "loss" in logs and self._is_wanted(state):
             self._print_step(state, logs)
 
     def on_prediction_step(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -145,8 +144,6 @@ class ProgressLines(TrainerCallback):
         logger.info(text + "%d rows in %s", loss, perplexity, len(rows), spent)
 
     def _print_trained(self, args: Any, state: TrainerState, logs: Mapping[str, Any]) -> None:
-        if self._bar is None:
-            return
         spent, num_steps = time.monotonic() - self._started, state.global_step - self._first_step
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         text = f"Trained {num_steps} steps in {duration(spent)} "
