@@ -46,7 +46,8 @@ def staging_path(checkpoint: Path) -> Path:
 def start_checkpoint(checkpoint: Path) -> None:
     """Make the empty folder to write to, replacing what a killed run left there."""
     staging = staging_path(checkpoint)
-    shutil.rmtree(staging, ignore_errors=True)
+    if staging.exists():
+        shutil.rmtree(staging)
     staging.mkdir(parents=True)
 
 
