@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 from arguments import RunConfig, UsageError, parse_arguments
 from ptuning.output import duration, start_logging, use_bars
@@ -131,7 +132,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
             with memory_explained("answering", fit.settled_workload):
                 table = score(config, tuning, model, tokenizer, rows, batch_size=fit.eval_batch)
     spent = duration(time.monotonic() - started)
-    logger.info("Done in %s; everything is in %s", spent, config.output_dir)
+    logger.info("Done in %s; everything is in %s", spent, Path(config.output_dir).absolute())
     if table:
         logger.info("\n%s", table)
 

@@ -209,7 +209,8 @@ class Seq2SeqTrainer(transformers.Trainer):
         with self.stop.deferred():
             result = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.save_model()
-        self.save_metrics("train", result.metrics)
+        if checkpoint is None or self.state.global_step > read_facts(checkpoint)["step"]:
+            self.save_metrics("train", result.metrics)  # else those of the finished run stay
         self.save_state()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:

@@ -48,6 +48,7 @@ from ptuning.train.base_model import choose_dtype
 from ptuning.train.config import RunConfig
 from ptuning.train.processes.launch import (
     gather,
+    in_main_process,
     is_main_process,
     num_processes,
     process_index,
@@ -153,22 +154,30 @@ class AnswerRun:
         """Answer every row; model is the tuned one, or the untouched base.
 
         A file that an earlier run left unfinished is continued. A finished one is used again if it
-        is the base's and replaced if it is the tuned model's.
+        is the base's, or if the run was stopped before its scores were written.
         """
         name = PREDICTIONS_NAME if is_tuned else BASE_PREDICTIONS_NAME
         path, started = Path(self.config.output_dir) / name, time.monotonic()
         set_seed(self.config.seed + process_index())
         fingerprint = self._fingerprint(model, is_tuned=is_tuned)
+        repeats = is_tuned and in_main_process(self._take_results)
         if num_processes() > 1:
-            rows = self._answer_shared(model, path, fingerprint, is_tuned=is_tuned)
+            rows = self._answer_shared(model, path, fingerprint, is_tuned=is_tuned, repeats=repeats)
         else:
             with PredictionFile(path, fingerprint=fingerprint) as file:
-                if len(file.finished) == len(self.rows) and is_tuned:
+                if len(file.finished) == len(self.rows) and repeats:
                     file.restart()
                 rows = self._answer_rows(model, file, range(len(self.rows)), is_tuned=is_tuned)
             self._remove_parts(path)
         texts, scores = [row.text for row in rows], [row.scores for row in rows]
         return Answers(texts, scores, time.monotonic() - started)
+
+    def _take_results(self) -> bool:
+        """Delete the scores of an earlier run, and tell whether there were any."""
+        path = Path(self.config.output_dir) / RESULTS_NAME
+        there = path.is_file()
+        path.unlink(missing_ok=True)
+        return there
 
     def _answer_rows(
         self,
@@ -184,6 +193,8 @@ class AnswerRun:
         title = f"answering with the {'tuned model' if is_tuned else 'base'}"
         if num_processes() > 1:
             title += f", 1 share of {num_processes()}"
+        if first and is_main_process():
+            logger.info("%s: %d of %d rows are there already", title, first, len(indices))
         progress = Progress(len(indices), title, initial=first, visible=is_main_process())
         with BackgroundScores() as scores, progress:
             for place, row in enumerate(file.finished):
@@ -211,13 +222,14 @@ class AnswerRun:
         fingerprint: str,
         *,
         is_tuned: bool,
+        repeats: bool,
     ) -> list[AnsweredRow]:
         """Answer this process's share into a file of its own, and return the rows of all.
 
         Rows that `path` has are not answered again; a share that was stopped goes on with as many
         processes. The main process puts the shares together.
         """
-        finished = self._finished_of(path, fingerprint, is_tuned=is_tuned)
+        finished = self._finished_of(path, fingerprint, repeats=repeats)
         first = len(finished)
         shares = deal_rows(list(self.rows.lengths[first:]), num_processes())
         own = [first + row for row in shares[process_index()]]
@@ -243,12 +255,12 @@ class AnswerRun:
         for part in path.parent.glob(f"{path.stem}.part{whose}"):
             part.unlink(missing_ok=True)
 
-    def _finished_of(self, path: Path, fingerprint: str, *, is_tuned: bool) -> list[AnsweredRow]:
+    def _finished_of(self, path: Path, fingerprint: str, *, repeats: bool) -> list[AnsweredRow]:
         """Return the rows that the main process finds in path, the same for every process."""
         rows: list[AnsweredRow] = []
         if is_main_process():
             found = PredictionFile(path, fingerprint=fingerprint).finished
-            if len(found) < len(self.rows) or not is_tuned:
+            if len(found) < len(self.rows) or not repeats:
                 rows = [
                     AnsweredRow(index, row.prediction, score_pair(row.prediction, row.label))
                     for index, row in enumerate(found)
@@ -360,5 +372,5 @@ def score(
         log_history=next((load_log_history(path) for path in states if path.is_file()), []),
     )
     write_report(output_dir / REPORT_NAME, report)
-    logger.info("Report with all answers: %s", output_dir / REPORT_NAME)
+    logger.info("Report with all answers: %s", (output_dir / REPORT_NAME).absolute())
     return format_scores_table(report.base, report.tuned)

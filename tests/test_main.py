@@ -352,8 +352,11 @@ def test_a_run_is_not_replaced_by_another_one_unasked(
     assert main([*flags, *more]) == 2
     error = capsys.readouterr().err
     difference = "--learning_rate was 0.02 and is 0.001" if what == "rate" else "training rows"
-    for word in (difference, "--resume_from_checkpoint auto", "--output_dir", "NAME="):
+    for word in (difference, "--output_dir", "NAME="):
         assert word in error
+    # A finished run has no step left to continue with at another rate.
+    offers_to_continue = "--resume_from_checkpoint auto" in error
+    assert offers_to_continue == (what == "rows" or not is_finished)
     assert "--overwrite_output_dir" in error
     assert contents(files / "out") == before
     assert main([*flags, *more, "--overwrite_output_dir"]) == 0
@@ -462,3 +465,32 @@ def test_resuming_where_there_is_nothing_says_that_it_starts_over(base, files, c
 def test_a_data_error_names_the_flag_of_the_file(base, files, capsys):
     assert main(train_flags(base, files, "--train_file", "nowhere.json")) == 2
     assert "--train_file: nowhere.json" in capsys.readouterr().err
+
+
+def test_answers_of_the_tuned_model_are_kept_while_the_base_answers(base, files, monkeypatch):
+    """Stopped between the two halves of scoring, the run continues with the base's half."""
+    assert main(train_flags(base, files)) == 0
+    flags = ["--do_predict", "--test_file", str(files / "dev.json"), "--compare_base"]
+    flags += ["--model_name_or_path", str(base), "--output_dir", str(files / "scores")]
+    flags += ["--ptuning_checkpoint", str(files / "out"), "--measure_retention", "false"]
+    import ptuning.prediction as prediction
+
+    real, answered = prediction.generate_answers, []
+
+    def counted(model, prompts, **options):
+        for row, answer in enumerate(real(model, prompts, **options)):
+            if stops and len(answered) == 12:
+                raise KeyboardInterrupt
+            answered.append(row)
+            yield answer
+
+    monkeypatch.setattr(prediction, "generate_answers", counted)
+    stops = True
+    assert main(flags) == 130
+    stops = False
+    answered.clear()
+    assert main(flags) == 0
+    assert len(answered) < 10  # of the base's half alone
+    answered.clear()
+    assert main(flags) == 0
+    assert len(answered) == 10  # a finished scoring is repeated with the tuned model

@@ -38,6 +38,7 @@ class ProgressLines(TrainerCallback):
         self._losses: list[float] = []  # of the steps taken since the last line
         self._num_skipped = 0  # steps since the last line
         self._last_loss = math.nan
+        self._sum, self._num_taken = 0.0, 0  # of the losses of this process's steps
 
     def add_step(self, loss: float, *, skipped: bool = False) -> None:
         """Take the loss of one optimiser step; that of a skipped step is left out of the mean."""
@@ -46,6 +47,7 @@ class ProgressLines(TrainerCallback):
         else:
             self._losses.append(loss)
             self._last_loss = loss
+            self._sum, self._num_taken = self._sum + loss, self._num_taken + 1
 
     def close(self) -> None:
         """Close the bars, also after an error."""
@@ -78,7 +80,7 @@ class ProgressLines(TrainerCallback):
         if state.global_step == self._first_step + 1:
             self._first_step_over = time.monotonic()  # it may have compiled the model
         if self._is_tenth(state) and self._bar.disable and not control.should_log:
-            self._print_step(state, {})
+            self._print_step(state, kwargs)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Print a log entry in words."""
@@ -88,7 +90,7 @@ class ProgressLines(TrainerCallback):
         elif "eval_loss" in logs:
             self._print_validation(state, logs, kwargs["eval_dataloader"].dataset)
         elif "loss" in logs and self._is_wanted(state):
-            self._print_step(state, logs)
+            self._print_step(state, kwargs)
 
     def on_prediction_step(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Count a batch of a validation."""
@@ -111,13 +113,13 @@ class ProgressLines(TrainerCallback):
         is_late = time.monotonic() - self._line_at >= LINE_EVERY_S
         return on_terminal() or not self._has_line or is_late or self._is_tenth(state)
 
-    def _print_step(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
-        """Print where the run is: step, loss, and what else is known."""
+    def _print_step(self, state: TrainerState, event: Mapping[str, Any]) -> None:
+        """Print where the run is: step, mean loss since the last line, learning rate, time left."""
         losses = self._losses
         mean = f"loss {math.fsum(losses) / len(losses):.3f}" if losses else "no usable loss"
         parts = [_step(state), mean]
-        if "learning_rate" in logs:
-            parts.append(f"learning rate {logs['learning_rate']:.2e}")
+        if event.get("lr_scheduler") is not None:
+            parts.append(f"learning rate {event['lr_scheduler'].get_last_lr()[0]:.2e}")
         if self._num_skipped:
             parts.append(_skipped(self._num_skipped))
         self._line_step, self._line_at, self._has_line = state.global_step, time.monotonic(), True
@@ -145,10 +147,14 @@ class ProgressLines(TrainerCallback):
 
     def _print_trained(self, args: Any, state: TrainerState, logs: Mapping[str, Any]) -> None:
         spent, num_steps = time.monotonic() - self._started, state.global_step - self._first_step
+        if num_steps == 0:
+            logger.info("Nothing is left to train: the checkpoint is at %s", _step(state))
+            return
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        text = f"Trained {num_steps} steps in {duration(spent)} "
-        text += f"({num_steps * rows / spent:.3g} rows/s)  mean loss {logs['train_loss']:.3f}  "
-        text += f"last loss {self._last_loss:.3f}"
+        text = f"Trained {num_steps} step{'s' if num_steps > 1 else ''} in {duration(spent)} "
+        text += f"({num_steps * rows / spent:.3g} rows/s)"
+        if self._num_taken:
+            text += f"  mean loss {self._sum / self._num_taken:.3f}"
         if skipped := logs.get("skipped_steps"):
             text += f"  {_skipped(skipped)}"
         logger.info(text)

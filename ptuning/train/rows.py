@@ -19,7 +19,7 @@ from ptuning.data.mixing import FORM, mix_rows, parse_mix
 from ptuning.data.reading import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.train.config import RunConfig, UsageError
-from ptuning.train.processes.processes import num_processes
+from ptuning.train.processes.launch import num_processes
 
 logger = logging.getLogger("main")
 

@@ -513,3 +513,12 @@ def test_scoring_without_anything_tuned_says_what_to_give(tmp_path):
     with pytest.raises(UsageError, match="lora without an adapter"):
         parse_arguments([*flags, "--tuning", "lora"])
     assert parse_arguments([*flags, "--tuning", "full"]).tuning == "full"
+
+
+def test_words_that_are_no_flags_are_named_as_typed(tmp_path):
+    with pytest.raises(UsageError, match=r"^stray is not a flag; python main\.py --help"):
+        read(tmp_path, "stray")
+    with pytest.raises(
+        UsageError, match=r"run\.json is not a flag; a JSON file of flags goes first"
+    ):
+        read(tmp_path, "run.json")

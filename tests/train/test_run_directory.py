@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -250,7 +249,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 def test_other_rows_are_refused(tmp_path):
     record(tmp_path)
     make_checkpoint(tmp_path, 15, rows="30-1")
-    with pytest.raises(OutputDirectoryError, match="rows were 30-1 and are 20-2") as error:
+    with pytest.raises(OutputDirectoryError, match="now 20 rows, checksum 2") as error:
         choose(tmp_path, rows="20-2")
     assert "its own training file and lengths with --resume_from_checkpoint auto" in str(
         error.value
@@ -287,7 +286,7 @@ def test_overwriting_removes_checkpoints_and_nothing_else(tmp_path, caplog):
         assert run.start("", rows_per_step=2, processes=1) is None
         assert len(RunDirectory(tmp_path).checkpoints()) == 1  # not before the first step
         run.begin()
-    assert "Removed 2 checkpoints" in caplog.text
+    assert "Removed the earlier run's checkpoints" in caplog.text
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint-mine", "report.html", RECORD_NAME]
 
@@ -342,7 +341,7 @@ def test_another_learning_rate_or_other_rows_change_nothing(short_run, monkeypat
     assert "--learning_rate was 0.02 and is 0.001" in error
     write_rows(short_run.folder / "train.json", rows(29))
     assert short_run.start("--save_total_limit", "1") == 2
-    assert "the training rows were 30-" in capsys.readouterr().err
+    assert "its training rows were others (30 rows, " in capsys.readouterr().err
     assert contents(short_run.out) == before
     assert short_run.start("--overwrite_output_dir", "--max_steps", "2") == 0
     assert short_run.checkpoints() == ["checkpoint-2"]
@@ -411,3 +410,30 @@ def test_a_start_that_fails_leaves_no_folder(short_run, monkeypatch):
     monkeypatch.setattr("ptuning.train.tunings.tuning.load_base", fail)
     assert short_run.start(out=short_run.out / "deeper") == 2
     assert not short_run.out.exists()
+
+
+def test_a_learning_rate_that_the_checkpoint_overrides_is_said_and_not_recorded(
+    short_run, monkeypatch, caplog
+):
+    """The optimizer state holds the rate, so that a typed one would be ignored in silence."""
+    assert short_run.start() == 0
+    uninterrupted = short_run.prefix()
+    with monkeypatch.context() as patched:
+        signal_in(patched, "training_step", 3, signal.SIGINT)
+        assert short_run.start("--overwrite_output_dir") == 130
+    caplog.clear()
+    assert short_run.start("--learning_rate", "1e-3", "--resume_from_checkpoint", "auto") == 0
+    assert "--learning_rate 0.001 has no effect" in caplog.text
+    assert same(short_run.prefix(), uninterrupted)
+    record = json.loads((short_run.out / "run.json").read_text(encoding="utf-8"))
+    assert record["settings"]["learning_rate"] != 1e-3
+
+
+def test_a_finished_run_keeps_the_record_of_its_training(short_run, caplog):
+    assert short_run.start() == 0
+    before = (short_run.out / "train_results.json").read_bytes()
+    with caplog.at_level("INFO"):
+        assert short_run.start() == 0
+    assert "Nothing is left to train" in caplog.text
+    assert "nan" not in caplog.text
+    assert (short_run.out / "train_results.json").read_bytes() == before

@@ -38,6 +38,8 @@ from ptuning.train.resume.checkpoints import (
 )
 
 RECORD_NAME = "run.json"
+# Settings that a checkpoint's optimizer state holds, whatever is typed.
+STORED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 FORMAT_VERSION = 1
 ARTEFACT_NAMES = (*(name for names in MARKS.values() for name in names), INFO_NAME)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -113,6 +115,21 @@ class RunDirectory:
         self._settings = json.loads(json.dumps(settings))
         self._requested, self._overwrites = requested, overwrite
         self._checkpoint = in_main_process(self._choose)
+        if self._checkpoint is not None and requested is not None:
+            self._keep_stored_settings(self._checkpoint)
+
+    def _keep_stored_settings(self, checkpoint: Path) -> None:
+        """Say which flags the optimizer state of a checkpoint overrides, and record its values."""
+        then = self._recorded() if checkpoint.parent.resolve() == self.path.resolve() else {}
+        for name in STORED:
+            old, new = then.get(name), self._settings.get(name)
+            if name in then and old != new:
+                logger.warning(
+                    "--%s %s has no effect: the checkpoint continues with %s. To train with "
+                    "another, start a new run from its weights: --init_from %s",
+                    *(name, _shown(new), _shown(old), checkpoint),
+                )
+                self._settings[name] = old
 
     def _choose(self) -> Path | None:
         wanted = (self._requested or "").lower()
@@ -157,14 +174,15 @@ class RunDirectory:
     def _check_facts(self, checkpoint: Path, rows_per_step: int, processes: int) -> None:
         facts = read_facts(checkpoint)
         if facts["rows"] != self.rows:
-            trained, given = facts["rows"] or "none", self.rows
+            trained, given = facts["rows"], self.rows
             if not self._requested:
                 raise self._refusal(
-                    f"the training rows were {trained} and are {given}", rows_differ=True
+                    f"its training rows were others ({_rows(trained)}; now {_rows(given)})",
+                    rows_differ=True,
                 )
             raise OutputDirectoryError(
-                f"{checkpoint} was trained on other rows ({trained}) than --train_file has with "
-                f"these flags ({given}); resume with the old file and lengths, or start a new "
+                f"{checkpoint} was trained on other rows than --train_file has with "
+                f"these flags; resume with the old file and lengths, or start a new "
                 f"training from its weights: --init_from {checkpoint} with another --output_dir."
             )
         where = f"{checkpoint}{'' if self._requested else ', which the same command wrote'}"
@@ -185,7 +203,7 @@ class RunDirectory:
             for folder in old:
                 delete_checkpoint(folder)
             if old:
-                logger.info("Removed %d checkpoints of an earlier run in %s", len(old), self.path)
+                logger.info("Removed the earlier run's checkpoints in %s: %d", self.path, len(old))
         record = {"format_version": FORMAT_VERSION, "rows": self.rows, "settings": self._settings}
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self.path / RECORD_NAME, text.encode())
@@ -193,15 +211,20 @@ class RunDirectory:
     def _is_finished(self) -> bool:
         return any((self.path / name).is_file() for name in ARTEFACT_NAMES)
 
-    def _changed_settings(self) -> str:
-        """Say which settings differ from those in run.json; "" for none."""
+    def _recorded(self) -> dict[str, Any]:
+        """Return the settings in run.json; empty if it cannot be read."""
         try:
             record = json.loads((self.path / RECORD_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            record = {}
-        if record.get("format_version") != FORMAT_VERSION:
+            return {}
+        known = isinstance(record, dict) and record.get("format_version") == FORMAT_VERSION
+        return dict(record["settings"]) if known else {}
+
+    def _changed_settings(self) -> str:
+        """Say which settings differ from those in run.json; "" for none."""
+        then, now = self._recorded(), self._settings
+        if not then:
             return f"its settings are not known, as it has no {RECORD_NAME} that can be read"
-        then, now = record["settings"], self._settings
         return ", ".join(
             f"--{name} was {_shown(then.get(name))} and is {_shown(now.get(name))}"
             for name in sorted(then.keys() | now.keys())
@@ -216,7 +239,9 @@ class RunDirectory:
             with suppress(ValueError):
                 facts = read_facts(folders[-1])
                 found += f" (step {facts['step']} of {facts['max_steps']})"
-                if rows_differ or facts["resumable"]:
+                is_longer = "--max_steps" in why or "--num_train_epochs" in why
+                unfinished = facts["step"] < facts["max_steps"] or is_longer
+                if rows_differ or (facts["resumable"] and unfinished):
                     add = "give its own training file and lengths with" if rows_differ else "add"
                     resume = f"to continue it, {add} --resume_from_checkpoint auto; "
         return OutputDirectoryError(
@@ -299,6 +324,16 @@ def fingerprint_rows(rows: TokenDataset | None) -> str:
     for part in (rows.arrays.offsets, rows.arrays.context_lengths, rows.arrays.ids):
         checksum = zlib.crc32(part.tobytes(), checksum)
     return f"{len(rows)}-{checksum:08x}"
+
+
+def _rows(fingerprint: str) -> str:
+    """Return a fingerprint of rows in words.
+
+    >>> _rows("48-0afead3b")
+    '48 rows, checksum 0afead3b'
+    """
+    count, _, checksum = fingerprint.partition("-")
+    return f"{count} rows, checksum {checksum}"
 
 
 def _shown(value: object) -> str:
