@@ -1,8 +1,9 @@
 """Peak memory of training and answering, computed from sizes alone: no tensor is allocated.
 
 The terms of a layer are the tensors that its backward pass needs, so they follow
-`ptuning.model.layer`, `attention` and `packed_attention`. tests/train/test_memory_estimate.py counts
-them in a real pass and compares CUDA's peaks with steps on fake tensors. All figures are bytes.
+`ptuning.model.layer`, `attention` and `packed_attention`. tests/train/test_memory_estimate.py
+counts them in a real pass and compares CUDA's peaks with steps on fake tensors. All figures are
+bytes.
 Letters: B rows, S tokens of the longest row, T tokens of all rows, N answer tokens, P prefix, L
 layers, H heads, E hidden size, I inner size, V vocabulary.
 """
