@@ -206,11 +206,13 @@ class Seq2SeqTrainer(transformers.Trainer):
         dtype = str(self.chatglm.dtype).removeprefix("torch.")
         what = self.tuning.describe(self.chatglm)
         logger.info("Training %s in %s on %s", what, dtype, self.args.device)
+        first = 0 if checkpoint is None else read_facts(checkpoint)["step"]
         with self.stop.deferred():
             result = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.save_model()
-        if checkpoint is None or self.state.global_step > read_facts(checkpoint)["step"]:
-            self.save_metrics("train", result.metrics)  # else those of the finished run stay
+        results = self.directory.path / "train_results.json"
+        if self.state.global_step > first or not results.is_file():  # a finished run keeps its own
+            self.save_metrics("train", result.metrics)
         self.save_state()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:

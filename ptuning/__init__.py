@@ -6,7 +6,8 @@ Auto classes and does nothing else. `load_prefix` and `save_prefix` read and wri
 Importing torch and transformers takes seconds, so this module imports neither: `--help` and a typo
 are answered at once. Registration waits for the first use of an Auto class, as in
 `from transformers import AutoModel`. That is also the one moment at which it is safe: while
-transformers is being imported, one of our own modules may be the half-imported importer.
+transformers is being imported, one of our own modules may be the half-imported importer. An Auto
+class imported from below `transformers.models` does not trigger it; one from `transformers` does.
 """
 
 import sys

@@ -160,7 +160,7 @@ class AnswerRun:
         path, started = Path(self.config.output_dir) / name, time.monotonic()
         set_seed(self.config.seed + process_index())
         fingerprint = self._fingerprint(model, is_tuned=is_tuned)
-        repeats = is_tuned and in_main_process(self._take_results)
+        repeats = is_tuned and in_main_process(self.results.is_file)
         if num_processes() > 1:
             rows = self._answer_shared(model, path, fingerprint, is_tuned=is_tuned, repeats=repeats)
         else:
@@ -172,12 +172,10 @@ class AnswerRun:
         texts, scores = [row.text for row in rows], [row.scores for row in rows]
         return Answers(texts, scores, time.monotonic() - started)
 
-    def _take_results(self) -> bool:
-        """Delete the scores of an earlier run, and tell whether there were any."""
-        path = Path(self.config.output_dir) / RESULTS_NAME
-        there = path.is_file()
-        path.unlink(missing_ok=True)
-        return there
+    @property
+    def results(self) -> Path:
+        """The file of scores; it is there when a scoring was finished."""
+        return Path(self.config.output_dir) / RESULTS_NAME
 
     def _answer_rows(
         self,
@@ -209,6 +207,8 @@ class AnswerRun:
                 place = first + offset
                 label = self.labels[indices[place]]
                 texts[place] = self._text_of(token_ids)
+                if is_tuned and offset == 0:
+                    self.results.unlink(missing_ok=True)  # those of answers that are replaced now
                 file.add(place, label, texts[place])
                 scores.add(place, texts[place], label)
                 progress.update()

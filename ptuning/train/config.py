@@ -171,7 +171,8 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
     @property
     def checkpointing(self) -> str:
         """--gradient_checkpointing under either name: auto, true or false."""
-        given = self.activation_checkpointing or self.gradient_checkpointing
+        newer = self.activation_checkpointing
+        given = self.gradient_checkpointing if newer is None else newer
         word = str(given).lower()
         return "true" if word in TRUE_WORDS else "false" if word in FALSE_WORDS else word
 
@@ -214,7 +215,9 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
 
     def settings(self) -> dict[str, Any]:
         """Return the flags that decide what is learned, by name, as JSON values."""
-        others = {n: v for n, v in self.trainer_flags.items() if not n.startswith(INDECISIVE)}
+        decides = ("dataloader_drop_last",)  # of the flags with such a name
+        flags = self.trainer_flags.items()
+        others = {n: v for n, v in flags if n in decides or not n.startswith(INDECISIVE)}
         values = {name: getattr(self, name) for name in DECISIVE} | others
         del values["num_train_epochs" if self.max_steps > 0 else "max_steps"]
         return values

@@ -246,7 +246,9 @@ def _read_json(path: Path, parser: FlagParser) -> tuple[dict[str, Any], list[str
             notices.append(today.notice)
             name, value = today.flag or "", today.value
         if name:
-            values[name] = _converted(actions[f"--{name}"], value, path)
+            action = actions[f"--{name}"]
+            is_off = action.const is False  # --no_compare_base
+            values[action.dest] = not value if is_off else _converted(action, value, path)
     return values, notices
 
 

@@ -5,11 +5,12 @@ transformers finds out only when the trainer is made: after the rows were read a
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from ptuning.train.config import RunConfig, UsageError
-from ptuning.train.processes.launch import is_main_process
+from ptuning.train.processes.launch import in_main_process
 
 # --report_to: packages of which one is needed, by the names they are imported and installed under.
 # Source: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/integration_utils.py
@@ -102,11 +103,13 @@ def _first_line(error: Exception) -> str:
 def check_run(config: RunConfig) -> None:
     """Refuse to start if what the run reports to is missing (UsageError)."""
     check_reporting(config.report_to)
-    if config.push_to_hub and is_main_process():
+    if config.push_to_hub:
         flags = config.trainer_flags
-        check_push_to_hub(
+        check = partial(
+            check_push_to_hub,
             output_dir=config.output_dir,
             hub_model_id=flags.get("hub_model_id"),
             token=flags.get("hub_token"),
             private=flags.get("hub_private_repo"),
         )
+        in_main_process(check)

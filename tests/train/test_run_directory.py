@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
+from ptuning.train.config import parse_arguments
+from ptuning.train.faults.endings import how_to_resume
 from ptuning.train.resume.checkpoints import (
     MANIFEST_NAME,
     fault_of,
@@ -139,7 +142,7 @@ DAMAGE = {
     "a bit flipped": (lambda folder: flip(folder / "weights" / "a.bin"), "checksum of weights/a"),
     "a file gone": (lambda folder: (folder / "optimizer.pt").unlink(), "has no optimizer.pt"),
     "no list": (lambda folder: cut(folder / MANIFEST_NAME) or cut(folder / MANIFEST_NAME), "read"),
-    "a list of nothing": (lambda folder: (folder / MANIFEST_NAME).write_text("[]"), "of format 1"),
+    "a list of nothing": (lambda folder: (folder / MANIFEST_NAME).write_text("[]"), "of format 2"),
 }
 
 
@@ -437,3 +440,27 @@ def test_a_finished_run_keeps_the_record_of_its_training(short_run, caplog):
     assert "Nothing is left to train" in caplog.text
     assert "nan" not in caplog.text
     assert (short_run.out / "train_results.json").read_bytes() == before
+
+
+def test_a_resumed_run_whose_first_checkpoint_was_rotated_away_finishes(short_run, monkeypatch):
+    flags = ("--save_total_limit", "1")
+    with monkeypatch.context() as patched:
+        signal_in(patched, "training_step", 3, signal.SIGINT)
+        assert short_run.start(*flags) == 130
+    assert short_run.start(*flags) == 0
+    assert (short_run.out / "train_results.json").is_file()
+    (short_run.out / "train_results.json").unlink()  # as if killed right after the last checkpoint
+    assert short_run.start(*flags) == 0
+    assert (short_run.out / "train_results.json").is_file()
+
+
+def test_advice_after_a_stop_names_the_flag_that_the_next_command_needs(short_run):
+    assert short_run.start() == 0
+    config = parse_arguments(short_run.flags())
+    assert "type the same command again" in how_to_resume(config)
+    assert "--resume_from_checkpoint auto" in how_to_resume(config, changed=True)
+    named = parse_arguments([*short_run.flags(), "--resume_from_checkpoint", "somewhere"])
+    assert "--resume_from_checkpoint auto" in how_to_resume(named)
+    for checkpoint in short_run.out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert "--ptuning_checkpoint" in how_to_resume(config)

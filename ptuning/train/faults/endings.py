@@ -60,7 +60,7 @@ def _explain(error: BaseException, config: RunConfig) -> Ending | None:
     if isinstance(error, BadStepsError):
         return Ending(BAD_STEPS, f"{error} {_with_other_flags(config)}")
     if isinstance(error, OutOfMemoryStop):
-        return Ending(OUT_OF_MEMORY, f"{error}\n{how_to_resume(config)}")
+        return Ending(OUT_OF_MEMORY, f"{error}\n{how_to_resume(config, changed=True)}")
     if is_disk_error(error) and not isinstance(error, DiskError):
         where = Path(str(getattr(error, "filename", None) or config.output_dir))
         error = DiskError(explain_disk_error(error, "a result", where))
@@ -72,14 +72,27 @@ def _explain(error: BaseException, config: RunConfig) -> Ending | None:
     return None
 
 
-def how_to_resume(config: RunConfig) -> str:
-    """Say what a stopped run left and what to type, for python main.py and bash train.sh alike."""
-    left = RunDirectory(config.output_dir).checkpoints()
+def how_to_resume(config: RunConfig, *, changed: bool = False) -> str:
+    """Say what a stopped run left and what to type, for python main.py and bash train.sh alike.
+
+    changed: the command will be typed with other settings, so that it has to ask for the resume.
+    """
+    directory = RunDirectory(config.output_dir)
+    left = directory.checkpoints()
+    asked = (config.resume_from_checkpoint or "").lower()
     if config.do_train and left:
         again = "type the same command again"
-        if config.overwrite_output_dir and not config.resume_from_checkpoint:
+        if asked not in ("", "auto", "true") or (
+            not asked and (config.overwrite_output_dir or changed)
+        ):
             again = "type the same command with --resume_from_checkpoint auto at its end"
         return f"{left[-1]} is complete: {again} to resume from it."
+    if config.do_train and directory.holds_a_model() and not config.overwrite_output_dir:
+        return (
+            f"What was trained is in {directory.path}: score it with --do_predict "
+            f"--ptuning_checkpoint {directory.path} in place of --do_train, or add "
+            "--overwrite_output_dir to train again."
+        )
     if config.do_train:
         return (
             "No checkpoint was written yet: type the same command to start over, with a lower "
@@ -89,9 +102,11 @@ def how_to_resume(config: RunConfig) -> str:
 
 
 def _with_other_flags(config: RunConfig) -> str:
-    good = RunDirectory(config.output_dir).last_sound()
+    directory = RunDirectory(config.output_dir)
+    good = directory.last_sound()
     if good is None:
-        return "Then type the same command with the changed flag."
+        replace = " and --overwrite_output_dir" if directory.checkpoints() else ""
+        return f"Then type the same command with the changed flag{replace}."
     return (
         "Then type the same command with the changed flag and --overwrite_output_dir, or keep what "
         f"was learned: --init_from {good} with another --output_dir."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 MANIFEST_NAME = "checkpoint.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UNFINISHED = ".unfinished"  # .checkpoint-10.unfinished is being written
 REMOVED = ".removed"  # .checkpoint-10.removed is being deleted
 READ_BYTES = 1 << 20

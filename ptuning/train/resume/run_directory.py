@@ -121,18 +121,20 @@ class RunDirectory:
     def _keep_stored_settings(self, checkpoint: Path) -> None:
         """Say which flags the optimizer state of a checkpoint overrides, and record its values."""
         then = self._recorded() if checkpoint.parent.resolve() == self.path.resolve() else {}
-        for name in STORED:
+        for name in STORED if then else ():
             old, new = then.get(name), self._settings.get(name)
-            if name in then and old != new:
+            if old != new and is_main_process():
                 logger.warning(
                     "--%s %s has no effect: the checkpoint continues with %s. To train with "
                     "another, start a new run from its weights: --init_from %s",
-                    *(name, _shown(new), _shown(old), checkpoint),
+                    *(name, _shown(new), "its own" if old is None else _shown(old), checkpoint),
                 )
-                self._settings[name] = old
+            self._settings |= {name: old} if name in then else {}
+            if name not in then:
+                self._settings.pop(name, None)
 
     def _choose(self) -> Path | None:
-        wanted = (self._requested or "").lower()
+        wanted = str(self._requested or "").lower()
         if wanted not in ("", "auto", "true"):
             checkpoint = Path(str(self._requested))
             if reason := why_not_resumable(checkpoint):
@@ -150,11 +152,11 @@ class RunDirectory:
                     f"--resume_from_checkpoint is {self._requested}, but {self.path} has no intact "
                     "checkpoint-N; leave the flag out to start over."
                 )
-        if self._overwrites or not (self._all_checkpoints() or self._is_finished()):
+        if self._overwrites or not (self._all_checkpoints() or self.holds_a_model()):
             return None
         if changed := self._changed_settings():
             raise self._refusal(changed)
-        if self._newest_resumable is None and (self._is_finished() or self.checkpoints()):
+        if self._newest_resumable is None and (self.holds_a_model() or self.checkpoints()):
             raise self._refusal("the same command wrote it, and it left nothing to resume from")
         return self._newest_resumable
 
@@ -208,7 +210,8 @@ class RunDirectory:
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self.path / RECORD_NAME, text.encode())
 
-    def _is_finished(self) -> bool:
+    def holds_a_model(self) -> bool:
+        """Tell whether what a run trained is here, besides its checkpoints."""
         return any((self.path / name).is_file() for name in ARTEFACT_NAMES)
 
     def _recorded(self) -> dict[str, Any]:

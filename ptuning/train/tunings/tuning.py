@@ -193,7 +193,7 @@ def load_model(
 ) -> ChatGLMForConditionalGeneration:
     """Load the base, attach what is tuned, and put the model on the run's device.
 
-    An engine that shards the weights places them itself.
+    An engine that shards the weights for training places them itself.
     """
     set_seed(config.seed)
     model = load_base(
@@ -205,7 +205,7 @@ def load_model(
         **config.hub,
     )
     tuning.attach(model)
-    if not shards_weights(arguments):
+    if not (config.do_train and shards_weights(arguments)):
         model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
     return model
 
