@@ -259,7 +259,8 @@ def _converted(action: argparse.Action, value: Any, path: Path) -> Any:
         if kind is None or isinstance(value, bool):
             if kind in (int, float):
                 raise ValueError(value)
-            return value
+            is_word = isinstance(value, bool) and action.const is None  # as --resume... true
+            return str(value).lower() if is_word else value
         converted = kind(str(value)) if kind is _bool else kind(value)
     except (ValueError, TypeError) as error:
         needed = {int: "a whole number", float: "a number"}.get(kind, "true or false")

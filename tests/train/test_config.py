@@ -526,6 +526,10 @@ def test_words_that_are_no_flags_are_named_as_typed(tmp_path):
 
 def test_a_json_file_may_spell_flags_as_a_command_line_does(tmp_path):
     path = tmp_path / "run.json"
-    path.write_text('{"max-steps": 3, "no_compare_base": true, "activation_checkpointing": false}')
+    path.write_text(
+        '{"max-steps": 3, "no_compare_base": true, "activation_checkpointing": false, '
+        '"resume_from_checkpoint": true}'
+    )
     config = parse_arguments([str(path), *train(tmp_path, "--pre_seq_len", "4")])
     assert (config.max_steps, config.compare_base, config.checkpointing) == (3, False, "false")
+    assert config.resume_from_checkpoint == "true"
