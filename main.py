@@ -71,7 +71,6 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         logger.info(notice)
     check_gpu_is_here(config, device)
     check_run(config)
-    check_files(config)
     tuning = open_tuning(config)
     with RunDirectory(config.output_dir) as directory:
         if config.do_train:
@@ -80,6 +79,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
                 requested=config.resume_from_checkpoint,
                 overwrite=config.overwrite_output_dir,
             )
+        check_files(config)
         tokenizer = load_tokenizer(config.tokenizer_name or tuning.weights, **config.hub)
         with arguments.main_process_first(desc="tokenizing"):
             again = config.overwrite_cache and arguments.local_process_index == 0

@@ -68,9 +68,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(count, short_run, monkeypat
     assert "Make room, then: " in error
     assert "Traceback" not in error
     left = RunDirectory(short_run.out).checkpoints()
-    assert [path.name for path in short_run.out.iterdir() if path.is_dir()] == [
-        path.name for path in left
-    ]
+    assert {path for path in short_run.out.iterdir() if path.is_dir()} == set(left)
     if left:
         assert f"{left[-1]} is complete" in error
         assert "; it takes about 0.0 MiB" in error
@@ -239,7 +237,7 @@ def test_other_rows_are_refused_and_another_batch_is_told(short_run, capsys, cap
     flags = ("--resume_from_checkpoint", "auto")
     assert short_run.start(*flags, "--max_train_samples", "20") == 2
     error = capsys.readouterr().err
-    assert "was trained on other rows (30-" in error
+    assert "was trained on other rows than --train_file has" in error
     assert "--init_from" in error
     assert short_run.start(*flags, "--per_device_train_batch_size", "2") == 0
     assert (
