@@ -72,16 +72,11 @@ DECISIVE = (
     *("load_best_model_at_end", "early_stopping_patience"),
 )
 # Of transformers' other flags all do, but those whose names begin with one of these.
-INDECISIVE: tuple[str, ...] = (
-    "logging_",
-    "log_",
-    "save_",
-    "eval_",
-    "dataloader_",
-    "hub_",
-    "disable_tqdm",
+INDECISIVE = (
+    *("logging_", "log_", "save_", "eval_", "hub_", "run_name", "project", "trackio_"),
+    *("dataloader_num_", "dataloader_p", "dataloader_multi", "dataloader_in_order"),
+    *("ddp_", "local_rank", "predict_with_generate"),
 )
-INDECISIVE += ("run_name", "project", "trackio_", "ddp_", "local_rank", "predict_with_generate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +210,7 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
 
     def settings(self) -> dict[str, Any]:
         """Return the flags that decide what is learned, by name, as JSON values."""
-        decides = ("dataloader_drop_last",)  # of the flags with such a name
-        flags = self.trainer_flags.items()
-        others = {n: v for n, v in flags if n in decides or not n.startswith(INDECISIVE)}
+        others = {n: v for n, v in self.trainer_flags.items() if not n.startswith(INDECISIVE)}
         values = {name: getattr(self, name) for name in DECISIVE} | others
         del values["num_train_epochs" if self.max_steps > 0 else "max_steps"]
         return values

@@ -242,6 +242,8 @@ def test_settings_hold_what_decides_the_result_and_nothing_else(tmp_path):
         ["--do_eval", "--validation_file", "x"],
     ):
         assert settings(*more) == same
+    assert settings("--dataloader_num_workers", "1") == same
+    assert settings("--dataloader_drop_last") != same
     for more in (["--learning_rate", "1"], ["--weight_decay", "1"], ["--seed", "1"], ["--bf16"]):
         assert settings(*more) != same
     assert settings("--max_steps", "3") == settings("--max_steps", "3", "--num_train_epochs", "1")

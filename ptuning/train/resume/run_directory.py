@@ -129,9 +129,9 @@ class RunDirectory:
                     "another, start a new run from its weights: --init_from %s",
                     *(name, _shown(new), "its own" if old is None else _shown(old), checkpoint),
                 )
-            self._settings |= {name: old} if name in then else {}
-            if name not in then:
-                self._settings.pop(name, None)
+            self._settings.pop(name, None)
+            if name in then:
+                self._settings[name] = old
 
     def _choose(self) -> Path | None:
         wanted = str(self._requested or "").lower()
