@@ -99,7 +99,7 @@ resolve_data() {
     if [ "$name" = TRAIN_FILE ]; then flag=train_file path=$data/train.json; else flag=validation_file path=$data/dev.json; fi
     if [ -n "${!name:-}" ]; then
       path=$(input_path "${!name}")
-      [ -e "$path" ] || refuse "$(said "$name" "$flag"): no such file, looked up in $caller and in $PWD (a relative path)."
+      [ -e "$path" ] || refuse "$(said "$name" "$flag"): no such file, looked up in $(printf '%s\n' "$caller" "$PWD" | uniq | paste -s -d, -)."
       [ ! -d "$path" ] || refuse "$(said "$name" "$flag") is a folder; give one of its files."
     elif [ "$name" = TRAIN_FILE ]; then
       echo "Data: $path" >&2
