@@ -106,7 +106,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
             stop=stop,
             workload=fit.settled_workload,
             decode=lambda ids: str(tokenizer.decode(ids)),
-            row_settings=config.row_settings,
+            row_settings=config.row_settings | {"multi_turn": rows.multi_turn},
             data_collator=partial(
                 pad_right, pad_id=tokenizer.pad_token_id, pad_to_length=config.padded_length
             ),
@@ -125,7 +125,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
                 num_tokens=config.tokens_to_train(rows.train.lengths, num_processes),
             )
             trainer.train_and_save(checkpoint)
-        if config.do_eval:
+        if rows.validation is not None and config.do_eval:
             trainer.save_metrics("eval", trainer.evaluate())
         table = ""
         if rows.test is not None:

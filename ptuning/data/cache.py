@@ -21,7 +21,7 @@ from ptuning.atomic_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2  # raise it when the preprocessing gives other tokens for the same settings
+FORMAT_VERSION = 3  # raise it when the preprocessing gives other tokens for the same settings
 
 
 class TokenArrays(NamedTuple):

@@ -27,7 +27,8 @@ from ptuning.data.cache import (
     save_tokens,
 )
 from ptuning.data.formatting import Example, RowFormat, to_example
-from ptuning.data.reading import DataError, Rows, read_rows, unreadable
+from ptuning.data.parsing import DataError
+from ptuning.data.reading import Rows, as_places, read_rows, unreadable
 from ptuning.data.tokenization import (
     IGNORED_LABEL,
     TokenizedExample,
@@ -71,7 +72,10 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
 
 
 class GenerationRow(NamedTuple):
-    """One row to answer: its prompt as ids and as text, the wanted answer, its line in the file."""
+    """One row to answer: its prompt as ids and as text, the wanted answer, its line in the file.
+
+    A row without a prompt has no ids, and is not answered; a label "" is nothing to compare with.
+    """
 
     input_ids: list[int]
     prompt: str
@@ -105,11 +109,21 @@ class DataSummary:
     """What became of a file's rows; `lines` says it in words."""
 
     source: str
-    num_read: int
+    layout: str  # which columns are used, and how
+    num_read: int  # rows of the file
+    num_made: int  # rows that its conversations became
     num_kept: int
     max_source_length: int
     max_target_length: int | None = None  # None: prompts only
     dropped: dict[str, int] = field(default_factory=dict)
+    dropped_places: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)  # columns, with the rows that fill them
+    left_out: tuple[str, int, str] | None = None  # see reading.LeftOut
+    notes: list[str] = field(default_factory=list)
+    num_with_history: int = 0
+    num_labelled: int = 0  # rows with an answer to compare with
+    leaks: int = 0
+    leak_places: str = ""
     prompts_cut: int = 0
     answers_cut: int = 0
     control_text_rows: int = 0  # rows that write out a control token; encoded as plain text
@@ -126,15 +140,34 @@ class DataSummary:
     def lines(self) -> list[str]:
         """Return the summary for printing, with what to change where something was lost."""
         cached = " (tokens from the cache)" if self.from_cache else ""
-        lines = [f"{self.source}: {self.num_read} rows read, {self.num_kept} kept{cached}"]
-        for reason, count in self.dropped.items():
-            lines.append(f"  {self._share(count, self.num_read)} dropped: {reason}")
+        made = "" if self.num_made == self.num_read else f", {self.num_made} answers in them"
         prompts_only = self.max_target_length is None
+        kept = "to answer" if prompts_only else "kept"
+        lines = [
+            f"{self.source}: {self.num_read} rows read{made}, {self.num_kept} {kept}{cached}",
+            f"  format {self.layout}",
+        ]
+        if self.unused:
+            unused = [
+                f"{name} (filled in {count} of {self.num_read} rows)"
+                for name, count in self.unused.items()
+            ]
+            lines.append(f"  columns not used: {', '.join(unused)}")
+        lines += [f"  {note}" for note in self.notes]
+        for reason, count in self.dropped.items():
+            verb = "not answered" if prompts_only else "dropped"
+            places = self.dropped_places[reason]
+            lines.append(f"  {self._share(count, self.num_made)} {verb}: {reason} ({places})")
         answers = "" if prompts_only else f", {self.answer_tokens} of them in answers"
         lines.append(
             f"  {'prompts' if prompts_only else 'rows'} of {self.mean_length:.1f} tokens on "
             f"average, {self.longest} at most; {self.total_tokens} tokens in all{answers}"
         )
+        if prompts_only and not self.num_labelled:
+            lines.append("  no row has an answer to compare with, so nothing is scored")
+        elif prompts_only and self.num_labelled < self.num_kept:
+            scored = self._share(self.num_labelled, self.num_kept)
+            lines.append(f"  {scored} with an answer to compare with: the scores are theirs")
         source, target = self.max_source_length, self.max_target_length
         remarks = {
             f"the prompt cut: raise --max_source_length above {source}": self.prompts_cut,
@@ -142,6 +175,8 @@ class DataSummary:
             "a control token such as <eop> written out: it is read as plain text": (
                 self.control_text_rows
             ),
+            "a history that holds their own question and answer, which is learned as copying: "
+            f"delete that turn ({self.leak_places})": self.leaks,
         }
         for remark, count in remarks.items():
             if count:
@@ -194,7 +229,7 @@ def load_training_dataset(
         raise unreadable(path, error) from error
     settings = {
         "file": digest,
-        "suffix": path.suffix.lower(),
+        "suffix": [suffix.lower() for suffix in path.suffixes[-2:]],  # .json.gz
         "tokenizer": tokenizer.fingerprint,
         "max_rows": max_rows,
         **dataclasses.asdict(row_format),
@@ -209,22 +244,24 @@ def load_training_dataset(
         "max_target_length": row_format.max_target_length,
     }
     rows = read_rows(path, row_format, max_rows=max_rows)
-    examples = [to_example(row.columns, row_format) for row in rows.kept]
+    examples = [to_example(row, row_format) for row in rows.kept]
     encoded: list[TokenizedExample] = []
-    for chunk in _in_chunks(examples, f"tokenising {path.name}", show_progress):
+    for chunk in _in_chunks(examples, f"tokenizing {path.name}", show_progress):
         encoded += to_training_batch(tokenizer, chunk, **lengths, recipe=row_format.recipe)
     # A row of zero-width spaces has no token between <sop> and <eop>.
     has_answer = [row.answer_cut or len(row.input_ids) - row.context_length > 2 for row in encoded]
     if not all(has_answer):
-        rows.dropped[f'no token in "{row_format.response_column}"'] = has_answer.count(False)
+        where = rows.layout.response or rows.layout.conversation
+        rows.dropped[f'no token in "{where}"'] = [
+            row.line for row, has in zip(rows.kept, has_answer, strict=True) if not has
+        ]
         examples = list(compress(examples, has_answer))
         encoded = list(compress(encoded, has_answer))
     _require_rows(path, rows, len(encoded))
     summary = DataSummary(
-        source=str(path),
-        num_read=rows.num_read,
+        **_found(path, rows),
         num_kept=len(encoded),
-        dropped=rows.dropped,
+        num_labelled=len(encoded),
         prompts_cut=sum(row.prompt_cut for row in encoded),
         answers_cut=sum(row.answer_cut for row in encoded),
         control_text_rows=_count_control_text(tokenizer, examples),
@@ -249,15 +286,22 @@ def load_generation_dataset(
 ) -> tuple[GenerationDataset, DataSummary]:
     """Read, check and encode the prompts of a file to be answered, keeping the texts.
 
-    response_column None takes rows without an answer to compare with; their labels are "".
+    Every row of the file is one of the dataset, in order, whether it has an answer to compare with
+    or not; a conversation is one for each of its answers.
     """
     path = Path(path)
-    rows = read_rows(path, row_format, max_rows=max_rows)
-    _require_rows(path, rows, len(rows.kept))
-    examples = [to_example(row.columns, row_format, for_training=False) for row in rows.kept]
+    rows = read_rows(path, row_format, max_rows=max_rows, for_training=False)
+    examples = [to_example(row, row_format, for_training=False) for row in rows.kept]
+    has_prompt = [bool(row.prompt.strip()) for row in rows.kept]
+    where = rows.layout.conversation or rows.layout.prompt
+    no_prompt = [row.line for row, has in zip(rows.kept, has_prompt, strict=True) if not has]
+    if no_prompt:
+        rows.dropped[f'no prompt in "{where}"'] = no_prompt
+    _require_rows(path, rows, sum(has_prompt))
     prompts: list[list[int]] = []
     prompts_cut = 0
-    for chunk in _in_chunks(examples, f"tokenising {path.name}", show_progress):
+    asked = list(compress(examples, has_prompt))
+    for chunk in _in_chunks(asked, f"tokenizing {path.name}", show_progress):
         ids, cuts = to_generation_batch(
             tokenizer,
             chunk,
@@ -266,31 +310,51 @@ def load_generation_dataset(
         )
         prompts += ids
         prompts_cut += sum(cuts)
+    found = iter(prompts)
     dataset = GenerationDataset(
         [
-            GenerationRow(ids, example.prompt, example.response, row.line)
-            for ids, example, row in zip(prompts, examples, rows.kept, strict=True)
+            GenerationRow(next(found) if has else [], example.prompt, example.response, row.line)
+            for has, example, row in zip(has_prompt, examples, rows.kept, strict=True)
         ]
     )
     summary = DataSummary(
-        source=str(path),
-        num_read=rows.num_read,
-        num_kept=len(rows.kept),
+        **_found(path, rows),
+        num_kept=len(asked),
+        num_labelled=sum(bool(example.response.strip()) for example in asked),
         max_source_length=row_format.max_source_length,
-        dropped=rows.dropped,
         prompts_cut=prompts_cut,
-        control_text_rows=_count_control_text(tokenizer, examples),
+        control_text_rows=_count_control_text(tokenizer, asked),
         total_tokens=int(dataset.lengths.sum()),
         longest=int(dataset.lengths.max()),
     )
     return dataset, summary
 
 
+def _found(path: Path, rows: Rows) -> dict[str, Any]:
+    """Return what a summary says of the reading."""
+    return {
+        "source": str(path),
+        "layout": str(rows.layout),
+        "num_read": rows.num_read,
+        "num_made": rows.num_made,
+        "dropped": {reason: len(places) for reason, places in rows.dropped.items()},
+        "dropped_places": {
+            reason: as_places(places, rows.unit) for reason, places in rows.dropped.items()
+        },
+        "unused": rows.unused,
+        "left_out": rows.left_out,
+        "notes": rows.notes,
+        "num_with_history": sum(bool(row.history) for row in rows.kept),
+        "leaks": len(rows.leaks),
+        "leak_places": as_places(rows.leaks, rows.unit),
+    }
+
+
 def _require_rows(path: Path, rows: Rows, num_kept: int) -> None:
     if not num_kept:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in rows.dropped.items())
+        reasons = ", ".join(f"{len(lines)} x {reason}" for reason, lines in rows.dropped.items())
         raise DataError(
-            path, None, f"no row is left of {rows.num_read}: {reasons}; fill those fields."
+            path, None, f"no row is left of {rows.num_made}: {reasons}; fill those fields."
         )
 
 

@@ -1,4 +1,4 @@
-"""Step 2 of 4: rows and chats to prompts, by one builder for training, evaluation and serving.
+"""Step 3 of 5: rows and chats to prompts, by one builder for training, evaluation and serving.
 
 A question without history is the prompt itself; with history every turn is a numbered round, the
 last one open.
@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+FormatName = Literal["auto", "columns", "alpaca", "sharegpt", "messages", "history", "lima"]
+Turns = Literal["all", "last"]
 Recipe = Literal["corrected", "published"]
 
 # The prompts of `to_example` for transformers' chats: one question is bare, more messages are
@@ -51,31 +53,56 @@ CHAT_TEMPLATE = """\
 class RowFormat:
     """How rows become tokens; each field is the flag of the same name.
 
-    response_column None: rows need no answer; history_column None: no earlier turns. Lengths are in
-    tokens.
+    A column that is None is found by its name (`formats.find_layout`). Lengths are in tokens.
     """
 
-    prompt_column: str
-    response_column: str | None
+    format: FormatName = "auto"
+    prompt_column: str | None = None
+    input_column: str | None = None
+    response_column: str | None = None
     history_column: str | None = None
+    turns: Turns = "all"
     source_prefix: str = ""
     max_source_length: int = 64
     max_target_length: int = 64
     recipe: Recipe = "corrected"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown recipe."""
+        """Refuse words that --format, --turns and --recipe do not have, and columns in a format."""
+        check_word("format", self.format, FormatName)
+        check_word("turns", self.turns, Turns)
         check_recipe(self.recipe)
+        if self.format != "auto" and self.named_columns:
+            flag, column = next(iter(self.named_columns.items()))
+            raise ValueError(
+                f"--format is {self.format}, which says what the columns are, and {flag} is "
+                f"{column}; leave one of them out."
+            )
 
     @property
-    def columns(self) -> dict[str, str]:
-        """The columns to read, by flag."""
+    def named_columns(self) -> dict[str, str]:
+        """The columns that were named, by flag."""
         columns = {
             "--prompt_column": self.prompt_column,
+            "--input_column": self.input_column,
             "--response_column": self.response_column,
             "--history_column": self.history_column,
         }
         return {flag: column for flag, column in columns.items() if column is not None}
+
+
+class TextRow(NamedTuple):
+    """The row contract: the line it begins on, prompt, answer, and earlier (question, answer) turns.
+
+    An answer that is not there is "". `skipped` says why training leaves the row out, None: it does
+    not.
+    """
+
+    line: int
+    prompt: str
+    response: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    skipped: str | None = None
 
 
 class Example(NamedTuple):
@@ -105,29 +132,26 @@ def build_rounds(query: str, history: Sequence[tuple[str, str]] = ()) -> str:
     return f"{''.join(rounds)}[Round {len(rounds)}]\n问：{query}\n答："
 
 
-def to_example(
-    row: Mapping[str, Any], row_format: RowFormat, *, for_training: bool = True
-) -> Example:
-    """Build the example of a checked row (`reading.read_rows`); response_column None leaves "".
+def to_example(row: TextRow, row_format: RowFormat, *, for_training: bool = True) -> Example:
+    """Build the example of a row (`reading.read_rows`).
 
     The published recipe trains on `[Round 0]` where a history column is named but empty, and
     evaluates and chats with the bare query; the corrected one uses the bare query everywhere.
 
-    >>> row = {"content": "类型#裤", "summary": "宽松的裤子"}
-    >>> to_example(row, RowFormat(prompt_column="content", response_column="summary")).prompt
-    '类型#裤'
+    >>> to_example(TextRow(1, "天气呢？", "好"), RowFormat(source_prefix="问：")).prompt
+    '问：天气呢？'
     """
-    query, prefix = row[row_format.prompt_column], row_format.source_prefix
-    response = row[row_format.response_column] if row_format.response_column is not None else ""
-    history: tuple[tuple[str, str], ...] = ()
-    always_rounds = False
-    if row_format.history_column is not None:
-        turns = row.get(row_format.history_column) or ()
-        history = tuple((question, answer) for question, answer in turns)
-        always_rounds = row_format.recipe == "published" and for_training
-    has_rounds = bool(history) or always_rounds
-    prompt = build_rounds(query, history) if has_rounds else query
-    return Example(prefix + prompt, response, query, history, prefix, has_rounds)
+    prefix = row_format.source_prefix
+    named = row_format.history_column is not None
+    has_rounds = bool(row.history) or (named and row_format.recipe == "published" and for_training)
+    prompt = build_rounds(row.prompt, row.history) if has_rounds else row.prompt
+    return Example(prefix + prompt, row.response, row.prompt, row.history, prefix, has_rounds)
+
+
+def check_word(flag: str, word: str, words: Any) -> None:
+    """Refuse a word that is none of a Literal's."""
+    if word not in get_args(words):
+        raise ValueError(f"--{flag} is {word}; use {', '.join(get_args(words))}.")
 
 
 def check_recipe(recipe: str) -> None:

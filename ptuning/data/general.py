@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ptuning.data.formatting import RowFormat
-from ptuning.data.reading import DataError, read_rows
+from ptuning.data.parsing import DataError
+from ptuning.data.reading import read_rows
 
 PROMPT_COLUMN = "prompt"
 FILE_NAME = "general_prompts.json"
@@ -36,7 +37,8 @@ def find_general_prompts(named: str | None, base: str | None) -> Path:
 
 def read_general_prompts(path: Path) -> GeneralPrompts:
     """Return the prompts of a file in its order; DataError for one without any."""
-    rows = read_rows(path, RowFormat(prompt_column=PROMPT_COLUMN, response_column=None))
-    if not rows.kept:
+    rows = read_rows(path, RowFormat(prompt_column=PROMPT_COLUMN), for_training=False)
+    prompts = [row.prompt for row in rows.kept if row.prompt.strip()]
+    if not prompts:
         raise DataError(path, None, f'no prompt; write rows such as {{"{PROMPT_COLUMN}": "..."}}.')
-    return GeneralPrompts(path, [str(row.columns[PROMPT_COLUMN]) for row in rows.kept])
+    return GeneralPrompts(path, prompts)

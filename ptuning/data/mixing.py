@@ -5,12 +5,12 @@ of the task. Every epoch has all rows of the task and the same general rows, dra
 resumed run goes on exactly.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # `parse_mix` checks a command line before anything heavy is loaded
-    from ptuning.data.cache import TokenArrays
     from ptuning.data.dataset import TokenDataset
 
 FORM = "FILE:RATIO or FILE:RATIO:PROMPT,RESPONSE, such as general.jsonl:0.2"
@@ -19,23 +19,12 @@ FORM = "FILE:RATIO or FILE:RATIO:PROMPT,RESPONSE, such as general.jsonl:0.2"
 class MixSource(NamedTuple):
     """A file of general rows, their share of all rows, and their columns.
 
-    columns holds the names for prompt, response and, as a third, history; () takes the task's.
+    columns holds the names for prompt, response and, as a third, history; () has them found.
     """
 
     path: Path
     share: float
     columns: tuple[str, ...] = ()
-
-    def named_columns(self) -> dict[str, str | None]:
-        """Return the columns by the names that the loaders know; {} for the task's own."""
-        if not self.columns:
-            return {}
-        prompt, response, *history = self.columns
-        return {
-            "prompt_column": prompt,
-            "response_column": response,
-            "history_column": history[0] if history else None,
-        }
 
 
 def parse_mix(text: str) -> MixSource:
@@ -79,27 +68,33 @@ def mix_rows(
     Where more are needed than there are, all are taken as often as they fit in, and the rest is
     drawn. At least one general row is taken.
     """
-    from ptuning.data.dataset import TokenDataset
-
     wanted = max(1, round(len(task) * share / (1 - share)))
     rounds, missing = divmod(wanted, len(general))
     keys = Random(seed)  # random() alone: the numbers that Python promises to keep
     order = [keys.random() for _ in range(len(general))]
     drawn = sorted(sorted(range(len(general)), key=order.__getitem__)[:missing])
-    return TokenDataset(_join(task.arrays, general.arrays, [*range(len(general))] * rounds + drawn))
+    return join_rows([task, general], [None, [*range(len(general))] * rounds + drawn])
 
 
-def _join(first: "TokenArrays", second: "TokenArrays", indices: list[int]) -> "TokenArrays":
-    """Return the rows of first and the chosen rows of second, end to end."""
+def join_rows(
+    parts: "Sequence[TokenDataset]", chosen: Sequence[Sequence[int] | None] | None = None
+) -> "TokenDataset":
+    """Return the rows of all parts end to end; chosen: the numbers of those to take, None for all."""
     import numpy as np
 
     from ptuning.data.cache import TokenArrays
+    from ptuning.data.dataset import TokenDataset
 
-    starts, ends = second.offsets[:-1][indices], second.offsets[1:][indices]
-    ids = [first.ids, *(second.ids[start:end] for start, end in zip(starts, ends, strict=True))]
-    offsets = first.offsets[-1] + np.cumsum(ends - starts)
-    return TokenArrays(
-        np.concatenate(ids),
-        np.concatenate((first.offsets, offsets)),
-        np.concatenate((first.context_lengths, second.context_lengths[indices])),
-    )
+    ids, lengths, context_lengths = [], [], []
+    for part, indices in zip(parts, chosen or [None] * len(parts), strict=True):
+        arrays = part.arrays
+        if indices is None:
+            ids.append(arrays.ids)
+            lengths.append(part.lengths)
+            context_lengths.append(arrays.context_lengths)
+        else:
+            ids += [arrays.ids[arrays.offsets[row] : arrays.offsets[row + 1]] for row in indices]
+            lengths.append(part.lengths[list(indices)])
+            context_lengths.append(arrays.context_lengths[list(indices)])
+    offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths)))).astype(np.int64)
+    return TokenDataset(TokenArrays(np.concatenate(ids), offsets, np.concatenate(context_lengths)))

@@ -20,11 +20,13 @@ DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 class DataError(ValueError):
     """A fault in a data file; its text is `file:line: what is wrong, what is needed`."""
 
-    def __init__(self, path: Path | str, line: int | None, message: str) -> None:
+    def __init__(self, path: Path | str, line: int | None, message: str, unit="line") -> None:
         """Keep the place beside the message; line is None when the whole file is meant."""
         self.path = Path(path)
         self.line = line
         place = f"{path}:{line}" if line is not None else f"{path}"
+        if unit == "row" and line is not None:
+            place = f"{path}, row {line}"
         super().__init__(f"{place}: {message}")
 
 
@@ -33,6 +35,10 @@ class Row(NamedTuple):
 
     line: int
     columns: dict[str, Any]
+    unit: str = "line"
+
+    def fault(self, path, message):
+        return DataError(path, self.line, message, self.unit)
 
 
 def iterate_rows(path: Path, text: str) -> Iterator[Row | DataError]:
@@ -183,3 +189,44 @@ def kind_of(value: Any) -> str:
         return "null"
     names = {bool: "true or false", dict: "an object", list: "a list", str: "a string or a number"}
     return names[type(value)]
+
+
+class DataFile:
+    def __init__(self, path):
+        from ptuning.data.encoding import decode_text
+
+        self.path = path
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                path,
+                None,
+                f"cannot be read ({error.strerror}) at {path.absolute()}; check the path and its permissions.",
+            ) from error
+        if raw[:2] == b"\x1f\x8b":
+            import gzip
+
+            raw = gzip.decompress(raw)
+            self.path_ = path.with_suffix("")
+        else:
+            self.path_ = path
+        self.text = decode_text(raw)
+        self.encoding_fault = None
+        if self.text.first_foreign_line is not None:
+            self.encoding_fault = DataError(path, self.text.first_foreign_line, "not UTF-8")
+        self.notes = []
+        self.unit = "line" if self.text.text.strip().count("\n") else "row"
+        self.no_rows = "no rows; write one JSON object per line, or a JSON array."
+
+    def rows(self):
+        n = 0
+        for item in iterate_rows(self.path_, self.text.text):
+            n += 1
+            if isinstance(item, Row) and self.unit == "row":
+                item = item._replace(line=n, unit="row")
+            yield item
+
+
+def open_data(path):
+    return DataFile(path)

@@ -1,191 +1,227 @@
-"""Step 1 of 4: a data file to checked rows, or `file:line: what is wrong, what is needed`.
+"""Step 1 of 5: a data file to checked rows, or `file:line: what is wrong, what is needed`.
 
-Nothing is left out silently: a row without a prompt or an answer is dropped and counted with its
-reason. Every other fault ends the reading; `check` goes on after it.
+Nothing is left out silently: a row that training cannot use is dropped and counted with its reason
+and line, columns that are not used are counted too. Every other fault ends the reading; `check`
+goes on after it.
 """
 
-import difflib
-from collections import Counter
-from collections.abc import Iterable
+import glob
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptuning.data.encoding import UTF_8, DecodedText, conversion_command, decode_text
-from ptuning.data.formatting import RowFormat
-from ptuning.data.parsing import (
-    CSV_SUFFIX,
-    JSON_SUFFIXES,
-    DataError,
-    Row,
-    iterate_rows,
-    kind_of,
-    parse_json,
+from ptuning.data.formats import (
+    CONVERSATION_NAMES,
+    HISTORY,
+    INPUT_NAMES,
+    PROMPT_NAMES,
+    RESPONSE_NAMES,
+    SYSTEM,
+    Layout,
+    find_layout,
+    to_text_rows,
 )
+from ptuning.data.formatting import RowFormat, TextRow
+from ptuning.data.parsing import DataError, Row, open_data
 
-# Names that people give the two columns, most usual first; a guess where no name is similar.
-PROMPT_NAMES = ("content", "prompt", "question", "instruction", "query", "input")
-RESPONSE_NAMES = ("summary", "response", "answer", "output", "completion", "target")
+# Columns that belong to a prompt where they are filled, and columns that never do.
+PROMPT_PARTS = {
+    *(*PROMPT_NAMES, *INPUT_NAMES, *CONVERSATION_NAMES, HISTORY, SYSTEM),
+    *("passage", "document", "background", "knowledge", "上下文", "背景"),
+}
+BESIDE_PROMPTS = {
+    *(*RESPONSE_NAMES, "rejected", "reason", "explanation", "analysis", "thought", "cot"),
+    *("category", "type", "label", "tags", "title", "source", "url", "id", "meta", "author"),
+    *("lang", "language", "time", "date", "score"),
+}
+REPEATED_SHARE = 0.1  # of all rows, above which another column is taken for a part of the prompt
+MOST_PLACES = 5
 
 
-class Rows(NamedTuple):
-    """What a file held: the rows kept, how many were read, and why the others were dropped."""
+@dataclass
+class Rows:
+    """What a file held: the rows kept, and what was left out of them and why.
 
-    kept: list[Row]
-    num_read: int
-    dropped: dict[str, int]
+    num_read counts rows of the file, num_made those that its conversations became. A place is a
+    line, or the number of a row where unit is "row". unused: columns, with the rows that fill them.
+    leaks: places of rows whose history already holds their own question and answer.
+    """
+
+    layout: Layout
+    unit: str
+    kept: list[TextRow] = field(default_factory=list)
+    num_read: int = 0
+    num_made: int = 0
+    dropped: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    unused: dict[str, int] = field(default_factory=dict)
+    leaks: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    left_out: "LeftOut | None" = None
 
 
-def read_rows(path: Path | str, row_format: RowFormat, *, max_rows: int | None = None) -> Rows:
-    """Read and check the columns of row_format in a .json, .jsonl or .csv file.
+class LeftOut(NamedTuple):
+    """A filled column that is not used, though rows with one prompt differ in it, and what to do."""
 
-    max_rows stops after that many rows, dropped ones included; None reads all. Raises DataError for
-    everything a file can get wrong.
+    column: str
+    num_rows: int
+    remedy: str = ""
+
+
+def read_rows(
+    path: Path | str,
+    row_format: RowFormat,
+    *,
+    max_rows: int | None = None,
+    for_training: bool = True,
+) -> Rows:
+    """Read and check the rows of a file; open_data says which kinds of file.
+
+    max_rows stops after that many rows of the file, dropped ones included; None reads all.
+    for_training False keeps every row: those to be answered need no answer, nor a prompt to be
+    counted. Raises DataError for everything a file can get wrong.
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(
             f"the number of rows to read is {max_rows}; use 1 or more, or leave it out."
         )
     path = Path(path)
-    decoded = read_text(path)
-    if decoded.first_foreign_line is not None:
-        message = "not UTF-8, nor GBK or UTF-16; save the file again as UTF-8."
-        if decoded.encoding != UTF_8:
-            command = conversion_command(path, decoded.encoding)
-            message = f"not UTF-8; it looks like {decoded.encoding}. Convert it: {command}"
-        raise DataError(path, decoded.first_foreign_line, message)
-    raw_rows = []
-    for item in iterate_rows(path, decoded.text):
+    file = open_data(path)
+    if file.encoding_fault is not None:
+        raise file.encoding_fault
+    raw_rows: list[Row] = []
+    for item in file.rows():
         if isinstance(item, DataError):
             raise item
         raw_rows.append(item)
         if len(raw_rows) == max_rows:
             break
     if not raw_rows:
-        raise DataError(path, None, "no rows; write one JSON object per line, or a JSON array.")
-    _check_columns(path, raw_rows, row_format.columns)
-    kept = []
-    dropped: Counter[str] = Counter()
-    for row in raw_rows:
-        columns, empty = to_fields(path, row, row_format)
-        if empty is None:
-            kept.append(Row(row.line, columns))
-        else:
-            dropped[f'empty "{empty}"'] += 1
-    return Rows(kept, len(raw_rows), dict(dropped))
+        raise DataError(path, None, file.no_rows)
+    layout = find_layout(path, raw_rows, row_format, needs_answers=for_training)
+    rows = Rows(layout, file.unit, num_read=len(raw_rows), notes=file.notes)
+    rows.unused = count_unused(raw_rows, layout)
+    sources: list[Row] = []  # of the rows kept
+    for raw_row in raw_rows:
+        for row in to_text_rows(path, raw_row, layout, turns=row_format.turns):
+            rows.num_made += 1
+            reason = layout.lack(row) if for_training else None
+            if reason is not None:
+                rows.dropped[reason].append(row.line)
+                continue
+            if leaks(row):
+                rows.leaks.append(row.line)
+            rows.kept.append(row)
+            sources.append(raw_row)
+    if for_training:
+        found = find_left_out(rows.kept, sources, rows.unused)
+        rows.left_out = found and found._replace(remedy=use_column(found.column, layout))
+    return rows
 
 
-def guess_column(wanted: str, found: Iterable[str], usual: tuple[str, ...] = ()) -> str | None:
-    """Return the column that was probably meant; None where no name is similar or usual.
-
-    >>> guess_column("content", ["contents", "title"])
-    'contents'
-    >>> guess_column("content", ["answer", "question"], PROMPT_NAMES)
-    'question'
-    """
-    by_lower = {name.strip().lower(): name for name in reversed(list(found))}
-    similar = difflib.get_close_matches(wanted.lower(), by_lower, n=1)
-    known = [name for name in usual if name in by_lower]
-    best = (similar or known)[:1]
-    return by_lower[best[0]] if best else None
+def leaks(row: TextRow) -> bool:
+    """Say whether the earlier turns already hold the row's own question and answer."""
+    return bool(row.history and row.response) and any(
+        answer == row.response and question == row.prompt for question, answer in row.history
+    )
 
 
-def _check_columns(path: Path, rows: list[Row], columns: dict[str, str]) -> None:
-    """Refuse a column that no row has; one that only some rows lack drops those rows later."""
-    found: dict[str, None] = {}
+def count_unused(rows: Iterable[Row], layout: Layout) -> dict[str, int]:
+    """Return the columns that are not used and filled in some rows, with the number of those."""
+    used = set(layout.columns.values())
+    filled: dict[str, int] = {}
     for row in rows:
-        found.update(dict.fromkeys(row.columns))
-    for flag, column in columns.items():
-        if column not in found:
-            names = ", ".join(found) or "none"
-            guess = guess_column(column, found)
-            meant = f' Was "{guess}" meant?' if guess is not None else ""
-            raise DataError(
-                path,
-                rows[0].line,
-                f'no column "{column}"; the columns here are: {names}.{meant} Name the right one '
-                f"with {flag}.",
-            )
+        for name, value in row.columns.items():
+            if name not in used and _is_filled(value):
+                filled[name] = filled.get(name, 0) + 1
+    return filled
 
 
-def to_fields(path: Path, row: Row, row_format: RowFormat) -> tuple[dict[str, Any], str | None]:
-    """Return the named columns of a row as text, and the first that is empty though needed.
+def _is_filled(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else value not in (None, [], {})
 
-    DataError where one is neither text nor a number.
-    A column that the row lacks is empty; so is one that holds null or blanks only.
+
+def find_left_out(
+    rows: Sequence[TextRow], sources: Sequence[Row], unused: Iterable[str]
+) -> LeftOut | None:
+    """Return the unused column that most rows with a repeated prompt differ in; None without any.
+
+    A column with a name that prompts have counts from the first such row, another one with text
+    from a tenth of all rows on. sources: the row of the file behind each of rows.
     """
-    columns: dict[str, Any] = {}
-    empty = None
-    for column in (row_format.prompt_column, row_format.response_column):
-        if column is None:
-            continue
-        text = _to_text(path, row.line, f'the field "{column}"', row.columns.get(column))
-        columns[column] = text
-        if empty is None and not text.strip():
-            empty = column
-    column = row_format.history_column
-    if column is not None:
-        columns[column] = _to_history(path, row.line, column, row.columns.get(column))
-    return columns, empty
+    candidates = [name for name in unused if name.strip().lower() not in BESIDE_PROMPTS]
+    if not candidates:
+        return None
+    groups: defaultdict[Any, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[row.prompt, row.history].append(index)
+    repeated = [group for group in groups.values() if len(group) > 1]
+    found = []
+    for name in candidates:
+        num_rows = 0
+        for group in repeated:
+            values = {repr(sources[index].columns.get(name)) for index in group}
+            num_rows += len(group) if len(values) > 1 else 0
+        is_part = name.strip().lower() in PROMPT_PARTS
+        is_part = is_part or (num_rows >= REPEATED_SHARE * len(rows) and _is_text(sources, name))
+        if num_rows and is_part:
+            found.append(LeftOut(name, num_rows))
+    return max(found, key=lambda one: one.num_rows, default=None)
 
 
-def _to_text(path: Path, line: int, name: str, value: Any) -> str:
-    """Return a field as text: null is "", a number its own digits (the JSON reader keeps them)."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(
-            path,
-            line,
-            f"{name} is {kind_of(value)}; make it a string (numbers may stay as they are).",
-        )
-    if value.isprintable():
-        return value
-    # Half of a surrogate pair, as in "\ud83d", is no character and can be written to no file.
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def use_column(column: str, layout: Layout) -> str:
+    """Say how a column that is not used becomes a part of the prompt."""
+    if layout.conversation is not None:
+        return f'put "{column}" into the first turn of "{layout.conversation}"'
+    added = {"history": column} if column.strip().lower() == HISTORY else {"input": column}
+    if added.keys() & layout.columns.keys():
+        return f'join "{column}" to "{layout.prompt}" in the file'
+    named = {**layout.columns, **added}
+    roles = ("prompt", "input", "response", "history")
+    return "use it: " + " ".join(
+        f"--{role}_column {named[role]}" for role in roles if role in named
+    )
 
 
-def _to_history(path: Path, line: int, column: str, value: Any) -> tuple[tuple[str, str], ...]:
-    """Return the earlier turns; a string (as in CSV) is read as JSON."""
-
-    def error(problem: str) -> DataError:
-        return DataError(
-            path,
-            line,
-            f'the history "{column}" has the wrong shape: {problem}; it must be a list of pairs '
-            '[["question", "answer"], ...], or [].',
-        )
-
-    if isinstance(value, str):
-        try:
-            value = value.strip() and parse_json(value)
-        except ValueError as problem:
-            raise error(str(problem)) from problem
-    if not value:
-        return ()
-    if not isinstance(value, list):
-        raise error(f"it is {kind_of(value)}")
-    turns = []
-    for index, turn in enumerate(value):
-        if not isinstance(turn, list) or len(turn) != 2:
-            size = f" of {len(turn)} items" if isinstance(turn, list) else ""
-            raise error(f"turn {index} is {kind_of(turn)}{size}")
-        name = f'turn {index} of the history "{column}"'
-        turns.append((_to_text(path, line, name, turn[0]), _to_text(path, line, name, turn[1])))
-    return tuple(turns)
+def _is_text(rows: Sequence[Row], name: str) -> bool:
+    """Say whether most values are text, and no numbers, names or ids, which hold no white space."""
+    values = [value for row in rows if _is_filled(value := row.columns.get(name))]
+    texts = [
+        value
+        for value in values
+        if isinstance(value, str) and (not value.isascii() or len(value.split()) > 1)
+    ]
+    return 2 * len(texts) > len(values)
 
 
-def read_text(path: Path) -> DecodedText:
-    """Read a whole file in the encoding it seems to have; DataError where there is none to read."""
-    suffix = path.suffix.lower()
-    if suffix not in (*JSON_SUFFIXES, CSV_SUFFIX):
-        raise DataError(
-            path, None, f"the ending {suffix or '(none)'} is unknown; use .json, .jsonl or .csv."
-        )
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    return decode_text(content)
+def as_places(places: Sequence[int], unit: str, most: int | None = MOST_PLACES) -> str:
+    """Name places, consecutive ones as a range; most None names all.
+
+    >>> as_places([2, 5, 6, 7, 9], "line"), as_places([3], "row")
+    ('lines 2, 5-7, 9', 'row 3')
+    """
+    ranges: list[list[int]] = []
+    for place in places:
+        if ranges and place <= ranges[-1][1] + 1:
+            ranges[-1][1] = place
+        else:
+            ranges.append([place, place])
+    shown = ranges if most is None else ranges[:most]
+    words = [str(first) if first == last else f"{first}-{last}" for first, last in shown]
+    more = ", ..." if len(shown) < len(ranges) else ""
+    is_one = len(ranges) == 1 and ranges[0][0] == ranges[0][1]
+    return f"{unit if is_one else f'{unit}s'} {', '.join(words)}{more}"
+
+
+def find_files(given: str) -> list[Path]:
+    """Return the files that a name stands for: itself, or those that a pattern such as `a*` matches.
+
+    A name that matches nothing is returned as it is: it is reported when it is read.
+    """
+    if Path(given).exists() or not glob.has_magic(given):
+        return [Path(given)]
+    return [Path(name) for name in sorted(glob.glob(given, recursive=True))] or [Path(given)]
 
 
 def unreadable(path: Path, error: OSError) -> DataError:

@@ -5,11 +5,10 @@ exactly as evaluation cuts it, and whatever was left out is said.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ptuning.data.formatting import Example, RowFormat, build_rounds, to_example
+from ptuning.data.formatting import Example, RowFormat, TextRow, build_rounds, to_example
 from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 
@@ -60,14 +59,8 @@ def _to_example(
     turns = [*history, (query, "")]
     if system:
         turns[0] = (f"{system}\n{turns[0][0]}", turns[0][1])
-    row: Mapping[str, Any] = {"query": turns[-1][0], "history": turns[:-1]}
-    row_format = RowFormat(
-        prompt_column="query",
-        response_column=None,
-        history_column="history",
-        source_prefix=source_prefix,
-    )
-    example = to_example(row, row_format, for_training=False)
+    row = TextRow(0, turns[-1][0], history=tuple(turns[:-1]))
+    example = to_example(row, RowFormat(source_prefix=source_prefix), for_training=False)
     if has_rounds and not example.has_rounds:
         example = example._replace(
             prompt=source_prefix + build_rounds(turns[-1][0]), has_rounds=True

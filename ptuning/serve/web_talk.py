@@ -59,7 +59,7 @@ class WebTalk:
         settings = self.session.settings_of(model)
         if model == BASE_NAME and not settings:
             return True
-        return settings.get("history_column") is not None
+        return bool(settings.get("history_column") or settings.get("multi_turn"))
 
     def trained_length(self, model: str) -> int:
         """Return the longest answer a model was trained to give, in tokens."""

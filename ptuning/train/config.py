@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptuning.data.formatting import RowFormat
 from ptuning.data.mixing import parse_mix
+from ptuning.data.reading import find_files
 from ptuning.model.tuned import (
     FULL,
     INFO_NAME,
@@ -38,18 +40,21 @@ from ptuning.train.parser import parse
 if TYPE_CHECKING:
     import numpy as np
 
-RECIPES = ("corrected", "published")
 PRESETS: dict[str, dict[str, float]] = {
     "task": {"learning_rate": 2e-2},
     "gentle": {"learning_rate": 1e-3, "prefix_init_std": 1e-3},
 }
 OF_A_NEW_PREFIX = ("prefix_init_std",)
 LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+FILES = ("train_file", "validation_file", "test_file")
 # How rows become tokens; an artefact remembers these.
 ROW_SETTINGS = (
+    "format",
     "prompt_column",
+    "input_column",
     "response_column",
     "history_column",
+    "turns",
     "source_prefix",
     "max_source_length",
     "max_target_length",
@@ -126,6 +131,10 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
     def row_settings(self) -> dict[str, Any]:
         """How rows become tokens, by flag name, as an artefact remembers it."""
         return {name: getattr(self, name) for name in ROW_SETTINGS}
+
+    def files(self, name: str) -> list[Path]:
+        """Return the files that train_file, validation_file or test_file names, patterns resolved."""
+        return [file for given in getattr(self, name) or () for file in find_files(given)]
 
     @property
     def padded_length(self) -> int | None:
@@ -222,6 +231,9 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     `--help` prints and raises SystemExit.
     """
     typed, notices = parse(argv)
+    for name in FILES:  # a JSON file of flags may name one
+        if name in typed:
+            typed[name] = (typed[name],) if isinstance(typed[name], str) else tuple(typed[name])
     try:
         if typed.get("model_name_or_path"):
             typed["model_name_or_path"] = find_base(typed["model_name_or_path"], **WORDS_OF_MAIN)
@@ -302,7 +314,12 @@ def remembered_settings(typed: Mapping[str, Any], tuning: str | None) -> dict[st
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"--{flag}: {error}") from error
     settings = {} if info is None else info.settings
-    return {name: settings[name] for name in ROW_SETTINGS if settings.get(name) is not None}
+    known = {name: settings[name] for name in ROW_SETTINGS if settings.get(name) is not None}
+    if typed.get("format") is not None:  # says anew what the columns are
+        return {name: value for name, value in known.items() if not name.endswith("_column")}
+    if any(name.endswith("_column") for name in typed):
+        known.pop("format", None)
+    return known
 
 
 def _conflict_notices(typed: Mapping[str, Any]) -> list[str]:
@@ -319,8 +336,7 @@ def _check(config: RunConfig) -> None:
     """Check flags on their own, against each other, and that the files they name exist."""
     _check_task(config)
     _check_numbers(config)
-    if config.recipe not in RECIPES:
-        raise UsageError(f"--recipe is {config.recipe}; use {' or '.join(RECIPES)}.")
+    RowFormat(**config.row_settings)  # checks --format, --turns and --recipe
     if config.early_stopping_patience is not None and not config.load_best_model_at_end:
         raise UsageError(
             "--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps."
@@ -358,7 +374,7 @@ def _check_task(config: RunConfig) -> None:
         ("--test_file or --validation_file", config.do_predict, answered),
     ):
         if is_wanted and not file:
-            raise UsageError(f"{needed} is missing; give a .json, .jsonl or .csv file of rows.")
+            raise UsageError(f"{needed} is missing; give a file of rows: .json, .jsonl, .csv.")
     if config.validates and not config.validation_file:
         raise UsageError(
             f"--eval_strategy is {config.eval_strategy} without --validation_file; give its rows, "
@@ -476,8 +492,8 @@ def _check_forgetting(config: RunConfig) -> None:
         source = parse_mix(config.mix)
         if config.do_train and not source.path.is_file():
             raise UsageError(
-                f"--mix is {config.mix}, and there is no file {source.path}; give a .json, .jsonl "
-                "or .csv file of general rows."
+                f"--mix is {config.mix}, and there is no file {source.path}; give a file of "
+                "general rows: .json, .jsonl, .csv."
             )
     prompts = config.general_prompts
     if config.do_predict and prompts and not Path(prompts).is_file():

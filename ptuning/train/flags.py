@@ -100,21 +100,39 @@ class ModelArguments:
 class DataArguments:
     """Which rows, which columns, how long, and how they are answered."""
 
-    train_file: str | None = flag(
-        None, "Training rows: .json (an array, or one object per line), .jsonl or .csv."
+    train_file: tuple[str, ...] | None = flag(
+        None,
+        "Training rows: .json (an array, or one object per line), .jsonl, .csv, .tsv or .parquet, "
+        "also .gz; several files or a pattern such as 'data/*.jsonl' are joined.",
     )
-    validation_file: str | None = flag(
+    validation_file: tuple[str, ...] | None = flag(
         None, "Rows for the validation loss; also answered and scored when --test_file is unset."
     )
-    test_file: str | None = flag(None, "Rows to answer and score with --do_predict.")
-    prompt_column: str = flag(
-        "content", "Column of the prompt. A checkpoint's own column is the default for it."
+    test_file: tuple[str, ...] | None = flag(
+        None, "Rows to answer with --do_predict; those with an answer are scored."
     )
-    response_column: str = flag(
-        "summary", "Column of the answer. A checkpoint's own column is the default for it."
+    format: str = flag(
+        "auto",
+        "What rows look like: columns (a prompt and an answer), alpaca, sharegpt, messages, "
+        "history, lima, or auto, which tells by the columns and prints what it found.",
+    )
+    prompt_column: str | None = flag(
+        None, "Column of the prompt. Default: the checkpoint's own, else found by --format."
+    )
+    input_column: str | None = flag(
+        None, "Column put after the prompt, on a new line. Default: as --prompt_column."
+    )
+    response_column: str | None = flag(
+        None, "Column of the answer. Default: the checkpoint's own, else found by --format."
     )
     history_column: str | None = flag(
-        None, "Column of earlier [question, answer] turns. Default: no history."
+        None, "Column of earlier [question, answer] turns. Default: as --prompt_column."
+    )
+    turns: str = flag(
+        "all", "Answers to take from a conversation: all, a row each, or last. Default: all."
+    )
+    allow_repeated_prompts: bool = flag(
+        False, "Train even if rows have the same prompt only because a column is not used."
     )
     source_prefix: str = flag("", "Text put before every prompt.")
     max_source_length: int = flag(
@@ -136,7 +154,8 @@ class DataArguments:
     mix: str | None = flag(
         None,
         "Add general rows to the training rows: FILE:RATIO, where RATIO is their share of all rows "
-        "of an epoch, or FILE:RATIO:PROMPT,RESPONSE to name their columns too.",
+        "of an epoch, or FILE:RATIO:PROMPT,RESPONSE to name their columns too; any format of "
+        "--train_file.",
     )
     max_train_samples: int | None = flag(
         None, "Use only the first N training rows. Default: all of them."

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ptuning.data.dataset import (
+    DataSummary,
     GenerationDataset,
+    GenerationRow,
     TokenDataset,
     load_generation_dataset,
     load_training_dataset,
 )
+from ptuning.data.formats import UnknownColumns
 from ptuning.data.formatting import RowFormat
 from ptuning.data.general import GeneralPrompts, find_general_prompts, read_general_prompts
-from ptuning.data.mixing import FORM, mix_rows, parse_mix
-from ptuning.data.reading import DataError
+from ptuning.data.mixing import FORM, join_rows, mix_rows, parse_mix
+from ptuning.data.parsing import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.processes.launch import num_processes
@@ -31,22 +34,27 @@ class Rows(NamedTuple):
     validation: TokenDataset | None
     test: GenerationDataset | None
     general: GeneralPrompts | None = None
+    multi_turn: bool = False  # whether training rows have earlier turns
 
 
 def check_files(config: RunConfig) -> None:
     """Refuse files of rows that do not exist (UsageError), before anything is fetched or loaded."""
-    answered = "test_file" if config.test_file else "validation_file"
     for name, is_read in (
         ("train_file", config.do_train),
         ("validation_file", config.validates),
-        (answered, config.do_predict),
+        (_answered(config), config.do_predict),
     ):
-        file = getattr(config, name)
-        if is_read and not Path(file).exists():
-            raise UsageError(
-                f"--{name}: {file}: no such file, seen from {Path.cwd()}; give a .json, .jsonl or "
-                ".csv file of rows."
-            )
+        for file in config.files(name) if is_read else ():
+            if not file.exists():
+                raise UsageError(
+                    f"--{name}: {file}: no such file, seen from {Path.cwd()}; give a file of rows: "
+                    ".json, .jsonl, .csv."
+                )
+
+
+def _answered(config: RunConfig) -> str:
+    """Name the flag of the rows to answer."""
+    return "test_file" if config.test_file else "validation_file"
 
 
 def load_rows(config: RunConfig, tokenizer: ChatGLMTokenizer, *, overwrite_cache: bool) -> Rows:
@@ -55,40 +63,75 @@ def load_rows(config: RunConfig, tokenizer: ChatGLMTokenizer, *, overwrite_cache
     UsageError, with the flag that named the file, for one that cannot be read.
     """
     train_rows = validation = test = general = None
+    multi_turn = False
     if config.do_train:
-        train_rows = _training_rows("--train_file", config, tokenizer, overwrite_cache)
+        train_rows, multi_turn = _token_rows("train_file", config, tokenizer, overwrite_cache)
         if config.mix is not None:
             train_rows = _with_general_rows(train_rows, config, tokenizer, overwrite_cache)
         rows_per_step = config.rows_per_step(num_processes())
         epochs, steps = config.num_train_epochs, config.max_steps
         logger.info(steps_line(len(train_rows), rows_per_step, epochs, max_steps=steps))
-    if config.validates:
-        validation = _training_rows("--validation_file", config, tokenizer, overwrite_cache)
     if config.do_predict:
         test = _test_rows(config, tokenizer)
-        if config.measures_retention:
-            base = config.model_name_or_path
-            with files_named_as("--general_prompts"):
-                general = read_general_prompts(find_general_prompts(config.general_prompts, base))
-    return Rows(train_rows, validation, test, general)
+    if config.validates and not _has_nothing_to_validate(config, test):
+        validation, _ = _token_rows("validation_file", config, tokenizer, overwrite_cache)
+    if config.do_predict and config.measures_retention:
+        base = config.model_name_or_path
+        with files_named_as("--general_prompts"):
+            general = read_general_prompts(find_general_prompts(config.general_prompts, base))
+    return Rows(train_rows, validation, test, general, multi_turn)
 
 
-def _training_rows(
-    flag: str, config: RunConfig, tokenizer: ChatGLMTokenizer, overwrite_cache: bool
-) -> TokenDataset:
-    is_training = flag == "--train_file"
-    file = str(config.train_file if is_training else config.validation_file)
-    with files_named_as(flag):
-        rows, summary = load_training_dataset(
-            Path(file),
-            tokenizer,
-            RowFormat(**config.row_settings),
-            max_rows=config.max_train_samples if is_training else config.max_eval_samples,
-            overwrite_cache=overwrite_cache,
-            cache_dir=Path(config.token_cache_dir) if config.token_cache_dir else None,
-        )
-    _print_summary("Training" if is_training else "Validation", file, summary.lines())
-    return rows
+def _has_nothing_to_validate(config: RunConfig, test: GenerationDataset | None) -> bool:
+    """Say so and return True where only rows without answers would be validated and answered."""
+    if config.do_train or test is None or any(row.label.strip() for row in test.rows):
+        return False
+    if config.files("validation_file") != config.files(_answered(config)):
+        return False
+    logger.info("no validation loss: no row has an answer to compare with")
+    return True
+
+
+def _token_rows(
+    name: str, config: RunConfig, tokenizer: ChatGLMTokenizer, overwrite_cache: bool
+) -> tuple[TokenDataset, bool]:
+    """Load the rows of all files of train_file or validation_file; do any have earlier turns?"""
+    is_training = name == "train_file"
+    left = config.max_train_samples if is_training else config.max_eval_samples
+    parts: list[TokenDataset] = []
+    multi_turn = False
+    for file in config.files(name):
+        if left is not None and left <= 0:
+            break
+        with files_named_as(f"--{name}"):
+            part, summary = load_training_dataset(
+                file,
+                tokenizer,
+                RowFormat(**config.row_settings),
+                max_rows=left,
+                overwrite_cache=overwrite_cache,
+                cache_dir=Path(config.token_cache_dir) if config.token_cache_dir else None,
+            )
+        _print_summary("Training" if is_training else "Validation", summary)
+        if is_training:
+            _require_whole_prompts(f"--{name}", config, summary)
+        parts.append(part)
+        multi_turn |= summary.num_with_history > 0
+        left = None if left is None else left - summary.num_read
+    return parts[0] if len(parts) == 1 else join_rows(parts), multi_turn
+
+
+def _require_whole_prompts(flag: str, config: RunConfig, summary: DataSummary) -> None:
+    """Refuse rows whose prompts are alike only because a filled column is not used."""
+    if summary.left_out is None or config.allow_repeated_prompts:
+        return
+    column, num_rows, remedy = summary.left_out
+    raise UsageError(
+        f'{flag}: {summary.source}: {num_rows} rows differ only in the column "{column}", which is '
+        f"not used (filled in {summary.unused[column]} of {summary.num_read} rows), so that one "
+        f"prompt has different answers; {remedy}, or train all the same with "
+        "--allow_repeated_prompts."
+    )
 
 
 def _with_general_rows(
@@ -96,20 +139,31 @@ def _with_general_rows(
 ) -> TokenDataset:
     """Return the rows of the task together with those of --mix."""
     source = parse_mix(str(config.mix))
-    common = {**config.row_settings, "source_prefix": "", **source.named_columns()}
-    try:
-        general, summary = load_training_dataset(
-            source.path,
-            tokenizer,
-            RowFormat(**common),
-            overwrite_cache=overwrite_cache,
-            cache_dir=Path(config.token_cache_dir) if config.token_cache_dir else None,
-        )
-    except DataError as error:
-        raise UsageError(
-            f"--mix: {error} (Name its own columns after the ratio: {FORM}.)"
-        ) from error
-    _print_summary("General", str(source.path), summary.lines())
+    roles = ("prompt_column", "response_column", "history_column")
+    settings = {**config.row_settings, "source_prefix": ""}
+    own = {name: None for name in settings if name.endswith("_column")} | {"format": "auto"}
+    tries = [settings, settings | own]  # the task's own columns, else those that are found
+    if source.columns:
+        tries = [settings | own | dict(zip(roles, source.columns, strict=False))]
+    for attempt in tries:
+        try:
+            general, summary = load_training_dataset(
+                source.path,
+                tokenizer,
+                RowFormat(**attempt),
+                overwrite_cache=overwrite_cache,
+                cache_dir=Path(config.token_cache_dir) if config.token_cache_dir else None,
+            )
+            break
+        except UnknownColumns as error:
+            if attempt is tries[-1]:
+                raise UsageError(
+                    f"--mix: {error} (Name its own columns after the ratio: {FORM}.)"
+                ) from error
+        except DataError as error:
+            raise UsageError(f"--mix: {error}") from error
+    _print_summary("General", summary)
+    _require_whole_prompts("--mix", config, summary)
     rows = mix_rows(task, general, share=source.share, seed=config.seed)
     num_general = len(rows) - len(task)
     logger.info(
@@ -122,16 +176,19 @@ def _with_general_rows(
 
 
 def _test_rows(config: RunConfig, tokenizer: ChatGLMTokenizer) -> GenerationDataset:
-    file = str(config.test_file or config.validation_file)
-    with files_named_as("--test_file" if config.test_file else "--validation_file"):
-        rows, summary = load_generation_dataset(
-            Path(file),
-            tokenizer,
-            RowFormat(**config.row_settings),
-            max_rows=config.max_predict_samples,
-        )
-    _print_summary("Prediction", file, summary.lines())
-    return rows
+    name, left = _answered(config), config.max_predict_samples
+    rows: list[GenerationRow] = []
+    for file in config.files(name):
+        if left is not None and left <= 0:
+            break
+        with files_named_as(f"--{name}"):
+            part, summary = load_generation_dataset(
+                file, tokenizer, RowFormat(**config.row_settings), max_rows=left
+            )
+        _print_summary("Prediction", summary)
+        rows += part.rows
+        left = None if left is None else left - summary.num_read
+    return GenerationDataset(rows)
 
 
 def steps_line(num_rows: int, rows_per_step: int, epochs: float, *, max_steps: int) -> str:
@@ -157,7 +214,7 @@ def files_named_as(flag: str) -> Iterator[None]:
         raise UsageError(f"{flag}: {error}") from error
 
 
-def _print_summary(part: str, file: str, lines: list[str]) -> None:
-    logger.info("%s rows: %s", part, file)
-    for line in lines:
+def _print_summary(part: str, summary: DataSummary) -> None:
+    logger.info("%s rows: %s", part, summary.source)
+    for line in summary.lines():
         logger.info("  %s", line)

@@ -1,0 +1,517 @@
+"""Step 2 of 5: the rows of a file, in any known format, to prompts, answers and earlier turns.
+
+A layout says what the columns mean. It is found once per file, by the names of the columns and the
+first conversation, unless columns were named. A conversation becomes one row per answer.
+Formats: two columns such as ADGEN's; Alpaca, https://github.com/tatsu-lab/stanford_alpaca; ShareGPT
+and OpenAI messages, https://github.com/hiyouga/LlamaFactory/tree/main/data; LIMA,
+https://huggingface.co/datasets/GAIR/lima; rows of `history` alone.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ptuning.data.formatting import RowFormat, TextRow, Turns
+from ptuning.data.parsing import DataError, Row, kind_of, parse_json
+
+# Usual names of columns, most usual first, lower case.
+PROMPT_NAMES = (
+    *("content", "prompt", "question", "instruction", "query", "input"),
+    *("问题", "提问", "指令", "输入"),
+)
+RESPONSE_NAMES = (
+    *("summary", "response", "answer", "output", "completion", "target", "chosen"),
+    *("答案", "回答", "回复", "输出", "摘要"),
+)
+INPUT_NAMES = ("input", "context", "输入")  # what an instruction is about: Alpaca, Dolly
+HISTORY, SYSTEM, INSTRUCTION = "history", "system", "instruction"
+CONVERSATION_NAMES = (
+    *("messages", "conversations", "conversation", "dialogue", "dialog", "paragraph", "turns"),
+)
+PAIRS = (("content", "summary"), ("prompt", "response"))  # ADGEN and the row contract come first
+
+USER_ROLES = {"user", "human", "prompter", "observation", "tool", "function", "function_response"}
+ANSWER_ROLES = {"assistant", "gpt", "chatgpt", "bot", "model", "bing", "bard", "function_call"}
+SYSTEM_ROLES = {"system", "developer"}
+ROLE_KEYS, TEXT_KEYS = ("from", "role", "speaker"), ("value", "content", "text")
+WEIGHT_KEYS = ("loss_weight", "weight")
+# Question and answer in one object
+PAIR_KEYS = (
+    *(("q", "a"), ("question", "answer"), ("human", "assistant"), ("user", "assistant")),
+    *(("input", "output"), ("prompt", "response")),
+)
+
+
+class UnknownColumns(DataError):
+    """A named column that is not there, or columns whose meaning cannot be told."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the columns of a file mean; None where it has no such column."""
+
+    name: str  # a FormatName other than "auto"
+    prompt: str | None = None
+    input: str | None = None
+    response: str | None = None
+    history: str | None = None
+    system: str | None = None
+    conversation: str | None = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names of the columns that are used, by what they mean."""
+        roles = ("prompt", "input", "response", "history", "system", "conversation")
+        return {role: name for role in roles if (name := getattr(self, role)) is not None}
+
+    def __str__(self) -> str:
+        """Say what is made of which column."""
+        if self.conversation is not None:
+            also = f", after {self.system}" if self.system else ""
+            return f"{self.name}: the turns of {self.conversation}{also}"
+        before = [name for name in (self.system, self.history) if name is not None]
+        prompt = " + ".join(name for name in (*before, self.prompt, self.input) if name is not None)
+        return f"{self.name}: {prompt} -> {self.response or '(no answers)'}"
+
+    def lack(self, row: TextRow) -> str | None:
+        """Say why training leaves a row out; None if it does not."""
+        if row.skipped is not None:
+            return row.skipped
+        whole = self.conversation
+        if not row.prompt.strip():
+            return f'no question before an answer in "{whole}"' if whole else _empty(self.prompt)
+        if not row.response.strip():
+            return f'no answer to a question in "{whole}"' if whole else _empty(self.response)
+        return None
+
+
+def _empty(column: str | None) -> str:
+    return f'empty "{column}"'
+
+
+class Finder(NamedTuple):
+    """The columns of a file, and its first rows to tell formats apart by."""
+
+    path: Path
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    needs_answers: bool
+
+    def named(self, *usual: str) -> list[str]:
+        """Return the columns with one of these names, in the order of the names."""
+        by_lower = {name.strip().lower(): name for name in reversed(self.columns)}
+        return [by_lower[name] for name in usual if name in by_lower]
+
+    def one(self, *usual: str) -> str | None:
+        """Return the first column with one of these names."""
+        return next(iter(self.named(*usual)), None)
+
+    def fault(self, message: str) -> UnknownColumns:
+        """Return an error that lists the columns."""
+        shown = ", ".join(f'"{name}"' for name in self.columns) or "none"
+        return UnknownColumns(self.path, None, f"{message} The columns here are: {shown}.")
+
+
+def find_layout(
+    path: Path, rows: Sequence[Row], row_format: RowFormat, *, needs_answers: bool = True
+) -> Layout:
+    """Return what the columns mean: those named, the rest as --format says or as they look.
+
+    DataError where that cannot be told, or a named column is not there. needs_answers False takes a
+    file without a column of answers.
+    """
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns.update(dict.fromkeys(row.columns))
+    finder = Finder(path, list(columns), rows[:100], needs_answers)
+    if row_format.named_columns:
+        return _named_layout(finder, row_format)
+    if row_format.format != "auto":
+        return _asked_layout(finder, row_format.format)
+    for pair in PAIRS:
+        if len(finder.named(*pair)) == len(pair):
+            return _columns_layout(finder, *finder.named(*pair))
+    layout = _alpaca_layout(finder)
+    if layout is None:
+        layout = _conversation_layout(finder, (*CONVERSATION_NAMES,))
+    if layout is None:
+        layout = _usual_layout(finder)
+    if layout is None:
+        layout = _conversation_layout(finder, (HISTORY,))
+    if layout is None:
+        raise finder.fault(
+            "no known format; name the columns: "
+            f"--prompt_column {_guess(finder, PROMPT_NAMES, 'content')} "
+            f"--response_column {_guess(finder, RESPONSE_NAMES, 'summary')}."
+        )
+    return layout
+
+
+def _named_layout(finder: Finder, row_format: RowFormat) -> Layout:
+    """Return the layout of named columns; with a named prompt, nothing but the answer is guessed."""
+    for flag, column in row_format.named_columns.items():
+        if column in finder.columns:
+            continue
+        guess = guess_column(column, finder.columns)
+        if flag == "--response_column" and not finder.needs_answers and guess is None:
+            continue  # a test set without answers
+        meant = f'Was "{guess}" meant? ' if guess is not None else ""
+        raise finder.fault(f'no column "{column}"; {meant}name the right one with {flag}.')
+    prompt, response = row_format.prompt_column, row_format.response_column
+    history, text = row_format.history_column, row_format.input_column
+    others = finder._replace(
+        columns=[name for name in finder.columns if name not in row_format.named_columns.values()]
+    )
+    system = None
+    if prompt is None:
+        prompt = _only(others, PROMPT_NAMES, "--prompt_column", "the prompt")
+        if prompt is None:
+            raise finder.fault("which column is the prompt? Name it with --prompt_column.")
+        history = history or others.one(HISTORY)
+        if text is None and prompt.strip().lower() == INSTRUCTION:
+            text = others.one(*INPUT_NAMES)
+        system = others.one(SYSTEM)
+    if response is None:
+        response = others.one("summary") or _only(
+            others, RESPONSE_NAMES, "--response_column", "the answer"
+        )
+        if response is None and finder.needs_answers:
+            raise finder.fault("which column is the answer? Name it with --response_column.")
+    elif response not in finder.columns:
+        response = None
+    return Layout("columns", prompt, text, response, history, system)
+
+
+def _asked_layout(finder: Finder, name: str) -> Layout:
+    """Return the layout of a --format; DataError where its columns are not there."""
+    layout: Layout | None
+    if name == "columns":
+        layout, needed = _usual_layout(finder), "one column of prompts and one of answers"
+    elif name == "alpaca":
+        layout, needed = _alpaca_layout(finder), 'columns "instruction" and "output"'
+    else:
+        names = {"history": (HISTORY,), "messages": ("messages",)}.get(
+            name, ("conversations", "conversation")
+        )
+        layout = _conversation_layout(finder, names)
+        needed = " or ".join(f'"{one}"' for one in names)
+        needed = f"a column {needed} that holds a list of turns"
+    if layout is None:
+        raise finder.fault(f"--format {name} needs {needed}; leave it out to have it found.")
+    return layout
+
+
+def _columns_layout(finder: Finder, prompt: str, response: str | None) -> Layout:
+    return Layout(
+        "columns",
+        prompt=prompt,
+        response=response,
+        history=finder.one(HISTORY),
+        system=finder.one(SYSTEM),
+    )
+
+
+def _alpaca_layout(finder: Finder) -> Layout | None:
+    instruction, response = finder.one(INSTRUCTION, "指令"), finder.one("output", *RESPONSE_NAMES)
+    if instruction is None or (response is None and finder.needs_answers):
+        return None
+    return Layout(
+        "alpaca",
+        prompt=instruction,
+        input=finder.one(*INPUT_NAMES),
+        response=response,
+        history=finder.one(HISTORY),
+        system=finder.one(SYSTEM),
+    )
+
+
+def _usual_layout(finder: Finder) -> Layout | None:
+    """Return one column of prompts and one of answers, by their usual names."""
+    response = _only(finder, RESPONSE_NAMES, "--response_column", "the answer")
+    if response is None and finder.needs_answers:
+        return None
+    prompt = _only(finder, PROMPT_NAMES, "--prompt_column", "the prompt")
+    return None if prompt is None else _columns_layout(finder, prompt, response)
+
+
+def _only(finder: Finder, usual: tuple[str, ...], flag: str, noun: str) -> str | None:
+    """Return the only column with a usual name; DataError where there are several."""
+    found = finder.named(*usual)
+    if len(found) > 1:
+        names = " or ".join(f'"{name}"' for name in found)
+        raise finder.fault(f"{noun} may be {names}; name it with {flag}.")
+    return found[0] if found else None
+
+
+def _conversation_layout(finder: Finder, names: tuple[str, ...]) -> Layout | None:
+    """Return the first of the columns that holds turns."""
+    for column in finder.named(*names):
+        values = (row.columns.get(column) for row in finder.rows)
+        first = next((value for value in values if value), None)
+        if isinstance(first, str) and column.lower() == HISTORY:
+            first = _as_json(first)
+        if isinstance(first, list):
+            first = first[0] if first else None
+        elif isinstance(first, dict):
+            continue
+        kind = "lima"
+        if isinstance(first, dict):
+            kind = "messages" if "role" in first else "sharegpt"
+        elif isinstance(first, list):
+            kind = "history"
+        if first is not None:
+            return Layout(kind, conversation=column, system=finder.one(SYSTEM))
+    return None
+
+
+def guess_column(wanted: str, found: Iterable[str], usual: tuple[str, ...] = ()) -> str | None:
+    """Return the column that was probably meant; None where no name is similar or usual.
+
+    >>> guess_column("content", ["contents", "title"])
+    'contents'
+    >>> guess_column("content", ["answer", "question"], PROMPT_NAMES)
+    'question'
+    """
+    by_lower = {name.strip().lower(): name for name in reversed(list(found))}
+    similar = difflib.get_close_matches(wanted.lower(), by_lower, n=1)
+    known = [name for name in usual if name in by_lower]
+    best = (similar or known)[:1]
+    return by_lower[best[0]] if best else None
+
+
+def _guess(finder: Finder, usual: tuple[str, ...], wanted: str) -> str:
+    return guess_column(wanted, finder.columns, usual) or "NAME"
+
+
+# Rows
+
+
+def to_text_rows(path: Path, row: Row, layout: Layout, *, turns: Turns = "all") -> list[TextRow]:
+    """Return a row as prompt, answer and history; a conversation as one such row per answer.
+
+    A last question without an answer ends a conversation as a row with the answer "". turns "last"
+    keeps the last row alone. DataError where a field has the wrong shape; an empty or missing one
+    is "".
+    """
+    fields = row.columns
+    if layout.conversation is not None:
+        rows = list(_rows_of_turns(path, row, layout))
+        return rows[-1:] if turns == "last" else rows
+    assert layout.prompt is not None, "a layout has prompts or conversations"
+    prompt = _text(path, row, layout.prompt, fields.get(layout.prompt))
+    response, history = "", ()
+    if layout.response is not None:
+        response = _text(path, row, layout.response, fields.get(layout.response))
+    if layout.input is not None:
+        more = _text(path, row, layout.input, fields.get(layout.input))
+        prompt = f"{prompt}\n{more}" if more.strip() and prompt.strip() else prompt or more
+    if layout.history is not None:
+        history = _history(path, row, layout.history, fields.get(layout.history))
+    if layout.system is not None:
+        prompt, history = _after_system(
+            _text(path, row, layout.system, fields.get(layout.system)), prompt, history
+        )
+    return [TextRow(row.line, prompt, response, history)]
+
+
+def _after_system(
+    system: str, prompt: str, history: tuple[tuple[str, str], ...]
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Put the system text before the first question."""
+    if not system.strip():
+        return prompt, history
+    if not history:
+        return f"{system}\n{prompt}" if prompt.strip() else prompt, history
+    (question, answer), *rest = history
+    return prompt, ((f"{system}\n{question}", answer), *rest)
+
+
+def _rows_of_turns(path: Path, row: Row, layout: Layout) -> Iterator[TextRow]:
+    """Yield a row for each answer of a conversation, and one for a last question without any."""
+    column = str(layout.conversation)
+    system = ""
+    if layout.system is not None:
+        system = _text(path, row, layout.system, row.columns.get(layout.system))
+    question: str = ""
+    history: list[tuple[str, str]] = []
+    waits, num_answers = False, 0  # whether the question has no answer yet
+    for role, text, is_trained in _merged(_turns(path, row, column)):
+        if role == "system":
+            if question or history:
+                raise row.fault(
+                    path, f'"{column}" has a system turn after the first; put it first.'
+                )
+            system = f"{system}\n{text}" if system else text
+        elif role == "user":
+            question, waits = text, True
+            if system.strip() and not history:
+                question = f"{system}\n{text}"
+        else:
+            skipped = None if is_trained else f'weight 0 in "{column}"'
+            yield TextRow(row.line, question, text, tuple(history), skipped)
+            if question:
+                history.append((question, text))
+            question, waits, num_answers = "", False, num_answers + 1
+    if waits or not num_answers:
+        yield TextRow(row.line, question, "", tuple(history))
+
+
+def _merged(turns: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[str, str, bool]]:
+    """Join turns of one role in a row by line breaks."""
+    last: tuple[str, str, bool] | None = None
+    for role, text, is_trained in turns:
+        if last is not None and last[0] == role:
+            last = (role, f"{last[1]}\n{text}", last[2] and is_trained)
+        else:
+            if last is not None:
+                yield last
+            last = (role, text, is_trained)
+    if last is not None:
+        yield last
+
+
+def _turns(path: Path, row: Row, column: str) -> Iterator[tuple[str, str, bool]]:
+    """Yield role (system, user or assistant), text, and whether it is trained on."""
+    value = row.columns.get(column)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _as_json(value) or value  # as in CSV
+    if value is None or value == "":
+        return
+    if isinstance(value, str):
+        value = [value]  # a question alone
+    if not isinstance(value, list):
+        raise row.fault(path, f'"{column}" is {kind_of(value)}; make it a list of turns.')
+    for index, turn in enumerate(value):
+        name = f'turn {index + 1} of "{column}"'
+        if isinstance(turn, str):
+            yield ("assistant" if index % 2 else "user"), _clean(turn), True
+            continue
+        pair = _as_pair(turn)
+        if pair is not None:
+            yield "user", _field(path, row, f"the question of {name}", pair[0]), True
+            if pair[1] is not None:
+                yield "assistant", _field(path, row, f"the answer of {name}", pair[1]), True
+            continue
+        if not isinstance(turn, dict):
+            size = f" of {len(turn)} items" if isinstance(turn, list) else ""
+            raise row.fault(
+                path,
+                f"{name} is {kind_of(turn)}{size}; make it a text, a pair [question, answer] or "
+                '{"role": ..., "content": ...}.',
+            )
+        role = next((turn[key] for key in ROLE_KEYS if key in turn), None)
+        text = next((turn[key] for key in TEXT_KEYS if key in turn), None)
+        weights = [turn[key] for key in WEIGHT_KEYS if key in turn]
+        is_trained = not any(_is_zero(weight) for weight in weights)
+        yield _role(path, row, name, role), _parts(path, row, name, text), is_trained
+
+
+def _as_pair(turn: Any) -> tuple[Any, Any] | None:
+    """Return question and answer of a turn that holds both."""
+    if isinstance(turn, list) and len(turn) == 2:
+        return turn[0], turn[1]
+    if isinstance(turn, dict):
+        for question, answer in PAIR_KEYS:
+            if question in turn and answer in turn:
+                return turn[question], turn[answer]
+    return None
+
+
+def _role(path: Path, row: Row, name: str, role: Any) -> str:
+    word = role.lower() if isinstance(role, str) else role
+    for ours, theirs in (
+        ("user", USER_ROLES),
+        ("assistant", ANSWER_ROLES),
+        ("system", SYSTEM_ROLES),
+    ):
+        if word in theirs:
+            return ours
+    given = f'has the role "{role}"' if isinstance(role, str) else "has no role"
+    raise row.fault(
+        path, f"{name} {given}; use system, user (human) and assistant (gpt), in one spelling."
+    )
+
+
+def _parts(path: Path, row: Row, name: str, value: Any) -> str:
+    """Return a turn's text; OpenAI's list of text parts is joined."""
+    if not isinstance(value, list):
+        return _field(path, row, name, value)
+    texts = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind not in ("text", "input_text", "output_text"):
+            raise row.fault(path, f'{name} has a part of the type "{kind}"; only text is learned.')
+        if isinstance(part, dict):
+            part = next((part[key] for key in ("text", "value", "content") if key in part), None)
+        texts.append(_field(path, row, name, part))
+    return "\n".join(texts)
+
+
+def _is_zero(weight: Any) -> bool:
+    try:
+        return float(weight) == 0
+    except (TypeError, ValueError):
+        return False
+
+
+def _history(path: Path, row: Row, column: str, value: Any) -> tuple[tuple[str, str], ...]:
+    """Return the earlier turns; a string (as in CSV) is read as JSON."""
+
+    def error(problem: str) -> DataError:
+        return row.fault(
+            path,
+            f'the history "{column}" has the wrong shape: {problem}; it must be a list of pairs '
+            '[["question", "answer"], ...], or [].',
+        )
+
+    if isinstance(value, str):
+        try:
+            value = value.strip() and parse_json(value)
+        except ValueError as problem:
+            raise error(str(problem)) from problem
+    if not value:
+        return ()
+    if not isinstance(value, list):
+        raise error(f"it is {kind_of(value)}")
+    turns = []
+    for index, turn in enumerate(value):
+        pair = _as_pair(turn)
+        if pair is None:
+            size = f" of {len(turn)} items" if isinstance(turn, list) else ""
+            raise error(f"turn {index + 1} is {kind_of(turn)}{size}")
+        name = f'turn {index + 1} of the history "{column}"'
+        turns.append((_field(path, row, name, pair[0]), _field(path, row, name, pair[1])))
+    return tuple(turns)
+
+
+def _text(path: Path, row: Row, column: str, value: Any) -> str:
+    """Return a column as text: null is "", a number its own digits (the JSON reader keeps them)."""
+    if isinstance(value, str) and value.isprintable():
+        return value
+    return _field(path, row, f'the field "{column}"', value)
+
+
+def _field(path: Path, row: Row, name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise row.fault(
+            path, f"{name} is {kind_of(value)}; make it a string (numbers may stay as they are)."
+        )
+    return _clean(value)
+
+
+def _clean(text: str) -> str:
+    """Half of a surrogate pair, as in "\\ud83d", is no character and can be written to no file."""
+    if text.isprintable():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _as_json(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError:
+        return None
