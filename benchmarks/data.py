@@ -38,7 +38,7 @@ RECIPES = ("cold", "cached", "published")
 def write_rows(source: Path, target: Path, count: int) -> list[tuple[str, str]]:
     """Write `count` rows, those of source and then numbered copies; return their texts."""
     found = read_rows(source, ROW_FORMAT).kept
-    texts = [(str(row.columns[PROMPT]), str(row.columns[RESPONSE])) for row in found]
+    texts = [(row.prompt, row.response) for row in found]
     rows = []
     for index in range(count):
         prompt, response = texts[index % len(texts)]

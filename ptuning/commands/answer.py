@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         left_out,
         arguments.max_new_tokens,
     )
-    logger.info("train beside a task: --mix %s:0.2:prompt,response", arguments.output)
+    logger.info("train beside a task: --mix %s:0.2", arguments.output)
     return 0
 
 

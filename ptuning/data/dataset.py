@@ -244,7 +244,8 @@ def load_training_dataset(
         "max_target_length": row_format.max_target_length,
     }
     rows = read_rows(path, row_format, max_rows=max_rows)
-    examples = [to_example(row, row_format) for row in rows.kept]
+    found = dataclasses.replace(row_format, format="auto", history_column=rows.layout.history)
+    examples = [to_example(row, found) for row in rows.kept]
     encoded: list[TokenizedExample] = []
     for chunk in _in_chunks(examples, f"tokenizing {path.name}", show_progress):
         encoded += to_training_batch(tokenizer, chunk, **lengths, recipe=row_format.recipe)

@@ -26,7 +26,8 @@ RESPONSE_NAMES = (
     *("答案", "回答", "回复", "输出", "摘要"),
 )
 INPUT_NAMES = ("input", "context", "输入")  # what an instruction is about: Alpaca, Dolly
-HISTORY, SYSTEM, INSTRUCTION = "history", "system", "instruction"
+INSTRUCTION_NAMES = ("instruction", "指令")
+HISTORY, SYSTEM = "history", "system"
 CONVERSATION_NAMES = (
     *("messages", "conversations", "conversation", "dialogue", "dialog", "paragraph", "turns"),
 )
@@ -150,7 +151,7 @@ def find_layout(
 
 
 def _named_layout(finder: Finder, row_format: RowFormat) -> Layout:
-    """Return the layout of named columns; with a named prompt, nothing but the answer is guessed."""
+    """Return the layout of named columns; where the prompt is named, only the answer is guessed."""
     for flag, column in row_format.named_columns.items():
         if column in finder.columns:
             continue
@@ -166,11 +167,13 @@ def _named_layout(finder: Finder, row_format: RowFormat) -> Layout:
     )
     system = None
     if prompt is None:
-        prompt = _only(others, PROMPT_NAMES, "--prompt_column", "the prompt")
+        prompt = others.one(*INSTRUCTION_NAMES)
+        is_instruction = prompt is not None
+        prompt = prompt or _only(others, PROMPT_NAMES, "--prompt_column", "the prompt")
         if prompt is None:
             raise finder.fault("which column is the prompt? Name it with --prompt_column.")
         history = history or others.one(HISTORY)
-        if text is None and prompt.strip().lower() == INSTRUCTION:
+        if text is None and is_instruction:
             text = others.one(*INPUT_NAMES)
         system = others.one(SYSTEM)
     if response is None:
@@ -214,7 +217,7 @@ def _columns_layout(finder: Finder, prompt: str, response: str | None) -> Layout
 
 
 def _alpaca_layout(finder: Finder) -> Layout | None:
-    instruction, response = finder.one(INSTRUCTION, "指令"), finder.one("output", *RESPONSE_NAMES)
+    instruction, response = finder.one(*INSTRUCTION_NAMES), finder.one("output", *RESPONSE_NAMES)
     if instruction is None or (response is None and finder.needs_answers):
         return None
     return Layout(
@@ -288,20 +291,26 @@ def _guess(finder: Finder, usual: tuple[str, ...], wanted: str) -> str:
 # Rows
 
 
-def to_text_rows(path: Path, row: Row, layout: Layout, *, turns: Turns = "all") -> list[TextRow]:
+def to_text_rows(
+    path: Path, row: Row, layout: Layout, *, turns: Turns = "all", needs_answers: bool = True
+) -> list[TextRow]:
     """Return a row as prompt, answer and history; a conversation as one such row per answer.
 
     A last question without an answer ends a conversation as a row with the answer "". turns "last"
-    keeps the last row alone. DataError where a field has the wrong shape; an empty or missing one
-    is "".
+    keeps the last row alone, with needs_answers the last that has an answer. DataError where a
+    field has the wrong shape; an empty or missing one is "".
     """
     fields = row.columns
     if layout.conversation is not None:
         rows = list(_rows_of_turns(path, row, layout))
-        return rows[-1:] if turns == "last" else rows
+        if turns == "all":
+            return rows
+        answered = [row for row in rows if row.response.strip()] if needs_answers else []
+        return (answered or rows)[-1:]
     assert layout.prompt is not None, "a layout has prompts or conversations"
     prompt = _text(path, row, layout.prompt, fields.get(layout.prompt))
-    response, history = "", ()
+    response = ""
+    history: tuple[tuple[str, str], ...] = ()
     if layout.response is not None:
         response = _text(path, row, layout.response, fields.get(layout.response))
     if layout.input is not None:

@@ -92,7 +92,7 @@ class RowFormat:
 
 
 class TextRow(NamedTuple):
-    """The row contract: the line it begins on, prompt, answer, and earlier (question, answer) turns.
+    """The row contract: its line in the file, prompt, answer and earlier (question, answer) turns.
 
     An answer that is not there is "". `skipped` says why training leaves the row out, None: it does
     not.

@@ -37,7 +37,8 @@ def find_general_prompts(named: str | None, base: str | None) -> Path:
 
 def read_general_prompts(path: Path) -> GeneralPrompts:
     """Return the prompts of a file in its order; DataError for one without any."""
-    rows = read_rows(path, RowFormat(prompt_column=PROMPT_COLUMN), for_training=False)
+    only = RowFormat(prompt_column=PROMPT_COLUMN, response_column=PROMPT_COLUMN)
+    rows = read_rows(path, only, for_training=False)
     prompts = [row.prompt for row in rows.kept if row.prompt.strip()]
     if not prompts:
         raise DataError(path, None, f'no prompt; write rows such as {{"{PROMPT_COLUMN}": "..."}}.')

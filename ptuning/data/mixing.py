@@ -79,7 +79,7 @@ def mix_rows(
 def join_rows(
     parts: "Sequence[TokenDataset]", chosen: Sequence[Sequence[int] | None] | None = None
 ) -> "TokenDataset":
-    """Return the rows of all parts end to end; chosen: the numbers of those to take, None for all."""
+    """Return the rows of all parts end to end, of each those that are chosen; None takes all."""
     import numpy as np
 
     from ptuning.data.cache import TokenArrays

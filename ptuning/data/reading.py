@@ -103,8 +103,9 @@ def read_rows(
     rows = Rows(layout, file.unit, num_read=len(raw_rows), notes=file.notes)
     rows.unused = count_unused(raw_rows, layout)
     sources: list[Row] = []  # of the rows kept
+    turns = row_format.turns
     for raw_row in raw_rows:
-        for row in to_text_rows(path, raw_row, layout, turns=row_format.turns):
+        for row in to_text_rows(path, raw_row, layout, turns=turns, needs_answers=for_training):
             rows.num_made += 1
             reason = layout.lack(row) if for_training else None
             if reason is not None:

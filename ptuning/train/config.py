@@ -133,7 +133,7 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
         return {name: getattr(self, name) for name in ROW_SETTINGS}
 
     def files(self, name: str) -> list[Path]:
-        """Return the files that train_file, validation_file or test_file names, patterns resolved."""
+        """Return the files of train_file, validation_file or test_file, patterns resolved."""
         return [file for given in getattr(self, name) or () for file in find_files(given)]
 
     @property

@@ -193,7 +193,7 @@ def _add(section: Any, flag: Flag, **more: Any) -> None:
     if "bool" in kinds and "nargs" not in options:
         options |= {"nargs": "?", "const": True}
         options |= {} if "str" in kinds else {"type": _bool}
-    elif "tuple" in kinds or "list" in kinds and "str" not in flag.kind.replace("list[str]", ""):
+    elif "tuple" in kinds or ("list" in kinds and "str" not in flag.kind.replace("list[str]", "")):
         options |= {"nargs": "+"}
     elif "str" not in kinds and "dict" not in kinds:
         options["type"] = float if "float" in kinds else int

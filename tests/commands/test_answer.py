@@ -22,9 +22,9 @@ def test_nanos_answers_become_rows_and_cut_ones_are_left_out(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     command = ["answer", str(tmp_path / "asked.jsonl"), "--output", str(out)]
     assert program.main([*command, "--max_new_tokens", "24"]) == 0
-    rows = read_rows(out, RowFormat(prompt_column="prompt", response_column="response")).kept
-    assert [row.columns["prompt"] for row in rows] == ["你好", "谢谢"]
-    assert rows[0].columns["response"].startswith("你好")
+    rows = read_rows(out, RowFormat()).kept
+    assert [row.prompt for row in rows] == ["你好", "谢谢"]
+    assert rows[0].response.startswith("你好")
     assert "left out 1 answers" in caplog.text
 
 

@@ -16,8 +16,8 @@ from ptuning.data.dataset import (
     load_generation_dataset,
     load_training_dataset,
 )
-from ptuning.data.formatting import RowFormat, to_example
-from ptuning.data.reading import DataError
+from ptuning.data.formatting import RowFormat, TextRow, to_example
+from ptuning.data.parsing import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example
 
@@ -26,6 +26,10 @@ ROWS = [
     {"content": "你好", "summary": "你好，今天的天气很好！" * 5, "history": []},
     {"content": "", "summary": "没有问题", "history": []},
     {"content": "谢谢 <eop>", "summary": "好", "history": [["你好", "有什么可以帮你？"]]},
+]
+TEXT_ROWS = [
+    TextRow(line, row["content"], row["summary"], tuple(map(tuple, row["history"])))
+    for line, row in enumerate(ROWS, start=1)
 ]
 COLUMNS = {"prompt_column": "content", "response_column": "summary", "history_column": "history"}
 LENGTHS = {"max_source_length": 40, "max_target_length": 20}
@@ -52,7 +56,7 @@ def test_rows_are_those_of_to_training_example(
     data_file: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
     dataset, _ = load(data_file, tokenizer)
-    kept = [ROWS[0], ROWS[1], ROWS[3]]
+    kept = [TEXT_ROWS[0], TEXT_ROWS[1], TEXT_ROWS[3]]
     assert len(dataset) == len(kept)
     for item, row in zip(dataset, kept, strict=True):
         expected = to_training_example(tokenizer, to_example(row, RowFormat(**COLUMNS)), **LENGTHS)
@@ -89,7 +93,8 @@ def test_the_summary_counts_everything(data_file: Path, tokenizer: ChatGLMTokeni
     assert summary.answer_tokens == labelled
     text = "\n".join(summary.lines())
     assert f"{data_file}: 4 rows read, 3 kept" in text
-    assert '1 row (25.0%) dropped: empty "content"' in text
+    assert '1 row (25.0%) dropped: empty "content" (line 3)' in text
+    assert "format columns: history + content -> summary" in text
     assert "with the prompt cut: raise --max_source_length above 30" in text
     assert "with the answer cut: raise --max_target_length above 20" in text
     assert "such as <eop> written out" in text
@@ -99,7 +104,7 @@ def test_a_summary_without_losses_has_nothing_to_raise(
     data_file: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
     _, summary = load(data_file, tokenizer, max_rows=1)
-    assert len(summary.lines()) == 2
+    assert len(summary.lines()) == 3
     assert "raise" not in "\n".join(summary.lines())
 
 
@@ -226,17 +231,20 @@ def test_generation_rows_keep_prompt_label_and_line(
     dataset, summary = load_generation_dataset(
         data_file, tokenizer, RowFormat(**COLUMNS, max_source_length=25), show_progress=False
     )
-    assert [row.line for row in dataset] == [1, 2, 4]
-    assert [row.label for row in dataset] == [ROWS[i]["summary"] for i in (0, 1, 3)]
+    assert [row.line for row in dataset] == [1, 2, 3, 4]
+    assert [row.label for row in dataset] == [row["summary"] for row in ROWS]
     assert dataset[0].prompt == "类型#裤*颜色#白色"
-    assert dataset[2].prompt.startswith("[Round 0]\n问：你好\n")
-    for item, index in zip(dataset, (0, 1, 3), strict=True):
-        example = to_example(ROWS[index], RowFormat(**COLUMNS), for_training=False)
+    assert dataset[3].prompt.startswith("[Round 0]\n问：你好\n")
+    assert dataset[2].input_ids == []  # no prompt: not answered, but a row all the same
+    for index in (0, 1, 3):
+        item = dataset[index]
+        example = to_example(TEXT_ROWS[index], RowFormat(**COLUMNS), for_training=False)
         assert item.input_ids == to_generation_prompt(tokenizer, example, max_source_length=25)
     assert dataset.lengths.tolist() == [len(row.input_ids) for row in dataset]
     assert (summary.num_read, summary.num_kept, summary.prompts_cut) == (4, 3, 1)
-    assert "prompts of" in summary.lines()[2]
-    assert "answers" not in summary.lines()[2]
+    assert '  1 row (25.0%) not answered: no prompt in "content" (line 3)' in summary.lines()
+    assert "prompts of" in summary.lines()[3]
+    assert "answers" not in summary.lines()[3]
 
 
 def test_the_published_recipe_evaluates_on_bare_queries(
@@ -253,15 +261,15 @@ def test_the_published_recipe_evaluates_on_bare_queries(
     assert tokenizer.decode(trained[0]["input_ids"]).startswith("[Round 0]")
 
 
-def test_prompts_can_come_without_answers(data_file: Path, tokenizer: ChatGLMTokenizer) -> None:
-    dataset, _ = load_generation_dataset(
-        data_file,
-        tokenizer,
-        RowFormat(prompt_column="content", response_column=None),
-        max_rows=2,
-        show_progress=False,
-    )
-    assert [row.label for row in dataset] == ["", ""]
+def test_prompts_can_come_without_answers(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"content": "一"}\n{"content": "二"}\n', encoding="utf-8")
+    dataset, summary = load_generation_dataset(path, tokenizer, RowFormat(), show_progress=False)
+    assert [(row.prompt, row.label) for row in dataset] == [("一", ""), ("二", "")]
+    assert "no row has an answer to compare with, so nothing is scored" in summary.lines()[-1]
+    path.write_text('{"content": "一", "summary": "1"}\n{"content": "二"}\n', encoding="utf-8")
+    _, summary = load_generation_dataset(path, tokenizer, RowFormat(), show_progress=False)
+    assert "1 row (50.0%) with an answer to compare with" in summary.lines()[-1]
 
 
 def test_the_real_rows_have_the_published_lengths(
@@ -270,7 +278,7 @@ def test_the_real_rows_have_the_published_lengths(
     dataset, summary = load_training_dataset(
         shared / "data" / "AdvertiseGen" / "train_head5001.json",
         real_tokenizer,
-        RowFormat(prompt_column="content", response_column="summary", recipe="published"),
+        RowFormat(recipe="published"),
         cache_dir=tmp_path,
         show_progress=False,
     )

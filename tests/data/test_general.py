@@ -10,7 +10,7 @@ from ptuning.data.general import (
     find_general_prompts,
     read_general_prompts,
 )
-from ptuning.data.reading import DataError
+from ptuning.data.parsing import DataError
 from ptuning.nano.corpus import general_text, sample_general_prompts
 from ptuning.nano.paths import NANO_DIR
 
@@ -43,7 +43,9 @@ def test_nanos_own_set_is_what_its_code_draws():
 
 def test_a_file_of_ones_own_may_have_further_columns(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text('{"prompt": "一", "kind": 1}\n{"prompt": "two"}\n', encoding="utf-8")
+    path.write_text(
+        '{"prompt": "一", "output": 1}\n{"prompt": "two", "answer": 2}\n', encoding="utf-8"
+    )
     assert read_general_prompts(path) == (path, ["一", "two"])
 
 

@@ -61,16 +61,6 @@ def test_another_form_is_told(text, said):
     assert text in str(caught.value)
 
 
-def test_columns_are_named_as_the_loaders_know_them():
-    assert parse_mix("g:0.1").named_columns() == {}
-    assert parse_mix("g:0.1:q,a").named_columns() == {
-        "prompt_column": "q",
-        "response_column": "a",
-        "history_column": None,
-    }
-    assert parse_mix("g:0.1:q,a,h").named_columns()["history_column"] == "h"
-
-
 @pytest.mark.parametrize(("share", "general"), [(0.2, 2), (0.5, 8), (0.75, 24), (0.01, 1)])
 def test_the_ratio_is_the_share_of_all_rows(share, general):
     mixed = mix_rows(dataset(8, 100), dataset(5, 200), share=share, seed=1)

@@ -20,6 +20,10 @@ def read(path: Path, *, max_rows: int | None = None, **changes: Any) -> Rows:
     return read_rows(path, RowFormat(**columns), max_rows=max_rows)
 
 
+def places_of(rows: Rows) -> dict[str, list[int]]:
+    return dict(rows.dropped)
+
+
 def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     return path
@@ -30,7 +34,7 @@ def as_lines(rows: list[dict]) -> str:
 
 
 def texts_of(rows: Rows) -> list[dict]:
-    return [row.columns for row in rows.kept]
+    return [{"content": row.prompt, "summary": row.response} for row in rows.kept]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +45,7 @@ def texts_of(rows: Rows) -> list[dict]:
         ("a.JSON", as_lines(ROWS).replace("\n", "\r\n"), [1, 2]),
         ("a.json", "\n" + as_lines(ROWS).replace("\n", "\n\n"), [2, 4]),
         ("a.json", as_lines(ROWS).rstrip("\n"), [1, 2]),
-        ("a.json", json.dumps(ROWS), [1, 1]),
+        ("a.json", json.dumps(ROWS), [1, 2]),
         ("a.json", json.dumps(ROWS, indent=2, ensure_ascii=False), [2, 6]),
         ("a.json", "\ufeff" + as_lines(ROWS), [1, 2]),
         ("a.json", "\ufeff \n" + json.dumps(ROWS), [2, 2]),
@@ -62,7 +66,7 @@ def test_every_form_gives_the_same_rows(
 def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path: Path) -> None:
     text = "一\u2028二\u0085三"
     rows = read(write(tmp_path / "a.jsonl", as_lines([{"content": text, "summary": "四"}])))
-    assert rows.kept[0].columns["content"] == text
+    assert rows.kept[0].prompt == text
 
 
 def test_csv_fields_may_hold_commas_quotes_and_line_breaks(tmp_path: Path) -> None:
@@ -79,7 +83,7 @@ def test_numbers_keep_their_digits(tmp_path: Path) -> None:
     assert texts_of(rows)[1] == {"content": "NaN", "summary": "0"}
     long = "1" * 10_000  # more digits than Python turns into an int
     rows = read(write(tmp_path / "b.json", f'{{"content": {long}, "summary": 1}}'))
-    assert rows.kept[0].columns["content"] == long
+    assert rows.kept[0].prompt == long
 
 
 def test_half_a_character_is_replaced(tmp_path: Path) -> None:
@@ -100,12 +104,19 @@ def test_rows_without_a_prompt_or_an_answer_are_counted(tmp_path: Path) -> None:
     found = read(write(tmp_path / "a.json", as_lines(rows)))
     assert texts_of(found) == ROWS
     assert found.num_read == 7
-    assert found.dropped == {'empty "content"': 2, 'empty "summary"': 3}
+    assert places_of(found) == {'empty "content"': [3, 7], 'empty "summary"': [4, 5, 6]}
 
 
-def test_without_an_answer_column_nothing_is_dropped_for_it(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", as_lines([{"content": "a", "summary": ""}]))
-    assert texts_of(read(path, response_column=None)) == [{"content": "a"}]
+def test_rows_to_answer_are_all_kept(tmp_path: Path) -> None:
+    rows = [{"content": "a", "summary": ""}, {"content": None}, {"content": "b", "summary": "c"}]
+    path = write(tmp_path / "a.json", as_lines(rows))
+    found = read_rows(path, RowFormat(), for_training=False)
+    assert [(row.line, row.prompt, row.response) for row in found.kept] == [
+        (1, "a", ""),
+        (2, "", ""),
+        (3, "b", "c"),
+    ]
+    assert not found.dropped
 
 
 def test_max_rows_counts_rows_that_are_dropped(tmp_path: Path) -> None:
@@ -134,27 +145,27 @@ def test_max_rows_counts_rows_that_are_dropped(tmp_path: Path) -> None:
 def test_a_history_is_a_list_of_pairs(tmp_path: Path, history: object, turns: tuple) -> None:
     rows = [{**ROWS[0], "history": history}, {**ROWS[1], "history": []}]
     found = read(write(tmp_path / "a.json", as_lines(rows)), history_column="history")
-    assert found.kept[0].columns["history"] == turns
+    assert found.kept[0].history == turns
 
 
 def test_a_row_without_the_history_field_has_none(tmp_path: Path) -> None:
     rows = [{**ROWS[0], "history": [["a", "b"]]}, ROWS[1]]
     found = read(write(tmp_path / "a.json", as_lines(rows)), history_column="history")
-    assert [row.columns["history"] for row in found.kept] == [(("a", "b"),), ()]
+    assert [row.history for row in found.kept] == [(("a", "b"),), ()]
 
 
 def test_a_csv_history_is_json(tmp_path: Path) -> None:
     content = 'content,summary,history\na,b,"[[""c"", ""d""]]"\ne,f,\n'
     found = read(write(tmp_path / "a.csv", content), history_column="history")
-    assert [row.columns["history"] for row in found.kept] == [(("c", "d"),), ()]
+    assert [row.history for row in found.kept] == [(("c", "d"),), ()]
 
 
 @pytest.mark.parametrize(
     ("history", "problem"),
     [
-        ([["a"]], "turn 0 is a list of 1 items"),
-        ([["a", "b"], "c"], "turn 1 is a string"),
-        ([{"q": "a"}], "turn 0 is an object"),
+        ([["a"]], "turn 1 is a list of 1 items"),
+        ([["a", "b"], "c"], "turn 2 is a string"),
+        ([{"x": "a"}], "turn 1 is an object"),
         ({"q": "a"}, "it is an object"),
         (True, "it is true or false"),
         ("[[", "Expecting value at column 3"),
@@ -174,7 +185,7 @@ def test_a_history_of_another_shape_is_refused(
 
 def test_a_turn_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", as_lines([{**ROWS[0], "history": [["a", ["b"]]]}]))
-    with pytest.raises(DataError, match='turn 0 of the history "history" is a list'):
+    with pytest.raises(DataError, match='turn 1 of the history "history" is a list'):
         read(path, history_column="history")
 
 
@@ -228,19 +239,15 @@ def test_a_missing_column_names_those_there_and_the_flag(tmp_path: Path) -> None
     with pytest.raises(DataError) as error:
         read(path)
     message = str(error.value)
-    assert message.startswith(f'{path}:1: no column "content"')
-    assert "question, answer" in message
+    assert message.startswith(f'{path}: no column "content"')
+    assert 'The columns here are: "question", "answer".' in message
     assert "--prompt_column" in message
     with pytest.raises(DataError, match="--response_column"):
         read(path, prompt_column="question")
     with pytest.raises(DataError, match="--history_column"):
         read(path, prompt_column="question", response_column="answer", history_column="history")
-
-
-def test_a_missing_column_names_the_one_that_was_probably_meant(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", as_lines([{"Contents": "a", "summary": "b"}]))
-    with pytest.raises(DataError, match='Was "Contents" meant'):
-        read(path)
+    with pytest.raises(DataError, match='Was "question" meant'):
+        read(path, prompt_column="Questions", response_column="answer")
 
 
 def test_faults_do_not_end_the_rows_of_other_lines(tmp_path: Path) -> None:
@@ -305,10 +312,10 @@ def test_any_bytes_give_rows_or_a_data_error(tmp_path: Path, content: bytes, suf
     if rows is None:
         assert str(error).startswith(f"{path}:")
         return
-    assert rows.num_read == len(rows.kept) + sum(rows.dropped.values())
+    assert rows.num_read == len(rows.kept) + sum(map(len, rows.dropped.values()))
     for row in rows.kept:
         assert row.line >= 1
-        for text in row.columns.values():
+        for text in (row.prompt, row.response):
             assert text.strip()
             text.encode("utf-8")
 

@@ -9,20 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.data.collation import pad_left
-from ptuning.data.formatting import Example, RowFormat, build_rounds, to_example
+from ptuning.data.formatting import Example, RowFormat, TextRow, build_rounds, to_example
 from ptuning.data.tokenization import to_generation_batch, to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example
 
-COLUMNS = {"prompt_column": "prompt", "response_column": "response"}
 WIDE = {"max_source_length": 1000, "max_target_length": 1000}
 
 
 def make(
     query: str, response: str = "", history: list | None = None, prefix: str = "", **changes: Any
 ) -> Example:
-    row = {"prompt": query, "response": response, "history": history or []}
-    row_format = RowFormat(**COLUMNS, history_column="history", source_prefix=prefix, **changes)
+    row = TextRow(1, query, response, tuple(map(tuple, history or [])))
+    row_format = RowFormat(history_column="history", source_prefix=prefix, **changes)
     return to_example(row, row_format)
 
 
@@ -50,10 +49,7 @@ def test_published_training_rows_are_repeated_exactly(
 ) -> None:
     rows = golden_rows(golden, "train_64_64")
     examples = [
-        to_example(
-            row,
-            RowFormat(prompt_column="content", response_column="summary", recipe="published"),
-        )
+        to_example(TextRow(1, row["content"], row["summary"]), RowFormat(recipe="published"))
         for row in rows
     ]
     made = to_training_batch(
@@ -69,9 +65,7 @@ def test_published_training_rows_with_history_are_repeated_exactly(
 ) -> None:
     rows = golden_rows(golden, "train_256_256_history")
     for row in rows:
-        example = to_example(
-            row, RowFormat(**COLUMNS, history_column="history", recipe="published")
-        )
+        example = make(row["prompt"], row["response"], row["history"], recipe="published")
         made = to_training_example(
             real_tokenizer,
             example,
@@ -107,7 +101,7 @@ def test_recipes_differ_on_the_real_rows_only_in_the_eop_of_cut_answers(
     rows = golden_rows(golden, "train_64_64")
     cuts = 0
     for row in rows:
-        example = to_example(row, RowFormat(prompt_column="content", response_column="summary"))
+        example = to_example(TextRow(1, row["content"], row["summary"]), RowFormat())
         made = to_training_example(
             real_tokenizer, example, max_source_length=64, max_target_length=64
         )

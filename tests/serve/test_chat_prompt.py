@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptuning.data.formatting import RowFormat, to_example
+from ptuning.data.formatting import RowFormat, TextRow, to_example
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.chat_prompt import build_chat_prompt
@@ -22,13 +22,8 @@ def tokenizer():
 def test_prompts_are_those_of_evaluation(tokenizer, limit, history, source_prefix):
     question = "类型#裙*颜色#白色*风格#简约*图案#条纹"
     example = to_example(
-        {"q": question, "h": history},
-        RowFormat(
-            prompt_column="q",
-            response_column=None,
-            history_column="h",
-            source_prefix=source_prefix,
-        ),
+        TextRow(1, question, history=tuple(history)),
+        RowFormat(source_prefix=source_prefix),
         for_training=False,
     )
     expected = to_generation_prompt(tokenizer, example, max_source_length=limit)

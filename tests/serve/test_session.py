@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ptuning
-from ptuning.data.formatting import RowFormat, to_example
+from ptuning.data.formatting import RowFormat, TextRow, to_example
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.nano.paths import NANO_DIR
@@ -35,7 +35,7 @@ def evaluated(nano, tokenizer, directory, questions, *, max_source_length, max_t
     prompts = [
         to_generation_prompt(
             tokenizer,
-            to_example({"q": question}, RowFormat(prompt_column="q", response_column=None)),
+            to_example(TextRow(1, question), RowFormat()),
             max_source_length=max_source_length,
         )
         for question in questions
