@@ -43,9 +43,9 @@ setting --save_total_limit SAVE_TOTAL_LIMIT 2            # checkpoints kept
 setting --logging_steps LOGGING_STEPS 10                 # steps between two loss lines
 setting --max_source_length MAX_SOURCE_LENGTH 64         # tokens of the prompt, including [gMASK] and <sop>
 setting --max_target_length MAX_TARGET_LENGTH 64         # tokens of the answer
-setting --prompt_column PROMPT_COLUMN content            # field of the prompt
-setting --response_column RESPONSE_COLUMN summary        # field of the answer
-setting --history_column HISTORY_COLUMN                  # field of earlier turns
+setting --prompt_column PROMPT_COLUMN                    # field of the prompt; unset: found, as --format says
+setting --response_column RESPONSE_COLUMN                # field of the answer; unset: found
+setting --history_column HISTORY_COLUMN                  # field of earlier turns; unset: found
 if [ -z "${typed_fp16:-}${typed_bf16:-}" ]; then words=("--${PRECISION:-fp16}" ${words[@]+"${words[@]}"}); fi
 if [ -n "${OUTPUT_DIR:-}" ]; then OUTPUT_DIR=$(output_path "$OUTPUT_DIR"); else OUTPUT_DIR=output/$(run_name)-ft-$LR; fi
 

@@ -10,7 +10,7 @@
 #   MODEL              a folder, a hub id or nano, the embedded model; unset: THUDM/chatglm-6b with a CUDA device, else nano
 #   TUNING             what is trained: ptuning (a prefix, the default), lora (an adapter) or full (the whole model)
 #   PRESET             task (best score on the task) or gentle (keeps more of the base, docs/forgetting.md)
-#   TRAIN_FILE         rows to train on; unset: AdvertiseGen/train.json if it is there, else the sample in AdvertiseGen/sample
+#   TRAIN_FILE         rows to train on, a file or a pattern; unset: AdvertiseGen/train.json if it is there, else the sample in AdvertiseGen/sample
 #   DEV_FILE           rows to score on; needed with TRAIN_FILE
 #   NAME               name of the run; unset: the data's and the model's, such as adgen-nano
 #   OUTPUT_DIR         folder of the run; unset, in the repository: output/NAME-pt-PRE_SEQ_LEN-LR, -lora-LR or -ft-LR
@@ -69,9 +69,9 @@ setting --eval_steps EVAL_STEPS 100 1000                 # steps between two val
 setting --logging_steps LOGGING_STEPS 10                 # steps between two loss lines
 setting --max_source_length MAX_SOURCE_LENGTH 64         # tokens of the prompt, including [gMASK] and <sop>
 setting --max_target_length MAX_TARGET_LENGTH 64         # tokens of the answer
-setting --prompt_column PROMPT_COLUMN content            # field of the prompt
-setting --response_column RESPONSE_COLUMN summary        # field of the answer
-setting --history_column HISTORY_COLUMN                  # field of earlier turns
+setting --prompt_column PROMPT_COLUMN                    # field of the prompt; unset: found, as --format says
+setting --response_column RESPONSE_COLUMN                # field of the answer; unset: found
+setting --history_column HISTORY_COLUMN                  # field of earlier turns; unset: found
 setting --per_device_eval_batch_size EVAL_BATCH_SIZE     # rows scored at a time; unset: up to 64
 setting --quantization_bit QUANTIZATION_BIT              # 4 or 8: quantise the frozen base
 setting --preset PRESET

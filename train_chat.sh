@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on conversations:  TRAIN_FILE=chat/train.json DEV_FILE=chat/dev.json bash train_chat.sh
-# One JSON object per line: {"prompt": "...", "response": "...", "history": [["question", "answer"], ...]}
+# Rows as in {"prompt": "...", "response": "...", "history": [["question", "answer"], ...]}, or whole conversations:
+# ShareGPT, OpenAI messages, rows of history alone (docs/data.md). The log names the format that was found.
 # This is train.sh with the defaults below; everything else is as in bash train.sh --help.
 #
 #   TRAIN_FILE         conversations to train on
@@ -12,7 +13,7 @@ source scripts/settings.sh
 take_flags train_file=TRAIN_FILE validation_file=DEV_FILE tuning=TUNING preset=PRESET -- "$@"
 if [ -z "${TRAIN_FILE:-}" ] || [ -z "${DEV_FILE:-}" ]; then
   refuse "train_chat.sh needs your data; type: TRAIN_FILE=chat/train.json DEV_FILE=chat/dev.json bash train_chat.sh" \
-    'One JSON object per line: {"prompt": "...", "response": "...", "history": [["question", "answer"], ...]}'
+    'Rows such as {"prompt": "...", "response": "...", "history": [["question", "answer"], ...]} or {"messages": [...]}'
 fi
 choose_tuning
 if [ -z "$(data_name "$(input_path "$TRAIN_FILE")")" ]; then
@@ -23,9 +24,6 @@ if [ "$TUNING-$PRESET" = ptuning- ]; then
 fi
 setting -- MAX_SOURCE_LENGTH 256                       # tokens of history and prompt
 setting -- MAX_TARGET_LENGTH 256                       # tokens of the answer
-setting -- PROMPT_COLUMN prompt                        # field of the prompt
-setting -- RESPONSE_COLUMN response                    # field of the answer
-setting -- HISTORY_COLUMN history                      # field of earlier turns
-export NAME LR MAX_SOURCE_LENGTH MAX_TARGET_LENGTH PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN
+export NAME LR MAX_SOURCE_LENGTH MAX_TARGET_LENGTH
 cd "$caller"
 exec bash "$OLDPWD/train.sh" "$@"

@@ -31,6 +31,8 @@ take_flags() {
       name=${variables#*" $name="}
       printf -v "${name%% *}" %s "$value"
       [[ $1 == *=* ]] || shift
+      [[ $# -eq 1 || $2 == -* || ${name%% *} != *_FILE ]] ||
+        refuse "$2 is one file too many here; for several, quote a pattern: ${name%% *}='data/*.jsonl'"
     else
       words+=("$1")
     fi
@@ -99,7 +101,7 @@ resolve_data() {
     if [ "$name" = TRAIN_FILE ]; then flag=train_file path=$data/train.json; else flag=validation_file path=$data/dev.json; fi
     if [ -n "${!name:-}" ]; then
       path=$(input_path "${!name}")
-      [ -e "$path" ] || refuse "$(said "$name" "$flag"): no such file, looked up in $(printf '%s\n' "$caller" "$PWD" | uniq | paste -s -d, -)."
+      is_there "$path" || refuse "$(said "$name" "$flag"): no such file, looked up in $(printf '%s\n' "$caller" "$PWD" | uniq | paste -s -d, -)."
       [ ! -d "$path" ] || refuse "$(said "$name" "$flag") is a folder; give one of its files."
     elif [ "$name" = TRAIN_FILE ]; then
       echo "Data: $path" >&2

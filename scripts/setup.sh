@@ -39,9 +39,12 @@ refuse() {
   exit 2
 }
 
+# Whether a path, or a pattern such as data/*.jsonl, stands for something.
+is_there() { [ -e "$1" ] || compgen -G "$1" >/dev/null; }
+
 # A path to read: relative to the folder the command was typed in if it exists there, else to the repository root.
 input_path() {
-  if [ "$caller" != "$PWD" ] && [ "${1#/}" = "$1" ] && [ -e "$caller/$1" ]; then
+  if [ "$caller" != "$PWD" ] && [ "${1#/}" = "$1" ] && is_there "$caller/$1"; then
     printf '%s/%s' "$caller" "$1"
   else
     printf '%s' "$1"

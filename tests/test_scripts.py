@@ -118,8 +118,6 @@ def test_training_with_cuda_takes_the_published_settings(checkout: Path) -> None
         "--max_steps": "3000",
         "--save_steps": "1000",
         "--logging_steps": "10",
-        "--prompt_column": "content",
-        "--response_column": "summary",
         "--output_dir": "output/adgen-chatglm-6b-pt-128-2e-2",
         "--train_file": "AdvertiseGen/sample/train.json",
         "--test_file": "AdvertiseGen/sample/dev.json",
@@ -127,7 +125,7 @@ def test_training_with_cuda_takes_the_published_settings(checkout: Path) -> None
         "--do_predict": "",
     }
     assert {name: given.get(name) for name in expected} == expected
-    assert "--quantization_bit" not in given
+    assert not {"--quantization_bit", "--prompt_column", "--response_column"} & given.keys()
     assert "--history_column" not in given
 
 
@@ -245,7 +243,7 @@ def test_own_training_rows_need_own_rows_to_score_on(checkout: Path) -> None:
     assert line.startswith("--train_file rows.json without DEV_FILE;")
 
 
-def test_chat_training_has_its_own_columns_lengths_and_rate(checkout: Path) -> None:
+def test_chat_training_has_its_own_lengths_and_rate(checkout: Path) -> None:
     touch(checkout, "a.json", "b.json")
     given = flags(
         run(
@@ -259,12 +257,30 @@ def test_chat_training_has_its_own_columns_lengths_and_rate(checkout: Path) -> N
     )
     assert given["--train_file"] == "a.json"
     assert given["--validation_file"] == "b.json"
-    assert given["--prompt_column"] == "prompt"
-    assert given["--response_column"] == "response"
-    assert given["--history_column"] == "history"
+    assert "--history_column" not in given, "it is found, as every other column"
     assert given["--max_source_length"] == given["--max_target_length"] == "256"
     assert given["--learning_rate"] == "5e-3"
     assert given["--seed"] == "7"
+
+
+def test_a_pattern_names_several_files(checkout: Path) -> None:
+    touch(checkout, "my/part-1.jsonl", "my/part-2.jsonl", "b.json")
+    given = flags(run(checkout / "train.sh", TRAIN_FILE="my/*.jsonl", DEV_FILE="b.json"))
+    assert given["--train_file"] == "my/*.jsonl"
+    assert given["--output_dir"].startswith("output/my-chatglm-6b-")
+    given = flags(
+        run(
+            checkout / "train.sh",
+            *("--train_file", "*.jsonl", "--validation_file", "b.json"),
+            cwd=checkout / "my",
+        )
+    )
+    assert given["--train_file"] == f"{checkout}/my/*.jsonl"
+    line = refusal(run(checkout / "train.sh", TRAIN_FILE="my/*.csv", DEV_FILE="b.json"))
+    assert line.startswith("TRAIN_FILE=my/*.csv: no such file")
+    words = ("--train_file", "my/part-1.jsonl", "my/part-2.jsonl", "--seed", "7")
+    line = refusal(run(checkout / "train.sh", *words, DEV_FILE="b.json"))
+    assert line.startswith("my/part-2.jsonl is one file too many here; for several, quote a pattern")
 
 
 def test_chat_training_without_data_says_what_to_type(checkout: Path) -> None:
