@@ -8,10 +8,11 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +27,13 @@ from ptuning.evaluate.metrics import (
     CorpusScores,
     PairScores,
     format_scores_table,
-    is_blank,
     mean_scores,
     score_pair,
 )
 from ptuning.evaluate.predictions import (
     PREDICTIONS_NAME,
     RESULTS_NAME,
+    Prediction,
     PredictionFile,
     write_results,
 )
@@ -66,22 +67,22 @@ logger = logging.getLogger("main")
 class Answers:
     """One pass over the rows."""
 
-    texts: list[str]
-    scores: list[PairScores]
+    texts: list[str | None]  # None: the row has no prompt
+    scores: list[PairScores | None]  # None: nothing to compare, without a label or a prompt
     runtime_s: float
 
     @property
     def means(self) -> CorpusScores:
-        """The means over all rows, blank answers counted."""
-        return mean_scores(self.scores, empty=sum(map(is_blank, self.texts)))
+        """The means over the rows that have scores, blank answers counted."""
+        return mean_scores(self.texts, self.scores)
 
 
 class AnsweredRow(NamedTuple):
-    """One row's answer and its scores."""
+    """One row's answer and its scores, None as in `Answers`."""
 
     row_index: int
-    text: str
-    scores: PairScores
+    text: str | None
+    scores: PairScores | None
 
 
 def deal_rows(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
@@ -109,17 +110,17 @@ class BackgroundScores(ThreadPoolExecutor):
 
     def __init__(self) -> None:
         super().__init__(max_workers=1, thread_name_prefix="scores")
-        self._scores: dict[int, Future[PairScores]] = {}
+        self._scores: dict[int, Future[PairScores | None]] = {}
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait for the row being scored; after an error, for no other."""
         self.shutdown(cancel_futures=kind is not None)
 
-    def add(self, index: int, prediction: str, label: str) -> None:
+    def add(self, index: int, prediction: str | None, label: str) -> None:
         """Have row `index` scored; returns at once."""
         self._scores[index] = self.submit(score_pair, prediction, label)
 
-    def in_row_order(self) -> list[PairScores]:
+    def in_row_order(self) -> list[PairScores | None]:
         """Wait for every row added and return the scores in row order.
 
         What scoring a row raised is raised here.
@@ -131,7 +132,8 @@ class BackgroundScores(ThreadPoolExecutor):
 class AnswerRun:
     """What both passes share.
 
-    Of several processes each answers a share of the rows, and has all answers in the end.
+    A row without a prompt is never given to a model: it has an empty answer in the files. Of
+    several processes each answers a share of the rows, and has all answers in the end.
     """
 
     config: RunConfig
@@ -187,7 +189,7 @@ class AnswerRun:
     ) -> list[AnsweredRow]:
         """Return the rows of these numbers; those that file has are taken from there."""
         first = len(file.finished)
-        texts = [row.prediction for row in file.finished] + [""] * (len(indices) - first)
+        texts: list[str | None] = [None] * len(indices)
         title = f"answering with the {'tuned model' if is_tuned else 'base'}"
         if num_processes() > 1:
             title += f", 1 share of {num_processes()}"
@@ -196,24 +198,40 @@ class AnswerRun:
         progress = Progress(len(indices), title, initial=first, visible=is_main_process())
         with BackgroundScores() as scores, progress:
             for place, row in enumerate(file.finished):
-                scores.add(place, row.prediction, row.label)
-            for offset, token_ids in generate_answers(
-                model,
-                [self.rows[index].input_ids for index in indices[first:]],
-                pad=partial(pad_left, pad_id=self.tokenizer.pad_token_id),
-                batch_size=self.batch_size,
-                decoding=self.decoding,
-            ):
+                texts[place] = self._answer_in(row, indices[place])
+                scores.add(place, texts[place], row.label)
+            for offset, text in self._generate(model, indices[first:]):
                 place = first + offset
                 label = self.labels[indices[place]]
-                texts[place] = self._text_of(token_ids)
-                if is_tuned and offset == 0:
+                texts[place] = text
+                if is_tuned and file.next_index == first:
                     self.results.unlink(missing_ok=True)  # those of answers that are replaced now
-                file.add(place, label, texts[place])
-                scores.add(place, texts[place], label)
+                file.add(place, label, text or "")
+                scores.add(place, text, label)
                 progress.update()
             answered = zip(indices, texts, scores.in_row_order(), strict=True)
             return [AnsweredRow(*row) for row in answered]
+
+    def _generate(
+        self, model: ChatGLMForConditionalGeneration, indices: Sequence[int]
+    ) -> Iterator[tuple[int, str | None]]:
+        """Yield (place in indices, answer) as rows finish; None for rows without a prompt.
+
+        Those come right after the first answer: a run that fails before it replaces no old row, and
+        one that is stopped later keeps the answers behind them.
+        """
+        asked = [place for place, index in enumerate(indices) if self.rows[index].input_ids]
+        answers = generate_answers(
+            model,
+            [self.rows[indices[place]].input_ids for place in asked],
+            pad=partial(pad_left, pad_id=self.tokenizer.pad_token_id),
+            batch_size=self.batch_size,
+            decoding=self.decoding,
+        )
+        answered = ((asked[offset], self._text_of(token_ids)) for offset, token_ids in answers)
+        yield from islice(answered, 1)
+        yield from ((place, None) for place in sorted({*range(len(indices))} - {*asked}))
+        yield from answered
 
     def _answer_shared(
         self,
@@ -244,7 +262,7 @@ class AnswerRun:
                 if first == 0:
                     file.restart()
                 for row in rows[first:]:
-                    file.add(row.row_index, self.labels[row.row_index], row.text)
+                    file.add(row.row_index, self.labels[row.row_index], row.text or "")
         gather(None)  # the rows are in their file before the parts go
         self._remove_parts(path)
         return rows
@@ -262,16 +280,21 @@ class AnswerRun:
             found = PredictionFile(path, fingerprint=fingerprint).finished
             if len(found) < len(self.rows) or not repeats:
                 rows = [
-                    AnsweredRow(index, row.prediction, score_pair(row.prediction, row.label))
+                    AnsweredRow(index, text, score_pair(text, row.label))
                     for index, row in enumerate(found)
+                    for text in [self._answer_in(row, index)]
                 ]
         return list(gather(rows)[0])
+
+    def _answer_in(self, row: Prediction, index: int) -> str | None:
+        """Return the answer that a file has to row `index`; None if the row has no prompt."""
+        return row.prediction if self.rows[index].input_ids else None
 
     @cached_property
     def labels(self) -> list[str]:
         """The wanted answers as published: cut to max_target_length - 2 tokens and decoded again.
 
-        So they are normalised (NFKC) exactly as the generated answers are.
+        So they are normalised (NFKC) exactly as the generated answers are. "" is no label.
         """
         encoded = self.tokenizer.encode_batch([row.label for row in self.rows.rows])
         return [self._text_of(ids[: self.config.max_target_length - 2]) for ids in encoded]
@@ -296,7 +319,7 @@ class AnswerRun:
         self, tuned: Answers, base: Answers | None, retention: Retention | None = None
     ) -> None:
         """Write predict_results.json, the base's figures and those of forgetting beside it."""
-        metrics = tuned.means.by_published_name("predict")
+        metrics: dict[str, float | None] = tuned.means.by_published_name("predict")
         metrics["predict_runtime"] = round(tuned.runtime_s, 3)
         if base is not None:
             metrics |= base.means.by_published_name("base")
@@ -312,12 +335,17 @@ class AnswerRun:
                 prompt=row.prompt,
                 label=self.labels[index],
                 tuned=tuned.texts[index],
-                tuned_bleu=tuned.scores[index].bleu_4,
+                tuned_bleu=_bleu_of(tuned, index),
                 base=base.texts[index] if base else None,
-                base_bleu=base.scores[index].bleu_4 if base else None,
+                base_bleu=_bleu_of(base, index) if base else None,
             )
             for index, row in enumerate(self.rows.rows)
         ]
+
+
+def _bleu_of(answers: Answers, index: int) -> float | None:
+    scores = answers.scores[index]
+    return scores.bleu_4 if scores else None
 
 
 def score(
@@ -331,7 +359,8 @@ def score(
 ) -> str:
     """Answer the test rows tuned and with the untouched base, score both; return their table.
 
-    Writes predictions, predict_results.json and the report. Processes but the first return "".
+    Writes predictions, predict_results.json and the report. Where no row has a label, a line that
+    says so stands for the table. Processes but the first return "".
     """
     assert rows.test is not None, "asked for only with rows to answer"
     dtype = choose_dtype(model.device, config.dtype_name)
@@ -373,4 +402,9 @@ def score(
     )
     write_report(output_dir / REPORT_NAME, report)
     logger.info("Report with all answers: %s", (output_dir / REPORT_NAME).absolute())
+    if report.tuned.means is None:
+        return (
+            f"Rows answered: {report.tuned.samples}. None has an answer to compare with, so there "
+            f"are no scores. The answers are in {(output_dir / PREDICTIONS_NAME).absolute()}"
+        )
     return format_scores_table(report.base, report.tuned)

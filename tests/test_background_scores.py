@@ -10,9 +10,9 @@ from ptuning.prediction import BackgroundScores
 
 
 def test_scores_come_in_row_order_whatever_order_rows_finish_in() -> None:
-    rows = [("今天天气很好", "今天天气不错"), ("", "裤子"), ("裤子", "裤子")]
+    rows = [("今天天气很好", "今天天气不错"), ("", "裤子"), ("裤子", ""), (None, "裤子")]
     with BackgroundScores() as scores:
-        for index in (2, 0, 1):
+        for index in (2, 0, 3, 1):
             scores.add(index, *rows[index])
         assert scores.in_row_order() == [score_pair(*row) for row in rows]
 

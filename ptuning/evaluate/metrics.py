@@ -2,8 +2,8 @@
 
 ROUGE-1/2/L is computed on words, BLEU-4 on characters. Every row is rounded to 4 places before the
 mean is taken, as in the published evaluation, so the figures compare with published tables digit by
-digit. What differs: a blank prediction or label scores 0 instead of ending the run, and blank
-predictions are counted.
+digit. What differs: a blank prediction scores 0 instead of ending the run and is counted, and a row
+without a label is left out of every mean.
 Sources: ROUGE from rouge_chinese (F1 on jieba words), BLEU from nltk (`sentence_bleu`, method3
 smoothing: Chen and Cherry 2014, https://aclanthology.org/W14-3346).
 """
@@ -38,36 +38,41 @@ NO_MATCH = PairScores(0.0, 0.0, 0.0, 0.0)
 
 
 class CorpusScores(NamedTuple):
-    """Means over all rows in percent, the number of rows, and how many predictions were blank."""
+    """Means in percent over the rows that were scored, and the numbers of rows."""
 
-    rouge_1: float
-    rouge_2: float
-    rouge_l: float
-    bleu_4: float
-    samples: int
-    empty: int
+    means: PairScores | None  # None: no row was scored
+    samples: int  # rows answered
+    scored: int  # those with a label
+    empty: int  # blank answers, of the rows answered
 
-    def by_published_name(self, prefix: str = "predict") -> dict[str, float]:
+    def by_published_name(self, prefix: str = "predict") -> dict[str, float | None]:
         """Return `{prefix}_bleu-4` and so on, the keys of `predict_results.json`.
 
-        >>> scores = CorpusScores(31.12, 7.11, 24.97, 8.1, samples=1070, empty=2)
-        >>> sorted(scores.by_published_name("base"))[:3]
-        ['base_bleu-4', 'base_empty', 'base_rouge-1']
+        >>> scores = CorpusScores(None, samples=1070, scored=0, empty=2)
+        >>> list(scores.by_published_name("base").items())[3:6]
+        [('base_bleu-4', None), ('base_samples', 1070), ('base_scored', 0)]
         """
-        named = PairScores(*self[:4]).by_published_name()
-        named |= {"samples": self.samples, "empty": self.empty}
+        named: dict[str, float | None] = dict.fromkeys(NO_MATCH.by_published_name())
+        if self.means is not None:
+            named |= self.means.by_published_name()
+        named |= {"samples": self.samples, "scored": self.scored, "empty": self.empty}
         return {f"{prefix}_{name}": value for name, value in named.items()}
 
 
-def mean_scores(rows: Sequence[PairScores], *, empty: int) -> CorpusScores:
-    """Return the means over rows, `empty` of which had a blank prediction; one row at least."""
-    if not rows:
-        raise ValueError(
-            "No rows were scored, so there is no mean. Add at least one prediction and its "
-            "label; check that the test file is not empty and --max_predict_samples is not 0."
-        )
-    means = PairScores(*(math.fsum(column) / len(rows) for column in zip(*rows, strict=True)))
-    return CorpusScores(**means._asdict(), samples=len(rows), empty=empty)
+def mean_scores(
+    predictions: Sequence[str | None], scores: Sequence[PairScores | None]
+) -> CorpusScores:
+    """Return the means over the rows that have scores, given all rows as `score_pair` takes them.
+
+    >>> mean_scores(["裤子", "", None], [PairScores(5.0, 0.0, 4.0, 1.0), None, None])[1:]
+    (2, 1, 1)
+    """
+    answers = [text for text in predictions if text is not None]
+    rows = [row for row in scores if row is not None]
+    means = None
+    if rows:
+        means = PairScores(*(math.fsum(column) / len(rows) for column in zip(*rows, strict=True)))
+    return CorpusScores(means, len(answers), len(rows), sum(map(is_blank, answers)))
 
 
 class ScoreLine(NamedTuple):
@@ -77,21 +82,29 @@ class ScoreLine(NamedTuple):
     base: str
     tuned: str
     change: str
-    gain: float  # above 0 if tuned is better; always 0 for the number of rows
+    gain: float  # above 0 if tuned is better; always 0 for a number of rows
 
 
 def compare_scores(base: CorpusScores, tuned: CorpusScores) -> list[ScoreLine]:
-    """Return one line per score; a change is the difference of the two numbers as printed."""
+    """Return one line per score; a change is the difference of the two numbers as printed.
+
+    Without any label there are no lines but those that count rows.
+    """
+    figures: list[tuple[str, float, float, int, int]] = []  # heading, base, tuned, places, sign
+    if base.means is not None and tuned.means is not None:
+        figures = [
+            ("BLEU-4", base.means.bleu_4, tuned.means.bleu_4, 2, 1),
+            ("ROUGE-1", base.means.rouge_1, tuned.means.rouge_1, 2, 1),
+            ("ROUGE-2", base.means.rouge_2, tuned.means.rouge_2, 2, 1),
+            ("ROUGE-L", base.means.rouge_l, tuned.means.rouge_l, 2, 1),
+        ]
+    figures.append(("empty answers", base.empty, tuned.empty, 0, -1))
+    all_scored = base.samples == base.scored and tuned.samples == tuned.scored
+    figures.append(("rows" if all_scored else "rows answered", base.samples, tuned.samples, 0, 0))
+    if not all_scored:
+        figures.append(("rows scored", base.scored, tuned.scored, 0, 0))
     lines = []
-    for heading, field, places, sign in (
-        ("BLEU-4", "bleu_4", 2, 1),
-        ("ROUGE-1", "rouge_1", 2, 1),
-        ("ROUGE-2", "rouge_2", 2, 1),
-        ("ROUGE-L", "rouge_l", 2, 1),
-        ("empty answers", "empty", 0, -1),
-        ("rows", "samples", 0, 0),
-    ):
-        old, new = base._asdict()[field], tuned._asdict()[field]
+    for heading, old, new, places, sign in figures:
         change = round(new, places) - round(old, places)
         shown = f"{change:+.{places}f}" if change or places else ""
         before, after = f"{old:.{places}f}", f"{new:.{places}f}"
@@ -102,8 +115,9 @@ def compare_scores(base: CorpusScores, tuned: CorpusScores) -> list[ScoreLine]:
 def format_scores_table(base: CorpusScores | None, tuned: CorpusScores) -> str:
     """Return the scores as an ASCII table without a trailing newline; base None: one column.
 
-    >>> base = CorpusScores(20.0, 4.0, 15.5, 2.25, samples=1070, empty=3)
-    >>> print(format_scores_table(base, CorpusScores(31.12, 7.11, 24.97, 8.1, 1070, 0)))
+    >>> base = CorpusScores(PairScores(20.0, 4.0, 15.5, 2.25), 1070, scored=1070, empty=3)
+    >>> tuned = CorpusScores(PairScores(31.12, 7.11, 24.97, 8.1), 1070, scored=1070, empty=0)
+    >>> print(format_scores_table(base, tuned))
                        base     tuned    change
     BLEU-4             2.25      8.10     +5.85
     ROUGE-1           20.00     31.12    +11.12
@@ -120,20 +134,25 @@ def format_scores_table(base: CorpusScores | None, tuned: CorpusScores) -> str:
         f"{heading:<13}{''.join(f'{cell:>10}' for cell in cells)}".rstrip()
         for heading, *cells in rows
     ]
-    if base and base.samples != tuned.samples:
+    if base and base.scored != tuned.scored:
         lines.append("Base and tuned were scored on different numbers of rows: compare with care.")
     return "\n".join(lines)
 
 
-def score_pair(prediction: str, label: str) -> PairScores:
-    """Score one prediction; a blank prediction or a blank label scores 0 on everything.
+def score_pair(prediction: str | None, label: str) -> PairScores | None:
+    """Score one prediction; a blank one scores 0 on everything.
+
+    None where there is nothing to compare: no answer was asked for (prediction None), or the label
+    is blank.
 
     >>> score_pair("今天天气很好", "今天天气不错")
     PairScores(rouge_1=40.0, rouge_2=0.0, rouge_l=40.0, bleu_4=50.8133)
     >>> score_pair("", "今天天气不错")
     PairScores(rouge_1=0.0, rouge_2=0.0, rouge_l=0.0, bleu_4=0.0)
     """
-    if is_blank(prediction) or is_blank(label):
+    if prediction is None or is_blank(label):
+        return None
+    if is_blank(prediction):
         return NO_MATCH
     from rouge_chinese import Rouge
 

@@ -26,6 +26,7 @@ from ptuning.output import signed
 DEFAULT_MAX_ROWS = 200
 TEXT_BUDGET_BYTES = 360_000  # of all texts; with 200 rows' markup the page stays under 500 kB
 TEXT_LIMITS = (100_000, 4000, 2000, 1000, 600, 400, 300, 200, 150, 100)  # characters of one text
+UNSCORED_SHARE = 4  # where too many rows are scored to show all, a quarter is kept for the others
 RETENTION_MAX_ROWS = 60  # a file of one's own may hold more; the most changed are shown
 RETENTION_TEXT_LIMIT = 400  # characters of one text
 # What was tuned -> the method, and what it makes; Chinese words as in README_zh.md.
@@ -49,20 +50,22 @@ class ReportRow:
     index: int  # row in the data file, from 0
     prompt: str
     label: str
-    tuned: str
-    tuned_bleu: float  # BLEU-4 in percent
-    base: str | None = None  # None: the base was not run
-    base_bleu: float | None = None  # None: the base was not run
+    tuned: str | None  # None: the row has no prompt and was not answered
+    tuned_bleu: float | None  # BLEU-4 in percent; None: there is nothing to compare
+    base: str | None = None  # None: the same, or the base was not run
+    base_bleu: float | None = None  # None: the same
 
     @property
-    def gain(self) -> float:
-        """BLEU-4 of the tuned answer over that of the base, or over 0 without a base."""
-        return self.tuned_bleu - (self.base_bleu or 0.0)
+    def gain(self) -> float | None:
+        """BLEU-4 of the tuned answer over that of the base; None without either."""
+        if self.tuned_bleu is None or self.base_bleu is None:
+            return None
+        return self.tuned_bleu - self.base_bleu
 
     @property
     def texts(self) -> tuple[str, ...]:
         """All texts of the row."""
-        return (self.prompt, self.label, self.tuned, self.base or "")
+        return (self.prompt, self.label, self.tuned or "", self.base or "")
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ def render_report(report: ReportData) -> str:
         plot=_plot(history) if history.steps else None,
         facts=facts,
         rows=rows,
+        num_shown_scored=sum(row.tuned_bleu is not None for row in rows),
+        num_unscored=sum(row.tuned_bleu is None for row in report.rows),
         limit=limit,
         is_cut=any(len(text) > limit for row in rows for text in row.texts),
     )
@@ -136,10 +141,10 @@ def _sha256(text: str) -> str:
 
 
 def choose_rows(rows: Sequence[ReportRow], max_rows: int) -> list[ReportRow]:
-    """Return the rows to show, best tuned BLEU-4 first.
+    """Return the rows to show, best tuned BLEU-4 first, then those that are not scored.
 
-    Too many rows are thinned evenly over that order, so the shown ones include the best and the
-    worst and have the distribution of all.
+    Too many rows are thinned evenly over that order, the two kinds apart, so the shown ones include
+    the best and the worst and have the distribution of all.
 
     >>> rows = [ReportRow(i, "", "", "", tuned_bleu=float(i)) for i in range(9)]
     >>> [row.index for row in choose_rows(rows, 3)]
@@ -147,9 +152,19 @@ def choose_rows(rows: Sequence[ReportRow], max_rows: int) -> list[ReportRow]:
     """
     if max_rows < 1:
         raise ValueError(f"max_rows is {max_rows}; use 1 or more.")
-    ranked = sorted(rows, key=lambda row: (-row.tuned_bleu, row.index))
-    count, last = min(len(ranked), max_rows), len(ranked) - 1
-    return [ranked[round(place * last / max(1, count - 1))] for place in range(count)]
+    ranked = sorted(
+        rows, key=lambda row: (row.tuned_bleu is None, -(row.tuned_bleu or 0.0), row.index)
+    )
+    num_scored = sum(row.tuned_bleu is not None for row in rows)
+    room = max(max_rows - num_scored, max_rows // UNSCORED_SHARE)
+    unscored = _thin(ranked[num_scored:], room)
+    return _thin(ranked[:num_scored], max_rows - len(unscored)) + unscored
+
+
+def _thin(rows: Sequence[ReportRow], max_rows: int) -> list[ReportRow]:
+    """Return at most max_rows rows, evenly taken, the first and the last among them."""
+    count, last = min(len(rows), max_rows), len(rows) - 1
+    return [rows[round(place * last / max(1, count - 1))] for place in range(count)]
 
 
 def fitting_text_limit(rows: Sequence[ReportRow]) -> int:

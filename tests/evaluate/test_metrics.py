@@ -14,19 +14,19 @@ from ptuning.evaluate import metrics
 from ptuning.evaluate.metrics import (
     NO_MATCH,
     CorpusScores,
+    PairScores,
     format_scores_table,
-    is_blank,
     mean_scores,
     score_pair,
 )
 
-TUNED = CorpusScores(31.12, 7.11, 24.97, 8.104, samples=1070, empty=0)
+TUNED = CorpusScores(PairScores(31.12, 7.11, 24.97, 8.104), samples=1070, scored=1070, empty=0)
 PUBLISHED_NAMES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 
 
-def score_corpus(predictions: list[str], labels: list[str]) -> CorpusScores:
+def score_corpus(predictions: list[str | None], labels: list[str]) -> CorpusScores:
     rows = [score_pair(*pair) for pair in zip(predictions, labels, strict=True)]
-    return mean_scores(rows, empty=sum(map(is_blank, predictions)))
+    return mean_scores(predictions, rows)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,9 @@ def published(golden: Path) -> dict[str, Any]:
 
 def test_every_pair_scores_as_published_to_four_places(published: dict[str, Any]) -> None:
     for pair in published["pairs"]:
-        scores = score_pair(pair["predict"], pair["label"]).by_published_name()
-        assert scores == {name: pair[name] for name in PUBLISHED_NAMES}
+        scores = score_pair(pair["predict"], pair["label"])
+        assert scores is not None
+        assert scores.by_published_name() == {name: pair[name] for name in PUBLISHED_NAMES}
 
 
 def test_means_are_the_published_ones(published: dict[str, Any]) -> None:
@@ -47,19 +48,39 @@ def test_means_are_the_published_ones(published: dict[str, Any]) -> None:
     by_name = scores.by_published_name("predict")
     for name in PUBLISHED_NAMES:
         assert by_name[f"predict_{name}"] == pytest.approx(published["mean"][name], abs=1e-9)
-    assert (scores.samples, scores.empty) == (len(pairs), 0)
+    assert (scores.samples, scores.scored, scores.empty) == (len(pairs), len(pairs), 0)
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n\t", "\u3000", "\u2028", "\x1c\x85"])
 def test_a_blank_prediction_scores_zero_and_is_counted(blank: str) -> None:
     assert score_pair(blank, "裤子") == NO_MATCH
     scores = score_corpus([blank, "裤子"], ["裤子", "裤子"])
-    assert (scores.samples, scores.empty) == (2, 1)
-    assert scores.rouge_1 == pytest.approx(50.0, abs=1e-4)
+    assert (scores.samples, scores.scored, scores.empty) == (2, 2, 1)
+    assert scores.means is not None
+    assert scores.means.rouge_1 == pytest.approx(50.0, abs=1e-4)
 
 
-def test_a_blank_label_scores_zero_and_is_no_empty_prediction() -> None:
-    assert score_corpus(["裤子"], [" "]) == CorpusScores(0.0, 0.0, 0.0, 0.0, samples=1, empty=0)
+@pytest.mark.parametrize("blank", ["", " ", "\u3000"])
+def test_a_row_without_a_label_is_answered_and_not_scored(blank: str) -> None:
+    assert score_pair("裤子", blank) is None
+    scores = score_corpus(["裤子", "裤子", ""], ["裤子", blank, blank])
+    assert scores == CorpusScores(score_pair("裤子", "裤子"), samples=3, scored=1, empty=1)
+
+
+def test_a_row_that_was_not_answered_is_neither_scored_nor_empty() -> None:
+    assert score_pair(None, "裤子") is None
+    scores = score_corpus(["裤子", None], ["裤子", "裤子"])
+    assert scores == CorpusScores(score_pair("裤子", "裤子"), samples=1, scored=1, empty=0)
+
+
+@pytest.mark.parametrize("predictions", [["裤子", ""], []])
+def test_without_any_label_there_is_no_mean_rather_than_zero(predictions: list[str | None]) -> None:
+    scores = score_corpus(predictions, [""] * len(predictions))
+    num_empty = predictions.count("")
+    assert scores == CorpusScores(None, samples=len(predictions), scored=0, empty=num_empty)
+    named = scores.by_published_name("predict")
+    assert {named[f"predict_{name}"] for name in PUBLISHED_NAMES} == {None}
+    assert (named["predict_samples"], named["predict_scored"]) == (len(predictions), 0)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +95,8 @@ def test_a_prediction_of_punctuation_only_is_scored(marks: str) -> None:
 @given(st.text("。.?！… ”\n\u3000\ud800a1好裤子，", max_size=12), st.text("。? 好裤\n", max_size=8))
 def test_no_pair_of_texts_crashes_or_leaves_the_scale(prediction: str, label: str) -> None:
     scores = score_pair(prediction, label)
-    assert all(0.0 <= score <= 100.0 for score in scores)
-
-
-def test_no_rows_have_no_mean() -> None:
-    with pytest.raises(ValueError, match="No rows were scored"):
-        mean_scores([], empty=0)
+    assert (scores is None) == (not label.strip())
+    assert all(0.0 <= score <= 100.0 for score in scores or ())
 
 
 def test_the_dictionary_loads_silently_without_a_temporary_folder(
@@ -113,19 +130,21 @@ def test_words_added_to_the_shared_jieba_change_no_score() -> None:
 
 
 def test_result_names_are_the_published_ones() -> None:
-    names = CorpusScores(1.0, 2.0, 3.0, 4.0, 5, 6).by_published_name("predict")
+    scores = CorpusScores(PairScores(1.0, 2.0, 3.0, 4.0), samples=7, scored=5, empty=6)
+    names = scores.by_published_name("predict")
     assert names == {
         "predict_rouge-1": 1.0,
         "predict_rouge-2": 2.0,
         "predict_rouge-l": 3.0,
         "predict_bleu-4": 4.0,
-        "predict_samples": 5,
+        "predict_samples": 7,
+        "predict_scored": 5,
         "predict_empty": 6,
     }
 
 
 def test_every_line_ends_in_the_same_column() -> None:
-    base = CorpusScores(0.0, 0.0, 0.0, 0.0, samples=1070, empty=1070)
+    base = CorpusScores(NO_MATCH, samples=1070, scored=1070, empty=1070)
     lines = format_scores_table(base, TUNED).splitlines()
     assert {len(line) for line in lines[:-1]} == {43}  # 13 + 3 * 10
     assert lines[-1].split() == ["rows", "1070", "1070"]
@@ -140,12 +159,28 @@ def test_without_a_base_there_is_one_column() -> None:
 
 
 def test_the_change_is_what_a_reader_subtracts() -> None:
-    base = CorpusScores(31.12, 7.11, 24.97, 8.096, samples=1070, empty=0)
+    base = TUNED._replace(means=PairScores(31.12, 7.11, 24.97, 8.096))
     bleu_line = format_scores_table(base, TUNED).splitlines()[1]
     assert bleu_line.split() == ["BLEU-4", "8.10", "8.10", "+0.00"]
 
 
 def test_different_numbers_of_rows_are_pointed_out() -> None:
-    base = TUNED._replace(samples=100)
+    base = TUNED._replace(scored=100)
     assert "different numbers of rows" in format_scores_table(base, TUNED)
     assert "different" not in format_scores_table(TUNED, TUNED)
+
+
+def test_the_table_says_how_many_of_the_answered_rows_were_scored() -> None:
+    some = TUNED._replace(scored=70)
+    lines = format_scores_table(some, some).splitlines()
+    assert lines[-2:] == [
+        "rows answered      1070      1070",
+        "rows scored          70        70",
+    ]
+    assert format_scores_table(None, TUNED).splitlines()[-1] == "rows               1070"
+
+
+def test_the_table_of_rows_without_labels_has_no_scores() -> None:
+    none = TUNED._replace(means=None, scored=0)
+    headings = [line[:13].strip() for line in format_scores_table(None, none).splitlines()]
+    assert headings == ["", "empty answers", "rows answered", "rows scored"]

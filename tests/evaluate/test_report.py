@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.evaluate.metrics import CorpusScores
+from ptuning.evaluate.metrics import CorpusScores, PairScores
 from ptuning.evaluate.report import ReportData, ReportRow, choose_rows, render_report, write_report
 from ptuning.evaluate.retention import Retention, RetentionRow
 
 HOSTILE = "</bdi><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\"'"
-BASE = CorpusScores(20.0, 4.0, 15.5, 2.25, samples=300, empty=3)
-TUNED = CorpusScores(31.12, 7.11, 14.97, 8.1, samples=300, empty=0)
+BASE = CorpusScores(PairScores(20.0, 4.0, 15.5, 2.25), samples=300, scored=300, empty=3)
+TUNED = CorpusScores(PairScores(31.12, 7.11, 14.97, 8.1), samples=300, scored=300, empty=0)
 VOID = {"meta", "img", "br"}
 
 
@@ -53,6 +53,10 @@ def row(index: int, **changes: object) -> ReportRow:
         index, f"输入{index}", "标签", "微调答", float(index % 97), "基座答", float(index % 7)
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def unscored(index: int, **changes: object) -> ReportRow:
+    return row(index, label="", tuned_bleu=None, base_bleu=None, **changes)
 
 
 def report(**changes: object) -> ReportData:
@@ -205,3 +209,59 @@ def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "report.html"
     write_report(path, report(rows=[row(0, tuned="坏\ud83d字")]))
     assert "坏&#55357;字" in path.read_text(encoding="utf-8")
+
+
+def cards(text: str) -> list[str]:
+    return re.findall("<article.*?</article>", text, flags=re.DOTALL)
+
+
+def test_rows_that_are_not_scored_say_why_and_come_last() -> None:
+    no_prompt = replace(unscored(1, prompt=""), label="标签", tuned=None, base=None)
+    rows = [unscored(0), no_prompt, row(2), row(3)]
+    text = render_report(report(rows=rows))
+    page = Page(text)
+    assert [card["id"] for card in page.attributes("article")] == ["row3", "row2", "row0", "row1"]
+    assert [link["href"] for link in page.attributes("a")] == ["#row3", "#row2", "#row2"]
+    *_, without_label, without_prompt = cards(text)
+    assert "no answer to compare with: not scored" in without_label
+    assert "no prompt: not answered" in without_prompt
+    assert "空 empty" not in without_prompt.partition("label")[2]  # nobody was asked
+    for card in (without_label, without_prompt):
+        assert "BLEU-4" not in card
+        assert "data-tuned" not in card
+        assert "data-gain" not in card
+    assert "All 4 rows, best tuned first" in text
+    assert "2 rows are not scored and come last" in text
+    assert "not scored" not in render_report(report(rows=[row(0)]))
+
+
+def test_a_page_without_any_label_has_no_scores_no_order_and_no_script() -> None:
+    scores = TUNED._replace(means=None, scored=0)
+    rows = [unscored(index) for index in range(300)]
+    text = render_report(report(base=scores, tuned=scores, rows=rows))
+    page = Page(text)
+    assert page.open == []
+    assert "No row has an answer to compare with" in text
+    assert "BLEU" not in text.partition("<body>")[2]
+    assert "ROUGE" not in text
+    assert "200 of 300 rows" in text
+    assert page.attributes("select") == []
+    assert page.attributes("script") == []
+    assert [card["id"] for card in page.attributes("article")][:2] == ["row0", "row2"]
+
+
+def test_a_report_of_which_few_rows_are_scored_shows_them_all() -> None:
+    rows = [row(index) if index % 100 == 7 else unscored(index) for index in range(1000)]
+    chosen = [kept.index for kept in choose_rows(rows, 200)]
+    assert sorted(chosen[:10]) == list(range(7, 1000, 100))
+    assert len(chosen) == 200
+    assert chosen[10:] == sorted(chosen[10:])
+
+
+def test_rows_that_are_not_scored_keep_a_quarter_of_a_thinned_report() -> None:
+    rows = [unscored(index) if index % 2 else row(index) for index in range(1000)]
+    chosen = choose_rows(rows, 200)
+    scored = [kept.tuned_bleu for kept in chosen if kept.tuned_bleu is not None]
+    assert (len(chosen), len(scored)) == (200, 150)
+    assert (scored[0], scored[-1]) == (96.0, 0.0)
+    assert [kept.index for kept in choose_rows(rows, 1)] == [96]
