@@ -231,7 +231,7 @@ def plan_training(situation: Situation, rows: TokenDataset) -> tuple[list[str], 
 
 def plan_answering(situation: Situation, rows: GenerationDataset) -> tuple[list[str], bool]:
     """Return the lines on answering and scoring, and whether it fits."""
-    fit, prompts = situation.fit, rows.lengths
+    fit, prompts = situation.fit, rows.lengths[rows.lengths > 0]  # those with a prompt
     new_tokens = fit.workload.new_tokens
     memory = answer_memory(fit, prompts)
     flops = situation.passes * answering_flops(

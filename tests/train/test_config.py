@@ -218,6 +218,37 @@ def test_a_checkpoint_remembers_columns_and_lengths_and_what_is_typed_wins(tmp_p
     assert config.max_target_length == 128
 
 
+def test_columns_and_formats_that_are_typed_replace_each_other(tmp_path):
+    def remembering(**settings):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        (tmp_path / "old" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        write_tuned_info(tmp_path / "old", TunedInfo("lora", settings=settings))
+        return train(tmp_path, "--ptuning_checkpoint", str(tmp_path / "old"))
+
+    start = remembering(prompt_column="q", response_column="a", turns="last")
+    config = parse_arguments([*start, "--format", "alpaca"])
+    assert (config.format, config.prompt_column, config.turns) == ("alpaca", None, "last")
+    start = remembering(format="alpaca")
+    assert parse_arguments(start).format == "alpaca"
+    config = parse_arguments([*start, "--prompt_column", "q"])
+    assert (config.format, config.prompt_column) == ("auto", "q")
+
+
+def test_files_may_be_several_or_a_pattern(tmp_path):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).touch()
+    both = [tmp_path / "a.json", tmp_path / "b.json"]
+    for given in (list(map(str, both)), [f"{tmp_path}/*.json"]):
+        config = read(tmp_path, "--test_file", *given)
+        assert config.files("test_file") == both
+    assert read(tmp_path).files("test_file") == []
+    path = tmp_path / "run.json"
+    values = {"do_train": True, "model_name_or_path": "my/base", "output_dir": str(tmp_path)}
+    for given in ("a.json", ["a.json"]):
+        path.write_text(json.dumps(values | {"pre_seq_len": 4, "train_file": given}))
+        assert parse_arguments([str(path)]).train_file == ("a.json",)
+
+
 def test_epochs_next_to_steps_are_said_to_have_no_effect(tmp_path):
     notices = read(tmp_path, "--num_train_epochs", "3", "--max_steps", "5").notices
     assert notices == ("--num_train_epochs 3 has no effect: --max_steps 5 overrides it.",)
@@ -409,8 +440,15 @@ HINTS = {
     "both dtypes": ([*PREFIX, "--bf16", "--fp16"], "keep one", [*PREFIX, "--bf16"]),
     "recipe": (
         [*PREFIX, "--recipe", "mine"],
-        "corrected or published",
+        "use corrected (the default) or published",
         [*PREFIX, "--recipe", "published"],
+    ),
+    "format": ([*PREFIX, "--format", "xml"], "use auto, columns,", [*PREFIX, "--format", "alpaca"]),
+    "turns": ([*PREFIX, "--turns", "2"], "use all, last.", [*PREFIX, "--turns", "last"]),
+    "format with columns": (
+        [*PREFIX, "--format", "alpaca", "--prompt_column", "q"],
+        "leave one of them out",
+        [*PREFIX, "--format", "alpaca"],
     ),
     "bits": (
         [*PREFIX, "--quantization_bit", "3"],
