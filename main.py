@@ -98,6 +98,9 @@ def run(config: RunConfig, stop: StopRequest) -> None:
             apply_fit(model, fit, config.checkpointing_options)
         for line in fit.lines():
             logger.info(line)
+        context = model.config.max_sequence_length
+        for line in rows.warnings(max_length=context, new_tokens=config.new_tokens):
+            logger.warning(line)
         trainer = Seq2SeqTrainer(
             model=model,
             args=arguments,

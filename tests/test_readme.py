@@ -2,9 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from ptuning.data.formatting import FormatName, RowFormat
+from ptuning.data.reading import read_rows
 from scripts.readme_flags import BEGIN, END, default_text, own_flags, with_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +41,7 @@ def test_chinese_flag_table_has_the_same_flags_and_defaults() -> None:
     assert rows == defaults
 
 
-@pytest.mark.parametrize("language", ["bash", "python", "json"])
+@pytest.mark.parametrize("language", ["bash", "python"])
 def test_both_languages_show_the_same_code(language: str) -> None:
     english = [without_comments(block) for block in fenced(ENGLISH, language)]
     assert english
@@ -68,6 +71,17 @@ def test_both_trees_name_what_is_there() -> None:
 
 
 @both
+def test_the_rows_shown_are_read_in_the_format_named(text: str, tmp_path: Path) -> None:
+    shown = re.findall(r"^\| `(\w+)` \| `(\{.*?\})`(?=[:;：； ])", text, flags=re.MULTILINE)
+    names = [name for name, _ in shown]
+    assert set(names) == set(get_args(FormatName)) - {"auto"}
+    for name, row in shown:
+        (tmp_path / "row.jsonl").write_text(row.replace(", ...]", "]"), encoding="utf-8")
+        rows = read_rows(tmp_path / "row.jsonl", RowFormat())
+        assert (rows.layout.name, len(rows.kept)) == (name, 1)
+
+
+@both
 def test_links_inside_the_repository_resolve(text: str) -> None:
     targets = [
         link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))
@@ -84,5 +98,5 @@ def test_variables_before_a_command_are_read_by_it() -> None:
     for assignments, script in commands:
         read = sources[script] + common + (sources["train.sh"] if script == "train_chat.sh" else "")
         for name in re.findall(r"([A-Z_]+)=", assignments):
-            reads = rf"\$\{{{name}[:}}-]|setting --\w* {name}\b"
+            reads = rf"\$\{{{name}[:}}-]|(setting --\w* |take_flags.*=){name}\b"
             assert re.search(reads, read), f"{script} does not read {name}"

@@ -280,7 +280,9 @@ def test_a_pattern_names_several_files(checkout: Path) -> None:
     assert line.startswith("TRAIN_FILE=my/*.csv: no such file")
     words = ("--train_file", "my/part-1.jsonl", "my/part-2.jsonl", "--seed", "7")
     line = refusal(run(checkout / "train.sh", *words, DEV_FILE="b.json"))
-    assert line.startswith("my/part-2.jsonl is one file too many here; for several, quote a pattern")
+    assert line.startswith(
+        "my/part-2.jsonl is one file too many here; for several, quote a pattern"
+    )
 
 
 def test_chat_training_without_data_says_what_to_type(checkout: Path) -> None:

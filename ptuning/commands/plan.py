@@ -49,7 +49,7 @@ from ptuning.train.memory.fit import (
     workload_size,
 )
 from ptuning.train.processes.launch import trainer_arguments
-from ptuning.train.rows import Rows, check_files, load_rows
+from ptuning.train.rows import Rows, check_files, load_rows, too_long
 
 NOT_FITTING = 3  # exit status
 NO_TIME = "unknown: the GPU is not in this machine, so nothing was measured"
@@ -212,7 +212,7 @@ def plan_training(situation: Situation, rows: TokenDataset) -> tuple[list[str], 
         "Training",
         f"  tokens     {situation.rows_per_step} rows per step: {tokens:.0f} tokens on average, "
         f"{tokens - answers:.0f} of prompts and {answers:.0f} of answers, without padding",
-        *length_lines(lengths, situation.max_length),
+        *(f"  warning    {line}" for line in too_long(lengths, situation.max_length)),
         f"  steps      {steps}, {per_epoch} per epoch: {steps / per_epoch:.2f} epochs",
         *memory_lines(step_memory(fit, lengths, contexts), situation),
         f"  layers     {fit.training_line()}",
@@ -249,7 +249,7 @@ def plan_answering(situation: Situation, rows: GenerationDataset) -> tuple[list[
         "Answering",
         f"  tokens     {len(prompts)} prompts of {prompts.mean():.1f} tokens, answers of at most "
         f"{new_tokens}{base}, {fit.eval_batch} rows at a time",
-        *length_lines(prompts + new_tokens, situation.max_length),
+        *(f"  warning    {line}" for line in too_long(prompts + new_tokens, situation.max_length)),
         *memory_lines(memory, situation),
         f"  time       {time_text}",
     ]
@@ -327,24 +327,6 @@ def memory_lines(memory: Memory, situation: Situation) -> list[str]:
         f"  memory     {sum(parts.values()) / 1e9:.2f} GB at the peak: {shown}",
         f"             {situation.free / 1e9:.2f} GB are free on {situation.device}; of what the "
         f"model leaves, {FREE_SHARE:.0%} are planned with",
-    ]
-
-
-def length_lines(lengths: np.ndarray, max_length: int) -> list[str]:
-    """Warn of rows that are longer than those the base model was trained with.
-
-    >>> length_lines(np.array([100, 3000]), 2048)[0][:72]
-    '  warning    1 of 2 rows are longer than the 2,048 tokens that the base '
-    >>> length_lines(np.array([100, 2048]), 2048)
-    []
-    """
-    count = int((lengths > max_length).sum())
-    if not count:
-        return []
-    return [
-        f"  warning    {count:,} of {len(lengths):,} rows are longer than the {max_length:,} "
-        f"tokens that the base model was trained with, {int(lengths.max()):,} at most: expect poor "
-        "answers to them, or lower --max_source_length or --max_target_length"
     ]
 
 

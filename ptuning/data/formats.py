@@ -158,8 +158,8 @@ def _named_layout(finder: Finder, row_format: RowFormat) -> Layout:
         guess = guess_column(column, finder.columns)
         if flag == "--response_column" and not finder.needs_answers and guess is None:
             continue  # a test set without answers
-        meant = f'Was "{guess}" meant? ' if guess is not None else ""
-        raise finder.fault(f'no column "{column}"; {meant}name the right one with {flag}.')
+        meant = f' Was "{guess}" meant?' if guess is not None else ""
+        raise finder.fault(f'no column "{column}".{meant} Name the right one with {flag}.')
     prompt, response = row_format.prompt_column, row_format.response_column
     history, text = row_format.history_column, row_format.input_column
     others = finder._replace(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ptuning.data.dataset import (
     DataSummary,
     GenerationDataset,
@@ -35,6 +37,13 @@ class Rows(NamedTuple):
     test: GenerationDataset | None
     general: GeneralPrompts | None = None
     multi_turn: bool = False  # whether training rows have earlier turns
+
+    def warnings(self, *, max_length: int, new_tokens: int) -> list[str]:
+        """Say which rows are too long for a base model of max_length tokens."""
+        trained = [] if self.train is None else too_long(self.train.lengths, max_length)
+        if self.test is None:
+            return trained
+        return trained + too_long(self.test.lengths + new_tokens, max_length)
 
 
 def check_files(config: RunConfig) -> None:
@@ -203,6 +212,24 @@ def steps_line(num_rows: int, rows_per_step: int, epochs: float, *, max_steps: i
         f"  {steps} steps of {rows_per_step} rows per epoch; "
         f"this run takes {total} steps, {total / steps:.2f} epochs"
     )
+
+
+def too_long(lengths: np.ndarray, max_length: int) -> list[str]:
+    """Say how many rows are longer than those the base model was trained with; [] if none is.
+
+    >>> too_long(np.array([100, 3000]), 2048)[0][:58]
+    '1 of 2 rows are longer than the 2,048 tokens that the base'
+    >>> too_long(np.array([100, 2048]), 2048)
+    []
+    """
+    count = int((lengths > max_length).sum())
+    if not count:
+        return []
+    return [
+        f"{count:,} of {len(lengths):,} rows are longer than the {max_length:,} tokens that the "
+        f"base model was trained with, {int(lengths.max()):,} at most: expect poor answers to "
+        "them, or lower --max_source_length or --max_target_length"
+    ]
 
 
 @contextmanager
