@@ -1,4 +1,4 @@
-"""Step 4 of 4: token sequences to one padded batch.
+"""Step 5 of 5: token sequences to one padded batch.
 
 Training rows are padded on the right, prompts on the left, so that generation continues the text.
 A batch is as long as its longest row.

@@ -1,4 +1,4 @@
-"""Step 3 of 4: examples to token ids, `prompt [gMASK] <sop> answer <eop>`, cut to their lengths.
+"""Step 4 of 5: examples to token ids, `prompt [gMASK] <sop> answer <eop>`, cut to their lengths.
 
 A row is at most max_source_length + max_target_length tokens, and is never padded here. The
 published recipe keeps the head of every prompt and ends every answer with <eop>. The corrected one
