@@ -26,9 +26,10 @@ from ptuning.data.cache import (
     load_tokens,
     save_tokens,
 )
+from ptuning.data.container import unreadable
 from ptuning.data.formatting import Example, RowFormat, to_example
-from ptuning.data.parsing import DataError
-from ptuning.data.reading import Rows, as_places, read_rows, unreadable
+from ptuning.data.raw_row import DataError
+from ptuning.data.reading import Rows, as_places, read_rows
 from ptuning.data.tokenization import (
     IGNORED_LABEL,
     TokenizedExample,

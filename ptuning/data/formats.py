@@ -8,13 +8,15 @@ https://huggingface.co/datasets/GAIR/lima; rows of `history` alone.
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptuning.data.formatting import RowFormat, TextRow, Turns
-from ptuning.data.parsing import DataError, Row, kind_of, parse_json
+from ptuning.data.parsing import kind_of, parse_json
+from ptuning.data.raw_row import DataError, Row
 
 # Usual names of columns, most usual first, lower case.
 PROMPT_NAMES = (
@@ -27,7 +29,7 @@ RESPONSE_NAMES = (
 )
 INPUT_NAMES = ("input", "context", "输入")  # what an instruction is about: Alpaca, Dolly
 INSTRUCTION_NAMES = ("instruction", "指令")
-HISTORY, SYSTEM = "history", "system"
+HISTORY, SYSTEM, TOOLS = "history", "system", "tools"
 CONVERSATION_NAMES = (
     *("messages", "conversations", "conversation", "dialogue", "dialog", "paragraph", "turns"),
 )
@@ -59,19 +61,20 @@ class Layout:
     response: str | None = None
     history: str | None = None
     system: str | None = None
+    tools: str | None = None  # next to a conversation, what it may call: a part of the system text
     conversation: str | None = None
 
     @property
     def columns(self) -> dict[str, str]:
         """Names of the columns that are used, by what they mean."""
-        roles = ("prompt", "input", "response", "history", "system", "conversation")
+        roles = ("prompt", "input", "response", "history", "system", "tools", "conversation")
         return {role: name for role in roles if (name := getattr(self, role)) is not None}
 
     def __str__(self) -> str:
         """Say what is made of which column."""
         if self.conversation is not None:
-            also = f", after {self.system}" if self.system else ""
-            return f"{self.name}: the turns of {self.conversation}{also}"
+            before = " + ".join(name for name in (self.system, self.tools) if name is not None)
+            return f"{self.name}: {before and before + ' + '}the turns of {self.conversation}"
         before = [name for name in (self.system, self.history) if name is not None]
         prompt = " + ".join(name for name in (*before, self.prompt, self.input) if name is not None)
         return f"{self.name}: {prompt} -> {self.response or '(no answers)'}"
@@ -265,7 +268,9 @@ def _conversation_layout(finder: Finder, names: tuple[str, ...]) -> Layout | Non
         elif isinstance(first, list):
             kind = "history"
         if first is not None:
-            return Layout(kind, conversation=column, system=finder.one(SYSTEM))
+            return Layout(
+                kind, conversation=column, system=finder.one(SYSTEM), tools=finder.one(TOOLS)
+            )
     return None
 
 
@@ -343,6 +348,12 @@ def _rows_of_turns(path: Path, row: Row, layout: Layout) -> Iterator[TextRow]:
     system = ""
     if layout.system is not None:
         system = _text(path, row, layout.system, row.columns.get(layout.system))
+    if layout.tools is not None:
+        tools = row.columns.get(layout.tools)
+        if tools and not isinstance(tools, str):
+            tools = json.dumps(tools, ensure_ascii=False)
+        if tools and tools.strip() not in ("", "[]"):
+            system = f"{system}\n{_clean(tools)}" if system.strip() else _clean(tools)
     question: str = ""
     history: list[tuple[str, str]] = []
     waits, num_answers = False, 0  # whether the question has no answer yet

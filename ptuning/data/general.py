@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ptuning.data.formatting import RowFormat
-from ptuning.data.parsing import DataError
+from ptuning.data.raw_row import DataError
 from ptuning.data.reading import read_rows
 
 PROMPT_COLUMN = "prompt"

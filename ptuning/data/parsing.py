@@ -1,155 +1,327 @@
-"""Step 1a of 4: the text of a data file to rows as they stand, or `file:line: what is wrong`.
+"""Step 1 of 4: a data file to rows as they stand, or `file:line: what is wrong`.
 
-JSON may be one array or one object per line (ADGEN's .json files are the latter). A fault is
-yielded and not raised, so that a caller may stop there or go on with the other lines.
+JSON may be one array, one object per line (ADGEN's .json files are the latter) or an object that
+holds all rows; delimited.py reads CSV, and parquet.py Parquet. A fault is yielded and not raised,
+so that a caller may stop there or go on with the other lines.
 """
 
-import csv
-import io
 import json
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-JSON_SUFFIXES = (".json", ".jsonl")
-CSV_SUFFIX = ".csv"
-# Keeps numbers as they were written, so that 1.50 stays "1.50".
-DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+from ptuning.data import json_document
+from ptuning.data.container import (
+    DELIMITED_SUFFIXES,
+    PARQUET_MAGIC,
+    PARQUET_SUFFIX,
+    TEXT_SUFFIX,
+    read_contents,
+)
+from ptuning.data.delimited import read_delimited, read_header
+from ptuning.data.encoding import UTF_8, DecodedText, decode_text, say_encoding_fault
+from ptuning.data.parquet import open_parquet, read_parquet
+from ptuning.data.raw_row import MARK, MARKS, DataError, Row, Skipped, shown
 
-
-class DataError(ValueError):
-    """A fault in a data file; its text is `file:line: what is wrong, what is needed`."""
-
-    def __init__(self, path: Path | str, line: int | None, message: str, unit="line") -> None:
-        """Keep the place beside the message; line is None when the whole file is meant."""
-        self.path = Path(path)
-        self.line = line
-        place = f"{path}:{line}" if line is not None else f"{path}"
-        if unit == "row" and line is not None:
-            place = f"{path}, row {line}"
-        super().__init__(f"{place}: {message}")
-
-
-class Row(NamedTuple):
-    """One checked row: its line in the file, and its columns as text (a history as pairs)."""
-
-    line: int
-    columns: dict[str, Any]
-    unit: str = "line"
-
-    def fault(self, path, message):
-        return DataError(path, self.line, message, self.unit)
+_LINES_CURE = "write one whole object per line, or one array of objects."
+_BLANK = re.compile(rf"[ \t\r\n{MARK}]*")
+_EMPTY_ARRAY = re.compile(rf"\[{_BLANK.pattern}\]")
+Reader = Callable[[Skipped], Iterator[Row | DataError]]
 
 
-def iterate_rows(path: Path, text: str) -> Iterator[Row | DataError]:
-    """Yield each row of a file's text as it stands, with the line it begins on, or what is wrong.
+@dataclass
+class DataFile:
+    """A file that has rows, or faults where they should be.
 
-    After a fault the rows of the other lines follow; only an array that is broken ends there.
+    unit: what places count, "line", or "row" where rows have no lines of their own. decoded: the
+    text and its encoding; that of Parquet is "". num_rows: where that is known before reading.
+    header_line: the line of the columns' names, where there is one.
     """
-    if path.suffix.lower() == CSV_SUFFIX:
-        return _read_csv(path, text)
-    if text.lstrip().startswith("["):
-        return _read_array(path, text)
-    return _read_lines(path, text)
+
+    path: Path
+    unit: str
+    decoded: DecodedText
+    is_gzip: bool
+    read: Reader
+    opening_notes: list[str] = field(default_factory=list)
+    num_rows: int | None = None
+    header_line: int | None = None
+    skipped: Skipped = field(default_factory=lambda: Skipped(list))
+
+    @property
+    def size(self) -> int | None:
+        """How many places there are, for a progress bar; None where only reading tells."""
+        return self.decoded.text.count("\n") + 1 if self.unit == "line" else self.num_rows
+
+    def rows(self) -> Iterator[Row | DataError]:
+        """Yield the rows as they stand; a fault is yielded, and the rows after it follow."""
+        self.skipped.clear()
+        return self.read(self.skipped)
+
+    @property
+    def notes(self) -> list[str]:
+        """Say what was read otherwise than it stands; complete when rows() has been read."""
+        notes = list(self.opening_notes)
+        for noun, places in self.skipped.items():
+            unit = self.unit if len(places) == 1 else f"{self.unit}s"
+            named = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
+            plural = "s" * (len(places) != 1)
+            notes.append(
+                f"{len(places):,} {noun}{plural} inside the file left out ({unit} {named})"
+            )
+        return notes
 
 
-def _read_lines(path: Path, text: str) -> Iterator[Row | DataError]:
-    """Yield one object per line; blank lines are skipped."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                value = parse_json(line)
-            except ValueError as error:
-                yield DataError(
-                    path,
-                    number,
-                    f"broken JSON: {error}; write one whole object per line, or one array of "
-                    "objects.",
-                )
-            else:
-                yield _to_row(path, number, value)
+def open_data(path: Path | str) -> DataFile:
+    """Open a file of any form that training reads; DataError where nothing in it can be read."""
+    path = Path(path)
+    contents = read_contents(path)
+    content, suffix = contents.content, contents.suffix
+    notes = ["unpacked from gzip"] if contents.is_gzip else []
+    if suffix == PARQUET_SUFFIX or content.startswith(PARQUET_MAGIC):
+        num_rows = open_parquet(path, content).metadata.num_rows
+        nothing = DecodedText("", UTF_8, False)
+        read: Reader = partial(read_parquet, path, content)
+        file = DataFile(path, "row", nothing, contents.is_gzip, read, notes, num_rows)
+        is_empty = num_rows == 0
+    else:
+        decoded = decode_text(content)
+        text = decoded.text
+        read = partial(_read_lines, path, text)
+        file = DataFile(path, "line", decoded, contents.is_gzip, read, notes)
+        start = _skip_blank(text, 0)
+        begin = text[start : start + 1]
+        is_json = begin in ("{", "[") if suffix == TEXT_SUFFIX else suffix not in DELIMITED_SUFFIXES
+        is_empty = is_json and (not begin or _EMPTY_ARRAY.match(text, start) is not None)
+        if not is_json:
+            _open_delimited(file, suffix)
+        elif begin == "[":
+            _open_array(file)
+        elif begin == "{":
+            _open_object(file)
+    if is_empty:
+        raise DataError(path, None, "no rows; write one JSON object per line, or a JSON array.")
+    return file
 
 
-def _read_array(path: Path, text: str) -> Iterator[Row | DataError]:
-    """Yield the objects of one JSON array, element by element, so that a fault has a line."""
+def encoding_fault(file: DataFile) -> DataError | None:
+    """Return why training refuses the file's encoding; None for UTF-8."""
+    message = say_encoding_fault(file.path, file.decoded, is_gzip=file.is_gzip)
+    if message is None:
+        return None
+    return DataError(file.path, file.decoded.first_foreign_line, message)
+
+
+def _open_delimited(file: DataFile, suffix: str) -> None:
+    text = file.decoded.text
+    header = read_header(file.path, text, "\t" if suffix == ".tsv" else ",")
+    file.read = partial(read_delimited, file.path, text, header)
+    file.header_line = header.line
+    file.opening_notes += header.notes()
+
+
+def _open_array(file: DataFile) -> None:
+    """Read one array; its rows have lines if the first two do."""
+    text = file.decoded.text
+    begin = text.index("[")
+    first = _skip_blank(text, begin + 1)
     try:
-        yield from _read_elements(path, text)
-    except DataError as error:  # where the next element begins is not known any more
-        yield error
+        index = _skip_blank(text, DECODER.raw_decode(text, first)[1])
+    except (ValueError, RecursionError):
+        index = len(text)  # the reader says what is wrong
+    if text[index : index + 1] == ",":
+        between = text[first : _skip_blank(text, index + 1)]
+    else:
+        between = text[begin:].rstrip()
+    if "\n" not in between:
+        file.unit = "row"
+    file.read = partial(_read_values, file.path, text, file.unit)
 
 
-def _read_elements(path: Path, text: str) -> Iterator[Row | DataError]:
-    """Yield the elements of an array; raise DataError where it is no array any more."""
-    index, line = _skip_blank(text, text.index("[") + 1), 1
-    counted = 0  # the lines of text[:counted] are in `line`
-    closed = text[index : index + 1] == "]"
+def _open_object(file: DataFile) -> None:
+    """Tell one object per line from one that is the whole file, and from several over more lines.
+
+    Only the first value is decoded for that.
+    """
+    text = file.decoded.text
+    start = _skip_blank(text, 0)
+    line_end = text.find("\n", start)
+    first_line = text[start : line_end if line_end >= 0 else len(text)].rstrip()
+    try:
+        value, end = DECODER.raw_decode(text, start)
+    except (json.JSONDecodeError, RecursionError):
+        if first_line.endswith(("{", "[", ",", ":")):  # as no whole object does
+            file.read = partial(_read_values, file.path, text, file.unit)
+        return
+    except ValueError:
+        value, end = None, _end_of_value(text, start)  # the reader says what is wrong
+    is_whole = _skip_blank(text, end) == len(text)
+    found = json_document.find_rows(value) if is_whole and isinstance(value, dict) else None
+    if found is not None:
+        rows, note = found
+        file.unit, file.num_rows = "row", len(rows)
+        file.opening_notes.append(note)
+        file.read = partial(_read_document, file.path, rows)
+    elif end - start > len(first_line):
+        file.read = partial(_read_values, file.path, text, file.unit)
+
+
+def _read_lines(path: Path, text: str, skipped: Skipped) -> Iterator[Row | DataError]:
+    """Yield one object per line; blank lines are skipped."""
+    decode = DECODER.raw_decode
+    number, end_of_line = 0, -1
+    while end_of_line < len(text):
+        number += 1
+        begin, end_of_line = end_of_line + 1, text.find("\n", end_of_line + 1)
+        if end_of_line < 0:
+            end_of_line = len(text)
+        line = text[begin:end_of_line]
+        bare = line.strip()
+        if not bare:
+            continue
+        try:
+            value, end = decode(bare)
+        except (ValueError, RecursionError):
+            value, end = None, -1
+        if end == len(bare) and isinstance(value, dict):
+            yield Row(number, value)
+        else:
+            yield from _read_odd_line(path, number, line, skipped)
+
+
+def _read_odd_line(
+    path: Path, number: int, line: str, skipped: Skipped
+) -> Iterator[Row | DataError]:
+    """Yield what is wrong with a line, or its row without a byte order mark before it."""
+    bare = line.lstrip(f" \t\r{MARK}")
+    margin = len(line) - len(bare)
+    if MARK in line[:margin]:
+        skipped[MARKS].append(number)
+    if not bare:
+        return
+    try:
+        value = DECODER.decode(" " * margin + bare)  # so that columns are right
+    except json.JSONDecodeError as error:
+        yield DataError(path, number, f"broken JSON: {_say_fault(error)}; {_LINES_CURE}")
+    except RecursionError:
+        yield DataError(path, number, f"broken JSON: nested too deeply; {_LINES_CURE}")
+    except ValueError as error:
+        yield DataError(path, number, str(error))
+    else:
+        yield Row(number, value) if isinstance(value, dict) else _no_row(path, number, value)
+
+
+def _read_document(path: Path, rows: list[Any], skipped: Skipped) -> Iterator[Row | DataError]:
+    """Yield the rows that one object holds. Nothing is ever left out."""
+    for number, value in enumerate(rows, start=1):
+        if isinstance(value, dict):
+            yield Row(number, value, "row")
+        else:
+            yield _no_row(path, number, value, "row")
+
+
+def _read_values(path: Path, text: str, unit: str, skipped: Skipped) -> Iterator[Row | DataError]:
+    """Yield the objects of one array, or of several one after another that take lines each.
+
+    Broken syntax ends them: where the next one begins is not known any more.
+    """
+
+    def fault(message: str, index: int, number: int) -> DataError:
+        place = text.count("\n", 0, index) + 1 if unit == "line" else number
+        return DataError(path, place, message, unit)
+
+    decode, match_blank = DECODER.raw_decode, _BLANK.match
+    has_marks = MARK in text
+    before = index = _skip_blank(text, 0)  # before: where the last value ended
+    is_array = text[index] == "["
+    if is_array:
+        index = _skip_blank(text, index + 1)
+    number, line, counted = 0, 1, 0  # the lines of text[:counted] are in `line`
+    closed = is_array and text[index : index + 1] == "]"
+    if closed:
+        index = _skip_blank(text, index + 1)
     while not closed:
+        number += 1
         line += text.count("\n", counted, index)
         counted = index
+        place = line if unit == "line" else number
+        if has_marks and MARK in text[before:index]:
+            skipped[MARKS].append(place)
         try:
-            value, index = DECODER.raw_decode(text, index)
+            value, before = decode(text, index)
         except json.JSONDecodeError as error:
-            raise DataError(
-                path,
-                error.lineno,
-                f"broken JSON in the row that begins on line {line}: {_say_fault(error)}; write an "
-                "array of objects.",
-            ) from error
-        except RecursionError as error:
-            raise DataError(path, line, "nested too deeply; write an array of objects.") from error
-        yield _to_row(path, line, value)
-        index = _skip_blank(text, index)
-        separator = text[index : index + 1]
-        if separator not in (",", "]") or not separator:
-            number = text.count("\n", 0, index) + 1
-            raise DataError(path, number, "broken JSON: a comma or ] is due between or after rows.")
-        closed = separator == "]"
-        if not closed:
+            begin = "" if unit == "row" else f" in the row that begins on line {line}"
+            cure = "write an array of objects." if is_array else _LINES_CURE
+            yield fault(f"broken JSON{begin}: {_say_fault(error)}; {cure}", error.pos, number)
+            return
+        except RecursionError:
+            yield fault("nested too deeply; write an array of objects.", index, number)
+            return
+        except ValueError as error:
+            yield DataError(path, place, str(error), unit)
+            before = _end_of_value(text, index)
+        else:
+            is_row = isinstance(value, dict)
+            yield Row(place, value, unit) if is_row else _no_row(path, place, value, unit)
+        if is_array and text.startswith(",", before):
+            found = match_blank(text, before + 1)
+            index = found.end() if found else before + 1
+            continue
+        index = _skip_blank(text, before)
+        if is_array:
+            separator = text[index : index + 1]
+            if separator not in (",", "]") or not separator:
+                message = "broken JSON: a comma or ] is due between or after rows."
+                yield fault(message, index, number)
+                return
+            closed = separator == "]"
             index = _skip_blank(text, index + 1)
-    end = _skip_blank(text, index + 1)
-    if end != len(text):
-        number = text.count("\n", 0, end) + 1
-        raise DataError(path, number, "text after the end of the array; write one array only.")
+        else:
+            closed = index == len(text)
+    if index < len(text):
+        yield fault("text after the end of the array; write one array only.", index, number)
 
 
 def _skip_blank(text: str, index: int) -> int:
-    while index < len(text) and text[index] in " \t\r\n":
-        index += 1
-    return index
+    """Return the next index that is neither blank nor a byte order mark."""
+    found = _BLANK.match(text, index)
+    return found.end() if found else index
 
 
-def _read_csv(path: Path, text: str) -> Iterator[Row | DataError]:
-    """Yield the rows of a comma-separated file under the names of its first line."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        number = reader.line_num + 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield DataError(
-                path,
-                number,
-                f"broken CSV: {error}; put quotes around fields with commas or quotes.",
-            )
-            if header is None:
-                return  # no names, no columns
-            continue
-        if not fields:
-            continue
-        if header is None:
-            header = fields
-        elif len(fields) != len(header):
-            yield DataError(
-                path,
-                number,
-                f"{len(fields)} fields, but the first line names {len(header)}; put quotes around "
-                "fields with commas.",
-            )
-        else:
-            yield Row(number, dict(zip(header, fields, strict=True)))
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {shown(repeated)} stands twice in one object; delete one.")
+    return value
+
+
+def _read_constant(name: str) -> None:
+    """Return None for NaN, which pandas writes for a missing cell; the others are no values."""
+    if name != "NaN":
+        raise ValueError(f"{name} is no value of JSON; write a finite number, or null.")
+
+
+# Keeps numbers as they were written, so that 1.50 stays "1.50".
+DECODER = json.JSONDecoder(
+    parse_int=str,
+    parse_float=str,
+    parse_constant=_read_constant,
+    object_pairs_hook=_refuse_repeated_keys,
+)
+_LENIENT_DECODER = json.JSONDecoder(parse_int=str)  # of syntax alone
+
+
+def _end_of_value(text: str, index: int) -> int:
+    """Return where a value ends that DECODER refuses; at the end, if its syntax is broken too."""
+    try:
+        return _LENIENT_DECODER.raw_decode(text, index)[1]
+    except (json.JSONDecodeError, RecursionError):
+        return len(text)
 
 
 def parse_json(text: str) -> Any:
@@ -172,14 +344,13 @@ def _say_fault(error: json.JSONDecodeError) -> str:
     return f"{error.msg}{place} column {error.colno}"
 
 
-def _to_row(path: Path, line: int, value: Any) -> Row | DataError:
-    if isinstance(value, dict):
-        return Row(line, value)
+def _no_row(path: Path, place: int, value: Any, unit: str = "line") -> DataError:
     return DataError(
         path,
-        line,
+        place,
         f'a row must be an object such as {{"content": "...", "summary": "..."}}, and this is '
         f"{kind_of(value)}.",
+        unit,
     )
 
 
@@ -189,44 +360,3 @@ def kind_of(value: Any) -> str:
         return "null"
     names = {bool: "true or false", dict: "an object", list: "a list", str: "a string or a number"}
     return names[type(value)]
-
-
-class DataFile:
-    def __init__(self, path):
-        from ptuning.data.encoding import decode_text
-
-        self.path = path
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                path,
-                None,
-                f"cannot be read ({error.strerror}) at {path.absolute()}; check the path and its permissions.",
-            ) from error
-        if raw[:2] == b"\x1f\x8b":
-            import gzip
-
-            raw = gzip.decompress(raw)
-            self.path_ = path.with_suffix("")
-        else:
-            self.path_ = path
-        self.text = decode_text(raw)
-        self.encoding_fault = None
-        if self.text.first_foreign_line is not None:
-            self.encoding_fault = DataError(path, self.text.first_foreign_line, "not UTF-8")
-        self.notes = []
-        self.unit = "line" if self.text.text.strip().count("\n") else "row"
-        self.no_rows = "no rows; write one JSON object per line, or a JSON array."
-
-    def rows(self):
-        n = 0
-        for item in iterate_rows(self.path_, self.text.text):
-            n += 1
-            if isinstance(item, Row) and self.unit == "row":
-                item = item._replace(line=n, unit="row")
-            yield item
-
-
-def open_data(path):
-    return DataFile(path)

@@ -24,7 +24,8 @@ from ptuning.data.formats import (
     to_text_rows,
 )
 from ptuning.data.formatting import RowFormat, TextRow
-from ptuning.data.parsing import DataError, Row, open_data
+from ptuning.data.parsing import encoding_fault, open_data
+from ptuning.data.raw_row import DataError, Row
 
 # Columns that belong to a prompt where they are filled, and columns that never do.
 PROMPT_PARTS = {
@@ -62,7 +63,7 @@ class Rows:
 
 
 class LeftOut(NamedTuple):
-    """A filled column that is not used, though rows with one prompt differ in it, and what to do."""
+    """A filled column that is not used though rows with one prompt differ in it, and a remedy."""
 
     column: str
     num_rows: int
@@ -88,8 +89,9 @@ def read_rows(
         )
     path = Path(path)
     file = open_data(path)
-    if file.encoding_fault is not None:
-        raise file.encoding_fault
+    fault = encoding_fault(file)
+    if fault is not None:
+        raise fault
     raw_rows: list[Row] = []
     for item in file.rows():
         if isinstance(item, DataError):
@@ -97,8 +99,6 @@ def read_rows(
         raw_rows.append(item)
         if len(raw_rows) == max_rows:
             break
-    if not raw_rows:
-        raise DataError(path, None, file.no_rows)
     layout = find_layout(path, raw_rows, row_format, needs_answers=for_training)
     rows = Rows(layout, file.unit, num_read=len(raw_rows), notes=file.notes)
     rows.unused = count_unused(raw_rows, layout)
@@ -129,8 +129,13 @@ def leaks(row: TextRow) -> bool:
 
 
 def count_unused(rows: Iterable[Row], layout: Layout) -> dict[str, int]:
-    """Return the columns that are not used and filled in some rows, with the number of those."""
+    """Return the columns that are not used and filled in some rows, with the number of those.
+
+    What the row contract has next to prompt, response and history is not meant to be used.
+    """
     used = set(layout.columns.values())
+    if {layout.prompt, layout.response} == {"prompt", "response"}:
+        used |= {"id", "source", "meta"}
     filled: dict[str, int] = {}
     for row in rows:
         for name, value in row.columns.items():
@@ -216,20 +221,10 @@ def as_places(places: Sequence[int], unit: str, most: int | None = MOST_PLACES) 
 
 
 def find_files(given: str) -> list[Path]:
-    """Return the files that a name stands for: itself, or those that a pattern such as `a*` matches.
+    """Return the files that a name stands for: itself, or what a pattern such as `a*` matches.
 
     A name that matches nothing is returned as it is: it is reported when it is read.
     """
     if Path(given).exists() or not glob.has_magic(given):
         return [Path(given)]
     return [Path(name) for name in sorted(glob.glob(given, recursive=True))] or [Path(given)]
-
-
-def unreadable(path: Path, error: OSError) -> DataError:
-    """Return the DataError for a file that the operating system does not let be read."""
-    return DataError(
-        path,
-        None,
-        f"cannot be read ({error.strerror}) at {path.absolute()}; check the path and its "
-        "permissions.",
-    )

@@ -21,7 +21,7 @@ from ptuning.data.formats import UnknownColumns
 from ptuning.data.formatting import RowFormat
 from ptuning.data.general import GeneralPrompts, find_general_prompts, read_general_prompts
 from ptuning.data.mixing import FORM, join_rows, mix_rows, parse_mix
-from ptuning.data.parsing import DataError
+from ptuning.data.raw_row import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.processes.launch import num_processes

@@ -17,7 +17,7 @@ from ptuning.data.dataset import (
     load_training_dataset,
 )
 from ptuning.data.formatting import RowFormat, TextRow, to_example
-from ptuning.data.parsing import DataError
+from ptuning.data.raw_row import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example
 

@@ -43,7 +43,7 @@ def test_utf_16_needs_no_mark(codec: str) -> None:
 def test_utf_8_is_never_taken_for_something_else(text: str) -> None:
     content = ROW.encode("utf-8") + text.encode("utf-8", "replace")
     decoded = decode_text(content)
-    assert decoded == (content.decode("utf-8"), UTF_8, False, (), None)
+    assert decoded == (content.decode("utf-8"), UTF_8, False, (), None, ())
 
 
 @given(st.text(st.characters(codec="gbk", min_codepoint=0x4E00), min_size=1))

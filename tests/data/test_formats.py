@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ptuning.data.formats import Layout, UnknownColumns
 from ptuning.data.formatting import RowFormat
-from ptuning.data.parsing import DataError
+from ptuning.data.raw_row import DataError
 from ptuning.data.reading import Rows, as_places, find_files, read_rows
 
 
@@ -215,8 +217,11 @@ def test_tools_speak_as_the_user_and_calls_are_answers(tmp_path: Path) -> None:
     turns = [("human", "q"), ("function_call", "f()"), ("observation", "1"), ("gpt", "a")]
     row = {"conversations": [{"from": who, "value": text} for who, text in turns], "tools": "[f]"}
     rows = read(tmp_path, row)
-    assert contents(rows) == [("q", "f()", ()), ("1", "a", (("q", "f()"),))]
-    assert rows.unused == {"tools": 1}
+    assert contents(rows) == [("[f]\nq", "f()", ()), ("1", "a", (("[f]\nq", "f()"),))]
+    assert str(rows.layout) == "sharegpt: tools + the turns of conversations"
+    rows = read(tmp_path, row | {"tools": [{"name": "f"}], "system": "s"}, row | {"tools": "[]"})
+    assert contents(rows)[0] == ('s\n[{"name": "f"}]\nq', "f()", ())
+    assert contents(rows)[2] == ("q", "f()", ())
 
 
 def test_text_parts_are_joined_and_other_parts_are_refused(tmp_path: Path) -> None:
@@ -282,6 +287,44 @@ def test_turns_of_another_shape_are_refused(tmp_path: Path, turns: Any, said: st
     good = LIST_OF_TURNS["messages"]
     with pytest.raises(DataError, match=r"rows\.jsonl:2: "):
         read(tmp_path, good, {"messages": turns})
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=9),
+    lambda part: (
+        st.lists(part, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["role", "from", "content", "value", "type", "q", "a", "weight"]),
+            part | st.sampled_from(["user", "assistant", "system", "gpt", "text"]),
+        )
+    ),
+)
+ROWS = st.lists(
+    st.dictionaries(
+        st.sampled_from(
+            "messages conversations history system tools prompt instruction response input".split()
+        ),
+        VALUES,
+    ),
+    max_size=4,
+)
+
+
+@given(rows=ROWS, for_training=st.booleans(), turns=st.sampled_from(["all", "last"]))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_values_give_rows_or_a_data_error(
+    tmp_path: Path, rows: list[dict], for_training: bool, turns: Any
+) -> None:
+    try:
+        found = read(tmp_path, *rows, for_training=for_training, turns=turns)
+    except DataError:
+        return
+    assert found.num_made == len(found.kept) + sum(map(len, found.dropped.values()))
+    assert found.num_made >= found.num_read == len(rows)
+    for row in found.kept:
+        for text in (row.prompt, row.response, *(part for turn in row.history for part in turn)):
+            text.encode("utf-8")
+        assert not for_training or (row.prompt.strip() and row.response.strip())
 
 
 # What is not used

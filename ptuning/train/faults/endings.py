@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from ptuning.data.reading import DataError
+from ptuning.data.raw_row import DataError
 from ptuning.train.base_model import BaseModelError
 from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.faults.guards import BadStepsError

@@ -1,0 +1,176 @@
+"""Step 1c of 4 for CSV and its kin: text to rows, under the names of the first line.
+
+Which character separates the fields is found in that line, or obeyed where Excel's `sep=;` stands
+before it.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ptuning.data.raw_row import MARK, MARKS, DataError, Row, Skipped, shown
+
+DELIMITERS = {
+    ",": "commas",
+    "\t": "tabs",
+    ";": "semicolons",
+    "|": "vertical bars",
+    "，": "full-width commas",
+}
+_HEADERS = "repeated header line"  # a kind of Skipped
+_BLANK_LINES = re.compile(rf"(?:[{MARK} \t]*(?:\r\n|\r|\n))*{MARK}*")
+_SEPARATOR_LINE = re.compile(r'"?sep=([^"\r\n ])"?[ \t,;]*(?:\r\n|\r|\n|$)', re.IGNORECASE)
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+
+
+class Header(NamedTuple):
+    """Where the table begins in the text, and how it is written.
+
+    nameless: the first column has no name; it is the index that pandas writes, and left out.
+    """
+
+    start: int  # of the names, in characters
+    line: int
+    delimiter: str
+    names: list[str]
+    nameless: bool
+    separator_record: list[str]  # Excel's line as a record of its own; [] where there is none
+
+    @property
+    def delimiter_name(self) -> str:
+        """The separating character in words, plural."""
+        return DELIMITERS.get(self.delimiter, repr(self.delimiter))
+
+    def notes(self) -> list[str]:
+        """Say what was found that need not be what was meant."""
+        notes = []
+        if self.delimiter != ",":
+            notes.append(f"fields are separated by {self.delimiter_name}")
+        if self.nameless:
+            notes.append("column 1 has no name and is left out, as the index that pandas writes")
+        return notes
+
+
+def read_header(path: Path, text: str, default: str) -> Header:
+    """Find the names and the delimiter; DataError where they are not usable.
+
+    default: the delimiter where the header has none, and the first choice where it has several.
+    """
+    csv.field_size_limit(2**31 - 1)  # none, as in JSON; the most that every platform takes
+    blank = _BLANK_LINES.match(text)
+    start = blank.end() if blank else 0
+    line = len(_LINE_END.findall(text, 0, start)) + 1
+    if start == len(text):
+        raise DataError(
+            path, None, "no rows; write the names of the columns, and one row per line under them."
+        )
+    separator_line = _SEPARATOR_LINE.match(text, start)
+    separator_record: list[str] = []
+    if separator_line:
+        separator_record = next(csv.reader([separator_line[0]], delimiter=separator_line[1]))
+        start, line = separator_line.end(), line + 1
+        candidates = [separator_line[1]]
+    else:
+        end = _LINE_END.search(text, start)
+        first_line = text[start : end.start() if end else len(text)]
+        present = [one for one in DELIMITERS if one in first_line]
+        candidates = [default] if default in present and default != "," else present or [default]
+    found: dict[str, list[str]] = {}
+    for delimiter in candidates:
+        lines = (match[0] for match in _LINE.finditer(text, start))  # no more than are needed
+        try:
+            found[delimiter] = next(csv.reader(lines, delimiter=delimiter, strict=True), [])
+        except csv.Error as error:
+            fault = _say_broken(error, delimiter)
+    if not found:
+        raise DataError(path, line, fault)
+    delimiter = max(found, key=lambda one: len(found[one]))
+    names = found[delimiter]
+    nameless = len(names) > 1 and not names[0].strip()
+    _check_names(path, line, names, int(nameless))
+    return Header(start, line, delimiter, names, nameless, separator_record)
+
+
+def _check_names(path: Path, line: int, names: list[str], first: int) -> None:
+    """Refuse names that are blank or not unique, from the column with index `first` on."""
+    for index, name in enumerate(names[first:], start=first):
+        if not name.strip():
+            raise DataError(
+                path, line, f"column {index + 1} of {len(names)} has no name; name or delete it."
+            )
+        if name in names[first:index]:
+            raise DataError(
+                path, line, f"two columns are named {shown(name)}; rename or delete one."
+            )
+    if not names:
+        raise DataError(path, line, "no names; write the names of the columns on this line.")
+
+
+def read_delimited(
+    path: Path, text: str, header: Header, skipped: Skipped
+) -> Iterator[Row | DataError]:
+    """Yield the rows under the header; a record that repeats the header is left out."""
+    begins_record = True
+
+    def lines() -> Iterator[str]:
+        """Leave out a mark before a record; inside a quoted field it is text."""
+        nonlocal begins_record
+        for number, line in enumerate(body, start=header.line):
+            if begins_record and line.startswith(MARK):
+                skipped[MARKS].append(number)
+                line = line.lstrip(MARK)
+            begins_record = False
+            yield line
+
+    body = io.StringIO(text[header.start :], newline="")
+    source = lines() if MARK in text else body
+    reader = csv.reader(source, delimiter=header.delimiter, strict=True)
+    names, nameless, offset = next(reader), header.nameless, header.line
+    known = {*names, *header.separator_record[:1]}  # what a repeated header may begin with
+    place = "first line" if header.line == 1 else f"header on line {header.line}"
+    is_empty = True
+    while True:
+        begins_record = True
+        number = offset + reader.line_num
+        try:
+            fields = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            is_empty = False
+            yield DataError(path, number, _say_broken(error, header.delimiter))
+            continue
+        if not fields:
+            continue
+        if fields[0] in known and sorted(fields) == sorted(names):  # files joined with cat
+            names = fields  # which need not have their columns in one order
+            skipped[_HEADERS].append(number)
+        elif fields[0] in known and fields == header.separator_record:
+            skipped[_HEADERS].append(number)
+        elif len(fields) != len(names):
+            is_empty = False
+            yield DataError(
+                path,
+                number,
+                f"{len(fields)} fields, but the {place} names {len(names)}; put quotes around "
+                f"fields with {header.delimiter_name}.",
+            )
+        else:
+            columns = dict(zip(names, fields, strict=True))
+            if nameless:
+                del columns[header.names[0]]
+            is_empty = False
+            yield Row(number, columns)
+    if is_empty:
+        cure = "write one row per line under it."
+        yield DataError(path, header.line, f"no rows, the header alone; {cure}")
+
+
+def _say_broken(error: csv.Error, delimiter: str) -> str:
+    kind = "TSV" if delimiter == "\t" else "CSV"
+    noun = DELIMITERS.get(delimiter, repr(delimiter))
+    return f"broken {kind}: {error}; put quotes around fields with {noun} or quotes."
