@@ -73,8 +73,8 @@ class Layout:
     def __str__(self) -> str:
         """Say what is made of which column."""
         if self.conversation is not None:
-            before = " + ".join(name for name in (self.system, self.tools) if name is not None)
-            return f"{self.name}: {before and before + ' + '}the turns of {self.conversation}"
+            parts = (self.system, self.tools, f"the turns of {self.conversation}")
+            return f"{self.name}: {' + '.join(part for part in parts if part is not None)}"
         before = [name for name in (self.system, self.history) if name is not None]
         prompt = " + ".join(name for name in (*before, self.prompt, self.input) if name is not None)
         return f"{self.name}: {prompt} -> {self.response or '(no answers)'}"
