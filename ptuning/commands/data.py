@@ -34,6 +34,10 @@ SHORTEST = 3  # tokens of a limit: one of text beside two control tokens
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, write the report and return 0, 1 or 2 as --help says."""
+    if arguments.action == "convert":
+        from ptuning.commands.data_convert import run as convert
+
+        return convert(arguments)
     from ptuning.data.check_report import as_values
 
     for flag in ("max_source_length", "max_target_length"):

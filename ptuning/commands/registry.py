@@ -7,7 +7,7 @@ A new command is an entry in COMMANDS, a function that adds its flags, and a mod
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from ptuning.model.tuned import EXPORT_FORMATS
 
@@ -107,6 +107,99 @@ def _data(parser: argparse.ArgumentParser) -> None:
         f"{NO_PICTURE} draws nothing",
     )
     check.add_argument("--json", type=Path, metavar="FILE", help="write everything found here")
+    _data_convert(actions)
+
+
+def _data_convert(actions: Any) -> None:
+    """Add the flags of `data convert`; actions is what argparse's add_subparsers returns."""
+    from ptuning.data.conversion import TEMPLATES
+    from ptuning.data.formatting import FormatName, Turns
+
+    convert = actions.add_parser(
+        "convert",
+        help="write files of any known format as JSON lines of prompt, response and history",
+        description="Convert every row of data files of any known format to JSON lines {id, "
+        "prompt, response, history, source, meta}, or reject it with its line and the reason.",
+        epilog="Exit status: 0 when rows were written, with --strict 1 when a row was rejected "
+        "too; 2 when nothing was written.",
+    )
+    convert.add_argument(
+        "files",
+        nargs="*",
+        metavar="SRC",
+        help="files, or patterns such as 'data/*.jsonl': all that main.py --train_file reads",
+    )
+    convert.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help=".jsonl to write, whole or not at all"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
+    convert.add_argument(
+        "--strict", action="store_true", help="exit with 1 when a row was rejected"
+    )
+    # The flags of main.py that say what rows look like
+    convert.add_argument(
+        "--format",
+        choices=get_args(FormatName),
+        default="auto",
+        help="what rows look like; auto tells by the columns and prints what it found: auto",
+    )
+    convert.add_argument(
+        "--turns",
+        choices=get_args(Turns),
+        default="all",
+        help="answers to take from a conversation: all, a row each, or last: all",
+    )
+    for role, meaning in (
+        ("prompt", "column of the prompt"),
+        ("input", "column put after the prompt, on a new line"),
+        ("response", "column of the answer"),
+        ("history", "column of earlier [question, answer] turns"),
+    ):
+        convert.add_argument(
+            f"--{role}_column", metavar="NAME", help=f"{meaning}; unset: found by --format"
+        )
+    convert.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        default="plain",
+        help="how prompts are written: plain, as read; round, earlier turns written out as "
+        "[Round n] and history []; alpaca-en, the published Alpaca prompt; alpaca-zh, the same in "
+        "Chinese: plain",
+    )
+    convert.add_argument(
+        "--keep_unanswered",
+        action="store_true",
+        help='keep rows without an answer, with the response "", to be answered by --do_predict',
+    )
+    convert.add_argument(
+        "--allow_repeated_prompts",
+        action="store_true",
+        help="convert even if rows have the same prompt only because a column is not used",
+    )
+    convert.add_argument(
+        "--mix",
+        metavar="FILE:SHARE,...",
+        help="in place of SRC: draw rows of files in these shares, such as a.jsonl:0.7,b.jsonl:0.3",
+    )
+    convert.add_argument(
+        "--total", type=int, metavar="N", help="rows that --mix draws; unset: the most without "
+        "drawing a row twice",
+    )
+    convert.add_argument("--seed", type=int, default=42, help="of the draws and their order: 42")
+    convert.add_argument(
+        "--max_source_length", type=int, default=64, help="longest prompt in tokens: 64"
+    )
+    convert.add_argument(
+        "--max_target_length", type=int, default=64, help="longest answer in tokens: 64"
+    )
+    convert.add_argument(
+        "--model_name_or_path",
+        metavar="MODEL",
+        help="base whose tokenizer counts, directory or hub id; unset is the embedded nano model",
+    )
+    convert.add_argument(
+        "--tokenizer_name", metavar="MODEL", help="tokenizer in place of the base's"
+    )
 
 
 def _answer(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,345 @@
+"""Files of any known format to rows of the row contract, each converted or rejected with a reason.
+
+The contract: {"id", "prompt", "response", "history": [[q, a], ...], "source", "meta": {...}}. What
+is rejected is what training would stop at or leave out, so that a converted file trains whole.
+Source of alpaca-en: PROMPT_DICT of
+https://github.com/tatsu-lab/stanford_alpaca/blob/761dc5b/train.py, byte for byte. alpaca-zh is a
+translation of our own: several are in use, and none is the published one.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
+
+from ptuning.data.formats import Layout, find_layout, to_text_rows
+from ptuning.data.formatting import RowFormat, TextRow, build_rounds
+from ptuning.data.mixing import MixSource, parse_mix
+from ptuning.data.parsing import DataError, Row, open_data
+from ptuning.data.reading import LeftOut, count_unused, find_left_out, leaks, use_column
+from ptuning.output import Progress
+
+Template = Literal["plain", "alpaca-en", "alpaca-zh", "round"]
+TEMPLATES = get_args(Template)
+MIX_FORM = "FILE:SHARE,FILE:SHARE, such as a.jsonl:0.7,b.jsonl:0.3"
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+# Alpaca's prompts, with and without an input. They end in the colon: the answer follows at once.
+_ALPACA = {
+    "alpaca-en": (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:",
+    ),
+    "alpaca-zh": (
+        "下面是一条描述任务的指令，并附有提供更多背景的输入。请写出恰当完成该请求的回复。\n\n"
+        "### 指令：\n{instruction}\n\n### 输入：\n{input}\n\n### 回复：",
+        "下面是一条描述任务的指令。请写出恰当完成该请求的回复。\n\n"
+        "### 指令：\n{instruction}\n\n### 回复：",
+    ),
+}
+_PLACEHOLDER = re.compile(r"\{\{ ?[^\W\d][\w. -]{0,38}\}\}|<[A-Z][A-Z0-9_ -]{1,38}>")
+_MARKS = {"<UNK>", "<PAD>", "<BOS>", "<EOS>", "<MASK>", "<SEP>", "<CLS>", "<BR>"}  # of other kinds
+
+
+class ContractRow(TypedDict):
+    """A line of a converted file; the names are a file format."""
+
+    id: str
+    prompt: str
+    response: str
+    history: list[list[str]]
+    source: str
+    meta: dict[str, Any]
+
+
+@dataclass
+class Conversion:
+    """What a file became. Places are lines, or numbers of rows where unit is "row"."""
+
+    path: Path
+    layout: Layout
+    unit: str
+    rows: list[ContractRow] = field(default_factory=list)
+    num_read: int = 0  # rows of the file, broken ones included
+    rejected: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    unused: dict[str, int] = field(default_factory=dict)  # columns, with the rows that fill them
+    left_out: LeftOut | None = None
+    leaks: list[int] = field(default_factory=list)
+    placeholders: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_rejected(self) -> int:
+        """Rows, or answers of conversations, that were not converted."""
+        return sum(map(len, self.rejected.values()))
+
+
+def convert_file(
+    path: Path,
+    row_format: RowFormat,
+    *,
+    template: Template = "plain",
+    keep_unanswered: bool = False,
+) -> Conversion:
+    """Convert every row of a file, or reject it under a reason; a fault does not end the reading.
+
+    DataError for a file of which nothing can be read, or whose columns have no known meaning.
+    keep_unanswered keeps rows without an answer, with the response "".
+    """
+    file = open_data(path)
+    if file.encoding_fault is not None:
+        raise file.encoding_fault
+    rejected: defaultdict[str, list[int]] = defaultdict(list)
+    raw_rows: list[Row] = []
+    first_fault = DataError(path, None, file.no_rows)
+    for item in file.rows():
+        if isinstance(item, Row):
+            raw_rows.append(item)
+            continue
+        if not rejected:
+            first_fault = item
+        rejected[_reason(item)].append(item.line or 1)
+    if not raw_rows:
+        raise first_fault
+    layout = find_layout(path, raw_rows, row_format, needs_answers=not keep_unanswered)
+    made = Conversion(path, layout, file.unit, rejected=rejected, notes=file.notes)
+    made.num_read = len(raw_rows) + made.num_rejected
+    made.unused = count_unused(raw_rows, layout)
+    kept: list[TextRow] = []
+    sources: list[Row] = []
+    with Progress(len(raw_rows), f"converting {path.name}", leave=False) as progress:
+        for raw_row in raw_rows:
+            rows = _to_kept(made, raw_row, row_format, keep_unanswered)
+            for row in rows:
+                kept.append(row)
+                sources.append(raw_row)
+                _add(made, raw_row, row, template)
+            progress.update()
+    found = find_left_out(kept, sources, made.unused)
+    made.left_out = found and found._replace(remedy=use_column(found.column, layout))
+    return made
+
+
+def _to_kept(
+    made: Conversion, raw_row: Row, row_format: RowFormat, keep_unanswered: bool
+) -> list[TextRow]:
+    """Return what training would keep of a row, and note why it would not keep the rest."""
+    try:
+        rows = to_text_rows(made.path, raw_row, made.layout, turns=row_format.turns)
+    except DataError as error:
+        made.rejected[_reason(error)].append(raw_row.line)
+        return []
+    kept = []
+    for row in rows:
+        reason = made.layout.lack(row)
+        if keep_unanswered and row.skipped is None and row.prompt.strip():
+            reason = None
+        if reason is None:
+            kept.append(row)
+        else:
+            made.rejected[reason].append(row.line)
+    return kept
+
+
+def _reason(error: DataError) -> str:
+    """Return what is wrong, without the place.
+
+    >>> _reason(DataError("a.json", 3, "broken: here"))
+    'broken: here'
+    """
+    return str(error).removeprefix(str(error.path)).partition(": ")[2]
+
+
+def _add(made: Conversion, raw_row: Row, row: TextRow, template: Template) -> None:
+    """Add a row of the contract, unless the template has no place for all of it."""
+    if template in _ALPACA and row.history:
+        reason = f"earlier turns, which {template} has no place for: use --template plain or round"
+        made.rejected[reason].append(row.line)
+        return
+    if leaks(row):
+        made.leaks.append(row.line)
+    texts = (row.prompt, row.response, *(text for turn in row.history for text in turn))
+    for name in dict.fromkeys(name for text in texts for name in find_placeholders(text)):
+        made.placeholders[name].append(row.line)
+    prompt, history = row.prompt, row.history
+    if template in _ALPACA:
+        prompt = alpaca_prompt(*split_input(made.path, raw_row, made.layout, row), template)
+    elif template == "round" and history:
+        prompt, history = build_rounds(prompt, history), ()
+    row_id, source, meta = _origin(made, raw_row, row)
+    made.rows.append(
+        ContractRow(
+            id=row_id,
+            prompt=prompt,
+            response=row.response,
+            history=[list(turn) for turn in history],
+            source=source,
+            meta=meta,
+        )
+    )
+
+
+def _origin(made: Conversion, raw_row: Row, row: TextRow) -> tuple[str, str, dict[str, Any]]:
+    """Return id, source and meta: those of a row of the contract, else where the row was found.
+
+    meta holds every filled column that is not used, numbers as their digits.
+    """
+    columns = raw_row.columns
+    if isinstance(columns.get("meta"), dict) and all(
+        isinstance(columns.get(name), str) for name in ("id", "source")
+    ):
+        return columns["id"], columns["source"], columns["meta"]
+    name = made.path.name
+    stem = Path(name[:-3] if name.lower().endswith(".gz") else name).stem
+    turn = "" if made.layout.conversation is None else f".{len(row.history) + 1}"
+    used = made.layout.columns.values()
+    meta = {
+        column: value
+        for column, value in columns.items()
+        if column not in used and value not in (None, "", [], {})
+    }
+    return f"{stem}:{row.line}{turn}", name, meta
+
+
+def number_repeats(rows: Sequence[ContractRow]) -> list[str]:
+    """Give rows with the id of an earlier row an id of their own; return the ids that repeat.
+
+    >>> rows = [ContractRow(id="a:1"), ContractRow(id="a:1")]
+    >>> number_repeats(rows), rows[1]["id"]
+    (['a:1'], 'a:1+1')
+    """
+    taken = {row["id"] for row in rows}
+    seen: dict[str, int] = {}
+    for row in rows:
+        row_id = row["id"]
+        if row_id not in seen:
+            seen[row_id] = 0
+            continue
+        while row["id"] in taken:
+            seen[row_id] += 1
+            row["id"] = f"{row_id}+{seen[row_id]}"
+        taken.add(row["id"])
+    return [row_id for row_id, times in seen.items() if times]
+
+
+def find_placeholders(text: str) -> list[str]:
+    """Return what looks like a placeholder that nobody filled in, in order.
+
+    >>> find_placeholders("我是 {{name}}，由 <AUTHOR> 开发。<UNK> List<T>")
+    ['{{name}}', '<AUTHOR>']
+    """
+    if "{{" not in text and "<" not in text:
+        return []
+    return [name for name in _PLACEHOLDER.findall(text) if name not in _MARKS]
+
+
+# Templates
+
+
+def alpaca_prompt(instruction: str, text: str, template: Template = "alpaca-en") -> str:
+    r"""Write an instruction and its input, "" for none, as Alpaca's prompt.
+
+    >>> alpaca_prompt("译成英文", "苹果", "alpaca-zh")[-33:]
+    '### 指令：\n译成英文\n\n### 输入：\n苹果\n\n### 回复：'
+    """
+    with_input, without = _ALPACA[template]
+    return (with_input if text else without).format(instruction=instruction, input=text)
+
+
+def split_input(path: Path, raw_row: Row, layout: Layout, row: TextRow) -> tuple[str, str]:
+    """Return the instruction and what it is about, which `row.prompt` joins; "" where nothing."""
+    if layout.input is None:
+        return row.prompt, ""
+    alone = to_text_rows(path, raw_row, replace(layout, input=None))[0].prompt
+    text = to_text_rows(path, raw_row, Layout("columns", prompt=layout.input))[0].prompt
+    if not alone.strip() or not text.strip():
+        return row.prompt, ""
+    return alone, text
+
+
+# Mixing
+
+
+def parse_shares(given: str) -> list[MixSource]:
+    """Read `FILE:SHARE,FILE:SHARE`; FILE may hold colons and commas. The shares must sum to 1.
+
+    >>> [(str(source.path), source.share) for source in parse_shares("a,b.json:0.7,c.csv:0.3")]
+    [('a,b.json', 0.7), ('c.csv', 0.3)]
+    """
+    sources = []
+    part = ""
+    for piece in given.split(","):
+        part = f"{part},{piece}" if part else piece.strip()
+        name, separator, number = part.rpartition(":")
+        if separator and name and _NUMBER.fullmatch(number.strip()):
+            sources.append(parse_mix(part))
+            part = ""
+    if part or not sources:
+        raise ValueError(f"--mix is {given}; give {MIX_FORM}.")
+    total = sum(source.share for source in sources)
+    if abs(total - 1) > 1e-6:
+        shares = " + ".join(f"{source.share:g}" for source in sources)
+        raise ValueError(f"--mix: the shares are {shares} = {total:g}; make them sum to 1.")
+    return sources
+
+
+def share_out(total: int, shares: Sequence[float]) -> list[int]:
+    """Return how many of total rows each share is, by largest remainder: they sum to total.
+
+    >>> share_out(10, [0.55, 0.45]), share_out(3, [0.5, 0.5])
+    ([6, 4], [2, 1])
+    """
+    exact = [total * share for share in shares]
+    counts = [int(value + 1e-9) for value in exact]  # 0.29 * 100 is 28.999999999999996
+    by_rest = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
+    for index in by_rest[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def largest_total(sizes: Sequence[int], shares: Sequence[float]) -> int:
+    """Return the most rows that files of these sizes give in these shares, no row twice.
+
+    >>> largest_total([700, 1000], [0.7, 0.3]), largest_total([10, 10], [0.7, 0.3])
+    (1000, 14)
+    """
+    total = min(int((size + 1) / share) for size, share in zip(sizes, shares, strict=True))
+    while any(
+        wanted > size for wanted, size in zip(share_out(total, shares), sizes, strict=True)
+    ):
+        total -= 1
+    return total
+
+
+class Drawn(NamedTuple):
+    """The rows of a mixture, and how many each file gave."""
+
+    rows: list[ContractRow]
+    counts: list[int]
+
+
+def mix_files(
+    files: Sequence[Sequence[ContractRow]], shares: Sequence[float], *, total: int, seed: int
+) -> Drawn:
+    """Draw total rows in these shares, in an order of the seed's.
+
+    Where more are needed than a file has, all are taken as often as they fit in, and the rest is
+    drawn, as `mixing.mix_rows` does.
+    """
+    keys = Random(seed)  # random() alone: the numbers that Python promises to keep
+    counts = share_out(total, shares)
+    drawn: list[ContractRow] = []
+    for rows, wanted in zip(files, counts, strict=True):
+        rounds, missing = divmod(wanted, len(rows))
+        order = [keys.random() for _ in rows]
+        rest = sorted(range(len(rows)), key=order.__getitem__)[:missing]
+        drawn += [row.copy() for _ in range(rounds) for row in rows]
+        drawn += [rows[index].copy() for index in rest]
+    order = [keys.random() for _ in drawn]
+    return Drawn([drawn[index] for index in sorted(range(total), key=order.__getitem__)], counts)
