@@ -51,6 +51,33 @@ HINTS = [
       for flag in ("model_name_or_path", "tokenizer_name")),
     ("data check DIR/rows.jsonl --max_source_length 1", "use 3 or more",
      "data check DIR/rows.jsonl --max_source_length 3 --picture none"),
+    *((f"data convert DIR/rows.jsonl --out DIR/new.jsonl --{flag} DIR/prefix",
+       f"holds a prefix .*: --{flag} {NANO_DIR}$",
+       f"data convert DIR/rows.jsonl --out DIR/new.jsonl --{flag} nano")
+      for flag in ("model_name_or_path", "tokenizer_name")),
+    ("data convert DIR/rows.jsonl --out DIR/new.jsonl --max_target_length 1", "use 3 or more",
+     "data convert DIR/rows.jsonl --out DIR/new.jsonl --max_target_length 3"),
+    ("data convert --out DIR/new.jsonl", "give files, or --mix FILE:SHARE,FILE:SHARE",
+     "data convert DIR/rows.jsonl --out DIR/new.jsonl"),
+    ("data convert DIR/rows.jsonl --out DIR/rows.jsonl", "is read as well; give another name",
+     "data convert DIR/rows.jsonl --out DIR/new.jsonl"),
+    ("data convert DIR/nano.jsonl --out DIR/rows.jsonl", "add --overwrite",
+     "data convert DIR/nano.jsonl --out DIR/made.jsonl --overwrite"),
+    ("data convert DIR/nano.jsonl --out DIR/new.csv", "a name that ends in .jsonl",
+     "data convert DIR/nano.jsonl --out DIR/new.jsonl"),
+    ("data convert DIR/unlabelled.jsonl --out DIR/new.jsonl", "--keep_unanswered keeps rows",
+     "data convert DIR/unlabelled.jsonl --out DIR/new.jsonl --keep_unanswered"),
+    ("data convert DIR/inputs.jsonl --out DIR/new.jsonl --prompt_column p --response_column output",
+     'differ only in the column "input".* --input_column input',
+     "data convert DIR/inputs.jsonl --out DIR/new.jsonl --prompt_column p --input_column input "
+     "--response_column output"),
+    ("data convert --mix DIR/rows.jsonl:0.5,DIR/nano.jsonl:0.4 --out DIR/new.jsonl",
+     "make them sum to 1", "data convert --mix DIR/rows.jsonl:0.5,DIR/nano.jsonl:0.5 "
+     "--out DIR/new.jsonl"),
+    ("data convert --mix DIR/rows.jsonl --out DIR/new.jsonl", "give FILE:SHARE,FILE:SHARE",
+     "data convert --mix DIR/rows.jsonl:0.5,DIR/nano.jsonl:0.5 --out DIR/new.jsonl"),
+    ("data convert DIR/rows.jsonl --total 3 --out DIR/new.jsonl", "add --mix, or leave it out",
+     "data convert DIR/rows.jsonl --out DIR/new.jsonl"),
     ("convert nowhere DIR/new", "SRC is nowhere, which is not a folder", "convert nano DIR/new"),
     ("convert DIR/published DIR/new", "SRC is .* holds a prefix", "convert nano DIR/new"),
     ("export DIR/published DIR/new --format kv", "--model_name_or_path DIRECTORY$",
@@ -91,6 +118,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "prefix-with-config" / "config.json").write_text(config, encoding="utf-8")
     row = json.dumps({"prompt": "a", "content": "a", "summary": "b"})
     (root / "rows.jsonl").write_text(row + "\n", encoding="utf-8")
+    (root / "nano.jsonl").write_text(row + "\n", encoding="utf-8")
+    (root / "unlabelled.jsonl").write_text('{"content": "a", "summary": ""}\n', encoding="utf-8")
+    rows = [json.dumps({"p": "a", "input": word, "output": word}) for word in "xy"]
+    (root / "inputs.jsonl").write_text("\n".join(rows), encoding="utf-8")
     return root
 
 
