@@ -7,18 +7,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from ptuning.atomic_file import write_atomically
-from ptuning.data.check_findings import (
-    ANSWER_RESERVE,
-    PROMPT_RESERVE,
-    TABLE_LENGTHS,
-    as_percent,
-    cut_share,
-)
 from ptuning.data.conversion import (
     ContractRow,
     Conversion,
@@ -29,6 +23,15 @@ from ptuning.data.conversion import (
     parse_shares,
 )
 from ptuning.data.formatting import RowFormat, TextRow, to_example
+from ptuning.data.length_table import (
+    ANSWER_RESERVE,
+    PROMPT_RESERVE,
+    as_percent,
+    length_values,
+    number_of,
+    sides_of,
+    table_lines,
+)
 from ptuning.data.mixing import MixSource
 from ptuning.data.reading import as_places, find_files
 from ptuning.data.tokenization import SHORTEST
@@ -51,12 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     paths = [source.path for source in mixed] or _source_files(arguments.files)
     _check_out(arguments.out, paths, overwrite=arguments.overwrite)
     name = _tokenizer_name(arguments)
+    given = vars(arguments)
     row_format = RowFormat(
-        format=arguments.format,
-        turns=arguments.turns,
-        max_source_length=arguments.max_source_length,
-        max_target_length=arguments.max_target_length,
-        **{flag: getattr(arguments, flag) for flag in COLUMN_FLAGS},
+        **{item.name: given[item.name] for item in fields(RowFormat) if item.name in given}
     )
     files = []
     for path in paths:
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     repeats = number_repeats(rows)
     if repeats:
         _say(
-            f"{_plural(len(repeats), 'id')} of several rows: the later ones end in +1, +2 and so "
+            f"{number_of(len(repeats), 'id')} of several rows: the later ones end in +1, +2 and so "
             f"on ({', '.join(repeats[:5])}{', ...' if len(repeats) > 5 else ''})"
         )
     lengths = _count_tokens(load_tokenizer(name or str(NANO_DIR)), rows)
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_atomically(arguments.out, lines.encode("utf-8", "backslashreplace"))
     num_rejected = sum(file.num_rejected for file in files)
     _say(
-        f"wrote {_plural(len(rows), 'row')} to {arguments.out}, {num_rejected:,} rejected",
+        f"wrote {number_of(len(rows), 'row')} to {arguments.out}, {num_rejected:,} rejected",
         f"train on it: --train_file {arguments.out}"
         if any(row["response"].strip() for row in rows)
         else f"answer it: --do_predict --test_file {arguments.out}",
@@ -135,6 +135,8 @@ def _check_out(out: Path, paths: Sequence[Path], *, overwrite: bool) -> None:
         raise ValueError(f"--out is {out}; give a name that ends in .jsonl: rows are JSON lines.")
     if out.is_dir():
         raise ValueError(f"--out is {out}, a folder; give the name of a file.")
+    if out.parent.exists() and not out.parent.is_dir():
+        raise ValueError(f"--out is {out}, and {out.parent} is a file; name a folder before it.")
     if not out.exists():
         return
     for path in paths:
@@ -179,7 +181,7 @@ def _mix(
     if total is None:
         total = most
     rows, counts = mix_files([file.rows for file in files], shares, total=total, seed=seed)
-    _say(f"mixture of {_plural(total, 'row')}, seed {seed}; without repeats at most {most:,}")
+    _say(f"mixture of {number_of(total, 'row')}, seed {seed}; without repeats at most {most:,}")
     for file, size, count in zip(files, sizes, counts, strict=True):
         rounds, more = divmod(count, size)
         how = ""
@@ -224,7 +226,7 @@ def _file_lines(file: Conversion) -> list[str]:
     num_made = len(file.rows) + file.num_rejected
     made = "" if num_made == file.num_read else f", {num_made:,} answers in them"
     lines = [
-        f"{file.path}: {_plural(file.num_read, 'row')} read{made}, {len(file.rows):,} converted",
+        f"{file.path}: {number_of(file.num_read, 'row')} read{made}, {len(file.rows):,} converted",
         f"  format {file.layout}",
     ]
     if file.unused:
@@ -236,16 +238,16 @@ def _file_lines(file: Conversion) -> list[str]:
     lines += [f"  {note}" for note in file.notes]
     for reason, places in file.rejected.items():
         where = as_places(sorted(places), file.unit, most=None)
-        lines.append(f"  {_plural(len(places), 'row')} rejected: {reason} ({where})")
+        lines.append(f"  {number_of(len(places), 'row')} rejected: {reason} ({where})")
     if file.leaks:
-        where = as_places(file.leaks, file.unit)
         lines.append(
-            f"  {_plural(len(file.leaks), 'row')} with a history that holds their own question and "
-            f"answer, which is learned as copying: delete that turn ({where})"
+            f"  {number_of(len(file.leaks), 'row')} with a history that holds their own question "
+            "and answer, which is learned as copying: delete that turn "
+            f"({as_places(file.leaks, file.unit)})"
         )
     if file.placeholders:
         found = [
-            f"{name} in {_plural(len(places), 'row')} ({as_places(places, file.unit)})"
+            f"{name} in {number_of(len(places), 'row')} ({as_places(places, file.unit)})"
             for name, places in file.placeholders.items()
         ]
         lines.append(f"  placeholders that were not filled in? {', '.join(found)}")
@@ -257,48 +259,31 @@ def _length_lines(
 ) -> list[str]:
     """Return a table of lengths and cuts, and what the given lengths would truncate."""
     source, target = row_format.max_source_length, row_format.max_target_length
-    limits = sorted({*TABLE_LENGTHS, source, target})
-    heading = f"{'tokens':<8}{'mean':>8}{'median':>8}{'95 %':>8}{'longest':>9}   cut at"
-    lines = [f"tokens are those of {tokenizer}", heading + "".join(f"{n:>8}" for n in limits)]
     is_answered = np.array([bool(row["response"].strip()) for row in rows])
-    prompts, answers = lengths[:, 0], lengths[is_answered, 1]
-    for noun, found, reserve in (
-        ("prompts", prompts, PROMPT_RESERVE),
-        ("answers", answers, ANSWER_RESERVE),
-    ):
-        if not len(found):
-            continue
-        median, high = np.percentile(found, [50, 95], method="higher")
-        cuts = "".join(f"{as_percent(cut_share(found, n, reserve)):>8}" for n in limits)
-        lines.append(
-            f"{noun:<8}{found.mean():>8,.1f}{median:>8,}{high:>8,}{found.max():>9,}{'':9}{cuts}"
-        )
+    answers = lengths[is_answered, 1]
+    sides = [side for side in sides_of(row_format, lengths[:, 0], answers) if len(side.lengths)]
+    lines = [f"tokens are those of {tokenizer}", *table_lines(length_values(sides))]
     prompt_cut = lengths[:, 0] > source - PROMPT_RESERVE
     answer_cut = lengths[:, 1] > target - ANSWER_RESERVE
     either = int((prompt_cut | answer_cut).sum())
     lines.append(
-        f"--max_source_length {source} --max_target_length {target} would truncate "
+        f"  --max_source_length {source} --max_target_length {target} would truncate "
         f"{_share(int(prompt_cut.sum()), len(rows), 'prompt')}, "
         f"{_share(int(answer_cut.sum()), len(answers), 'answer')}; "
         f"{_share(either, len(rows), 'row')} with either"
     )
-    num_silent = int((lengths[is_answered, 1] == 0).sum())
+    num_silent = int((answers == 0).sum())
     if num_silent:
         lines.append(
-            f"{_plural(num_silent, 'row')} with an answer of no token, which training leaves out"
+            f"  {number_of(num_silent, 'row')} with an answer of no token: training leaves them out"
         )
     return lines
 
 
 def _share(count: int, total: int, noun: str) -> str:
-    return f"{_plural(count, noun)} ({as_percent(count / total if total else 0)})"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    return f"{number_of(count, noun)} ({as_percent(count / total if total else 0)})"
 
 
 def _say(*lines: str) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
-

@@ -113,7 +113,6 @@ def _data(parser: argparse.ArgumentParser) -> None:
 def _data_convert(actions: Any) -> None:
     """Add the flags of `data convert`; actions is what argparse's add_subparsers returns."""
     from ptuning.data.conversion import TEMPLATES
-    from ptuning.data.formatting import FormatName, Turns
 
     convert = actions.add_parser(
         "convert",
@@ -130,34 +129,17 @@ def _data_convert(actions: Any) -> None:
         help="files, or patterns such as 'data/*.jsonl': all that main.py --train_file reads",
     )
     convert.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help=".jsonl to write, whole or not at all"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".jsonl to write, whole or not at all",
     )
     convert.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
     convert.add_argument(
         "--strict", action="store_true", help="exit with 1 when a row was rejected"
     )
-    # The flags of main.py that say what rows look like
-    convert.add_argument(
-        "--format",
-        choices=get_args(FormatName),
-        default="auto",
-        help="what rows look like; auto tells by the columns and prints what it found: auto",
-    )
-    convert.add_argument(
-        "--turns",
-        choices=get_args(Turns),
-        default="all",
-        help="answers to take from a conversation: all, a row each, or last: all",
-    )
-    for role, meaning in (
-        ("prompt", "column of the prompt"),
-        ("input", "column put after the prompt, on a new line"),
-        ("response", "column of the answer"),
-        ("history", "column of earlier [question, answer] turns"),
-    ):
-        convert.add_argument(
-            f"--{role}_column", metavar="NAME", help=f"{meaning}; unset: found by --format"
-        )
+    _add_row_flags(convert)
     convert.add_argument(
         "--template",
         choices=TEMPLATES,
@@ -182,22 +164,51 @@ def _data_convert(actions: Any) -> None:
         help="in place of SRC: draw rows of files in these shares, such as a.jsonl:0.7,b.jsonl:0.3",
     )
     convert.add_argument(
-        "--total", type=int, metavar="N", help="rows that --mix draws; unset: the most without "
-        "drawing a row twice",
+        "--total",
+        type=int,
+        metavar="N",
+        help="rows that --mix draws; unset: the most without drawing a row twice",
     )
     convert.add_argument("--seed", type=int, default=42, help="of the draws and their order: 42")
-    convert.add_argument(
+
+
+def _add_row_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of main.py that say what rows look like and how they become tokens."""
+    from ptuning.data.formatting import FormatName, Turns
+
+    parser.add_argument(
+        "--format",
+        choices=get_args(FormatName),
+        default="auto",
+        help="what rows look like; auto tells by the columns and prints what it found: auto",
+    )
+    parser.add_argument(
+        "--turns",
+        choices=get_args(Turns),
+        default="all",
+        help="answers to take from a conversation: all, a row each, or last: all",
+    )
+    for role, meaning in (
+        ("prompt", "column of the prompt"),
+        ("input", "column put after the prompt, on a new line"),
+        ("response", "column of the answer"),
+        ("history", "column of earlier [question, answer] turns"),
+    ):
+        parser.add_argument(
+            f"--{role}_column", metavar="NAME", help=f"{meaning}; unset: found by --format"
+        )
+    parser.add_argument(
         "--max_source_length", type=int, default=64, help="longest prompt in tokens: 64"
     )
-    convert.add_argument(
+    parser.add_argument(
         "--max_target_length", type=int, default=64, help="longest answer in tokens: 64"
     )
-    convert.add_argument(
+    parser.add_argument(
         "--model_name_or_path",
         metavar="MODEL",
         help="base whose tokenizer counts, directory or hub id; unset is the embedded nano model",
     )
-    convert.add_argument(
+    parser.add_argument(
         "--tokenizer_name", metavar="MODEL", help="tokenizer in place of the base's"
     )
 
@@ -324,7 +335,7 @@ COMMANDS = (
     ),
     Command(
         "data",
-        "Check data files before training: faults, repeats, overlaps, lengths",
+        "Check data files before training, or convert any format to JSON lines",
         _data,
         "ptuning.commands.data",
     ),

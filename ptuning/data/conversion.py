@@ -18,12 +18,14 @@ from typing import Any, Literal, NamedTuple, TypedDict, get_args
 from ptuning.data.formats import Layout, find_layout, to_text_rows
 from ptuning.data.formatting import RowFormat, TextRow, build_rounds
 from ptuning.data.mixing import MixSource, parse_mix
+from ptuning.data.odd_words import find_placeholders
 from ptuning.data.parsing import DataError, Row, open_data
 from ptuning.data.reading import LeftOut, count_unused, find_left_out, leaks, use_column
 from ptuning.output import Progress
 
 Template = Literal["plain", "alpaca-en", "alpaca-zh", "round"]
 TEMPLATES = get_args(Template)
+ORIGIN = ("id", "source", "meta")  # fields of the contract that say where a row comes from
 MIX_FORM = "FILE:SHARE,FILE:SHARE, such as a.jsonl:0.7,b.jsonl:0.3"
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # Alpaca's prompts, with and without an input. They end in the colon: the answer follows at once.
@@ -43,8 +45,6 @@ _ALPACA = {
         "### 指令：\n{instruction}\n\n### 回复：",
     ),
 }
-_PLACEHOLDER = re.compile(r"\{\{ ?[^\W\d][\w. -]{0,38}\}\}|<[A-Z][A-Z0-9_ -]{1,38}>")
-_MARKS = {"<UNK>", "<PAD>", "<BOS>", "<EOS>", "<MASK>", "<SEP>", "<CLS>", "<BR>"}  # of other kinds
 
 
 class ContractRow(TypedDict):
@@ -111,6 +111,8 @@ def convert_file(
     made = Conversion(path, layout, file.unit, rejected=rejected, notes=file.notes)
     made.num_read = len(raw_rows) + made.num_rejected
     made.unused = count_unused(raw_rows, layout)
+    if all(_is_contract(row.columns) for row in raw_rows):
+        made.unused = {name: n for name, n in made.unused.items() if name not in ORIGIN}
     kept: list[TextRow] = []
     sources: list[Row] = []
     with Progress(len(raw_rows), f"converting {path.name}", leave=False) as progress:
@@ -191,20 +193,26 @@ def _origin(made: Conversion, raw_row: Row, row: TextRow) -> tuple[str, str, dic
     meta holds every filled column that is not used, numbers as their digits.
     """
     columns = raw_row.columns
-    if isinstance(columns.get("meta"), dict) and all(
-        isinstance(columns.get(name), str) for name in ("id", "source")
-    ):
-        return columns["id"], columns["source"], columns["meta"]
-    name = made.path.name
-    stem = Path(name[:-3] if name.lower().endswith(".gz") else name).stem
-    turn = "" if made.layout.conversation is None else f".{len(row.history) + 1}"
-    used = made.layout.columns.values()
-    meta = {
+    is_contract = _is_contract(columns)
+    used = {*made.layout.columns.values(), *(ORIGIN if is_contract else ())}
+    meta = dict(columns["meta"]) if is_contract else {}
+    meta |= {
         column: value
         for column, value in columns.items()
         if column not in used and value not in (None, "", [], {})
     }
+    if is_contract:
+        return columns["id"], columns["source"], meta
+    name = made.path.name
+    stem = Path(name[:-3] if name.lower().endswith(".gz") else name).stem
+    turn = "" if made.layout.conversation is None else f".{len(row.history) + 1}"
     return f"{stem}:{row.line}{turn}", name, meta
+
+
+def _is_contract(columns: dict[str, Any]) -> bool:
+    """Say whether a row says where it comes from, as converted ones do."""
+    row_id, source, meta = (columns.get(name) for name in ORIGIN)
+    return isinstance(row_id, str) and isinstance(source, str) and isinstance(meta, dict)
 
 
 def number_repeats(rows: Sequence[ContractRow]) -> list[str]:
@@ -226,17 +234,6 @@ def number_repeats(rows: Sequence[ContractRow]) -> list[str]:
             row["id"] = f"{row_id}+{seen[row_id]}"
         taken.add(row["id"])
     return [row_id for row_id, times in seen.items() if times]
-
-
-def find_placeholders(text: str) -> list[str]:
-    """Return what looks like a placeholder that nobody filled in, in order.
-
-    >>> find_placeholders("我是 {{name}}，由 <AUTHOR> 开发。<UNK> List<T>")
-    ['{{name}}', '<AUTHOR>']
-    """
-    if "{{" not in text and "<" not in text:
-        return []
-    return [name for name in _PLACEHOLDER.findall(text) if name not in _MARKS]
 
 
 # Templates
@@ -310,9 +307,7 @@ def largest_total(sizes: Sequence[int], shares: Sequence[float]) -> int:
     (1000, 14)
     """
     total = min(int((size + 1) / share) for size, share in zip(sizes, shares, strict=True))
-    while any(
-        wanted > size for wanted, size in zip(share_out(total, shares), sizes, strict=True)
-    ):
+    while any(wanted > size for wanted, size in zip(share_out(total, shares), sizes, strict=True)):
         total -= 1
     return total
 

@@ -235,7 +235,10 @@ def test_a_mixture_is_drawn_by_the_seed(capsys: pytest.CaptureFixture[str]) -> N
         (["a.jsonl", "--total", "5"], "--total is 5, and only --mix draws"),
         (["--mix", "a.jsonl:0.5,a.jsonl:0.5", "--total", "0"], "--total is 0; use 1 or more"),
         (["--mix", "a.jsonl:0.5,a.jsonl:0.4"], "= 0.9; make them sum to 1"),
-        (["--mix", "a.jsonl:0.5,a.jsonl:0.5", "--input_column", "input"], "--input_column is input"),
+        (
+            ["--mix", "a.jsonl:0.5,a.jsonl:0.5", "--input_column", "input"],
+            "--input_column is input",
+        ),
         (["a.jsonl", "--max_target_length", "2"], "--max_target_length is 2; use 3 or more"),
         (["a.jsonl", "--tokenizer_name", "/no/folder"], "--tokenizer_name is /no/folder"),
         (["a.jsonl", "--format", "lima"], "--format lima needs a column"),
@@ -252,7 +255,7 @@ def test_wrong_command_lines_are_refused_in_one_line(words, message, capsys) -> 
     assert not Path("rows.jsonl").exists()
 
 
-@pytest.mark.parametrize("out", ["rows.csv", "rows", "folder.jsonl"])
+@pytest.mark.parametrize("out", ["rows.csv", "rows", "folder.jsonl", "a.jsonl/rows.jsonl"])
 def test_a_name_that_rows_cannot_be_read_from_is_refused(out, capsys) -> None:
     Path("folder.jsonl").mkdir()
     assert convert(write("a.jsonl", ROWS), "--out", out) == 2

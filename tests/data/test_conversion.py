@@ -12,7 +12,6 @@ from ptuning.data.conversion import (
     Conversion,
     alpaca_prompt,
     convert_file,
-    find_placeholders,
     largest_total,
     mix_files,
     number_repeats,
@@ -187,6 +186,11 @@ def test_rows_of_the_contract_keep_their_id_source_and_meta(tmp_path: Path) -> N
     assert first.rows[0]["meta"] == {"id": "7"}
     again = convert_file(written(first, tmp_path / "b.jsonl"), RowFormat())
     assert again.rows == first.rows
+    assert again.unused == {}
+    more = [{**row, "score": 3} for row in first.rows]
+    made = convert_file(write(tmp_path / "c.jsonl", more), RowFormat())
+    assert made.rows[0]["meta"] == {"id": "7", "score": "3"}
+    assert made.unused == {"score": 2}
 
 
 def test_repeated_ids_are_numbered_and_stay_apart() -> None:
@@ -205,7 +209,6 @@ def test_placeholders_are_counted_by_row(tmp_path: Path) -> None:
     ]
     made = convert_file(write(tmp_path / "a.jsonl", rows), RowFormat())
     assert dict(made.placeholders) == {"{{name}}": [1], "{{author}}": [1], "<NAME>": [2]}
-    assert find_placeholders("{{ user.name }} {{3}} {name}") == ["{{ user.name }}"]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +330,11 @@ def test_a_file_that_is_too_small_is_taken_whole_as_often_as_it_fits() -> None:
 
 @pytest.mark.parametrize(
     ("total", "shares", "counts"),
-    [(100, [0.29, 0.71], [29, 71]), (10, [1 / 3, 1 / 3, 1 / 3], [4, 3, 3]), (1, [0.9, 0.1], [1, 0])],
+    [
+        (100, [0.29, 0.71], [29, 71]),
+        (10, [1 / 3, 1 / 3, 1 / 3], [4, 3, 3]),
+        (1, [0.9, 0.1], [1, 0]),
+    ],
 )
 def test_shares_become_rows_that_sum_to_the_total(total, shares, counts) -> None:
     assert share_out(total, shares) == counts

@@ -145,7 +145,9 @@ def test_the_labels_of_the_nano_tokenizer_are_the_answers(tokenizer, tmp_path: P
     path = tmp_path / "rows.jsonl"
     rows = [
         {"prompt": "你好", "response": answer, "history": [["问", "答"]] * n}
-        for n, answer in enumerate(["好看", "a < b ①", " 😀\n\t", "这件白色的衬衫很轻" * 9, "<eop>"])
+        for n, answer in enumerate(
+            ["好看", "a < b ①", " 😀\n\t", "这件白色的衬衫很轻" * 9, "<eop>"]
+        )
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(lines, encoding="utf-8")
