@@ -19,7 +19,7 @@ from ptuning.data.formats import Layout, find_layout, to_text_rows
 from ptuning.data.formatting import RowFormat, TextRow, build_rounds
 from ptuning.data.mixing import MixSource, parse_mix
 from ptuning.data.odd_words import find_placeholders
-from ptuning.data.parsing import DataError, Row, open_data
+from ptuning.data.parsing import DataError, Row, encoding_fault, open_data
 from ptuning.data.reading import LeftOut, count_unused, find_left_out, leaks, use_column
 from ptuning.output import Progress
 
@@ -93,20 +93,20 @@ def convert_file(
     keep_unanswered keeps rows without an answer, with the response "".
     """
     file = open_data(path)
-    if file.encoding_fault is not None:
-        raise file.encoding_fault
+    fault = encoding_fault(file)
+    if fault is not None:
+        raise fault
     rejected: defaultdict[str, list[int]] = defaultdict(list)
     raw_rows: list[Row] = []
-    first_fault = DataError(path, None, file.no_rows)
+    faults: list[DataError] = []
     for item in file.rows():
         if isinstance(item, Row):
             raw_rows.append(item)
-            continue
-        if not rejected:
-            first_fault = item
-        rejected[_reason(item)].append(item.line or 1)
+        else:
+            faults.append(item)
+            rejected[_reason(item)].append(item.line or 1)
     if not raw_rows:
-        raise first_fault
+        raise faults[0]
     layout = find_layout(path, raw_rows, row_format, needs_answers=not keep_unanswered)
     made = Conversion(path, layout, file.unit, rejected=rejected, notes=file.notes)
     made.num_read = len(raw_rows) + made.num_rejected
@@ -117,8 +117,7 @@ def convert_file(
     sources: list[Row] = []
     with Progress(len(raw_rows), f"converting {path.name}", leave=False) as progress:
         for raw_row in raw_rows:
-            rows = _to_kept(made, raw_row, row_format, keep_unanswered)
-            for row in rows:
+            for row in _to_kept(made, raw_row, row_format, keep_unanswered):
                 kept.append(row)
                 sources.append(raw_row)
                 _add(made, raw_row, row, template)

@@ -127,7 +127,7 @@ def test_broken_rows_are_rejected_with_their_place_and_the_others_converted(tmp_
 
 def test_a_file_of_broken_rows_alone_is_an_error_with_the_first_place(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:1: broken JSON"):
-        convert_file(write(tmp_path / "a.jsonl", ["{", "}"]), RowFormat())
+        convert_file(write(tmp_path / "a.jsonl", ["{broken", "[also"]), RowFormat())
 
 
 def test_rows_of_weight_0_are_rejected(tmp_path: Path) -> None:
