@@ -51,7 +51,7 @@ def test_an_input_that_is_left_out_ends_the_run_and_the_advice_helps(
     write_rows(files / "train.json", TRANSLATIONS)
     assert main(train_flags(base, files, *NAMED)) == 2
     said = capsys.readouterr().err
-    assert '6 rows differ only in the column "input", which is not used (filled in 6 of 6' in said
+    assert '6 rows differ only in the column "input", which is not used, so' in said
     advice = "--prompt_column instruction --input_column input --response_column output"
     assert f"use it: {advice}, or train all the same with --allow_repeated_prompts." in said
     assert "columns not used: input (filled in 6 of 6 rows), id (filled in 6" in log.text

@@ -160,11 +160,8 @@ def _require_whole_prompts(files: Sequence[Conversion]) -> None:
     """Refuse rows whose prompts are alike only because a filled column is not used."""
     for file in files:
         if file.left_out is not None:
-            column, num_rows, remedy = file.left_out
             raise ValueError(
-                f'{file.path}: {num_rows} rows differ only in the column "{column}", which is not '
-                f"used (filled in {file.unused[column]} of {file.num_read} rows), so that one "
-                f"prompt has different answers; {remedy}, or convert all the same with "
+                f"{file.path}: {file.left_out}, or convert all the same with "
                 "--allow_repeated_prompts."
             )
 

@@ -19,8 +19,9 @@ from ptuning.data.formats import Layout, find_layout, to_text_rows
 from ptuning.data.formatting import RowFormat, TextRow, build_rounds
 from ptuning.data.mixing import MixSource, parse_mix
 from ptuning.data.odd_words import find_placeholders
-from ptuning.data.parsing import DataError, Row, encoding_fault, open_data
-from ptuning.data.reading import LeftOut, count_unused, find_left_out, leaks, use_column
+from ptuning.data.parsing import encoding_fault, open_data
+from ptuning.data.raw_row import DataError, Row
+from ptuning.data.reading import LeftOut, count_unused, find_left_out, leaks
 from ptuning.output import Progress
 
 Template = Literal["plain", "alpaca-en", "alpaca-zh", "round"]
@@ -122,8 +123,7 @@ def convert_file(
                 sources.append(raw_row)
                 _add(made, raw_row, row, template)
             progress.update()
-    found = find_left_out(kept, sources, made.unused)
-    made.left_out = found and found._replace(remedy=use_column(found.column, layout))
+    made.left_out = find_left_out(kept, sources, made.unused, layout)
     return made
 
 

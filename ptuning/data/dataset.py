@@ -119,7 +119,7 @@ class DataSummary:
     dropped: dict[str, int] = field(default_factory=dict)
     dropped_places: dict[str, str] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)  # columns, with the rows that fill them
-    left_out: tuple[str, int, str] | None = None  # see reading.LeftOut
+    left_out: str | None = None  # what a column that is not used does to prompts
     notes: list[str] = field(default_factory=list)
     num_with_history: int = 0
     num_labelled: int = 0  # rows with an answer to compare with
@@ -344,7 +344,7 @@ def _found(path: Path, rows: Rows) -> dict[str, Any]:
             reason: as_places(places, rows.unit) for reason, places in rows.dropped.items()
         },
         "unused": rows.unused,
-        "left_out": rows.left_out,
+        "left_out": str(rows.left_out) if rows.left_out is not None else None,
         "notes": rows.notes,
         "num_with_history": sum(bool(row.history) for row in rows.kept),
         "leaks": len(rows.leaks),

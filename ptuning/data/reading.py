@@ -67,7 +67,14 @@ class LeftOut(NamedTuple):
 
     column: str
     num_rows: int
-    remedy: str = ""
+    remedy: str
+
+    def __str__(self) -> str:
+        """Say what is wrong and what to do."""
+        return (
+            f'{self.num_rows} rows differ only in the column "{self.column}", which is not used, '
+            f"so that one prompt has different answers; {self.remedy}"
+        )
 
 
 def read_rows(
@@ -116,8 +123,7 @@ def read_rows(
             rows.kept.append(row)
             sources.append(raw_row)
     if for_training:
-        found = find_left_out(rows.kept, sources, rows.unused)
-        rows.left_out = found and found._replace(remedy=use_column(found.column, layout))
+        rows.left_out = find_left_out(rows.kept, sources, rows.unused, layout)
     return rows
 
 
@@ -149,7 +155,7 @@ def _is_filled(value: Any) -> bool:
 
 
 def find_left_out(
-    rows: Sequence[TextRow], sources: Sequence[Row], unused: Iterable[str]
+    rows: Sequence[TextRow], sources: Sequence[Row], unused: Iterable[str], layout: Layout
 ) -> LeftOut | None:
     """Return the unused column that most rows with a repeated prompt differ in; None without any.
 
@@ -172,11 +178,11 @@ def find_left_out(
         is_part = name.strip().lower() in PROMPT_PARTS
         is_part = is_part or (num_rows >= REPEATED_SHARE * len(rows) and _is_text(sources, name))
         if num_rows and is_part:
-            found.append(LeftOut(name, num_rows))
+            found.append(LeftOut(name, num_rows, _use_column(name, layout)))
     return max(found, key=lambda one: one.num_rows, default=None)
 
 
-def use_column(column: str, layout: Layout) -> str:
+def _use_column(column: str, layout: Layout) -> str:
     """Say how a column that is not used becomes a part of the prompt."""
     if layout.conversation is not None:
         return f'put "{column}" into the first turn of "{layout.conversation}"'

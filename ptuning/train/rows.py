@@ -134,11 +134,8 @@ def _require_whole_prompts(flag: str, config: RunConfig, summary: DataSummary) -
     """Refuse rows whose prompts are alike only because a filled column is not used."""
     if summary.left_out is None or config.allow_repeated_prompts:
         return
-    column, num_rows, remedy = summary.left_out
     raise UsageError(
-        f'{flag}: {summary.source}: {num_rows} rows differ only in the column "{column}", which is '
-        f"not used (filled in {summary.unused[column]} of {summary.num_read} rows), so that one "
-        f"prompt has different answers; {remedy}, or train all the same with "
+        f"{flag}: {summary.source}: {summary.left_out}, or train all the same with "
         "--allow_repeated_prompts."
     )
 
