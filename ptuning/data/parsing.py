@@ -96,13 +96,15 @@ def open_data(path: Path | str) -> DataFile:
         start = _skip_blank(text, 0)
         begin = text[start : start + 1]
         is_json = begin in ("{", "[") if suffix == TEXT_SUFFIX else suffix not in DELIMITED_SUFFIXES
-        is_empty = is_json and (not begin or _EMPTY_ARRAY.match(text, start) is not None)
+        is_empty = is_json and _EMPTY_ARRAY.match(text, start) is not None
         if not is_json:
             _open_delimited(file, suffix)
         elif begin == "[":
             _open_array(file)
         elif begin == "{":
             _open_object(file)
+        else:  # nothing, or blanks that JSON does not know, or a fault
+            is_empty = next(file.rows(), None) is None
     if is_empty:
         raise DataError(path, None, "no rows; write one JSON object per line, or a JSON array.")
     return file

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptuning.data.encoding import GBK, UTF_8, UTF_16, conversion_command, decode_text
+from ptuning.data.encoding import BIG5, GBK, UTF_8, UTF_16, conversion_command, decode_text
 
 ROW = '{"content": "类型#裤*版型#宽松", "summary": "宽松的裤子，很好看"}\n'
 
@@ -55,7 +55,7 @@ def test_chinese_rows_in_gbk_are_recognised(text: str) -> None:
 @given(st.binary())
 def test_any_bytes_are_text(content: bytes) -> None:
     decoded = decode_text(content)
-    assert decoded.encoding in {UTF_8, GBK, UTF_16}
+    assert decoded.encoding in {UTF_8, GBK, BIG5, UTF_16}
     assert len(decoded.damaged_lines) <= 5
     assert decoded.damaged_lines == tuple(sorted(set(decoded.damaged_lines)))
     decoded.text.encode("utf-8")
@@ -69,3 +69,24 @@ def test_the_command_converts(tmp_path: Path, codec: str, encoding: str) -> None
     assert shlex.split(command)[-1] == "my data-utf8.json"
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert (tmp_path / "my data-utf8.json").read_text(encoding="utf-8") == ROW
+
+
+@pytest.mark.parametrize(
+    ("codec", "iconv_name", "text"),
+    [("cp950", "CP950", "類型#褲*寬鬆"), ("big5hkscs", "BIG5-HKSCS", "嘅咗喺")],
+)
+def test_big5_is_offered_beside_gbk_and_its_command_converts(
+    tmp_path: Path, codec: str, iconv_name: str, text: str
+) -> None:
+    source = tmp_path / "a.json"
+    source.write_bytes(text.encode(codec))
+    gbk, big5 = decode_text(source.read_bytes()).readings
+    assert (gbk.encoding, big5.encoding, big5.codec) == (GBK, BIG5, iconv_name)
+    assert text.startswith(big5.sample)
+    subprocess.run(conversion_command(source, big5.codec), shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "a-utf8.json").read_text(encoding="utf-8") == text
+
+
+def test_one_encoding_that_fits_is_offered_alone() -> None:
+    text = "裙让人绕圈全去热缺"  # no pair of these bytes is Big5
+    assert [one.codec for one in decode_text(text.encode("gbk")).readings] == ["GB18030"]

@@ -353,7 +353,7 @@ def test_what_has_no_rows_or_no_known_ending_is_refused(tmp_path: Path) -> None:
     known = "use .json, .jsonl, .csv, .tsv, .txt or .parquet, also with .gz behind it."
     assert refusal(tmp_path / "a.doc", "x") == f": the ending .doc is unknown; {known}"
     assert refusal(tmp_path / "a", "x") == f": the ending (none) is unknown; {known}"
-    for content in ("", " \n", "[]", " [ ] ", MARK * 2):
+    for content in ("", " \n", "[]", " [ ] ", MARK * 2, "\v", "\u3000\n"):
         assert refusal(tmp_path / "a.json", content).startswith(": no rows; write one JSON object")
     with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
         open_data(tmp_path)
