@@ -84,9 +84,9 @@ class Layout:
         if row.skipped is not None:
             return row.skipped
         whole = self.conversation
-        if not row.prompt.strip():
+        if not row.prompt or row.prompt.isspace():
             return f'no question before an answer in "{whole}"' if whole else _empty(self.prompt)
-        if not row.response.strip():
+        if not row.response or row.response.isspace():
             return f'no answer to a question in "{whole}"' if whole else _empty(self.response)
         return None
 
@@ -128,7 +128,8 @@ def find_layout(
     """
     columns: dict[str, None] = {}
     for row in rows:
-        columns.update(dict.fromkeys(row.columns))
+        if not row.columns.keys() <= columns.keys():
+            columns.update(dict.fromkeys(row.columns))
     finder = Finder(path, list(columns), rows[:100], needs_answers)
     if row_format.named_columns:
         return _named_layout(finder, row_format)

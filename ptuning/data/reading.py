@@ -113,15 +113,15 @@ def read_rows(
     turns = row_format.turns
     for raw_row in raw_rows:
         for row in to_text_rows(path, raw_row, layout, turns=turns, needs_answers=for_training):
-            rows.num_made += 1
             reason = layout.lack(row) if for_training else None
             if reason is not None:
                 rows.dropped[reason].append(row.line)
                 continue
-            if leaks(row):
+            if row.history and leaks(row):
                 rows.leaks.append(row.line)
             rows.kept.append(row)
             sources.append(raw_row)
+    rows.num_made = len(rows.kept) + sum(map(len, rows.dropped.values()))
     if for_training:
         rows.left_out = find_left_out(rows.kept, sources, rows.unused, layout)
     return rows
@@ -129,7 +129,7 @@ def read_rows(
 
 def leaks(row: TextRow) -> bool:
     """Say whether the earlier turns already hold the row's own question and answer."""
-    return bool(row.history and row.response) and any(
+    return bool(row.response) and any(
         answer == row.response and question == row.prompt for question, answer in row.history
     )
 
@@ -144,6 +144,8 @@ def count_unused(rows: Iterable[Row], layout: Layout) -> dict[str, int]:
         used |= {"id", "source", "meta"}
     filled: dict[str, int] = {}
     for row in rows:
+        if row.columns.keys() <= used:
+            continue
         for name, value in row.columns.items():
             if name not in used and _is_filled(value):
                 filled[name] = filled.get(name, 0) + 1
