@@ -104,7 +104,7 @@ def say_encoding_fault(path: Path, decoded: DecodedText, *, is_gzip: bool) -> st
         return "not UTF-8, nor GBK, Big5 or UTF-16; save the file again as UTF-8."
     if len(commands) == 1:
         return f"not UTF-8; it looks like {decoded.encoding}. Convert it: {commands[0]}"
-    samples = ", as ".join(f"{one.codec} it reads “{one.sample}”" for one in decoded.readings)
+    samples = ", as ".join(f"{one.encoding} it reads “{one.sample}”" for one in decoded.readings)
     return (
         f"not UTF-8. As {samples}; convert it with the one that reads right: "
         f"{' or '.join(commands)}"

@@ -424,9 +424,9 @@ def test_bytes_that_are_two_encodings_are_shown_in_both(tmp_path: Path) -> None:
         text = '{"a": "牛仔"}\n'
         file = open_data(save(tmp_path / "a.json", text.encode(codec)))
         message = str(encoding_fault(file))
-        assert message.startswith(f"{tmp_path / 'a.json'}:1: not UTF-8. As GB18030 it reads “")
+        assert message.startswith(f"{tmp_path / 'a.json'}:1: not UTF-8. As GBK it reads “")
         assert "“牛仔”" in message
-        assert "as CP950 it reads “" in message
+        assert "as Big5 it reads “" in message
         assert "convert it with the one that reads right: iconv -f GB18030" in message
         assert "or iconv -f CP950 -t UTF-8" in message
 
