@@ -1,4 +1,4 @@
-"""`python -m ptuning data check FILE ...`: what is in data files, what is wrong, what to do.
+"""`python -m ptuning data ACTION ...`: what is in data files, what is wrong, what to do.
 
 Light until it runs: a wrong command line is refused before the tokenizer is loaded.
 """
@@ -8,6 +8,8 @@ import io
 import json
 import logging
 import sys
+from collections import Counter
+from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING
 from ptuning.atomic_file import write_atomically
 from ptuning.commands.registry import DEFAULT_PICTURE, NO_PICTURE
 from ptuning.data.formatting import RowFormat
+from ptuning.data.length_table import number_of
+from ptuning.data.reading import find_files
 from ptuning.evaluate.pictures import (
     Lengths,
     Limit,
@@ -25,7 +29,7 @@ from ptuning.nano.paths import NANO_DIR
 from ptuning.train.base_model import find_base, load_tokenizer
 
 if TYPE_CHECKING:
-    from ptuning.data.check_report import FileReport, PairReport
+    from ptuning.data.check_report import Report
 
 logger = logging.getLogger(__name__)
 
@@ -45,81 +49,91 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{flag} is {getattr(arguments, flag)}; use {SHORTEST} or more.")
     if arguments.picture not in (None, NO_PICTURE):
         check_picture_name(Path(arguments.picture))
+    given = vars(arguments)
+    row_format = RowFormat(
+        **{item.name: given[item.name] for item in fields(RowFormat) if item.name in given}
+    )
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may not fit the terminal
         sys.stdout.reconfigure(errors="backslashreplace")
-    row_format = RowFormat(
-        prompt_column=arguments.prompt_column,
-        response_column=arguments.response_column,
-        history_column=arguments.history_column,
-        max_source_length=arguments.max_source_length,
-        max_target_length=arguments.max_target_length,
-    )
-    tokenizer_name = None
-    for flag in ("tokenizer_name", "model_name_or_path"):  # the first that is given
-        if getattr(arguments, flag) is not None:
-            tokenizer_name = find_base(getattr(arguments, flag), flag=f"--{flag}")
-            break
-    if tokenizer_name is None:
-        sys.stdout.write(
-            "Tokens are those of the embedded nano model; name your base for its own: "
-            "--model_name_or_path MODEL\n\n"
-        )
-    files, pairs = _check_all(arguments.files, row_format, tokenizer_name or str(NANO_DIR))
-    _write_picture(arguments.picture, files, row_format)
+    tokenizer, context = _find_model(arguments)
+    paths = [path for name in arguments.files for path in find_files(name)]
+    reports = _check_all(paths, row_format, tokenizer or str(NANO_DIR), context)
+    _write_picture(arguments.picture, reports)
     if arguments.json is not None:
-        values = as_values(files, pairs, row_format, tokenizer_name or "nano")
+        values = as_values(reports, row_format, tokenizer or "nano")
         text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
         # half of a surrogate pair in a column's name becomes its escape, which JSON has too
         write_atomically(arguments.json, text.encode("utf-8", "backslashreplace"))
         sys.stdout.write(f"findings: {arguments.json}\n")
-    return _conclude(files, pairs, is_strict=arguments.strict)
+    return _conclude(reports, is_strict=arguments.strict)
+
+
+def _find_model(arguments: argparse.Namespace) -> tuple[str | None, int]:
+    """Return the tokenizer that was named, and how many tokens the base model reads."""
+    from ptuning.data.tokenizer import MAX_LENGTH
+    from ptuning.model.checkpoint import read_config
+
+    named = {
+        flag: find_base(getattr(arguments, flag), flag=f"--{flag}")
+        for flag in ("tokenizer_name", "model_name_or_path")
+        if getattr(arguments, flag) is not None
+    }
+    base = named.get("model_name_or_path", None if named else str(NANO_DIR))
+    if not named:
+        sys.stdout.write(
+            "Tokens are those of the embedded nano model; name your base for its own: "
+            "--model_name_or_path MODEL\n\n"
+        )
+    if base is not None and (Path(base) / "config.json").is_file():
+        return next(iter(named.values()), None), read_config(Path(base)).max_sequence_length
+    sys.stdout.write(
+        f"The base model is taken to read {MAX_LENGTH:,} tokens, as ChatGLM-6B does: without a "
+        "folder in --model_name_or_path there is no config.json to read it from.\n\n"
+    )
+    return next(iter(named.values()), None), MAX_LENGTH
 
 
 def _check_all(
-    paths: list[Path], row_format: RowFormat, tokenizer_name: str
-) -> tuple[list["FileReport"], list["PairReport"]]:
+    paths: list[Path], row_format: RowFormat, tokenizer: str, context: int
+) -> list["Report"]:
     """Check each file and each pair of files, and print each part when it is known."""
     from ptuning.data.check import Encoder, check_file
     from ptuning.data.check_findings import find_between, find_in_file
-    from ptuning.data.check_report import FileReport, PairReport, file_as_text, pair_as_text
+    from ptuning.data.check_report import Report, as_text
 
-    encoder = Encoder.of(load_tokenizer(tokenizer_name))
-    files = []
+    encoder = Encoder.of(load_tokenizer(tokenizer))
+    reports = []
     for path in paths:
         counts = check_file(path, encoder, row_format)
-        report = FileReport(counts, find_in_file(counts))
-        files.append(report)
-        sys.stdout.write(file_as_text(report) + "\n")
+        reports.append(Report((str(path),), find_in_file(counts, context), counts))
+        sys.stdout.write(as_text(reports[-1]) + "\n")
         sys.stdout.flush()
-    pairs = []
-    usable = [report.counts for report in files if report.counts.num_used]
+    usable = [report.counts for report in reports if report.counts and report.counts.num_used]
     for first, second in combinations(usable, 2):
-        findings = find_between(first, second)
-        pairs.append(PairReport(str(first.path), str(second.path), findings))
-        sys.stdout.write(pair_as_text(pairs[-1]) + "\n")
-    return files, pairs
+        names = (str(first.path), str(second.path))
+        reports.append(Report(names, find_between(first, second)))
+        sys.stdout.write(as_text(reports[-1]) + "\n")
+    return reports
 
 
-def _write_picture(given: str | None, files: list["FileReport"], row_format: RowFormat) -> None:
+def _write_picture(given: str | None, reports: list["Report"]) -> None:
     """Draw the lengths; a default place that cannot be written is announced and done without."""
-    from ptuning.data.check_findings import ANSWER_RESERVE, PROMPT_RESERVE
-
-    lengths = [
-        Lengths(name, report.counts.prompt_lengths.tolist(), report.counts.answer_lengths.tolist())
-        for name, report in zip(_short_names(files), files, strict=True)
-        if report.counts.num_used
-    ]
-    if given == NO_PICTURE or not lengths:
+    files = [report.counts for report in reports if report.counts and report.counts.num_used]
+    if given == NO_PICTURE or not files:
         return
-    path = DEFAULT_PICTURE if given is None else Path(given)
-    source, target = row_format.max_source_length, row_format.max_target_length
-    try:
-        draw_length_histogram(
-            lengths,
-            path,
-            prompt_limit=Limit("--max_source_length", source, source - PROMPT_RESERVE),
-            answer_limit=Limit("--max_target_length", target, target - ANSWER_RESERVE),
+    names = Counter(counts.path.name for counts in files)
+    lengths = [
+        Lengths(
+            counts.path.name if names[counts.path.name] == 1 else str(counts.path),
+            counts.prompt_lengths.tolist(),
+            counts.answer_lengths.tolist(),
         )
+        for counts in files
+    ]
+    path = DEFAULT_PICTURE if given is None else Path(given)
+    limits = [Limit(side.flag, side.limit, side.limit - side.reserve) for side in files[0].sides]
+    try:
+        draw_length_histogram(lengths, path, prompt_limit=limits[0], answer_limit=limits[1])
     except OSError as error:
         if given is not None:
             raise
@@ -128,28 +142,16 @@ def _write_picture(given: str | None, files: list["FileReport"], row_format: Row
     sys.stdout.write(f"picture:  {path}\n")
 
 
-def _short_names(files: list["FileReport"]) -> list[str]:
-    """Return the files' names, or whole paths where two have the same name."""
-    names = [report.counts.path.name for report in files]
-    if len(set(names)) < len(names):
-        names = [str(report.counts.path) for report in files]
-    return names
-
-
-def _conclude(files: list["FileReport"], pairs: list["PairReport"], *, is_strict: bool) -> int:
+def _conclude(reports: list["Report"], *, is_strict: bool) -> int:
     """Print the totals; return the exit status."""
-    findings = [finding for report in files for finding in report.findings]
-    findings += [finding for pair in pairs for finding in pair.findings]
+    findings = [finding for report in reports for finding in report.findings]
+    num_files = sum(report.counts is not None for report in reports)
     num_problems = sum(finding.is_problem for finding in findings)
-    num_unreadable = sum(report.counts.unreadable is not None for report in files)
+    num_unreadable = sum(finding.kind == "unreadable" for finding in findings)
     status = 2 if num_unreadable else int(is_strict and num_problems > 0)
     unreadable = f" ({num_unreadable} cannot be read)" if num_unreadable else ""
     sys.stdout.write(
-        f"{_plural(len(files), 'file')}{unreadable}, {_plural(num_problems, 'problem')}, "
-        f"{_plural(len(findings) - num_problems, 'notice')}\n"
+        f"{number_of(num_files, 'file')}{unreadable}, {number_of(num_problems, 'problem')}, "
+        f"{number_of(len(findings) - num_problems, 'notice')}\n"
     )
     return status
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

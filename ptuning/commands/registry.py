@@ -7,7 +7,7 @@ A new command is an entry in COMMANDS, a function that adds its flags, and a mod
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from ptuning.model.tuned import EXPORT_FORMATS
 
@@ -62,6 +62,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 def _data(parser: argparse.ArgumentParser) -> None:
     from ptuning.data.check_findings import NOTICES, PROBLEMS  # needs numpy
+    from ptuning.data.formatting import FormatName, Turns
 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser(
@@ -82,18 +83,26 @@ def _data(parser: argparse.ArgumentParser) -> None:
             ]
         ),
     )
-    check.add_argument("files", nargs="+", metavar="FILE", type=Path, help=".json, .jsonl or .csv")
+    check.add_argument(
+        "files", nargs="+", metavar="FILE", help="files of rows, or patterns such as 'data/*.json'"
+    )
     check.add_argument("--strict", action="store_true", help="exit with 1 when there is a problem")
     # The flags of main.py that say how rows become tokens
-    check.add_argument("--prompt_column", default="content", help="column of the prompt: content")
-    check.add_argument("--response_column", default="summary", help="column of the answer: summary")
-    check.add_argument("--history_column", help="column of earlier turns; unset for none")
     check.add_argument(
-        "--max_source_length", type=int, default=64, help="longest prompt in tokens: 64"
+        "--format", choices=get_args(FormatName), default="auto", help="of the rows: found if unset"
     )
     check.add_argument(
-        "--max_target_length", type=int, default=64, help="longest answer in tokens: 64"
+        "--turns",
+        choices=get_args(Turns),
+        default="all",
+        help="answers of a conversation used: all",
     )
+    for noun in ("prompt", "input", "response", "history"):
+        check.add_argument(f"--{noun}_column", metavar="NAME", help="found by its name if unset")
+    for noun, text in (("source", "prompt"), ("target", "answer")):
+        check.add_argument(
+            f"--max_{noun}_length", type=int, default=64, help=f"longest {text} in tokens: 64"
+        )
     check.add_argument(
         "--model_name_or_path",
         metavar="MODEL",

@@ -1,43 +1,42 @@
-"""One pass over a data file that counts what `python -m ptuning data check` reports.
+"""What `python -m ptuning data check` counts in a data file.
 
-Rows are read as training reads them and encoded in chunks, so that memory holds the file's text, a
-digest and two lengths for each row, and never all tokens.
+Rows are read as training reads them and encoded in chunks, so that memory holds the file's rows, a
+digest and two lengths for each, and never all tokens.
 """
 
 import hashlib
-import re
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from ptuning.data.check_findings import MOST_EXAMPLES
-from ptuning.data.formatting import Example, RowFormat, to_example
-from ptuning.data.parsing import DataError, Row, iterate_rows
-from ptuning.data.reading import read_text, to_fields
+from ptuning.data.dataset import CHUNK_ROWS, collector_paused
+from ptuning.data.encoding import DecodedText, say_encoding_fault
+from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
+from ptuning.data.formatting import Example, RowFormat, TextRow, to_example
+from ptuning.data.length_table import Side, sides_of
+from ptuning.data.odd_words import (
+    MISSING_WORDS,
+    REPLACEMENT,
+    UNKNOWN_MARK,
+    find_control_names,
+    find_placeholders,
+    is_fake_input,
+    may_have_marks,
+)
+from ptuning.data.parsing import DataError, DataFile, Row, open_data
+from ptuning.data.reading import LeftOut, count_unused, find_left_out, leaks, use_column
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.data.vocabulary import LEADING_PIECES, TRAILING_PIECES, is_byte_piece
+from ptuning.data.vocabulary import is_byte_piece
 from ptuning.output import Progress
 
-CHUNK_ROWS = 1000  # rows encoded between two steps of the progress bar
 DIGEST_BYTES = 16
-REPLACEMENT = "\ufffd"  # what editors write in place of a character that they could not read
-_NAMED = "|".join(
-    re.escape(piece) for piece in sorted({*LEADING_PIECES, *TRAILING_PIECES}, key=len, reverse=True)
-)
-# Control tokens written out. Here they are encoded as plain text, but `<n>`, `<|tab|>` and
-# `<|blank_k|>` come back as whitespace, and other programs, the published code among them, read
-# control tokens out of them. The names of this vocabulary; image tokens of its older release and
-# bytes; the form <|...|> of this and later models.
-_CONTROL_NAME = re.compile(
-    rf"{_NAMED}|<image_\d+>|<0x[0-9A-F]{{2}}>|<\|[A-Za-z][\w .:-]{{0,38}}\|>", re.ASCII
-)
-_UNKNOWN_MARK = re.compile(r"<UNK>|\[UNK\]", re.IGNORECASE)  # in 30 % of ADGEN's answers
-_FULL_WIDTH = re.compile("[＜［]")
+_FINDERS = {"control_text": find_control_names, "placeholder": find_placeholders}
 
 
 @dataclass(frozen=True)
@@ -58,44 +57,33 @@ class Encoder:
 
 
 @dataclass
-class Tally:
-    """How often something was found, and the first few places, with what was there."""
-
-    count: int = 0
-    places: list[int] = field(default_factory=list)
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, place: int, example: str | None = None) -> None:
-        """Count one more."""
-        self.count += 1
-        if len(self.places) < MOST_EXAMPLES:
-            self.places.append(place)
-            if example is not None:
-                self.examples.append(example)
-
-
-@dataclass
 class FileCounts:
     """Everything counted in one file.
 
-    The place of a row is its line or, if the whole file is one line, its number among the rows.
-    Keys of rows and prompts are digests: 16 bytes of the prompt, then 16 of the answer for a row.
-    Lengths are in tokens, control tokens not counted, one for each row that training would use.
+    The place of a row is its line or, where rows have none, its number: `unit` says which. Rows are
+    those of training: a conversation is one for each answer. Keys of rows and prompts are digests:
+    16 bytes of the prompt, then 16 of the answer for a row. Lengths are in tokens, control tokens
+    not counted, one for each row used.
     """
 
     path: Path
     row_format: RowFormat
     unreadable: str | None = None  # why nothing of the file could be read
-    encoding: str = ""
-    has_mark: bool = False
-    has_lines: bool = True
-    damaged_lines: tuple[int, ...] = ()
+    unit: str = "line"
+    decoded: DecodedText | None = None  # without the text; None: unreadable
+    encoding_fault: str | None = None
+    notes: list[str] = field(default_factory=list)
+    layout: Layout | None = None  # None: what the columns mean cannot be told
+    has_answers: bool = True  # False: nothing to train on, only prompts to answer
     num_read: int = 0  # objects found, usable or not
-    column_rows: Counter[str] = field(default_factory=Counter)  # rows that have a column
-    tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))  # by kind
-    empty: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))  # by column
-    control_names: Counter[str] = field(default_factory=Counter)  # rows that write one out
-    spelled_characters: Counter[str] = field(default_factory=Counter)  # those written as bytes
+    num_made: int = 0  # rows that they became
+    columns: dict[str, int] = field(default_factory=dict)  # with the objects that fill them
+    left_out: LeftOut | None = None
+    # Rows left out, by the reason and whether the file asks for it (weight 0)
+    lacking: dict[tuple[str, bool], list[int]] = field(default_factory=partial(defaultdict, list))
+    places: dict[str, list[int]] = field(default_factory=partial(defaultdict, list))  # by kind
+    examples: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))
+    words: dict[str, Counter[str]] = field(default_factory=partial(defaultdict, Counter))
     rows: dict[bytes, int] = field(default_factory=dict)  # key -> first place
     prompts: dict[bytes, int] = field(default_factory=dict)  # key -> first place
     contested: dict[bytes, list[int]] = field(default_factory=dict)  # prompt -> places
@@ -103,122 +91,136 @@ class FileCounts:
     answer_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
-    def place_name(self) -> str:
-        """What a place counts: lines, or rows of a file of one line."""
-        return "line" if self.has_lines else "row"
-
-    @property
     def num_used(self) -> int:
-        """Rows that training would use."""
+        """Rows that training would use or, in a file without answers, that would be answered."""
         return len(self.prompt_lengths)
 
     @property
-    def num_broken(self) -> int:
-        """Rows that stop training."""
-        return self.tallies["broken_row"].count if "broken_row" in self.tallies else 0
+    def sides(self) -> list[Side]:
+        """Prompts and answers; in a file without answers, those have no tokens."""
+        return sides_of(self.row_format, self.prompt_lengths, self.answer_lengths)
 
-    def missing_columns(self) -> dict[str, str]:
-        """Return the named columns that no row has, by flag."""
-        columns = self.row_format.columns.items()
-        return {flag: column for flag, column in columns if column not in self.column_rows}
+    def add(self, kind: str, place: int, example: str | None = None) -> None:
+        """Count one more of a kind."""
+        self.places[kind].append(place)
+        if example is not None and len(self.examples[kind]) < MOST_EXAMPLES:
+            self.examples[kind].append(example)
 
 
+@collector_paused()
 def check_file(
     path: Path | str, encoder: Encoder, row_format: RowFormat, *, show_progress: bool = True
 ) -> FileCounts:
     """Read a whole file, faults and all, and count; nothing a file can hold raises an error."""
-    path = Path(path)
-    counts = FileCounts(path, row_format)
+    counts = FileCounts(Path(path), row_format)
     try:
-        decoded = read_text(path)
+        file = open_data(counts.path)
     except DataError as error:
         counts.unreadable = str(error)
         return counts
-    counts.encoding, counts.has_mark = decoded.encoding, decoded.has_mark
-    counts.damaged_lines = decoded.damaged_lines
+    sources = _read(counts, file)
+    counts.layout = _find_layout(counts, sources)
+    if counts.layout is None:
+        return counts
+    rows = _used_rows(counts, sources, counts.layout)
     lengths = []
-    rows = _used_rows(counts, decoded.text, show_progress)
-    while chunk := list(islice(rows, CHUNK_ROWS)):
-        lengths.append(_count_tokens(counts, chunk, encoder))
+    title = f"checking {counts.path.name}"
+    with Progress(len(rows), title, visible=show_progress, leave=False) as progress:
+        for start in range(0, len(rows), CHUNK_ROWS):
+            chunk = rows[start : start + CHUNK_ROWS]
+            examples = [to_example(row, row_format) for row in chunk]
+            for row, example in zip(chunk, examples, strict=True):
+                _count_text(counts, row, example)
+                _count_repeats(counts, row.line, example)
+            lengths.append(_count_tokens(counts, chunk, examples, encoder))
+            progress.update(len(chunk))
     if lengths:
         counts.prompt_lengths, counts.answer_lengths = np.concatenate(lengths).T
-    _keep_spelled(counts.spelled_characters, encoder)
-    if not counts.num_read:
-        broken = counts.tallies["broken_row"].examples
-        counts.unreadable = (
-            f"{path}: no row can be read; the first fault is {broken[0]}"
-            if broken
-            else f"{path}: no rows; write one JSON object per line, or a JSON array."
-        )
+    _keep_spelled(counts.words["spelled_character"], encoder)
     return counts
 
 
-def _used_rows(counts: FileCounts, text: str, show_progress: bool) -> Iterator[tuple[int, Example]]:
-    """Yield the place and the example of each row that training would use; count the others."""
-    num_lines = text.count("\n") + 1
-    counts.has_lines = num_lines > 1
-    with Progress(
-        num_lines if counts.has_lines else None,
-        f"checking {counts.path.name}",
-        unit=counts.place_name,
-        visible=show_progress,
-        leave=False,
-    ) as progress:
-        for number, item in enumerate(iterate_rows(counts.path, text), start=1):
-            place = (item.line or 1) if counts.has_lines else number
-            example = _to_used_example(counts, item, place)
-            if example is not None:
-                yield place, example
-            progress.update(max(0, place - progress.done))
+def _read(counts: FileCounts, file: DataFile) -> list[Row]:
+    """Return the rows as they stand; count the faults between them."""
+    rows = []
+    for item in file.rows():
+        if isinstance(item, DataError):
+            counts.add("broken_row", item.line or 1, str(item))
+        else:
+            rows.append(item)
+    counts.encoding_fault = say_encoding_fault(file.path, file.decoded, is_gzip=file.is_gzip)
+    counts.decoded = file.decoded._replace(text="")
+    counts.unit, counts.notes, counts.num_read = file.unit, file.notes, len(rows)
+    names = dict.fromkeys(chain.from_iterable(row.columns for row in rows))
+    filled = count_unused(rows, Layout("columns"))
+    counts.columns = {name: filled.get(name, 0) for name in names}
+    if not rows:
+        first = counts.examples["broken_row"][0]
+        counts.unreadable = f"{file.path}: no row can be read; the first fault is {first}"
+    return rows
 
 
-def _to_used_example(counts: FileCounts, item: Row | DataError, place: int) -> Example | None:
-    """Count one row or fault of a file; None where training would not use it."""
-    if isinstance(item, DataError):
-        counts.tallies["broken_row"].add(place, str(item))
-        return None
-    counts.num_read += 1
-    counts.column_rows.update(list(item.columns))
-    try:
-        columns, empty = to_fields(counts.path, item, counts.row_format)
-    except DataError as error:
-        counts.tallies["broken_row"].add(place, str(error))
-        return None
-    if empty is not None:
-        counts.empty[empty].add(place)
-        return None
-    example = to_example(columns, counts.row_format)
-    _count_text(counts, place, example)
-    _count_repeats(counts, place, example)
-    return example
+def _find_layout(counts: FileCounts, rows: list[Row]) -> Layout | None:
+    """Return what the columns mean, with answers if they can be told; None if prompts cannot."""
+    for needs_answers in (True, False) if rows else ():
+        try:
+            return find_layout(counts.path, rows, counts.row_format, needs_answers=needs_answers)
+        except UnknownColumns:
+            continue
+    return None
 
 
-def find_control_names(text: str) -> list[str]:
-    """Return every control token written out in a text, in order; full-width forms count.
+def _used_rows(counts: FileCounts, sources: list[Row], layout: Layout) -> list[TextRow]:
+    """Return the rows that training would use, in a file without answers those with a prompt.
 
-    >>> find_control_names("好<eop>的＜sop＞ x < y [0]")
-    ['<eop>', '<sop>']
+    The others are counted, and what is in columns beside them.
     """
-    if _FULL_WIDTH.search(text):
-        text = unicodedata.normalize("NFKC", text)  # as SentencePiece does after any search
-    if "<" not in text and "[" not in text:
-        return []
-    return _CONTROL_NAME.findall(text)
+    made: list[tuple[TextRow, Row]] = []
+    for source in sources:
+        try:
+            rows = to_text_rows(counts.path, source, layout, turns=counts.row_format.turns)
+        except DataError as error:
+            counts.add("broken_row", source.line, str(error))
+        else:
+            made += [(row, source) for row in rows]
+    counts.num_made = len(made)
+    counts.has_answers = any(row.response.strip() for row, _ in made)
+    used = []
+    for row, source in made:
+        reason = layout.lack(row)
+        if reason is None or (not counts.has_answers and row.prompt.strip()):
+            used.append((row, source))
+            text = source.columns.get(layout.input) if layout.input is not None else None
+            if isinstance(text, str) and is_fake_input(text):
+                counts.add("fake_input", row.line, text)
+        else:
+            counts.lacking[reason, row.skipped is not None].append(row.line)
+    rows = [row for row, _ in used]
+    unused = counts.columns.keys() - layout.columns.values()
+    found = find_left_out(rows, [source for _, source in used], sorted(unused))
+    counts.left_out = found and found._replace(remedy=use_column(found.column, layout))
+    return rows
 
 
-def _count_text(counts: FileCounts, place: int, example: Example) -> None:
-    """Count what a row's text writes out."""
-    found = find_control_names(example.prompt) + find_control_names(example.response)
-    names = list(dict.fromkeys(found))  # each once, in order
-    if names:
-        counts.control_names.update(names)
-        counts.tallies["control_text"].add(place)
-    if _UNKNOWN_MARK.search(example.prompt):
-        counts.tallies["unknown_mark_prompt"].add(place)
-    if _UNKNOWN_MARK.search(example.response):
-        counts.tallies["unknown_mark"].add(place)
-    if REPLACEMENT in example.prompt + example.response:
-        counts.tallies["lost_character"].add(place)
+def _count_text(counts: FileCounts, row: TextRow, example: Example) -> None:
+    """Count what a row's text writes out, and an answer that its own history holds."""
+    place, texts = row.line, (example.prompt, example.response)
+    if any(map(may_have_marks, texts)):
+        for kind, find in _FINDERS.items():
+            names = dict.fromkeys(chain.from_iterable(map(find, texts)))  # each once, in order
+            if names:
+                counts.words[kind].update(names.keys())
+                counts.add(kind, place)
+        for kind, text in zip(("unknown_mark_prompt", "unknown_mark"), texts, strict=True):
+            if UNKNOWN_MARK.search(text):
+                counts.add(kind, place)
+    if REPLACEMENT in example.prompt or REPLACEMENT in example.response:
+        counts.add("lost_character", place)
+    for text in (row.prompt, row.response):
+        if text in MISSING_WORDS:
+            counts.add("missing_word", place, text)
+    if leaks(row):
+        counts.add("leak", place)
 
 
 def _count_repeats(counts: FileCounts, place: int, example: Example) -> None:
@@ -226,8 +228,8 @@ def _count_repeats(counts: FileCounts, place: int, example: Example) -> None:
     prompt = _digest(example.prompt)
     row = prompt + _digest(example.response)
     if row in counts.rows:
-        name = counts.place_name
-        counts.tallies["duplicate_row"].add(place, f"{name} {place} = {name} {counts.rows[row]}")
+        first = counts.rows[row]
+        counts.add("duplicate_row", place, f"{counts.unit} {place} = {counts.unit} {first}")
         return
     counts.rows[row] = place
     if prompt in counts.prompts:
@@ -241,25 +243,25 @@ def _digest(text: str) -> bytes:
 
 
 def _count_tokens(
-    counts: FileCounts, chunk: list[tuple[int, Example]], encoder: Encoder
+    counts: FileCounts, chunk: Sequence[TextRow], examples: Sequence[Example], encoder: Encoder
 ) -> np.ndarray:
     """Return (rows, 2) lengths of prompts and answers; add the characters of rows with bytes."""
-    texts = [text for _, example in chunk for text in (example.prompt, example.response)]
+    texts = [text for example in examples for text in (example.prompt, example.response)]
     encoded = encoder.tokenizer.encode_batch(texts)
     lengths = np.fromiter(map(len, encoded), np.int32, len(encoded))
     ids = np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum()))
     lengths = lengths.reshape(-1, 2)
     ends = np.cumsum(lengths.sum(axis=1))  # of each row in ids
-    num_bytes = _sums_between(encoder.is_byte[ids], ends)
-    num_unknown = _sums_between(ids == encoder.unknown_id, ends)
-    for index, (place, example) in enumerate(chunk):
-        if not lengths[index].all():
-            counts.tallies["no_tokens"].add(place)
-        if num_unknown[index]:
-            counts.tallies["unknown_token"].add(place)
-        if num_bytes[index]:
-            counts.tallies["spelled_character"].add(place)
-            counts.spelled_characters.update(example.prompt + example.response)
+    needed = lengths if counts.has_answers else lengths[:, :1]
+    for kind, flags in (
+        ("no_tokens", ~needed.all(axis=1)),
+        ("unknown_token", _sums_between(ids == encoder.unknown_id, ends)),
+        ("spelled_character", _sums_between(encoder.is_byte[ids], ends)),
+    ):
+        for index in np.flatnonzero(flags).tolist():
+            counts.add(kind, chunk[index].line)
+            if kind == "spelled_character":
+                counts.words[kind].update("".join(texts[2 * index : 2 * index + 2]))
     return lengths
 
 

@@ -1,129 +1,123 @@
 """What `data check` can find in a file or a pair of files: one table, and the findings."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from shlex import quote
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from ptuning.data.encoding import GBK, UTF_8, conversion_command
-from ptuning.data.reading import PROMPT_NAMES, RESPONSE_NAMES, guess_column
+from ptuning.data.formats import (
+    HISTORY,
+    INPUT_NAMES,
+    PROMPT_NAMES,
+    RESPONSE_NAMES,
+    guess_column,
+)
+from ptuning.data.length_table import as_percent, cut_share, number_of, sufficient_limit
 
 if TYPE_CHECKING:  # check.py imports the tokenizer, which --help does not need
     from ptuning.data.check import FileCounts
 
 MOST_EXAMPLES = 5  # places and examples listed for one finding
-TABLE_LENGTHS = (64, 128, 256, 512, 1024)
-PROMPT_RESERVE = 1  # of --max_source_length: [gMASK]
-ANSWER_RESERVE = 2  # of --max_target_length: <sop> and <eop>; see tokenization.to_training_batch
 
 
 class Kind(NamedTuple):
     """A row of the table. sentence and remedy are templates: `_finding` fills in the braces."""
 
     meaning: str  # as --help lists it
-    sentence: str
     remedy: str
+    sentence: str = "{meaning}: {rows} ({share})"
 
 
 # Problems cause rows to be rejected, dropped or learned wrongly, or bias the scores.
 _PROBLEMS = {
     "unreadable": Kind(
         "a file that cannot be opened, or has no row that can be read (exit status 2)",
-        "{fault}",
-        "mend or leave out this file",
-    ),
-    "encoding": Kind("another encoding than UTF-8, or bytes that fit none", "{fault}", "{cure}"),
+        "mend or leave out this file", "{fault}"),
+    "encoding": Kind(
+        "another encoding than UTF-8, or bytes that fit none",
+        "training refuses the file; here it is read as {encoding}, odd bytes as U+FFFD", "{fault}"),
     "broken_row": Kind(
         "a row that is no JSON object or CSV line, or has a field that is no text",
-        "broken, and training stops at the first: {rows}",
-        "mend or delete them",
-    ),
+        "mend or delete them", "broken, and training stops at the first: {rows}"),
     "missing_column": Kind(
-        "a column that no row has",
-        "no column {missing}; here are: {present}",
-        "name {them}: {flags}",
-    ),
+        "a named column that no row has, or none that is known to hold prompts",
+        "{advice}", "{fault}; the columns here are: {present}"),
     "empty_field": Kind(
         "rows without a prompt or an answer, which training drops",
-        'empty "{column}", dropped by training: {rows} ({share})',
-        "fill the field or delete the rows",
-    ),
-    "no_tokens": Kind(
-        "a prompt or answer of invisible characters, which yields no token",
-        "a prompt or an answer of invisible characters only: {rows} ({share})",
-        "delete them",
-    ),
+        "{advice}", "{reason}, dropped by training: {rows} ({share})"),
+    "left_out": Kind(
+        "a filled column that is not used, though rows with the same prompt differ in it",
+        "training stops until it is used, or --allow_repeated_prompts is typed; {advice}",
+        'the same prompt, but another "{column}", which is not used: {rows} ({share})'),
+    "leak": Kind(
+        "a history that already holds its row's own question and answer",
+        "delete that turn: the model learns to copy it"),
+    "placeholder": Kind(
+        "placeholders that nobody filled in, such as {{name}} or <NAME>",
+        "put in the names that the model should say",
+        "placeholders that nobody filled in: {rows} ({share})"),
+    "no_tokens": Kind("a prompt or an answer of invisible characters only", "delete them"),
     "lost_character": Kind(
         "U+FFFD, where a character was lost in an earlier conversion",
-        "U+FFFD in the text, where a character was lost: {rows} ({share})",
-        "convert the original file again, from the encoding it is really in",
-    ),
+        "convert the original file again, from the encoding it is really in"),
     "control_text": Kind(
-        "control tokens written out in the text",
-        "a control token written out, plain text here but not in the published code: {rows} "
-        "({share})",
-        "delete these words from the text",
-    ),
+        "control tokens written out, plain text here but not in the published code",
+        "delete these words from the text"),
     "unknown_mark": Kind(
-        "<UNK> in answers",
-        "<UNK> in the answer: {rows} ({share})",
-        "replace it by the word it stands for, or delete the rows: it is learnt as text",
-    ),
+        "<UNK> in the answer",
+        "replace it by the word it stands for, or delete the rows: it is learnt as text"),
     "unknown_token": Kind(
-        "characters that the tokenizer turns into its unknown token",
-        "characters that the tokenizer cannot write: {rows} ({share})",
-        "replace these characters, or use the vocabulary of ChatGLM-6B",
-    ),
+        "characters that the tokenizer cannot write",
+        "replace these characters, or use the vocabulary of ChatGLM-6B"),
     "duplicate_row": Kind(
-        "the same prompt and answer more than once in a file",
-        "the prompt and answer of an earlier row: {rows} ({share})",
-        "delete the copies: they count twice in training and in scores",
-    ),
+        "the prompt and answer of an earlier row",
+        "delete the copies: they count twice in training and in scores"),
     "shared_row": Kind(
         "the same prompt and answer in two files",
-        "in both: {rows}",
         "delete them from one of the two; scores on rows that were trained on are untrue",
-    ),
-}
+        "in both: {rows}"),
+}  # fmt: skip
 # Notices are informational.
 _NOTICES = {
+    "note": Kind(
+        "what the reader left out, or read in another order", "nothing to do if that is right",
+        "{note}"),
     "byte_order_mark": Kind(
-        "a byte order mark",
-        "begins with a byte order mark (BOM)",
-        "nothing to do here; other programs may take it for text",
-    ),
+        "a byte order mark", "nothing to do here; other programs may take it for text",
+        "begins with a byte order mark (BOM)"),
+    "untrained_turn": Kind(
+        "answers with the weight 0: they are history, and not trained on",
+        "nothing to do if that is meant", "{reason}, not trained on: {rows} ({share})"),
+    "missing_word": Kind(
+        "NaN, None, null or N/A in place of a prompt or an answer",
+        "empty the field if the word stands for nothing; it is learnt as text"),
+    "fake_input": Kind(
+        'inputs that say there is none, such as "No input" or "N/A"',
+        "empty the field; as it is, it is joined to the prompt"),
     "unknown_mark_prompt": Kind(
-        "<UNK> in prompts",
-        "<UNK> in the prompt: {rows} ({share})",
-        "nothing to do if prompts will look so in use",
-    ),
+        "<UNK> in the prompt", "nothing to do if prompts will look so in use"),
     "spelled_character": Kind(
         "characters without a token of their own, which take one for each byte",
-        "characters without a token, which take one for each byte: {rows} ({share})",
-        "nothing to do if few; if many, check that this is your base's tokenizer",
-    ),
+        "nothing to do if few; if many, check that this is your base's tokenizer"),
     "several_answers": Kind(
-        "prompts with different answers in a file",
-        "different answers to one prompt: {prompts}, {rows}",
-        "nothing to do if all are right",
-    ),
+        "different answers to one prompt", "nothing to do if all are right",
+        "{meaning}: {prompts}, {rows}"),
     "shared_prompt": Kind(
         "the same prompt in two files, with different answers",
-        "in both, with different answers: {prompts}",
         "delete them from one of the two if scores should be on prompts never seen",
-    ),
+        "in both, with different answers: {prompts}"),
     "cut_prompt": Kind(
-        "prompts longer than --max_source_length leaves",
-        "longer than the {room} tokens of --max_source_length {limit}: {prompts} ({share})",
-        "--max_source_length {longer} cuts {left}",
-    ),
+        "prompts longer than --max_source_length leaves", "{advice}",
+        "longer than the {room} tokens of --max_source_length {limit}: {prompts} ({share})"),
     "cut_answer": Kind(
-        "answers longer than --max_target_length leaves",
-        "longer than the {room} tokens of --max_target_length {limit}: {answers} ({share})",
-        "--max_target_length {longer} cuts {left}",
-    ),
-}
+        "answers longer than --max_target_length leaves", "{advice}",
+        "longer than the {room} tokens of --max_target_length {limit}: {answers} ({share})"),
+    "beyond_context": Kind(
+        "rows longer than the base model was trained with (max_sequence_length)",
+        "shorten or split them, or have them cut by the --max_..._length flags",
+        "longer than the {context:,} tokens of the base model: {rows} ({share})"),
+}  # fmt: skip
 KINDS = _PROBLEMS | _NOTICES  # in the order in which a report lists them
 PROBLEMS = {kind: row.meaning for kind, row in _PROBLEMS.items()}
 NOTICES = {kind: row.meaning for kind, row in _NOTICES.items()}
@@ -144,6 +138,7 @@ class Finding:
     remedy: str
     places: tuple[int, ...] = ()
     examples: tuple[str, ...] = ()
+    has_more: bool = False  # places than these
 
     @property
     def is_problem(self) -> bool:
@@ -154,44 +149,47 @@ class Finding:
 def _finding(
     kind: str,
     count: int,
-    places: Iterable[int] = (),
+    places: Sequence[int] = (),
     examples: Iterable[str] = (),
+    *,
+    of: int = 1,
     **words: object,
 ) -> Finding:
-    """Make a finding of the table's sentence and remedy."""
-    nouns = {f"{noun}s": _number(count, noun) for noun in ("row", "prompt", "answer")}
-    words = nouns | words
-    sentence, remedy = KINDS[kind].sentence.format(**words), KINDS[kind].remedy.format(**words)
-    return Finding(kind, count, sentence, remedy, tuple(places), tuple(examples))
+    """Make a finding of the table's sentence and remedy; its share is of a number of rows."""
+    meaning, remedy, sentence = KINDS[kind]
+    nouns = {f"{noun}s": number_of(count, noun) for noun in ("row", "prompt", "answer")}
+    words = {"meaning": meaning, "share": as_percent(count / of)} | nouns | words
+    distinct = dict.fromkeys(places)  # answers of one conversation share a line
+    return Finding(
+        kind,
+        count,
+        sentence.format(**words),
+        remedy.format(**words),
+        tuple(islice(distinct, MOST_EXAMPLES)),
+        tuple(islice(examples, MOST_EXAMPLES)),
+        len(distinct) > MOST_EXAMPLES,
+    )
 
 
-def find_in_file(counts: "FileCounts") -> list[Finding]:
-    """Return what was found in one file, problems first."""
+def find_in_file(counts: "FileCounts", context: int) -> list[Finding]:
+    """Return what was found in one file, problems first; context: tokens that the base reads."""
     if counts.unreadable is not None:
         return [_finding("unreadable", 1, fault=counts.unreadable)]
-    found = [*_about_encoding(counts), *_about_columns(counts), *_about_lengths(counts)]
-    for kind, tally in counts.tallies.items():
-        share = as_percent(tally.count / counts.num_read)
-        examples = tally.examples
-        if kind == "control_text":
-            most = counts.control_names.most_common(MOST_EXAMPLES)
-            examples = [f"{name} in {_number(count, 'row')}" for name, count in most]
+    found = [*_about_reading(counts), *_about_columns(counts), *_about_lengths(counts, context)]
+    for kind, places in counts.places.items():
+        examples = counts.examples[kind]
+        most = counts.words[kind].most_common(MOST_EXAMPLES)
         if kind == "spelled_character":
-            most = counts.spelled_characters.most_common(MOST_EXAMPLES)
             examples = [f"{shown_name(character)} x {count:,}" for character, count in most]
-        found.append(_finding(kind, tally.count, tally.places, examples, share=share))
+        elif most:
+            examples = [f"{shown_name(name)} in {number_of(count, 'row')}" for name, count in most]
+        found.append(_finding(kind, len(places), places, examples, of=max(1, counts.num_made)))
     if counts.contested:
         groups = list(counts.contested.values())
-        first = groups[:MOST_EXAMPLES]
-        found.append(
-            _finding(
-                "several_answers",
-                len(groups),
-                [group[0] for group in first],
-                [", ".join(map(str, group[:MOST_EXAMPLES])) for group in first],
-                rows=_number(sum(map(len, groups)), "row"),
-            )
-        )
+        firsts = [group[0] for group in groups]
+        examples = [", ".join(map(str, group[:MOST_EXAMPLES])) for group in groups]
+        num_rows = number_of(sum(map(len, groups)), "row")
+        found.append(_finding("several_answers", len(groups), firsts, examples, rows=num_rows))
     return sorted(found, key=lambda finding: list(KINDS).index(finding.kind))
 
 
@@ -206,122 +204,110 @@ def find_between(first: "FileCounts", second: "FileCounts") -> list[Finding]:
         ("shared_prompt", prompts, first.prompts, second.prompts),
     ):
         if keys:
-            earliest = sorted(keys, key=places.__getitem__)[:MOST_EXAMPLES]
-            pairs = [
-                f"{first.place_name} {places[key]} = {second.place_name} {others[key]}"
-                for key in earliest
-            ]
-            found.append(_finding(kind, len(keys), [places[key] for key in earliest], pairs))
+            in_order = sorted(keys, key=places.__getitem__)
+            pairs = (f"{first.unit} {places[k]} = {second.unit} {others[k]}" for k in in_order)
+            found.append(_finding(kind, len(keys), [places[key] for key in in_order], pairs))
     return found
 
 
-def _about_encoding(counts: "FileCounts") -> list[Finding]:
-    found = []
-    if counts.encoding != UTF_8:
-        name = "GBK (read as GB18030)" if counts.encoding == GBK else counts.encoding
-        fault = f"written in {name}, which training refuses"
-        cure = f"convert it: {conversion_command(counts.path, counts.encoding)}"
-        found.append(_finding("encoding", 1, fault=fault, cure=cure))
-    if counts.damaged_lines:
-        lines = counts.damaged_lines
-        fault = f"bytes that are not {counts.encoding}, here read as U+FFFD; training refuses them"
-        cure = f"mend these lines and save the file as {UTF_8}"
-        found.append(_finding("encoding", len(lines), lines, fault=fault, cure=cure))
-    if counts.encoding == UTF_8 and counts.has_mark:
+def _about_reading(counts: "FileCounts") -> list[Finding]:
+    """Return encoding, byte order mark, and what the reader took otherwise than it stands."""
+    decoded, found = counts.decoded, [_finding("note", 1, note=note) for note in counts.notes]
+    assert decoded is not None, "the file could be read"
+    if counts.encoding_fault is not None:
+        lines = decoded.damaged_lines or (decoded.first_foreign_line or 1,)
+        fault, encoding = counts.encoding_fault.rstrip("."), decoded.encoding
+        found.append(_finding("encoding", len(lines), lines, fault=fault, encoding=encoding))
+    elif decoded.has_mark:
         found.append(_finding("byte_order_mark", 1, (1,)))
     return found
 
 
 def _about_columns(counts: "FileCounts") -> list[Finding]:
-    """Name missing columns, with what to type if a similar or usual one is there; empty fields."""
+    """Return columns that are missing or left out, with what to type, and fields left empty."""
+    layout, named = counts.layout, counts.row_format.named_columns
+    if layout is None:
+        missing = [f'"{column}"' for column in named.values() if column not in counts.columns]
+        fault = f"no column {' and '.join(missing)}" if missing else "no known format"
+        form, advice = counts.row_format.format, f"name the columns: {suggest_flags(counts)}"
+        if form != "auto":
+            fault, advice = f"not in the format {form}", f"leave --format out, or {advice} instead"
+        present = ", ".join(map(shown_name, counts.columns)) or "none"
+        return [_finding("missing_column", 1, fault=fault, present=present, advice=advice)]
     found = []
-    missing = counts.missing_columns()
-    if missing:
-        present = list(counts.column_rows)
-        taken = {counts.row_format.prompt_column, counts.row_format.response_column}
-        free = [column for column in present if column not in taken]
-        usual = {"--prompt_column": PROMPT_NAMES, "--response_column": RESPONSE_NAMES}
-        flags = []
-        for flag, column in missing.items():
-            guess = guess_column(column, free, usual.get(flag, ()))
-            flags.append(f"{flag} {guess if guess is not None else 'NAME'}")
-            free = [column for column in free if column != guess]
+    if counts.left_out is not None:
+        column, num, advice = counts.left_out
+        name = shown_name(column)
+        found.append(_finding("left_out", num, of=counts.num_used, column=name, advice=advice))
+    advice = "fill the field or delete the rows"
+    lacking = [
+        ("untrained_turn" if is_asked_for else "empty_field", len(places), places, reason, advice)
+        for (reason, is_asked_for), places in counts.lacking.items()
+    ]
+    if not counts.has_answers and counts.num_used:
+        reason = "no answer in the whole file"
+        advice = "nothing to do for --do_predict, which answers them; training needs answers"
+        if layout.response is None and layout.conversation is None:
+            advice += f": {suggest_flags(counts)}"
+        lacking.append(("empty_field", counts.num_used, [], reason, advice))
+    for kind, count, places, reason, advice in lacking:
         found.append(
-            _finding(
-                "missing_column",
-                len(missing),
-                missing=" and ".join(f'"{column}"' for column in missing.values()),
-                present=", ".join(map(shown_name, present)) or "none",
-                them="it" if len(missing) == 1 else "them",
-                flags=" ".join(flags),
-            )
+            _finding(kind, count, places, of=counts.num_made, reason=reason, advice=advice)
         )
-    if not missing.keys() & {"--prompt_column", "--response_column"}:
-        for column, tally in counts.empty.items():
-            share = as_percent(tally.count / counts.num_read)
-            name = shown_name(column)
-            found.append(
-                _finding("empty_field", tally.count, tally.places, column=name, share=share)
-            )
     return found
 
 
-def _about_lengths(counts: "FileCounts") -> list[Finding]:
+def suggest_flags(counts: "FileCounts") -> str:
+    """Return the flags that name every column which belongs to a row; NAME where none is usual."""
+    flags: dict[str, str] = {}
+    for flag, usual in (
+        ("--prompt_column", PROMPT_NAMES),
+        ("--input_column", INPUT_NAMES),
+        ("--response_column", RESPONSE_NAMES),
+        ("--history_column", (HISTORY,)),
+    ):
+        free = [column for column in counts.columns if column not in flags.values()]
+        named = counts.row_format.named_columns.get(flag)
+        by_lower = {column.strip().lower(): column for column in reversed(free)}
+        guess = next((by_lower[name] for name in usual if name in by_lower), None)
+        if named is not None:
+            guess = named if named in free else guess_column(named, free, usual)
+        if guess is not None or flag in ("--prompt_column", "--response_column"):
+            flags[flag] = guess or guess_column(usual[0], free) or "NAME"
+    return " ".join(f"{flag} {quote(column)}" for flag, column in flags.items())
+
+
+def _about_lengths(counts: "FileCounts", context: int) -> list[Finding]:
+    """Return what is cut, with limits that the base model reads, and rows that it does not."""
     found = []
-    for kind, lengths, limit, reserve in (
-        ("cut_prompt", counts.prompt_lengths, counts.row_format.max_source_length, PROMPT_RESERVE),
-        ("cut_answer", counts.answer_lengths, counts.row_format.max_target_length, ANSWER_RESERVE),
+    wanted = [sufficient_limit(side.lengths, side.limit, side.reserve) for side in counts.sides]
+    for (noun, flag, limit, reserve, lengths), longer, other in zip(
+        counts.sides, wanted, reversed(wanted), strict=True
     ):
         num_cut = int((lengths > limit - reserve).sum())
         if num_cut:
-            longer = sufficient_limit(lengths, limit, reserve)
-            left = cut_share(lengths, longer, reserve)
+            room = max(context // 2, context - other)  # both limits together fit the base model
+            best = max(limit, min(longer, room))
+            left = cut_share(lengths, best, reserve)
+            advice = f"{flag} {best} cuts {as_percent(left) if left else 'none'}"
+            if best < longer:
+                advice += f"; more does not fit the {context:,} tokens of the base model"
             found.append(
                 _finding(
-                    kind,
+                    f"cut_{noun}",
                     num_cut,
+                    of=len(lengths),
                     room=limit - reserve,
                     limit=limit,
-                    share=as_percent(num_cut / len(lengths)),
-                    longer=longer,
-                    left=as_percent(left) if left else "none",
+                    advice=advice,
                 )
             )
+    prompts, answers = counts.sides
+    room = context - prompts.reserve - answers.reserve
+    num_beyond = int((prompts.lengths + answers.lengths > room).sum())
+    if num_beyond:
+        found.append(_finding("beyond_context", num_beyond, of=counts.num_used, context=context))
     return found
-
-
-def cut_share(lengths: np.ndarray, limit: int, reserve: int) -> float:
-    """Return the share of lengths that do not fit in limit - reserve tokens, 0 to 1.
-
-    >>> cut_share(np.array([62, 63, 64, 65]), 64, PROMPT_RESERVE)
-    0.5
-    """
-    return float((lengths > limit - reserve).mean()) if len(lengths) else 0.0
-
-
-def sufficient_limit(lengths: np.ndarray, limit: int, reserve: int) -> int:
-    """Return the next round limit that cuts at most 1 % of the lengths, or what fits them all.
-
-    >>> sufficient_limit(np.array([10, 100]), 64, 2), sufficient_limit(np.array([3000]), 64, 2)
-    (128, 3002)
-    """
-    for longer in TABLE_LENGTHS:
-        if longer > limit and cut_share(lengths, longer, reserve) <= 0.01:
-            return longer
-    return int(lengths.max()) + reserve
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def as_percent(share: float) -> str:
-    """Return a share, 0 to 1, as a percentage; only zero reads 0.0%.
-
-    >>> as_percent(0.5434), as_percent(0.0002), as_percent(0)
-    ('54.3%', '<0.1%', '0.0%')
-    """
-    return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
 def shown_name(name: str) -> str:
