@@ -5,6 +5,7 @@ digest and two lengths for each, and never all tokens.
 """
 
 import hashlib
+from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class FileCounts:
     # Rows left out, by the reason and whether the file asks for it (weight 0)
     lacking: dict[tuple[str, bool], list[int]] = field(default_factory=partial(defaultdict, list))
     places: dict[str, list[int]] = field(default_factory=partial(defaultdict, list))  # by kind
-    examples: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))
+    examples: dict[str, list[tuple[int, str]]] = field(default_factory=partial(defaultdict, list))
     words: dict[str, Counter[str]] = field(default_factory=partial(defaultdict, Counter))
     rows: dict[bytes, int] = field(default_factory=dict)  # key -> first place
     prompts: dict[bytes, int] = field(default_factory=dict)  # key -> first place
@@ -101,10 +102,13 @@ class FileCounts:
         return sides_of(self.row_format, self.prompt_lengths, self.answer_lengths)
 
     def add(self, kind: str, place: int, example: str | None = None) -> None:
-        """Count one more of a kind."""
+        """Count one more of a kind; the first few examples in the order of the file are kept."""
         self.places[kind].append(place)
-        if example is not None and len(self.examples[kind]) < MOST_EXAMPLES:
-            self.examples[kind].append(example)
+        if example is not None:
+            kept = self.examples[kind]
+            if len(kept) < MOST_EXAMPLES or place < kept[-1][0]:
+                insort(kept, (place, example))
+                del kept[MOST_EXAMPLES:]
 
 
 @collector_paused()
@@ -155,7 +159,7 @@ def _read(counts: FileCounts, file: DataFile) -> list[Row]:
     filled = count_unused(rows, Layout("columns"))
     counts.columns = {name: filled.get(name, 0) for name in names}
     if not rows:
-        first = counts.examples["broken_row"][0]
+        _, first = counts.examples["broken_row"][0]
         counts.unreadable = f"{file.path}: no row can be read; the first fault is {first}"
     return rows
 

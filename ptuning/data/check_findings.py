@@ -159,7 +159,7 @@ def _finding(
     meaning, remedy, sentence = KINDS[kind]
     nouns = {f"{noun}s": number_of(count, noun) for noun in ("row", "prompt", "answer")}
     words = {"meaning": meaning, "share": as_percent(count / of)} | nouns | words
-    distinct = dict.fromkeys(places)  # answers of one conversation share a line
+    distinct = dict.fromkeys(sorted(places))  # answers of one conversation share a line
     return Finding(
         kind,
         count,
@@ -177,7 +177,7 @@ def find_in_file(counts: "FileCounts", context: int) -> list[Finding]:
         return [_finding("unreadable", 1, fault=counts.unreadable)]
     found = [*_about_reading(counts), *_about_columns(counts), *_about_lengths(counts, context)]
     for kind, places in counts.places.items():
-        examples = counts.examples[kind]
+        examples = [example for _, example in counts.examples[kind]]
         most = counts.words[kind].most_common(MOST_EXAMPLES)
         if kind == "spelled_character":
             examples = [f"{shown_name(character)} x {count:,}" for character, count in most]

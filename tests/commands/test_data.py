@@ -1,6 +1,7 @@
 """`python -m ptuning data check`: exit statuses, what is printed, the picture and the JSON."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ import pytest
 from ptuning.__main__ import main
 from ptuning.commands.registry import DEFAULT_PICTURE
 from ptuning.data.check_findings import NOTICES, PROBLEMS
-from ptuning.nano.paths import SAMPLE_DIR
+from ptuning.nano.paths import NANO_DIR, SAMPLE_DIR
 
 CLEAN = [{"content": f"类型#裙*颜色#{c}色", "summary": f"姐妹们快看{c}色"} for c in "白黑红绿蓝"]
 
@@ -49,7 +50,9 @@ def test_the_sample_of_this_project_is_clean(capsys: pytest.CaptureFixture[str])
         [*CLEAN, {"content": "甲<eop>", "summary": "乙"}],
         [*CLEAN, {"content": "甲", "summary": "<UNK>"}],
         [*CLEAN, "no row"],
-        [{"question": "甲", "answer": "乙"}],
+        [{"question": "甲", "query": "丙", "answer": "乙"}],
+        [*CLEAN, {"content": "甲", "summary": "我是{{name}}"}],
+        [row | {"input": "一"} for row in CLEAN] + [row | {"input": "二"} for row in CLEAN],
     ],
 )
 def test_a_problem_fails_only_under_strict(rows: list[Any]) -> None:
@@ -104,7 +107,8 @@ def test_the_flags_of_a_run_are_used(capsys: pytest.CaptureFixture[str]) -> None
     lengths = ["--max_source_length", "8", "--max_target_length", "40"]
     assert main(["data", "check", path, *columns, *lengths, "--picture", "none"]) == 0
     text = capsys.readouterr().out
-    assert "q (prompt), a (answer), history (history)" in text
+    assert "  format    columns: history + q -> a\n" in text
+    assert "q (prompt), a (response), history (history)" in text
     assert "longer than the 7 tokens of --max_source_length 8: 1 prompt" in text
 
 
@@ -128,6 +132,60 @@ def test_json_holds_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert kinds["duplicate_row"]["message"] in capsys.readouterr().out
 
 
+def test_json_says_what_the_columns_mean() -> None:
+    path = write("a.json", [{"instruction": "译", "input": "梨", "output": "pear", "id": 1}])
+    assert main(["data", "check", path, "--picture", "none", "--json", "found.json"]) == 0
+    file = json.loads(Path("found.json").read_text(encoding="utf-8"))["files"][0]
+    assert file["format"] == "alpaca"
+    assert file["columns_used"] == {"prompt": "instruction", "input": "input", "response": "output"}
+    assert file["columns"] == {"instruction": 1, "input": 1, "output": 1, "id": 1}
+
+
+def test_a_pattern_stands_for_all_its_files(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.json", "b.json"):
+        write(name, CLEAN[:2])
+    assert main(["data", "check", "*.json", "none*.json", "--picture", "none"]) == 2
+    text = capsys.readouterr().out
+    assert "a.json and b.json" in text
+    assert "3 files (1 cannot be read)" in text
+    assert "none*.json: cannot be read" in text
+
+
+def test_a_test_set_without_answers_is_drawn_and_is_no_problem_of_reading(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write("test.json", [row | {"summary": ""} for row in CLEAN])
+    assert main(["data", "check", path]) == 0
+    text = capsys.readouterr().out
+    assert "5 read, 5 to answer" in text
+    assert "nothing to do for --do_predict" in text
+    assert DEFAULT_PICTURE.is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "context", "says_so"),
+    [
+        ([], 2048, False),
+        (["--model_name_or_path", "base"], 300, False),
+        (["--tokenizer_name", "nano"], 2048, True),
+        (["--tokenizer_name", "nano", "--model_name_or_path", "base"], 300, False),
+    ],
+)
+def test_the_context_is_that_of_the_base(
+    flags: list[str], context: int, says_so: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(NANO_DIR, "base")
+    config = json.loads(Path("base/config.json").read_text(encoding="utf-8"))
+    config["max_sequence_length"] = 300
+    Path("base/config.json").write_text(json.dumps(config), encoding="utf-8")
+    path = write("a.json", [*CLEAN, {"content": "甲", "summary": "好" * 3000}])
+    assert main(["data", "check", path, "--picture", "none", *flags]) == 0
+    text = capsys.readouterr().out
+    assert f"longer than the {context:,} tokens of the base model: 1 row" in text
+    assert f"--max_target_length {context - 64} cuts" in text
+    assert ("taken to read 2,048 tokens" in text) == says_so
+
+
 def test_svg_holds_the_names_of_the_files() -> None:
     files = [write("train.json", CLEAN), write("训练.json", CLEAN)]
     assert main(["data", "check", *files, "--picture", "pictures/lengths.svg"]) == 0
@@ -140,6 +198,7 @@ def test_svg_holds_the_names_of_the_files() -> None:
     [
         (["--picture", "a.gif"], "must end in .png or .svg"),
         (["--max_source_length", "2"], "--max_source_length is 2; use 3 or more"),
+        (["--format", "alpaca", "--prompt_column", "content"], "leave one of them out"),
         (["--model_name_or_path", "nowhere/at-all/x"], "nowhere/at-all/x"),
     ],
 )

@@ -1,7 +1,6 @@
 """The data check: what it counts in a file, and that no file stops it."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,24 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ptuning.data.check import CHUNK_ROWS, Encoder, FileCounts, check_file
-from ptuning.data.check_findings import (
+from ptuning.data.check_findings import NOTICES, PROBLEMS, Finding, find_between, find_in_file
+from ptuning.data.check_report import Report, as_text, as_values
+from ptuning.data.formatting import Example, RowFormat
+from ptuning.data.length_table import (
     ANSWER_RESERVE,
-    NOTICES,
-    PROBLEMS,
     PROMPT_RESERVE,
-    Finding,
     cut_share,
-    find_between,
-    find_in_file,
     sufficient_limit,
 )
-from ptuning.data.check_report import (
-    FileReport,
-    PairReport,
-    as_values,
-    file_as_text,
-    pair_as_text,
-)
-from ptuning.data.formatting import RowFormat, to_example
-from ptuning.data.reading import DataError, read_rows
+from ptuning.data.odd_words import find_placeholders, is_fake_input
+from ptuning.data.parsing import DataError, open_data
+from ptuning.data.reading import read_rows
 from ptuning.data.tokenization import to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 
 ROWS = [{"content": "类型#裙", "summary": "简约"}, {"content": "颜色#蓝色", "summary": "条纹"}]
-FORMAT = RowFormat(prompt_column="content", response_column="summary")
+FORMAT = RowFormat()
+CONTEXT = 2048  # tokens
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +47,13 @@ def check(
     return check_file(path, encoder, row_format, show_progress=False)
 
 
-def find(counts: FileCounts) -> dict[str, Finding]:
-    return {finding.kind: finding for finding in find_in_file(counts)}
+def find(counts: FileCounts, context: int = CONTEXT) -> dict[str, Finding]:
+    return {finding.kind: finding for finding in find_in_file(counts, context)}
+
+
+def kinds(counts: FileCounts) -> set[str]:
+    """Name what was found, but for characters that the small vocabulary of the tests lacks."""
+    return set(find(counts)) - {"spelled_character"}
 
 
 def row(content: Any = "甲", summary: Any = "乙") -> dict[str, Any]:
@@ -65,7 +62,7 @@ def row(content: Any = "甲", summary: Any = "乙") -> dict[str, Any]:
 
 def test_a_clean_file_has_no_finding(tmp_path: Path, encoder: Encoder) -> None:
     counts = check(tmp_path / "a.json", ROWS, encoder)
-    assert (counts.num_read, counts.num_used, counts.encoding) == (2, 2, "UTF-8")
+    assert (counts.num_read, counts.num_used) == (2, 2)
     assert find(counts) == {}
 
 
@@ -92,6 +89,10 @@ def test_a_clean_file_has_no_finding(tmp_path: Path, encoder: Encoder) -> None:
         ([*ROWS, row("颜色", "龘")], "spelled_character", 1, (3,)),
         ([*ROWS, row("甲", "乙" * 63)], "cut_answer", 1, ()),
         ([*ROWS, row("甲" * 64)], "cut_prompt", 1, ()),
+        ([*ROWS, row("甲", "NaN"), row("null"), row("No", "n/a")], "missing_word", 3, (3, 4, 5)),
+        ([*ROWS, row("我叫{{name}}"), row("乙", "我是<AUTHOR>")], "placeholder", 2, (3, 4)),
+        ([*ROWS, row() | {"history": [["甲", "乙"]]}], "leak", 1, (3,)),
+        ([row() | {"input": "一"}, row("甲", "丙") | {"input": "二"}], "left_out", 2, ()),
     ],
 )
 def test_each_fault_is_counted_where_it_is(
@@ -109,9 +110,36 @@ def test_each_fault_is_counted_where_it_is(
     assert found[kind].remedy
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{{name}}和{{ 作者 }}", ["{{name}}", "{{ 作者 }}"]),
+        ("我是<NAME>，由<FULL NAME>开发", ["<NAME>", "<FULL NAME>"]),
+        ("<UNK> <n> <eop> <ENC> [MASK] <name> <T>", []),
+        ("<TITLE>标题</TITLE><BR> vector<INT>", []),
+        ("{{range .}}{{item.name}}{{end}}", []),  # Go's templates
+        ("{% if a %}{{ a }}{% endif %}", []),  # Jinja's
+        ("<NOINPUT>", []),  # an input that says there is none
+    ],
+)
+def test_placeholders_are_told_from_markup(text: str, found: list[str]) -> None:
+    assert find_placeholders(text) == found
+
+
+@pytest.mark.parametrize("text", ["No input", "<noinput>.", "N/A", "None", "\\<noinput\\>", "无"])
+def test_an_input_that_says_there_is_none_is_a_notice(
+    tmp_path: Path, encoder: Encoder, text: str
+) -> None:
+    task = {"instruction": "说说春天", "input": "", "output": "花开了"}
+    rows = [task, task | {"instruction": "甲", "input": text}, task | {"input": "钠（Na）"}]
+    found = find(check(tmp_path / "a.json", rows, encoder))
+    assert (found["fake_input"].places, found["fake_input"].examples) == ((2,), (text,))
+    assert not found["fake_input"].is_problem
+
+
 def test_ordinary_brackets_are_no_control_tokens(tmp_path: Path, encoder: Encoder) -> None:
     rows = [row("[Round 0] x < y > z [1]", "<b>好</b> | <| |> [mask] <sos>")]
-    assert "control_text" not in find(check(tmp_path / "a.json", rows, encoder))
+    assert find(check(tmp_path / "a.json", rows, encoder)) == {}
 
 
 def test_control_tokens_are_listed_in_the_order_of_the_text(
@@ -133,8 +161,8 @@ def test_only_the_first_places_are_kept_and_all_are_counted(
 
 def test_characters_without_a_token_are_named(tmp_path: Path, encoder: Encoder) -> None:
     counts = check(tmp_path / "a.json", [*ROWS, row("龘龘", "这件")], encoder)
-    assert counts.spelled_characters["龘"] == 2
-    assert "这" not in counts.spelled_characters
+    assert counts.words["spelled_character"]["龘"] == 2
+    assert "这" not in counts.words["spelled_character"]
 
 
 class WithoutBytes:
@@ -184,13 +212,15 @@ def test_every_encoding_is_named_and_checked(
     csv_text = "content,summary\n" + "".join(f"{r['content']},{r['summary']}\n" for r in rows)
     text = as_lines(rows) if suffix == ".json" else csv_text
     counts = check(tmp_path / f"a{suffix}", text.encode(codec), encoder)
-    assert (counts.encoding, counts.has_mark, counts.num_used) == (name, has_mark, 4)
+    assert counts.decoded is not None
+    assert (counts.decoded.encoding, counts.decoded.has_mark) == (name, has_mark)
+    assert counts.num_used == 4
     found = find(counts)
     assert found["duplicate_row"].count == 2
     assert ("encoding" in found) == (name != "UTF-8")
     assert ("byte_order_mark" in found) == (codec == "utf-8-sig")
     if name != "UTF-8":
-        assert "iconv -f " in found["encoding"].remedy
+        assert "iconv -f " in found["encoding"].message
         with pytest.raises(DataError, match="iconv"):
             read_rows(tmp_path / f"a{suffix}", FORMAT)
 
@@ -201,40 +231,171 @@ def test_a_damaged_byte_is_located_and_the_rest_is_checked(
 ) -> None:
     content = as_lines(ROWS * 3).encode(codec) + b'{"content": "\xff", "summary": "b"}\n'
     counts = check(tmp_path / "a.json", content, encoder)
-    assert (counts.encoding, counts.num_used) == ("UTF-8" if codec == "utf-8" else "GBK", 7)
-    assert counts.damaged_lines == (7,)
-    assert find(counts)["encoding"].is_problem
+    found = find(counts)["encoding"]
+    assert counts.num_used == 7
+    assert (found.places, found.is_problem) == ((7,), True)
+    assert ("UTF-8" if codec == "utf-8" else "GBK") in found.remedy
 
 
 # Columns and files
 
 
-def test_missing_columns_come_with_the_flags_to_type(tmp_path: Path, encoder: Encoder) -> None:
-    rows = [{"question": "甲", "answer": "乙", "id": 1}]
-    found = find(check(tmp_path / "a.json", rows, encoder))
+def test_big5_is_shown_in_both_readings(tmp_path: Path, encoder: Encoder) -> None:
+    rows = [row("這是一個很漂亮的裙子", "適合夏天穿")] * 3
+    found = find(check(tmp_path / "a.json", as_lines(rows).encode("big5"), encoder))
+    assert "這是一個" in found["encoding"].message
+
+
+# Columns and formats
+
+
+@pytest.mark.parametrize(
+    ("columns", "flags", "remedy"),
+    [
+        # every column of the prompt is named: review A1, B5, B7, B20
+        ("instruction input output history", {"prompt_column": "instrution"},
+         "--prompt_column instruction --input_column input --response_column output "
+         "--history_column history"),
+        ("prompt question target category", {},
+         "--prompt_column prompt --response_column target"),
+        ("context query question answer", {},
+         "--prompt_column question --input_column context --response_column answer"),
+        ("contents sumary", {}, "--prompt_column contents --response_column sumary"),
+        ("content sumary", {"response_column": "summary"},
+         "--prompt_column content --response_column sumary"),
+        ("content summary", {"history_column": "histroy"},
+         "--prompt_column content --response_column summary"),
+        ("一 二", {}, "--prompt_column NAME --response_column NAME"),
+        ("content summary", {"format": "alpaca"},
+         "leave --format out, or name the columns: --prompt_column content "
+         "--response_column summary instead"),
+    ],
+)  # fmt: skip
+def test_columns_that_cannot_be_told_come_with_the_flags_to_type(
+    tmp_path: Path, encoder: Encoder, columns: str, flags: dict[str, Any], remedy: str
+) -> None:
+    rows = [dict.fromkeys(columns.split(), "甲")]
+    counts = check(tmp_path / "a.json", rows, encoder, RowFormat(**flags))
+    found = find(counts)
     assert set(found) == {"missing_column"}
-    assert "question, answer, id" in found["missing_column"].message
-    assert found["missing_column"].remedy.endswith(
-        "--prompt_column question --response_column answer"
-    )
-    similar = find(check(tmp_path / "b.json", [{"content": "甲", "sumary": "乙"}], encoder))
-    assert similar["missing_column"].remedy.endswith("--response_column sumary")
-    unlike = find(check(tmp_path / "c.json", [{"content": "甲", "x": "乙"}], encoder))
-    assert unlike["missing_column"].remedy.endswith("--response_column NAME")
+    assert ", ".join(columns.split()) in found["missing_column"].message
+    assert found["missing_column"].remedy.endswith(remedy)
+    assert (counts.num_read, counts.num_used) == (1, 0)
 
 
-def test_a_missing_history_column_does_not_stop_the_check(tmp_path: Path, encoder: Encoder) -> None:
-    counts = check(tmp_path / "a.json", ROWS, encoder, replace(FORMAT, history_column="histroy"))
+def test_the_columns_advised_are_read(tmp_path: Path, encoder: Encoder) -> None:
+    rows = [{"context": "一", "query": "二", "question": "三", "answer": "四", "history": []}]
+    remedy = find(check(tmp_path / "a.json", rows, encoder))["missing_column"].remedy
+    words = remedy.split("columns: ")[1].split()
+    flags = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))
+    counts = check(tmp_path / "a.json", rows, encoder, RowFormat(**flags))
+    assert str(counts.layout) == "columns: history + question + context -> answer"
+
+
+@pytest.mark.parametrize(
+    ("rows", "layout", "num_used"),
+    [
+        ([{"instruction": "译", "input": "梨", "output": "pear"}],
+         "alpaca: instruction + input -> output", 1),
+        ([{"messages": [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"},
+                        {"role": "user", "content": "丙"}, {"role": "assistant", "content": "丁"}]}],
+         "messages: the turns of messages", 2),
+        ([{"conversations": [{"from": "human", "value": "甲"}, {"from": "gpt", "value": "乙"}]}],
+         "sharegpt: the turns of conversations", 1),
+        ([{"conversations": ["甲", "乙", "丙", "丁"]}], "lima: the turns of conversations", 2),
+        ([{"history": [["甲", "乙"], ["丙", "丁"]]}], "history: the turns of history", 2),
+    ],
+)  # fmt: skip
+def test_every_format_is_found_and_said(
+    tmp_path: Path, encoder: Encoder, rows: list[Any], layout: str, num_used: int
+) -> None:
+    counts = check(tmp_path / "a.json", rows, encoder)
+    assert (str(counts.layout), counts.num_used) == (layout, num_used)
+    assert kinds(counts) == set()
+    text = as_text(Report(("a.json",), [], counts))
+    assert f"  format    {layout}\n" in text
+    assert ("1 read, 2 answers in them, 2 used" in text) == (num_used == 2)
+    last = check(tmp_path / "a.json", rows, encoder, RowFormat(turns="last"))
+    assert last.num_used == 1
+
+
+def test_turns_that_training_leaves_out_are_counted(tmp_path: Path, encoder: Encoder) -> None:
+    def turn(role: str, text: str, **weight: int) -> dict[str, Any]:
+        return {"role": role, "content": text} | weight
+
+    rows = [
+        [turn("user", "甲"), turn("assistant", "乙", weight=0), turn("user", "丙"),
+         turn("assistant", "丁"), turn("user", "戊")],
+        [turn("assistant", "己"), turn("user", "庚"), turn("assistant", "辛")],
+    ]  # fmt: skip
+    content: list[Any] = [{"messages": turns} for turns in rows]
+    counts = check(tmp_path / "a.json", content, encoder)
+    findings = find_in_file(counts, CONTEXT)[:3]
+    assert [(one.kind, one.count, one.places) for one in findings] == [
+        ("empty_field", 1, (1,)),
+        ("empty_field", 1, (2,)),
+        ("untrained_turn", 1, (1,)),
+    ]
+    assert "no answer to a question" in findings[0].message
+    assert "no question before an answer" in findings[1].message
+    assert "weight 0" in findings[2].message
     assert counts.num_used == 2
-    assert "--history_column" in find(counts)["missing_column"].remedy
+
+
+def test_unused_columns_are_listed_with_the_rows_that_fill_them(
+    tmp_path: Path, encoder: Encoder
+) -> None:
+    rows = [row("甲") | {"id": 1, "x": None}, row("乙") | {"id": 2}, row("丙")]
+    text = as_text(Report(("a",), [], check(tmp_path / "a.json", rows, encoder)))
+    used = "content (prompt), summary (response)"
+    assert f"  columns   {used}, id (not used, filled in 2 rows), x (not used, filled in 0" in text
+
+
+def test_the_remedy_for_a_column_left_out_is_taken(tmp_path: Path, encoder: Encoder) -> None:
+    rows = [{"content": "译", "passage": word, "summary": word * 2} for word in ("梨", "桃")]
+    found = find(check(tmp_path / "a.json", rows, encoder))["left_out"]
+    flags = "--prompt_column content --input_column passage --response_column summary"
+    assert found.remedy.endswith(flags)
+    assert found.is_problem
+    columns = RowFormat(prompt_column="content", input_column="passage", response_column="summary")
+    assert kinds(check(tmp_path / "a.json", rows, encoder, columns)) == set()
+
+
+def test_what_the_reader_left_out_is_a_notice(tmp_path: Path, encoder: Encoder) -> None:
+    counts = check(tmp_path / "a.csv", "content,summary\n甲,乙\ncontent,summary\n", encoder)
+    assert kinds(counts) == {"note"}
+    assert "line 3" in find(counts)["note"].message
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"content": "甲"}, {"content": "乙"}],
+        [row("甲", ""), row("乙", None)],
+        [{"content": "甲", "x": "一"}, {"content": "乙", "x": "二"}],
+        [{"conversations": ["甲"]}, {"conversations": ["乙"]}],
+    ],
+)
+def test_a_test_set_without_answers_is_checked(
+    tmp_path: Path, encoder: Encoder, rows: list[Any]
+) -> None:
+    counts = check(tmp_path / "a.json", [*rows, rows[0]], encoder)
+    assert not counts.has_answers
+    found = find(counts)
+    assert kinds(counts) == {"empty_field", "duplicate_row"}
+    assert found["empty_field"].count == 3
+    assert "nothing to do for --do_predict" in found["empty_field"].remedy
+    may_be_named = "content" in rows[0] and "summary" not in rows[0]
+    assert ("--response_column NAME" in found["empty_field"].remedy) == may_be_named
+    assert "3 read, 3 to answer" in as_text(Report(("a",), [], counts))
 
 
 def test_a_history_counts_as_part_of_the_prompt(tmp_path: Path, encoder: Encoder) -> None:
     rows = [{**row(), "history": [["问", "答<eop>"]]}, {**row(), "history": []}]
-    counts = check(tmp_path / "a.json", rows, encoder, replace(FORMAT, history_column="history"))
+    counts = check(tmp_path / "a.json", rows, encoder)
     assert counts.prompt_lengths[0] > counts.prompt_lengths[1] + 5
-    assert counts.tallies["control_text"].places == [1]
-    assert "duplicate_row" not in counts.tallies
+    assert counts.places["control_text"] == [1]
+    assert "duplicate_row" not in counts.places
 
 
 @pytest.mark.parametrize(
@@ -244,7 +405,7 @@ def test_a_history_counts_as_part_of_the_prompt(tmp_path: Path, encoder: Encoder
         ("a.json", "[]", "no rows"),
         ("a.csv", "content,summary\n", "no rows"),
         ("a.json", b"\x00\x01\x02\xff\n\xfe", "no row can be read; the first fault is"),
-        ("a.xlsx", "PK", "use .json, .jsonl or .csv"),
+        ("a.xlsx", "PK", "the ending .xlsx is unknown"),
     ],
 )
 def test_a_file_without_rows_is_unreadable(
@@ -263,12 +424,12 @@ def test_a_missing_file_is_unreadable(tmp_path: Path, encoder: Encoder) -> None:
 def test_the_check_goes_on_after_broken_lines(tmp_path: Path, encoder: Encoder) -> None:
     path = tmp_path / "a.json"
     counts = check(path, as_lines(ROWS) + "{broken\n" + as_lines([row(), row([])]), encoder)
-    assert (counts.num_used, counts.tallies["broken_row"].places) == (3, [3, 5])
-    assert counts.tallies["broken_row"].examples[0].startswith(f"{path}:3: broken JSON")
+    assert (counts.num_used, counts.places["broken_row"]) == (3, [3, 5])
+    assert counts.examples["broken_row"][0][1].startswith(f"{path}:3: broken JSON")
     csv_file = check(tmp_path / "a.csv", "content,summary\na,b,c\nd,e\n", encoder)
-    assert (csv_file.num_used, csv_file.tallies["broken_row"].places) == (1, [2])
+    assert (csv_file.num_used, csv_file.places["broken_row"]) == (1, [2])
     array = check(tmp_path / "b.json", '[{"content":"a","summary":"b"},\n 1,\n{"x": }]', encoder)
-    assert (array.num_used, array.tallies["broken_row"].places) == (1, [2, 3])
+    assert (array.num_used, array.places["broken_row"]) == (1, [2, 3])
 
 
 def test_rows_of_a_one_line_array_are_numbered(tmp_path: Path, encoder: Encoder) -> None:
@@ -299,7 +460,7 @@ def test_cuts_are_those_of_training(
     rows = [row("件" * n, "色" * (30 - n)) for n in range(1, 30)]
     counts = check(tmp_path / "a.json", rows, encoder)
     for limit in (3, 10, 17, 40):
-        examples = [to_example(r, FORMAT) for r in rows]
+        examples = [Example(r["content"], r["summary"], r["content"]) for r in rows]
         trained = to_training_batch(
             tokenizer, examples, max_source_length=limit, max_target_length=limit
         )
@@ -325,12 +486,36 @@ def test_the_length_that_is_advised_suffices(lengths: list[int], limit: int) -> 
     assert cut_share(array, advised, ANSWER_RESERVE) <= 0.01
 
 
+def test_lengths_beyond_the_base_are_said_and_not_advised(tmp_path: Path, encoder: Encoder) -> None:
+    rows = [row("件", "色" * 3000), *(row("件" * n, "色") for n in range(1, 99))]
+    found = find(check(tmp_path / "a.json", rows, encoder))
+    assert "the 2,048 tokens of the base model: 1 row (1.0%)" in found["beyond_context"].message
+    assert not found["beyond_context"].is_problem
+    short = find(check(tmp_path / "a.json", [*rows[:1], row("乙")], encoder))["cut_answer"].remedy
+    assert short == (
+        "--max_target_length 1984 cuts 50.0%; more does not fit the 2,048 tokens of the base model"
+    )
+    other = find(check(tmp_path / "b.json", [row("件" * 3000, "色" * 3000)], encoder), 1000)
+    assert other["cut_prompt"].remedy.startswith("--max_source_length 500 cuts 100.0%; more")
+    assert other["cut_answer"].remedy.startswith("--max_target_length 500 cuts 100.0%; more")
+
+
 # Anything at all
 
 _texts = st.text(max_size=12) | st.sampled_from(["<eop>", "<UNK>", "\ufffd", "\u200b", "龘", " "])
+_turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "x"]), "content": _texts}
+)
 _row_lists = st.lists(
     st.fixed_dictionaries(
-        {}, optional={"content": _texts | st.none() | st.integers(), "summary": _texts, "x": _texts}
+        {},
+        optional={
+            "content": _texts | st.none() | st.integers(),
+            "summary": _texts,
+            "input": _texts,
+            "history": st.just([]) | st.just([["甲", "乙"]]) | _texts,
+            "messages": st.lists(_turns, max_size=3) | _texts,
+        },
     ),
     max_size=6,
 )
@@ -359,30 +544,37 @@ def test_any_bytes_give_a_report(
 ) -> None:
     path = tmp_path / f"any{suffix}"
     counts = check(path, content, encoder)
-    report = FileReport(counts, find_in_file(counts))
+    report = Report((str(path),), find_in_file(counts, CONTEXT), counts)
     kinds = {finding.kind for finding in report.findings}
     assert kinds <= {*PROBLEMS, *NOTICES}
     assert ("unreadable" in kinds) == (counts.num_read == 0)
-    assert all(message.startswith(f"{path}:") for message in counts.tallies["broken_row"].examples)
-    assert file_as_text(report).startswith(str(path))
-    pair = PairReport("a", "b", find_between(counts, counts))
-    assert pair_as_text(pair).startswith("a and b\n")
-    json.dumps(as_values([report], [pair], FORMAT, "t"))
+    assert all(message.startswith(str(path)) for _, message in counts.examples["broken_row"])
+    assert as_text(report).startswith(str(path))
+    pair = Report(("a", "b"), find_between(counts, counts))
+    assert as_text(pair).startswith("a and b\n")
+    json.dumps(as_values([report, pair], FORMAT, "t"))
     assert all(finding.count >= 1 and finding.remedy for finding in report.findings)
     _agrees_with_training(path, counts)
 
 
 def _agrees_with_training(path: Path, counts: FileCounts) -> None:
     """Training refuses a file exactly if the check found what stops training; else rows agree."""
-    stops = counts.unreadable is not None or counts.num_broken or counts.missing_columns()
-    stops = stops or counts.encoding != "UTF-8" or counts.damaged_lines
+    stops = counts.unreadable is not None or counts.places["broken_row"] or counts.encoding_fault
+    stops = stops or "missing_column" in find(counts)
+    if counts.layout is not None and counts.layout.conversation is None:
+        stops = stops or counts.layout.response is None  # training needs a column of answers
     try:
         rows = read_rows(path, FORMAT)
     except DataError:
         assert stops
     else:
         assert not stops
-        assert (rows.num_read, len(rows.kept)) == (counts.num_read, counts.num_used)
+        num_used = counts.num_used if counts.has_answers else 0
+        assert (rows.num_read, len(rows.kept)) == (counts.num_read, num_used)
+        assert rows.left_out == counts.left_out or not counts.has_answers
+
+
+# Real files
 
 
 def test_the_real_file_is_known(shared: Path, real_tokenizer: ChatGLMTokenizer) -> None:
@@ -393,3 +585,41 @@ def test_the_real_file_is_known(shared: Path, real_tokenizer: ChatGLMTokenizer) 
     assert found["unknown_mark"].count == 300
     assert found["duplicate_row"].examples == ("line 890 = line 889",)
     assert round(cut_share(counts.answer_lengths, 64, ANSWER_RESERVE), 2) == 0.54
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "num_rows"),
+    [
+        ("alpaca_5000.json", "alpaca_5000", 64),
+        ("cherry_alpaca_5_percent.json.gz", "cherry_alpaca_5_percent", 62),
+    ],
+)
+def test_fake_inputs_of_published_rows_are_the_known_ones(
+    shared: Path, encoder: Encoder, name: str, key: str, num_rows: int
+) -> None:
+    path = shared / "data" / "alpaca" / name
+    known = json.loads((shared / "golden" / "instructions.json").read_text("utf-8"))[key]
+    rows = [row for row in open_data(path).rows() if not isinstance(row, DataError)]
+    found = [i for i, row in enumerate(rows) if is_fake_input(row.columns["input"])]
+    assert found == known["fake_inputs"]["indices"]
+    counts = check_file(path, encoder, FORMAT, show_progress=False)
+    assert counts.places["fake_input"] == [rows[i].line for i in found]
+    assert len(found) == num_rows == find(counts)["fake_input"].count
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "words"),
+    [
+        ("self_cognition_zh.json", 74, {"<NAME>", "<AUTHOR>"}),
+        ("llamafactory_identity.json", 85, {"{{name}}", "{{author}}"}),
+        ("llamafactory_v1_sft_demo.jsonl.gz", 50, {"{{name}}", "{{author}}"}),
+        ("lima.json", 0, set()),
+    ],
+)
+def test_placeholders_of_published_rows_are_found(
+    shared: Path, encoder: Encoder, name: str, num_rows: int, words: set[str]
+) -> None:
+    path = shared / "data" / "lima" / name
+    counts = check_file(path, encoder, FORMAT, show_progress=False)
+    assert len(counts.places["placeholder"]) == num_rows
+    assert set(counts.words["placeholder"]) == words
