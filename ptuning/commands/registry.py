@@ -97,8 +97,15 @@ def _data(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="answers of a conversation used: all",
     )
-    for noun in ("prompt", "input", "response", "history"):
-        check.add_argument(f"--{noun}_column", metavar="NAME", help="found by its name if unset")
+    for role, meaning in (
+        ("prompt", "the prompt"),
+        ("input", "what follows it on a new line"),
+        ("response", "the answer"),
+        ("history", "earlier turns"),
+    ):
+        check.add_argument(
+            f"--{role}_column", metavar="NAME", help=f"column of {meaning}; found if unset"
+        )
     for noun, text in (("source", "prompt"), ("target", "answer")):
         check.add_argument(
             f"--max_{noun}_length", type=int, default=64, help=f"longest {text} in tokens: 64"

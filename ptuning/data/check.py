@@ -74,7 +74,8 @@ class FileCounts:
     decoded: DecodedText | None = None  # without the text; None: unreadable
     encoding_fault: str | None = None
     notes: list[str] = field(default_factory=list)
-    layout: Layout | None = None  # None: what the columns mean cannot be told
+    layout: Layout | None = None  # None: what the columns mean cannot be told, see columns_fault
+    columns_fault: str = ""
     has_answers: bool = True  # False: nothing to train on, only prompts to answer
     num_read: int = 0  # objects found, usable or not
     num_made: int = 0  # rows that they became
@@ -169,8 +170,8 @@ def _find_layout(counts: FileCounts, rows: list[Row]) -> Layout | None:
     for needs_answers in (True, False) if rows else ():
         try:
             return find_layout(counts.path, rows, counts.row_format, needs_answers=needs_answers)
-        except UnknownColumns:
-            continue
+        except UnknownColumns as error:
+            counts.columns_fault = str(error).removeprefix(f"{counts.path}: ")
     return None
 
 
@@ -209,7 +210,7 @@ def _used_rows(counts: FileCounts, sources: list[Row], layout: Layout) -> list[T
 def _count_text(counts: FileCounts, row: TextRow, example: Example) -> None:
     """Count what a row's text writes out, and an answer that its own history holds."""
     place, texts = row.line, (example.prompt, example.response)
-    if any(map(may_have_marks, texts)):
+    if may_have_marks(example.prompt) or may_have_marks(example.response):
         for kind, find in _FINDERS.items():
             names = dict.fromkeys(chain.from_iterable(map(find, texts)))  # each once, in order
             if names:
@@ -223,7 +224,7 @@ def _count_text(counts: FileCounts, row: TextRow, example: Example) -> None:
     for text in (row.prompt, row.response):
         if text in MISSING_WORDS:
             counts.add("missing_word", place, text)
-    if leaks(row):
+    if row.history and leaks(row):
         counts.add("leak", place)
 
 

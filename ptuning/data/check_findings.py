@@ -42,7 +42,7 @@ _PROBLEMS = {
         "mend or delete them", "broken, and training stops at the first: {rows}"),
     "missing_column": Kind(
         "a named column that no row has, or none that is known to hold prompts",
-        "{advice}", "{fault}; the columns here are: {present}"),
+        "{advice}", "{fault}"),
     "empty_field": Kind(
         "rows without a prompt or an answer, which training drops",
         "{advice}", "{reason}, dropped by training: {rows} ({share})"),
@@ -101,8 +101,7 @@ _NOTICES = {
         "characters without a token of their own, which take one for each byte",
         "nothing to do if few; if many, check that this is your base's tokenizer"),
     "several_answers": Kind(
-        "different answers to one prompt", "nothing to do if all are right",
-        "{meaning}: {prompts}, {rows}"),
+        "different answers to one prompt", "{advice}", "{meaning}: {prompts}, {rows}"),
     "shared_prompt": Kind(
         "the same prompt in two files, with different answers",
         "delete them from one of the two if scores should be on prompts never seen",
@@ -189,7 +188,12 @@ def find_in_file(counts: "FileCounts", context: int) -> list[Finding]:
         firsts = [group[0] for group in groups]
         examples = [", ".join(map(str, group[:MOST_EXAMPLES])) for group in groups]
         num_rows = number_of(sum(map(len, groups)), "row")
-        found.append(_finding("several_answers", len(groups), firsts, examples, rows=num_rows))
+        advice = "nothing to do if all are right"
+        if counts.left_out is not None:
+            advice = f"use the column that tells them apart: {shown_name(counts.left_out.column)}"
+        found.append(
+            _finding("several_answers", len(groups), firsts, examples, rows=num_rows, advice=advice)
+        )
     return sorted(found, key=lambda finding: list(KINDS).index(finding.kind))
 
 
@@ -225,15 +229,11 @@ def _about_reading(counts: "FileCounts") -> list[Finding]:
 
 def _about_columns(counts: "FileCounts") -> list[Finding]:
     """Return columns that are missing or left out, with what to type, and fields left empty."""
-    layout, named = counts.layout, counts.row_format.named_columns
+    layout, form = counts.layout, counts.row_format.format
     if layout is None:
-        missing = [f'"{column}"' for column in named.values() if column not in counts.columns]
-        fault = f"no column {' and '.join(missing)}" if missing else "no known format"
-        form, advice = counts.row_format.format, f"name the columns: {suggest_flags(counts)}"
-        if form != "auto":
-            fault, advice = f"not in the format {form}", f"leave --format out, or {advice} instead"
-        present = ", ".join(map(shown_name, counts.columns)) or "none"
-        return [_finding("missing_column", 1, fault=fault, present=present, advice=advice)]
+        words = "type" if form == "auto" else f"leave --format {form} out, or type in its place"
+        advice = f"{words}: {suggest_flags(counts)}"
+        return [_finding("missing_column", 1, fault=counts.columns_fault, advice=advice)]
     found = []
     if counts.left_out is not None:
         column, num, advice = counts.left_out

@@ -35,7 +35,7 @@ _NO_PLACEHOLDERS = {"UNK", "PAD", "MASK", "BOS", "EOS", "SEP", "CLS", "ENC", "BR
 
 def may_have_marks(text: str) -> bool:
     """Say quickly whether a text has a character that these words begin with: most have none."""
-    return "<" in text or "[" in text or "{{" in text or bool(_FULL_WIDTH.search(text))
+    return "<" in text or "[" in text or "{{" in text or "＜" in text or "［" in text
 
 
 def find_control_names(text: str) -> list[str]:

@@ -267,8 +267,8 @@ def test_big5_is_shown_in_both_readings(tmp_path: Path, encoder: Encoder) -> Non
          "--prompt_column content --response_column summary"),
         ("一 二", {}, "--prompt_column NAME --response_column NAME"),
         ("content summary", {"format": "alpaca"},
-         "leave --format out, or name the columns: --prompt_column content "
-         "--response_column summary instead"),
+         "leave --format alpaca out, or type in its place: --prompt_column content "
+         "--response_column summary"),
     ],
 )  # fmt: skip
 def test_columns_that_cannot_be_told_come_with_the_flags_to_type(
@@ -278,7 +278,8 @@ def test_columns_that_cannot_be_told_come_with_the_flags_to_type(
     counts = check(tmp_path / "a.json", rows, encoder, RowFormat(**flags))
     found = find(counts)
     assert set(found) == {"missing_column"}
-    assert ", ".join(columns.split()) in found["missing_column"].message
+    present = ", ".join(f'"{column}"' for column in columns.split())
+    assert present in found["missing_column"].message
     assert found["missing_column"].remedy.endswith(remedy)
     assert (counts.num_read, counts.num_used) == (1, 0)
 
@@ -286,7 +287,7 @@ def test_columns_that_cannot_be_told_come_with_the_flags_to_type(
 def test_the_columns_advised_are_read(tmp_path: Path, encoder: Encoder) -> None:
     rows = [{"context": "一", "query": "二", "question": "三", "answer": "四", "history": []}]
     remedy = find(check(tmp_path / "a.json", rows, encoder))["missing_column"].remedy
-    words = remedy.split("columns: ")[1].split()
+    words = remedy.removeprefix("type: ").split()
     flags = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))
     counts = check(tmp_path / "a.json", rows, encoder, RowFormat(**flags))
     assert str(counts.layout) == "columns: history + question + context -> answer"
@@ -353,7 +354,9 @@ def test_unused_columns_are_listed_with_the_rows_that_fill_them(
 
 def test_the_remedy_for_a_column_left_out_is_taken(tmp_path: Path, encoder: Encoder) -> None:
     rows = [{"content": "译", "passage": word, "summary": word * 2} for word in ("梨", "桃")]
-    found = find(check(tmp_path / "a.json", rows, encoder))["left_out"]
+    counts = check(tmp_path / "a.json", rows, encoder)
+    found = find(counts)["left_out"]
+    assert find(counts)["several_answers"].remedy.endswith("apart: passage")
     flags = "--prompt_column content --input_column passage --response_column summary"
     assert found.remedy.endswith(flags)
     assert found.is_problem
