@@ -189,7 +189,7 @@ def _used_rows(counts: FileCounts, sources: list[Row], layout: Layout) -> list[T
         else:
             made += [(row, source) for row in rows]
     counts.num_made = len(made)
-    counts.has_answers = any(row.response.strip() for row, _ in made)
+    counts.has_answers = not made or any(row.response.strip() for row, _ in made)
     used = []
     for row, source in made:
         reason = layout.lack(row)
@@ -201,8 +201,8 @@ def _used_rows(counts: FileCounts, sources: list[Row], layout: Layout) -> list[T
         else:
             counts.lacking[reason, row.skipped is not None].append(row.line)
     rows = [row for row, _ in used]
-    unused = counts.columns.keys() - layout.columns.values()
-    found = find_left_out(rows, [source for _, source in used], sorted(unused))
+    unused = count_unused(sources, layout)
+    found = find_left_out(rows, [source for _, source in used], unused)
     counts.left_out = found and found._replace(remedy=use_column(found.column, layout))
     return rows
 
@@ -221,9 +221,9 @@ def _count_text(counts: FileCounts, row: TextRow, example: Example) -> None:
                 counts.add(kind, place)
     if REPLACEMENT in example.prompt or REPLACEMENT in example.response:
         counts.add("lost_character", place)
-    for text in (row.prompt, row.response):
-        if text in MISSING_WORDS:
-            counts.add("missing_word", place, text)
+    missing = MISSING_WORDS.intersection((row.prompt, row.response))
+    if missing:
+        counts.add("missing_word", place, ", ".join(sorted(missing)))
     if row.history and leaks(row):
         counts.add("leak", place)
 

@@ -184,7 +184,7 @@ def find_in_file(counts: "FileCounts", context: int) -> list[Finding]:
             examples = [f"{shown_name(name)} in {number_of(count, 'row')}" for name, count in most]
         found.append(_finding(kind, len(places), places, examples, of=max(1, counts.num_made)))
     if counts.contested:
-        groups = list(counts.contested.values())
+        groups = sorted(counts.contested.values())
         firsts = [group[0] for group in groups]
         examples = [", ".join(map(str, group[:MOST_EXAMPLES])) for group in groups]
         num_rows = number_of(sum(map(len, groups)), "row")

@@ -67,7 +67,7 @@ def _where(finding: Finding, unit: str | None) -> list[str]:
         return [*finding.examples, f"... and {rest:,} more" if rest > 0 else ""]
     if unit is None or finding.kind in ("duplicate_row", "several_answers"):
         start = f"{unit}s " if finding.kind == "several_answers" else ""
-        return [start + "; ".join(finding.examples) + ("; ..." if finding.has_more else "")]
+        return [start + "; ".join(finding.examples) + ("; ..." if rest > 0 else "")]
     places = as_places(finding.places, unit, None) if finding.places else ""
     examples = ", ".join(finding.examples)
     return ["; ".join(filter(None, [examples, places])) + (", ..." if finding.has_more else "")]

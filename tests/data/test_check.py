@@ -89,7 +89,12 @@ def test_a_clean_file_has_no_finding(tmp_path: Path, encoder: Encoder) -> None:
         ([*ROWS, row("颜色", "龘")], "spelled_character", 1, (3,)),
         ([*ROWS, row("甲", "乙" * 63)], "cut_answer", 1, ()),
         ([*ROWS, row("甲" * 64)], "cut_prompt", 1, ()),
-        ([*ROWS, row("甲", "NaN"), row("null"), row("No", "n/a")], "missing_word", 3, (3, 4, 5)),
+        (
+            [*ROWS, row("甲", "NaN"), row("null", "None"), row("a", "N/A")],
+            "missing_word",
+            3,
+            (3, 4, 5),
+        ),
         ([*ROWS, row("我叫{{name}}"), row("乙", "我是<AUTHOR>")], "placeholder", 2, (3, 4)),
         ([*ROWS, row() | {"history": [["甲", "乙"]]}], "leak", 1, (3,)),
         ([row() | {"input": "一"}, row("甲", "丙") | {"input": "二"}], "left_out", 2, ()),
@@ -157,6 +162,24 @@ def test_only_the_first_places_are_kept_and_all_are_counted(
     assert found["duplicate_row"].count == 99
     assert found["duplicate_row"].places == (2, 3, 4, 5, 6)
     assert found["duplicate_row"].examples[0] == "line 2 = line 1"
+
+
+def test_answers_of_one_conversation_are_one_place(tmp_path: Path, encoder: Encoder) -> None:
+    turns = ["甲", "乙<eop>"] * 8
+    rows = [{"conversations": turns}, {"conversations": turns}]
+    report = Report(("a",), find_in_file(check(tmp_path / "a.json", rows, encoder), CONTEXT))
+    found = {finding.kind: finding for finding in report.findings}
+    assert (found["control_text"].count, found["control_text"].places) == (16, (1, 2))
+    assert not found["control_text"].has_more
+    assert "line 2 = line 1; ...\n" in as_text(report)
+
+
+def test_prompts_with_several_answers_are_in_the_order_of_the_file(
+    tmp_path: Path, encoder: Encoder
+) -> None:
+    rows = [row("甲", "一"), row("乙", "二"), row("乙", "三"), row("甲", "四")]
+    found = find(check(tmp_path / "a.json", rows, encoder))["several_answers"]
+    assert (found.places, found.examples) == ((1, 2), ("1, 4", "2, 3"))
 
 
 def test_characters_without_a_token_are_named(tmp_path: Path, encoder: Encoder) -> None:
@@ -433,6 +456,14 @@ def test_the_check_goes_on_after_broken_lines(tmp_path: Path, encoder: Encoder) 
     assert (csv_file.num_used, csv_file.places["broken_row"]) == (1, [2])
     array = check(tmp_path / "b.json", '[{"content":"a","summary":"b"},\n 1,\n{"x": }]', encoder)
     assert (array.num_used, array.places["broken_row"]) == (1, [2, 3])
+
+
+def test_a_file_of_fields_that_are_no_text_is_broken_and_no_test_set(
+    tmp_path: Path, encoder: Encoder
+) -> None:
+    counts = check(tmp_path / "a.json", [row("甲", ["乙"]), row([], "乙")], encoder)
+    assert set(find(counts)) == {"broken_row"}
+    assert "2 read, 0 used, 2 broken" in as_text(Report(("a",), [], counts))
 
 
 def test_rows_of_a_one_line_array_are_numbered(tmp_path: Path, encoder: Encoder) -> None:
