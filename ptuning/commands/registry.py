@@ -7,7 +7,7 @@ A new command is an entry in COMMANDS, a function that adds its flags, and a mod
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from ptuning.model.tuned import EXPORT_FORMATS
 
@@ -62,7 +62,6 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 def _data(parser: argparse.ArgumentParser) -> None:
     from ptuning.data.check_findings import NOTICES, PROBLEMS  # needs numpy
-    from ptuning.data.formatting import FormatName, Turns
 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser(
@@ -87,35 +86,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "files", nargs="+", metavar="FILE", help="files of rows, or patterns such as 'data/*.json'"
     )
     check.add_argument("--strict", action="store_true", help="exit with 1 when there is a problem")
-    # The flags of main.py that say how rows become tokens
-    check.add_argument(
-        "--format", choices=get_args(FormatName), default="auto", help="of the rows: found if unset"
-    )
-    check.add_argument(
-        "--turns",
-        choices=get_args(Turns),
-        default="all",
-        help="answers of a conversation used: all",
-    )
-    for role, meaning in (
-        ("prompt", "the prompt"),
-        ("input", "what follows it on a new line"),
-        ("response", "the answer"),
-        ("history", "earlier turns"),
-    ):
-        check.add_argument(
-            f"--{role}_column", metavar="NAME", help=f"column of {meaning}; found if unset"
-        )
-    for noun, text in (("source", "prompt"), ("target", "answer")):
-        check.add_argument(
-            f"--max_{noun}_length", type=int, default=64, help=f"longest {text} in tokens: 64"
-        )
-    check.add_argument(
-        "--model_name_or_path",
-        metavar="MODEL",
-        help="base whose tokenizer counts, directory or hub id; unset is the embedded nano model",
-    )
-    check.add_argument("--tokenizer_name", metavar="MODEL", help="tokenizer in place of the base's")
+    _add_row_flags(check)
     check.add_argument(
         "--picture",
         metavar="FILE",

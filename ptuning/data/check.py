@@ -31,7 +31,7 @@ from ptuning.data.odd_words import (
     may_have_marks,
 )
 from ptuning.data.parsing import DataError, DataFile, Row, open_data
-from ptuning.data.reading import LeftOut, count_unused, find_left_out, leaks, use_column
+from ptuning.data.reading import LeftOut, count_unused, find_left_out
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.data.vocabulary import is_byte_piece
 from ptuning.output import Progress
@@ -202,8 +202,7 @@ def _used_rows(counts: FileCounts, sources: list[Row], layout: Layout) -> list[T
             counts.lacking[reason, row.skipped is not None].append(row.line)
     rows = [row for row, _ in used]
     unused = count_unused(sources, layout)
-    found = find_left_out(rows, [source for _, source in used], unused)
-    counts.left_out = found and found._replace(remedy=use_column(found.column, layout))
+    counts.left_out = find_left_out(rows, [source for _, source in used], unused, layout)
     return rows
 
 
@@ -224,7 +223,7 @@ def _count_text(counts: FileCounts, row: TextRow, example: Example) -> None:
     missing = MISSING_WORDS.intersection((row.prompt, row.response))
     if missing:
         counts.add("missing_word", place, ", ".join(sorted(missing)))
-    if row.history and leaks(row):
+    if row.history and counts.layout is not None and counts.layout.leaks(row):
         counts.add("leak", place)
 
 

@@ -3,16 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from shlex import quote
 from typing import TYPE_CHECKING, NamedTuple
 
-from ptuning.data.formats import (
-    HISTORY,
-    INPUT_NAMES,
-    PROMPT_NAMES,
-    RESPONSE_NAMES,
-    guess_column,
-)
+from ptuning.data.formats import suggest_flags
 from ptuning.data.length_table import as_percent, cut_share, number_of, sufficient_limit
 
 if TYPE_CHECKING:  # check.py imports the tokenizer, which --help does not need
@@ -232,7 +225,7 @@ def _about_columns(counts: "FileCounts") -> list[Finding]:
     layout, form = counts.layout, counts.row_format.format
     if layout is None:
         words = "type" if form == "auto" else f"leave --format {form} out, or type in its place"
-        advice = f"{words}: {suggest_flags(counts)}"
+        advice = f"{words}: {suggest_flags(list(counts.columns), counts.row_format)}"
         return [_finding("missing_column", 1, fault=counts.columns_fault, advice=advice)]
     found = []
     if counts.left_out is not None:
@@ -248,33 +241,13 @@ def _about_columns(counts: "FileCounts") -> list[Finding]:
         reason = "no answer in the whole file"
         advice = "nothing to do for --do_predict, which answers them; training needs answers"
         if layout.response is None and layout.conversation is None:
-            advice += f": {suggest_flags(counts)}"
+            advice += f": {suggest_flags(list(counts.columns), counts.row_format)}"
         lacking.append(("empty_field", counts.num_used, [], reason, advice))
     for kind, count, places, reason, advice in lacking:
         found.append(
             _finding(kind, count, places, of=counts.num_made, reason=reason, advice=advice)
         )
     return found
-
-
-def suggest_flags(counts: "FileCounts") -> str:
-    """Return the flags that name every column which belongs to a row; NAME where none is usual."""
-    flags: dict[str, str] = {}
-    for flag, usual in (
-        ("--prompt_column", PROMPT_NAMES),
-        ("--input_column", INPUT_NAMES),
-        ("--response_column", RESPONSE_NAMES),
-        ("--history_column", (HISTORY,)),
-    ):
-        free = [column for column in counts.columns if column not in flags.values()]
-        named = counts.row_format.named_columns.get(flag)
-        by_lower = {column.strip().lower(): column for column in reversed(free)}
-        guess = next((by_lower[name] for name in usual if name in by_lower), None)
-        if named is not None:
-            guess = named if named in free else guess_column(named, free, usual)
-        if guess is not None or flag in ("--prompt_column", "--response_column"):
-            flags[flag] = guess or guess_column(usual[0], free) or "NAME"
-    return " ".join(f"{flag} {quote(column)}" for flag, column in flags.items())
 
 
 def _about_lengths(counts: "FileCounts", context: int) -> list[Finding]:

@@ -21,7 +21,7 @@ from ptuning.data.mixing import MixSource, parse_mix
 from ptuning.data.odd_words import find_placeholders
 from ptuning.data.parsing import encoding_fault, open_data
 from ptuning.data.raw_row import DataError, Row
-from ptuning.data.reading import LeftOut, count_unused, find_left_out, leaks
+from ptuning.data.reading import LeftOut, count_unused, find_left_out
 from ptuning.output import Progress
 
 Template = Literal["plain", "alpaca-en", "alpaca-zh", "round"]
@@ -163,7 +163,7 @@ def _add(made: Conversion, raw_row: Row, row: TextRow, template: Template) -> No
         reason = f"earlier turns, which {template} has no place for: use --template plain or round"
         made.rejected[reason].append(row.line)
         return
-    if leaks(row):
+    if made.layout.leaks(row):
         made.leaks.append(row.line)
     texts = (row.prompt, row.response, *(text for turn in row.history for text in turn))
     for name in dict.fromkeys(name for text in texts for name in find_placeholders(text)):

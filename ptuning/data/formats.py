@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from ptuning.data.formatting import RowFormat, TextRow, Turns
@@ -90,6 +91,12 @@ class Layout:
             return f'no answer to a question in "{whole}"' if whole else _empty(self.response)
         return None
 
+    def leaks(self, row: TextRow) -> bool:
+        """Say whether a column of earlier turns already holds the row's own question and answer."""
+        return self.history is not None and any(
+            answer == row.response and question == row.prompt for question, answer in row.history
+        )
+
 
 def _empty(column: str | None) -> str:
     return f'empty "{column}"'
@@ -146,11 +153,8 @@ def find_layout(
     if layout is None:
         layout = _conversation_layout(finder, (HISTORY,))
     if layout is None:
-        raise finder.fault(
-            "no known format; name the columns: "
-            f"--prompt_column {_guess(finder, PROMPT_NAMES, 'content')} "
-            f"--response_column {_guess(finder, RESPONSE_NAMES, 'summary')}."
-        )
+        advice = suggest_flags(finder.columns, row_format)
+        raise finder.fault(f"no known format; name the columns: {advice}.")
     return layout
 
 
@@ -290,8 +294,28 @@ def guess_column(wanted: str, found: Iterable[str], usual: tuple[str, ...] = ())
     return by_lower[best[0]] if best else None
 
 
-def _guess(finder: Finder, usual: tuple[str, ...], wanted: str) -> str:
-    return guess_column(wanted, finder.columns, usual) or "NAME"
+def suggest_flags(columns: Sequence[str], row_format: RowFormat) -> str:
+    """Return the flags that name every column which belongs to a row; NAME where none is usual.
+
+    >>> suggest_flags(["instruction", "input", "reply"], RowFormat())
+    '--prompt_column instruction --input_column input --response_column NAME'
+    """
+    flags: dict[str, str] = {}
+    for flag, usual in (
+        ("--prompt_column", PROMPT_NAMES),
+        ("--input_column", INPUT_NAMES),
+        ("--response_column", RESPONSE_NAMES),
+        ("--history_column", (HISTORY,)),
+    ):
+        free = [column for column in columns if column not in flags.values()]
+        named = row_format.named_columns.get(flag)
+        by_lower = {column.strip().lower(): column for column in reversed(free)}
+        guess = next((by_lower[name] for name in usual if name in by_lower), None)
+        if named is not None:
+            guess = named if named in free else guess_column(named, free, usual)
+        if guess is not None or flag in ("--prompt_column", "--response_column"):
+            flags[flag] = guess or guess_column(usual[0], free) or "NAME"
+    return " ".join(f"{flag} {quote(column)}" for flag, column in flags.items())
 
 
 # Rows

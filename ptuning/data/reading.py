@@ -117,7 +117,7 @@ def read_rows(
             if reason is not None:
                 rows.dropped[reason].append(row.line)
                 continue
-            if row.history and leaks(row):
+            if row.history and layout.leaks(row):
                 rows.leaks.append(row.line)
             rows.kept.append(row)
             sources.append(raw_row)
@@ -125,13 +125,6 @@ def read_rows(
     if for_training:
         rows.left_out = find_left_out(rows.kept, sources, rows.unused, layout)
     return rows
-
-
-def leaks(row: TextRow) -> bool:
-    """Say whether the earlier turns already hold the row's own question and answer."""
-    return bool(row.response) and any(
-        answer == row.response and question == row.prompt for question, answer in row.history
-    )
 
 
 def count_unused(rows: Iterable[Row], layout: Layout) -> dict[str, int]:

@@ -385,6 +385,8 @@ def test_a_history_that_holds_the_answer_is_counted(tmp_path: Path) -> None:
     leaking = {"prompt": "甲", "response": "乙", "history": [["甲", "乙"]]}
     fine = {"prompt": "丙", "response": "丁", "history": [["甲", "乙"]]}
     assert read(tmp_path, leaking, fine, leaking).leaks == [1, 3]
+    again = {"history": [["甲", "乙"], ["甲", "乙"]]}  # a conversation may repeat itself
+    assert read(tmp_path, again).leaks == []
 
 
 # Places and files
