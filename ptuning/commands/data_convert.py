@@ -159,9 +159,9 @@ def _tokenizer_name(arguments: argparse.Namespace) -> str | None:
 def _require_whole_prompts(files: Sequence[Conversion]) -> None:
     """Refuse rows whose prompts are alike only because a filled column is not used."""
     for file in files:
-        if file.left_out is not None:
+        if file.read.left_out is not None:
             raise ValueError(
-                f"{file.path}: {file.left_out}, or convert all the same with "
+                f"{file.path}: {file.read.left_out}, or convert all the same with "
                 "--allow_repeated_prompts."
             )
 
@@ -192,7 +192,9 @@ def _mix(
 def _no_rows(arguments: argparse.Namespace, files: Sequence[Conversion]) -> str:
     """Say that nothing is left, and what would keep rows."""
     reasons = ", ".join(
-        f"{len(places)} x {reason}" for file in files for reason, places in file.rejected.items()
+        f"{len(places)} x {reason}"
+        for file in files
+        for reason, places in file.read.dropped.items()
     )
     more = "" if arguments.keep_unanswered else "; --keep_unanswered keeps rows without an answer"
     return f"nothing is written: no row could be converted: {reasons}{more}."
@@ -220,31 +222,14 @@ def _trained_prompt(row: ContractRow) -> str:
 
 def _file_lines(file: Conversion) -> list[str]:
     """Say what a file became, in the words of training."""
-    num_made = len(file.rows) + file.num_rejected
-    made = "" if num_made == file.num_read else f", {num_made:,} answers in them"
-    lines = [
-        f"{file.path}: {number_of(file.num_read, 'row')} read{made}, {len(file.rows):,} converted",
-        f"  format {file.layout}",
-    ]
-    if file.unused:
-        unused = [
-            f"{name} (filled in {count} of {file.num_read} rows)"
-            for name, count in file.unused.items()
-        ]
-        lines.append(f"  columns not used: {', '.join(unused)}; their values are kept in meta")
-    lines += [f"  {note}" for note in file.notes]
-    for reason, places in file.rejected.items():
-        where = as_places(sorted(places), file.unit, most=None)
-        lines.append(f"  {number_of(len(places), 'row')} rejected: {reason} ({where})")
-    if file.leaks:
-        lines.append(
-            f"  {number_of(len(file.leaks), 'row')} with a history that holds their own question "
-            "and answer, which is learned as copying: delete that turn "
-            f"({as_places(file.leaks, file.unit)})"
-        )
+    read = file.read
+    lines = [f"{file.path}: {read.heading(len(file.rows), 'converted')}"]
+    lines += [f"  {line}" for line in read.lines(left_out="rejected", most=None)]
+    if read.unused:
+        lines.append("  the values of columns that are not used are kept in meta")
     if file.placeholders:
         found = [
-            f"{name} in {number_of(len(places), 'row')} ({as_places(places, file.unit)})"
+            f"{name} in {number_of(len(places), 'row')} ({as_places(places, read.unit)})"
             for name, places in file.placeholders.items()
         ]
         lines.append(f"  placeholders that were not filled in? {', '.join(found)}")

@@ -15,13 +15,12 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
-from ptuning.data.formats import Layout, find_layout, to_text_rows
+from ptuning.data.formats import Layout, to_text_rows
 from ptuning.data.formatting import RowFormat, TextRow, build_rounds
 from ptuning.data.mixing import MixSource, parse_mix
 from ptuning.data.odd_words import find_placeholders
-from ptuning.data.parsing import encoding_fault, open_data
-from ptuning.data.raw_row import DataError, Row
-from ptuning.data.reading import LeftOut, count_unused, find_left_out
+from ptuning.data.raw_row import Row
+from ptuning.data.reading import Rows, read_rows
 from ptuning.output import Progress
 
 Template = Literal["plain", "alpaca-en", "alpaca-zh", "round"]
@@ -61,24 +60,20 @@ class ContractRow(TypedDict):
 
 @dataclass
 class Conversion:
-    """What a file became. Places are lines, or numbers of rows where unit is "row"."""
+    """A file as it was read, and the rows of the contract that it became.
+
+    What is rejected is in `read.dropped`; placeholders: places by name.
+    """
 
     path: Path
-    layout: Layout
-    unit: str
+    read: Rows
     rows: list[ContractRow] = field(default_factory=list)
-    num_read: int = 0  # rows of the file, broken ones included
-    rejected: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    unused: dict[str, int] = field(default_factory=dict)  # columns, with the rows that fill them
-    left_out: LeftOut | None = None
-    leaks: list[int] = field(default_factory=list)
     placeholders: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    notes: list[str] = field(default_factory=list)
 
     @property
     def num_rejected(self) -> int:
         """Rows, or answers of conversations, that were not converted."""
-        return sum(map(len, self.rejected.values()))
+        return sum(map(len, self.read.dropped.values()))
 
 
 def convert_file(
@@ -93,84 +88,34 @@ def convert_file(
     DataError for a file of which nothing can be read, or whose columns have no known meaning.
     keep_unanswered keeps rows without an answer, with the response "".
     """
-    file = open_data(path)
-    fault = encoding_fault(file)
-    if fault is not None:
-        raise fault
-    rejected: defaultdict[str, list[int]] = defaultdict(list)
-    raw_rows: list[Row] = []
-    faults: list[DataError] = []
-    for item in file.rows():
-        if isinstance(item, Row):
-            raw_rows.append(item)
-        else:
-            faults.append(item)
-            rejected[_reason(item)].append(item.line or 1)
-    if not raw_rows:
-        raise faults[0]
-    layout = find_layout(path, raw_rows, row_format, needs_answers=not keep_unanswered)
-    made = Conversion(path, layout, file.unit, rejected=rejected, notes=file.notes)
-    made.num_read = len(raw_rows) + made.num_rejected
-    made.unused = count_unused(raw_rows, layout)
-    if all(_is_contract(row.columns) for row in raw_rows):
-        made.unused = {name: n for name, n in made.unused.items() if name not in ORIGIN}
-    kept: list[TextRow] = []
-    sources: list[Row] = []
-    with Progress(len(raw_rows), f"converting {path.name}", leave=False) as progress:
-        for raw_row in raw_rows:
-            for row in _to_kept(made, raw_row, row_format, keep_unanswered):
+    read = read_rows(path, row_format, for_training=not keep_unanswered, strict=False)
+    made = Conversion(path, read)
+    kept = []
+    with Progress(len(read.kept), f"converting {path.name}", leave=False) as progress:
+        for row, source in zip(read.kept, read.sources, strict=True):
+            if _add(made, source, row, template):
                 kept.append(row)
-                sources.append(raw_row)
-                _add(made, raw_row, row, template)
             progress.update()
-    made.left_out = find_left_out(kept, sources, made.unused, layout)
+    read.kept = kept
     return made
 
 
-def _to_kept(
-    made: Conversion, raw_row: Row, row_format: RowFormat, keep_unanswered: bool
-) -> list[TextRow]:
-    """Return what training would keep of a row, and note why it would not keep the rest."""
-    try:
-        rows = to_text_rows(made.path, raw_row, made.layout, turns=row_format.turns)
-    except DataError as error:
-        made.rejected[_reason(error)].append(raw_row.line)
-        return []
-    kept = []
-    for row in rows:
-        reason = made.layout.lack(row)
-        if keep_unanswered and row.skipped is None and row.prompt.strip():
-            reason = None
-        if reason is None:
-            kept.append(row)
-        else:
-            made.rejected[reason].append(row.line)
-    return kept
-
-
-def _reason(error: DataError) -> str:
-    """Return what is wrong, without the place.
-
-    >>> _reason(DataError("a.json", 3, "broken: here"))
-    'broken: here'
-    """
-    return str(error).removeprefix(str(error.path)).partition(": ")[2]
-
-
-def _add(made: Conversion, raw_row: Row, row: TextRow, template: Template) -> None:
-    """Add a row of the contract, unless the template has no place for all of it."""
-    if template in _ALPACA and row.history:
+def _add(made: Conversion, raw_row: Row, row: TextRow, template: Template) -> bool:
+    """Add a row of the contract, unless it has no prompt or the template no place for all of it."""
+    reason = None
+    if not row.prompt.strip():
+        reason = made.read.layout.lack(row)
+    elif template in _ALPACA and row.history:
         reason = f"earlier turns, which {template} has no place for: use --template plain or round"
-        made.rejected[reason].append(row.line)
-        return
-    if made.layout.leaks(row):
-        made.leaks.append(row.line)
+    if reason is not None:
+        made.read.dropped[reason].append(row.line)
+        return False
     texts = (row.prompt, row.response, *(text for turn in row.history for text in turn))
     for name in dict.fromkeys(name for text in texts for name in find_placeholders(text)):
         made.placeholders[name].append(row.line)
     prompt, history = row.prompt, row.history
     if template in _ALPACA:
-        prompt = alpaca_prompt(*split_input(made.path, raw_row, made.layout, row), template)
+        prompt = alpaca_prompt(*split_input(made.path, raw_row, made.read.layout, row), template)
     elif template == "round" and history:
         prompt, history = build_rounds(prompt, history), ()
     row_id, source, meta = _origin(made, raw_row, row)
@@ -184,6 +129,7 @@ def _add(made: Conversion, raw_row: Row, row: TextRow, template: Template) -> No
             meta=meta,
         )
     )
+    return True
 
 
 def _origin(made: Conversion, raw_row: Row, row: TextRow) -> tuple[str, str, dict[str, Any]]:
@@ -193,7 +139,7 @@ def _origin(made: Conversion, raw_row: Row, row: TextRow) -> tuple[str, str, dic
     """
     columns = raw_row.columns
     is_contract = _is_contract(columns)
-    used = {*made.layout.columns.values(), *(ORIGIN if is_contract else ())}
+    used = {*made.read.layout.columns.values(), *(ORIGIN if is_contract else ())}
     meta = dict(columns["meta"]) if is_contract else {}
     meta |= {
         column: value
@@ -204,7 +150,7 @@ def _origin(made: Conversion, raw_row: Row, row: TextRow) -> tuple[str, str, dic
         return columns["id"], columns["source"], meta
     name = made.path.name
     stem = Path(name[:-3] if name.lower().endswith(".gz") else name).stem
-    turn = "" if made.layout.conversation is None else f".{len(row.history) + 1}"
+    turn = "" if made.read.layout.conversation is None else f".{len(row.history) + 1}"
     return f"{stem}:{row.line}{turn}", name, meta
 
 

@@ -8,7 +8,7 @@ import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from ptuning.data.cache import (
 from ptuning.data.container import unreadable
 from ptuning.data.formatting import Example, RowFormat, to_example
 from ptuning.data.raw_row import DataError
-from ptuning.data.reading import Rows, as_places, read_rows
+from ptuning.data.reading import Rows, read_rows
 from ptuning.data.tokenization import (
     IGNORED_LABEL,
     TokenizedExample,
@@ -110,21 +110,15 @@ class DataSummary:
     """What became of a file's rows; `lines` says it in words."""
 
     source: str
-    layout: str  # which columns are used, and how
+    heading: str  # how many rows were read and kept
+    found: list[str]  # what reading found, see reading.Rows.lines
     num_read: int  # rows of the file
-    num_made: int  # rows that its conversations became
     num_kept: int
     max_source_length: int
     max_target_length: int | None = None  # None: prompts only
-    dropped: dict[str, int] = field(default_factory=dict)
-    dropped_places: dict[str, str] = field(default_factory=dict)
-    unused: dict[str, int] = field(default_factory=dict)  # columns, with the rows that fill them
     left_out: str | None = None  # what a column that is not used does to prompts
-    notes: list[str] = field(default_factory=list)
     num_with_history: int = 0
     num_labelled: int = 0  # rows with an answer to compare with
-    leaks: int = 0
-    leak_places: str = ""
     prompts_cut: int = 0
     answers_cut: int = 0
     control_text_rows: int = 0  # rows that write out a control token; encoded as plain text
@@ -141,24 +135,8 @@ class DataSummary:
     def lines(self) -> list[str]:
         """Return the summary for printing, with what to change where something was lost."""
         cached = " (tokens from the cache)" if self.from_cache else ""
-        made = "" if self.num_made == self.num_read else f", {self.num_made} answers in them"
         prompts_only = self.max_target_length is None
-        kept = "to answer" if prompts_only else "kept"
-        lines = [
-            f"{self.source}: {self.num_read} rows read{made}, {self.num_kept} {kept}{cached}",
-            f"  format {self.layout}",
-        ]
-        if self.unused:
-            unused = [
-                f"{name} (filled in {count} of {self.num_read} rows)"
-                for name, count in self.unused.items()
-            ]
-            lines.append(f"  columns not used: {', '.join(unused)}")
-        lines += [f"  {note}" for note in self.notes]
-        for reason, count in self.dropped.items():
-            verb = "not answered" if prompts_only else "dropped"
-            places = self.dropped_places[reason]
-            lines.append(f"  {self._share(count, self.num_made)} {verb}: {reason} ({places})")
+        lines = [f"{self.source}: {self.heading}{cached}", *(f"  {line}" for line in self.found)]
         answers = "" if prompts_only else f", {self.answer_tokens} of them in answers"
         lines.append(
             f"  {'prompts' if prompts_only else 'rows'} of {self.mean_length:.1f} tokens on "
@@ -176,8 +154,6 @@ class DataSummary:
             "a control token such as <eop> written out: it is read as plain text": (
                 self.control_text_rows
             ),
-            "a history that holds their own question and answer, which is learned as copying: "
-            f"delete that turn ({self.leak_places})": self.leaks,
         }
         for remark, count in remarks.items():
             if count:
@@ -257,12 +233,18 @@ def load_training_dataset(
         rows.dropped[f'no token in "{where}"'] = [
             row.line for row, has in zip(rows.kept, has_answer, strict=True) if not has
         ]
+        rows.kept = list(compress(rows.kept, has_answer))
         examples = list(compress(examples, has_answer))
         encoded = list(compress(encoded, has_answer))
     _require_rows(path, rows, len(encoded))
     summary = DataSummary(
-        **_found(path, rows),
+        source=str(path),
+        heading=rows.heading(len(encoded), "kept"),
+        found=rows.lines(left_out="dropped"),
+        num_read=rows.num_read,
         num_kept=len(encoded),
+        left_out=str(rows.left_out) if rows.left_out is not None else None,
+        num_with_history=sum(bool(row.history) for row in rows.kept),
         num_labelled=len(encoded),
         prompts_cut=sum(row.prompt_cut for row in encoded),
         answers_cut=sum(row.answer_cut for row in encoded),
@@ -297,6 +279,7 @@ def load_generation_dataset(
     has_prompt = [bool(row.prompt.strip()) for row in rows.kept]
     where = rows.layout.conversation or rows.layout.prompt
     no_prompt = [row.line for row, has in zip(rows.kept, has_prompt, strict=True) if not has]
+    all_rows, rows.kept = rows.kept, list(compress(rows.kept, has_prompt))
     if no_prompt:
         rows.dropped[f'no prompt in "{where}"'] = no_prompt
     _require_rows(path, rows, sum(has_prompt))
@@ -316,11 +299,14 @@ def load_generation_dataset(
     dataset = GenerationDataset(
         [
             GenerationRow(next(found) if has else [], example.prompt, example.response, row.line)
-            for has, example, row in zip(has_prompt, examples, rows.kept, strict=True)
+            for has, example, row in zip(has_prompt, examples, all_rows, strict=True)
         ]
     )
     summary = DataSummary(
-        **_found(path, rows),
+        source=str(path),
+        heading=rows.heading(len(asked), "to answer"),
+        found=rows.lines(left_out="not answered"),
+        num_read=rows.num_read,
         num_kept=len(asked),
         num_labelled=sum(bool(example.response.strip()) for example in asked),
         max_source_length=row_format.max_source_length,
@@ -330,26 +316,6 @@ def load_generation_dataset(
         longest=int(dataset.lengths.max()),
     )
     return dataset, summary
-
-
-def _found(path: Path, rows: Rows) -> dict[str, Any]:
-    """Return what a summary says of the reading."""
-    return {
-        "source": str(path),
-        "layout": str(rows.layout),
-        "num_read": rows.num_read,
-        "num_made": rows.num_made,
-        "dropped": {reason: len(places) for reason, places in rows.dropped.items()},
-        "dropped_places": {
-            reason: as_places(places, rows.unit) for reason, places in rows.dropped.items()
-        },
-        "unused": rows.unused,
-        "left_out": str(rows.left_out) if rows.left_out is not None else None,
-        "notes": rows.notes,
-        "num_with_history": sum(bool(row.history) for row in rows.kept),
-        "leaks": len(rows.leaks),
-        "leak_places": as_places(rows.leaks, rows.unit),
-    }
 
 
 def _require_rows(path: Path, rows: Rows, num_kept: int) -> None:
@@ -388,7 +354,7 @@ def _count_control_text(tokenizer: ChatGLMTokenizer, examples: list[Example]) ->
 
 
 def _to_notes(summary: DataSummary) -> dict[str, Any]:
-    """Return what the cache keeps of a summary: all but where the file lies today."""
+    """Return what the cache keeps of a summary: all but where the file is today."""
     notes = dataclasses.asdict(summary)
     del notes["source"], notes["from_cache"]
     return notes

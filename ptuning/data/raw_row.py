@@ -24,6 +24,7 @@ class DataError(ValueError):
         self.path = Path(path)
         self.line = line
         self.unit = unit
+        self.message = message
         place = f"{path}"
         if line is not None:
             place += f":{line}" if unit == "line" else f", {unit} {line}"

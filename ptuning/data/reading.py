@@ -45,21 +45,61 @@ MOST_PLACES = 5
 class Rows:
     """What a file held: the rows kept, and what was left out of them and why.
 
-    num_read counts rows of the file, num_made those that its conversations became. A place is a
-    line, or the number of a row where unit is "row". unused: columns, with the rows that fill them.
-    leaks: places of rows whose history already holds their own question and answer.
+    num_read counts rows of the file. A place is a line, or the number of a row where unit is "row".
+    sources: the row of the file behind each row kept. dropped: places by reason. unused: columns,
+    with the rows that fill them. leaks: places of rows whose history already holds their own
+    question and answer.
     """
 
     layout: Layout
     unit: str
     kept: list[TextRow] = field(default_factory=list)
+    sources: list[Row] = field(default_factory=list)
     num_read: int = 0
-    num_made: int = 0
     dropped: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     unused: dict[str, int] = field(default_factory=dict)
     leaks: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     left_out: "LeftOut | None" = None
+
+    @property
+    def num_made(self) -> int:
+        """Rows that the file's rows became; more, where it has conversations."""
+        return len(self.kept) + sum(map(len, self.dropped.values()))
+
+    def heading(self, num_kept: int, kept: str) -> str:
+        """Say how many rows there are; kept is what became of num_kept."""
+        made = "" if self.num_made == self.num_read else f", {self.num_made:,} answers in them"
+        return f"{_number(self.num_read)} read{made}, {num_kept:,} {kept}"
+
+    def lines(self, *, left_out: str, most: int | None = MOST_PLACES) -> list[str]:
+        """Say what was found and what was not used; left_out is the verb for rows not kept.
+
+        most places are named for one reason; None names all.
+        """
+        lines = [f"format {self.layout}"]
+        if self.unused:
+            unused = [
+                f"{name} (filled in {count:,} of {_number(self.num_read)})"
+                for name, count in self.unused.items()
+            ]
+            lines.append(f"columns not used: {', '.join(unused)}")
+        lines += self.notes
+        for reason, places in self.dropped.items():
+            share = f"{len(places) / self.num_made:.1%}"
+            where = as_places(sorted(places), self.unit, most)
+            lines.append(f"{_number(len(places))} ({share}) {left_out}: {reason} ({where})")
+        if self.leaks:
+            lines.append(
+                f"{_number(len(self.leaks))} with a history that holds their own question and "
+                "answer, which is learned as copying: delete that turn "
+                f"({as_places(self.leaks, self.unit, most)})"
+            )
+        return lines
+
+
+def _number(count: int) -> str:
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"
 
 
 class LeftOut(NamedTuple):
@@ -83,12 +123,14 @@ def read_rows(
     *,
     max_rows: int | None = None,
     for_training: bool = True,
+    strict: bool = True,
 ) -> Rows:
     """Read and check the rows of a file; open_data says which kinds of file.
 
     max_rows stops after that many rows of the file, dropped ones included; None reads all.
     for_training False keeps every row: those to be answered need no answer, nor a prompt to be
-    counted. Raises DataError for everything a file can get wrong.
+    counted. Raises DataError for everything a file can get wrong; strict False drops broken rows
+    with the others, and raises where no row is left to tell the columns by.
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(
@@ -100,19 +142,34 @@ def read_rows(
     if fault is not None:
         raise fault
     raw_rows: list[Row] = []
+    faults: list[DataError] = []
     for item in file.rows():
-        if isinstance(item, DataError):
-            raise item
-        raw_rows.append(item)
+        if isinstance(item, Row):
+            raw_rows.append(item)
+        else:
+            faults.append(item)
+            if strict:
+                break
         if len(raw_rows) == max_rows:
             break
+    if faults and (strict or not raw_rows):
+        raise faults[0]
     layout = find_layout(path, raw_rows, row_format, needs_answers=for_training)
-    rows = Rows(layout, file.unit, num_read=len(raw_rows), notes=file.notes)
+    rows = Rows(layout, file.unit, num_read=len(raw_rows) + len(faults), notes=file.notes)
+    for fault in faults:
+        rows.dropped[fault.message].append(fault.line or 1)
     rows.unused = count_unused(raw_rows, layout)
-    sources: list[Row] = []  # of the rows kept
-    turns = row_format.turns
     for raw_row in raw_rows:
-        for row in to_text_rows(path, raw_row, layout, turns=turns, needs_answers=for_training):
+        try:
+            made = to_text_rows(
+                path, raw_row, layout, turns=row_format.turns, needs_answers=for_training
+            )
+        except DataError as error:
+            if strict:
+                raise
+            rows.dropped[error.message].append(raw_row.line)
+            continue
+        for row in made:
             reason = layout.lack(row) if for_training else None
             if reason is not None:
                 rows.dropped[reason].append(row.line)
@@ -120,10 +177,9 @@ def read_rows(
             if row.history and layout.leaks(row):
                 rows.leaks.append(row.line)
             rows.kept.append(row)
-            sources.append(raw_row)
-    rows.num_made = len(rows.kept) + sum(map(len, rows.dropped.values()))
+            rows.sources.append(raw_row)
     if for_training:
-        rows.left_out = find_left_out(rows.kept, sources, rows.unused, layout)
+        rows.left_out = find_left_out(rows.kept, rows.sources, rows.unused, layout)
     return rows
 
 

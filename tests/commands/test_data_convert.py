@@ -67,7 +67,7 @@ def test_all_rejected_places_are_printed_by_reason(capsys: pytest.CaptureFixture
     assert convert(*words) == 0
     said = capsys.readouterr().out
     odd = ", ".join(str(line) for line in range(1, 24, 2))
-    assert f'  12 rows rejected: empty "output" (lines {odd})' in said
+    assert f'  12 rows (50.0%) rejected: empty "output" (lines {odd})' in said
     assert "wrote 12 rows to rows.jsonl, 12 rejected" in said
     assert convert(*words, "--overwrite", "--strict") == 1
     assert len(read("rows.jsonl")) == 12

@@ -72,10 +72,10 @@ def test_public_files_become_rows_that_read_back_the_same(
 ) -> None:
     path = shared / "data" / name
     made = convert_file(path, RowFormat())
-    assert (made.num_read, len(made.rows)) == (num_read, num_rows)
+    assert (made.read.num_read, len(made.rows)) == (num_read, num_rows)
     before = read_rows(path, RowFormat())
     assert before.num_made == num_rows + made.num_rejected
-    assert before.dropped == made.rejected
+    assert before.dropped == made.read.dropped
     after = read_rows(written(made, tmp_path / "rows.jsonl"), RowFormat())
     assert texts_of(after.kept) == texts_of(before.kept)
     assert not after.dropped
@@ -96,10 +96,10 @@ def test_the_numbers_of_alpaca_are_the_published_ones(file: str, name: str, shar
     facts = golden[name]
     made = convert_file(shared / "data" / file, RowFormat(), template="alpaca-en")
     with_input = [row for row in made.rows if "\n\n### Input:\n" in row["prompt"]]
-    assert made.num_read == facts["rows"]
+    assert made.read.num_read == facts["rows"]
     assert len(with_input) == facts["nonempty_inputs"]
     empty = [1 + index for index in facts["empty_outputs"]]  # places count from 1
-    assert dict(made.rejected) == ({'empty "output"': empty} if empty else {})
+    assert dict(made.read.dropped) == ({'empty "output"': empty} if empty else {})
     assert sum(len(row["response"]) for row in made.rows) == facts["characters"]["output"]["total"]
 
 
@@ -115,9 +115,9 @@ def test_broken_rows_are_rejected_with_their_place_and_the_others_converted(tmp_
     made = convert_file(write(tmp_path / "a.jsonl", rows), RowFormat())
     assert [row["prompt"] for row in made.rows] == ["甲", "戊\n戊"]
     assert [row["id"] for row in made.rows] == ["a:1", "a:6"]
-    assert made.num_read == 6
-    assert sorted(made.rejected.values()) == [[2], [3], [4], [5]]
-    reasons = {places[0]: reason for reason, places in made.rejected.items()}
+    assert made.read.num_read == 6
+    assert sorted(made.read.dropped.values()) == [[2], [3], [4], [5]]
+    reasons = {places[0]: reason for reason, places in made.read.dropped.items()}
     assert "broken JSON" in reasons[2]
     assert reasons[3] == 'empty "output"'
     assert "is a list" in reasons[4]
@@ -140,7 +140,7 @@ def test_rows_of_weight_0_are_rejected(tmp_path: Path) -> None:
     made = convert_file(write(tmp_path / "a.jsonl", [{"messages": turns}]), RowFormat())
     assert [row["response"] for row in made.rows] == ["二"]
     assert made.rows[0]["history"] == [["甲", "一"]]
-    assert dict(made.rejected) == {'weight 0 in "messages"': [1]}
+    assert dict(made.read.dropped) == {'weight 0 in "messages"': [1]}
 
 
 @pytest.mark.parametrize(("turns", "ids"), [("all", ["a:1.1", "a:1.2"]), ("last", ["a:1.2"])])
@@ -154,13 +154,13 @@ def test_rows_without_an_answer_are_kept_on_demand(tmp_path: Path) -> None:
         tmp_path / "a.jsonl",
         [{"content": "甲", "summary": ""}, {"content": " ", "summary": ""}],
     )
-    assert dict(convert_file(path, RowFormat()).rejected) == {
+    assert dict(convert_file(path, RowFormat()).read.dropped) == {
         'empty "summary"': [1],
         'empty "content"': [2],
     }
     made = convert_file(path, RowFormat(), keep_unanswered=True)
     assert [(row["prompt"], row["response"]) for row in made.rows] == [("甲", "")]
-    assert dict(made.rejected) == {'empty "content"': [2]}
+    assert dict(made.read.dropped) == {'empty "content"': [2]}
     back = read_rows(written(made, tmp_path / "b.jsonl"), RowFormat(), for_training=False)
     assert texts_of(back.kept) == [("甲", "", ())]
     bare = write(tmp_path / "c.jsonl", [{"content": "甲"}])
@@ -176,7 +176,7 @@ def test_unused_columns_are_kept_in_meta(tmp_path: Path) -> None:
     row = {"content": "甲", "summary": "一", "score": 1.50, "tags": ["a"], "note": "", "none": None}
     made = convert_file(write(tmp_path / "a.jsonl", [row]), RowFormat())
     assert made.rows[0]["meta"] == {"score": "1.5", "tags": ["a"]}
-    assert made.unused == {"score": 1, "tags": 1}
+    assert made.read.unused == {"score": 1, "tags": 1}
 
 
 def test_rows_of_the_contract_keep_their_id_source_and_meta(tmp_path: Path) -> None:
@@ -186,11 +186,11 @@ def test_rows_of_the_contract_keep_their_id_source_and_meta(tmp_path: Path) -> N
     assert first.rows[0]["meta"] == {"id": "7"}
     again = convert_file(written(first, tmp_path / "b.jsonl"), RowFormat())
     assert again.rows == first.rows
-    assert again.unused == {}
+    assert again.read.unused == {}
     more = [{**row, "score": 3} for row in first.rows]
     made = convert_file(write(tmp_path / "c.jsonl", more), RowFormat())
     assert made.rows[0]["meta"] == {"id": "7", "score": "3"}
-    assert made.unused == {"score": 2}
+    assert made.read.unused == {"score": 2}
 
 
 def test_repeated_ids_are_numbered_and_stay_apart() -> None:
@@ -226,18 +226,18 @@ def test_placeholders_of_public_files(name: str, found: dict[str, int], shared: 
 
 def test_a_history_that_holds_its_own_answer_is_noted(tmp_path: Path) -> None:
     row = {"prompt": "甲", "response": "一", "history": [["甲", "一"]]}
-    assert convert_file(write(tmp_path / "a.jsonl", [row]), RowFormat()).leaks == [1]
+    assert convert_file(write(tmp_path / "a.jsonl", [row]), RowFormat()).read.leaks == [1]
 
 
 def test_a_left_out_part_of_the_prompt_is_found(tmp_path: Path) -> None:
     rows = [{"instruction": "译", "input": word, "output": word} for word in "甲乙"]
     path = write(tmp_path / "a.jsonl", rows)
     named = RowFormat(prompt_column="instruction", response_column="output")
-    found = convert_file(path, named).left_out
+    found = convert_file(path, named).read.left_out
     assert found is not None
     assert (found.column, found.num_rows) == ("input", 2)
     assert "--input_column input" in found.remedy
-    assert convert_file(path, RowFormat()).left_out is None
+    assert convert_file(path, RowFormat()).read.left_out is None
 
 
 # Templates
@@ -271,8 +271,8 @@ def test_templates_of_alpaca_rows(tmp_path: Path) -> None:
     for name in ("alpaca-en", "alpaca-zh"):
         pairs = [("译", "苹果"), ("说", ""), ("问", "")]
         assert prompts[name] == [alpaca_prompt(*pair, name) for pair in pairs]
-        assert list(made[name].rejected.values()) == [[4]]
-        assert "--template plain or round" in next(iter(made[name].rejected))
+        assert list(made[name].read.dropped.values()) == [[4]]
+        assert "--template plain or round" in next(iter(made[name].read.dropped))
 
 
 def test_the_system_text_stands_before_the_instruction(tmp_path: Path) -> None:

@@ -82,7 +82,6 @@ def test_changing_an_item_leaves_the_dataset_alone(
 def test_the_summary_counts_everything(data_file: Path, tokenizer: ChatGLMTokenizer) -> None:
     dataset, summary = load(data_file, tokenizer, max_source_length=30)
     assert (summary.num_read, summary.num_kept) == (4, 3)
-    assert summary.dropped == {'empty "content"': 1}
     assert summary.answers_cut == 1
     assert summary.prompts_cut == 1  # the one with history
     assert summary.control_text_rows == 1
