@@ -4,7 +4,6 @@ Nothing is written before all of it is known: an interrupted conversion leaves n
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -33,6 +32,7 @@ from ptuning.data.length_table import (
     table_lines,
 )
 from ptuning.data.mixing import MixSource
+from ptuning.data.parsing import write_json
 from ptuning.data.reading import as_places, find_files
 from ptuning.data.tokenization import SHORTEST
 from ptuning.data.tokenizer import ChatGLMTokenizer
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         _say(*_file_lines(file))
         files.append(file)
     if not arguments.allow_repeated_prompts:
-        _require_whole_prompts(files)
+        _require_whole_prompts(files, mixed=bool(mixed))
     if mixed:
         shares = [source.share for source in mixed]
         rows = _mix(files, shares, total=arguments.total, seed=arguments.seed)
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     lengths = _count_tokens(load_tokenizer(name or str(NANO_DIR)), rows)
     _say("", *_length_lines(lengths, rows, row_format, name or "the embedded nano model"))
-    lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    lines = "".join(write_json(row) + "\n" for row in rows)
     # half of a surrogate pair, which meta may hold, becomes its escape, which JSON has too
     write_atomically(arguments.out, lines.encode("utf-8", "backslashreplace"))
     num_rejected = sum(file.num_rejected for file in files)
@@ -156,12 +156,16 @@ def _tokenizer_name(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def _require_whole_prompts(files: Sequence[Conversion]) -> None:
+def _require_whole_prompts(files: Sequence[Conversion], *, mixed: bool) -> None:
     """Refuse rows whose prompts are alike only because a filled column is not used."""
     for file in files:
-        if file.read.left_out is not None:
+        found = file.read.left_out
+        if found is not None:
+            remedy = found.remedy
+            if mixed and found.flags:
+                remedy = f"convert that file first: {file.path} --out NAME.jsonl {found.flags}"
             raise ValueError(
-                f"{file.path}: {file.read.left_out}, or convert all the same with "
+                f"{file.path}: {found}; {remedy}, or convert all the same with "
                 "--allow_repeated_prompts."
             )
 

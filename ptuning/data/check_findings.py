@@ -229,7 +229,8 @@ def _about_columns(counts: "FileCounts") -> list[Finding]:
         return [_finding("missing_column", 1, fault=counts.columns_fault, advice=advice)]
     found = []
     if counts.left_out is not None:
-        column, num, advice = counts.left_out
+        column, num, _ = counts.left_out
+        advice = counts.left_out.remedy
         name = shown_name(column)
         found.append(_finding("left_out", num, of=counts.num_used, column=name, advice=advice))
     advice = "fill the field or delete the rows"

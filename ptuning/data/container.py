@@ -1,4 +1,4 @@
-"""Step 1a of 4: a data file to its bytes, unpacked, or what it is instead of data.
+"""Step 1a of 5: a data file to its bytes, unpacked, or what it is instead of data.
 
 What a file is, its first bytes say and not its name: a download often has the wrong ending.
 """

@@ -135,7 +135,7 @@ def _add(made: Conversion, raw_row: Row, row: TextRow, template: Template) -> bo
 def _origin(made: Conversion, raw_row: Row, row: TextRow) -> tuple[str, str, dict[str, Any]]:
     """Return id, source and meta: those of a row of the contract, else where the row was found.
 
-    meta holds every filled column that is not used, numbers as their digits.
+    meta holds every filled column that is not used.
     """
     columns = raw_row.columns
     is_contract = _is_contract(columns)

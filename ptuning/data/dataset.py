@@ -116,7 +116,7 @@ class DataSummary:
     num_kept: int
     max_source_length: int
     max_target_length: int | None = None  # None: prompts only
-    left_out: str | None = None  # what a column that is not used does to prompts
+    left_out: tuple[str, int, str] | None = None  # a reading.LeftOut, as JSON has it
     num_with_history: int = 0
     num_labelled: int = 0  # rows with an answer to compare with
     prompts_cut: int = 0
@@ -243,7 +243,7 @@ def load_training_dataset(
         found=rows.lines(left_out="dropped"),
         num_read=rows.num_read,
         num_kept=len(encoded),
-        left_out=str(rows.left_out) if rows.left_out is not None else None,
+        left_out=rows.left_out,
         num_with_history=sum(bool(row.history) for row in rows.kept),
         num_labelled=len(encoded),
         prompts_cut=sum(row.prompt_cut for row in encoded),
@@ -318,10 +318,14 @@ def load_generation_dataset(
     return dataset, summary
 
 
+class NoRows(DataError):
+    """A file of which no row is left."""
+
+
 def _require_rows(path: Path, rows: Rows, num_kept: int) -> None:
     if not num_kept:
         reasons = ", ".join(f"{len(lines)} x {reason}" for reason, lines in rows.dropped.items())
-        raise DataError(
+        raise NoRows(
             path, None, f"no row is left of {rows.num_made}: {reasons}; fill those fields."
         )
 

@@ -1,4 +1,4 @@
-"""Step 1c of 4 for CSV and its kin: text to rows, under the names of the first line.
+"""Step 1b of 5 for CSV and its kin: text to rows, under the names of the first line.
 
 Which character separates the fields is found in that line, or obeyed where Excel's `sep=;` stands
 before it.

@@ -8,7 +8,7 @@ https://huggingface.co/datasets/GAIR/lima; rows of `history` alone.
 """
 
 import difflib
-import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +16,22 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from ptuning.data.formatting import RowFormat, TextRow, Turns
-from ptuning.data.parsing import kind_of, parse_json
-from ptuning.data.raw_row import DataError, Row
+from ptuning.data.parsing import kind_of, parse_json, write_json
+from ptuning.data.raw_row import (
+    CONVERSATION_NAMES,
+    DIALOGUE_NAMES,
+    HISTORY,
+    INPUT_NAMES,
+    INSTRUCTION_NAMES,
+    LIMA_NAMES,
+    PROMPT_NAMES,
+    RESPONSE_NAMES,
+    SYSTEM,
+    TOOLS,
+    DataError,
+    Row,
+)
 
-# Usual names of columns, most usual first, lower case.
-PROMPT_NAMES = (
-    *("content", "prompt", "question", "instruction", "query", "input"),
-    *("问题", "提问", "指令", "输入"),
-)
-RESPONSE_NAMES = (
-    *("summary", "response", "answer", "output", "completion", "target", "chosen"),
-    *("答案", "回答", "回复", "输出", "摘要"),
-)
-INPUT_NAMES = ("input", "context", "输入")  # what an instruction is about: Alpaca, Dolly
-INSTRUCTION_NAMES = ("instruction", "指令")
-HISTORY, SYSTEM, TOOLS = "history", "system", "tools"
-CONVERSATION_NAMES = (
-    *("messages", "conversations", "conversation", "dialogue", "dialog", "paragraph", "turns"),
-)
 PAIRS = (("content", "summary"), ("prompt", "response"))  # ADGEN and the row contract come first
 
 USER_ROLES = {"user", "human", "prompter", "observation", "tool", "function", "function_response"}
@@ -41,6 +39,8 @@ ANSWER_ROLES = {"assistant", "gpt", "chatgpt", "bot", "model", "bing", "bard", "
 SYSTEM_ROLES = {"system", "developer"}
 ROLE_KEYS, TEXT_KEYS = ("from", "role", "speaker"), ("value", "content", "text")
 WEIGHT_KEYS = ("loss_weight", "weight")
+CALLS = "tool_calls"
+_LIST_TEXT = re.compile(r"\s*\[\s*(\]\s*$|[\[{\"'])")
 # Question and answer in one object
 PAIR_KEYS = (
     *(("q", "a"), ("question", "answer"), ("human", "assistant"), ("user", "assistant")),
@@ -145,13 +145,12 @@ def find_layout(
     for pair in PAIRS:
         if len(finder.named(*pair)) == len(pair):
             return _columns_layout(finder, *finder.named(*pair))
-    layout = _alpaca_layout(finder)
-    if layout is None:
-        layout = _conversation_layout(finder, (*CONVERSATION_NAMES,))
-    if layout is None:
-        layout = _usual_layout(finder)
-    if layout is None:
-        layout = _conversation_layout(finder, (HISTORY,))
+    layout = (
+        _alpaca_layout(finder)
+        or _conversation_layout(finder, CONVERSATION_NAMES)
+        or _usual_layout(finder)
+        or _conversation_layout(finder, (*DIALOGUE_NAMES, HISTORY))
+    )
     if layout is None:
         advice = suggest_flags(finder.columns, row_format)
         raise finder.fault(f"no known format; name the columns: {advice}.")
@@ -163,7 +162,8 @@ def _named_layout(finder: Finder, row_format: RowFormat) -> Layout:
     for flag, column in row_format.named_columns.items():
         if column in finder.columns:
             continue
-        guess = guess_column(column, finder.columns)
+        unnamed = [name for name in finder.columns if name not in row_format.named_columns.values()]
+        guess = guess_column(column, unnamed)
         if flag == "--response_column" and not finder.needs_answers and guess is None:
             continue  # a test set without answers
         meant = f' Was "{guess}" meant?' if guess is not None else ""
@@ -173,7 +173,6 @@ def _named_layout(finder: Finder, row_format: RowFormat) -> Layout:
     others = finder._replace(
         columns=[name for name in finder.columns if name not in row_format.named_columns.values()]
     )
-    system = None
     if prompt is None:
         prompt = others.one(*INSTRUCTION_NAMES)
         is_instruction = prompt is not None
@@ -183,7 +182,6 @@ def _named_layout(finder: Finder, row_format: RowFormat) -> Layout:
         history = history or others.one(HISTORY)
         if text is None and is_instruction:
             text = others.one(*INPUT_NAMES)
-        system = others.one(SYSTEM)
     if response is None:
         response = others.one("summary") or _only(
             others, RESPONSE_NAMES, "--response_column", "the answer"
@@ -192,7 +190,7 @@ def _named_layout(finder: Finder, row_format: RowFormat) -> Layout:
             raise finder.fault("which column is the answer? Name it with --response_column.")
     elif response not in finder.columns:
         response = None
-    return Layout("columns", prompt, text, response, history, system)
+    return Layout("columns", prompt, text, response, history, others.one(SYSTEM))
 
 
 def _asked_layout(finder: Finder, name: str) -> Layout:
@@ -203,9 +201,7 @@ def _asked_layout(finder: Finder, name: str) -> Layout:
     elif name == "alpaca":
         layout, needed = _alpaca_layout(finder), 'columns "instruction" and "output"'
     else:
-        names = {"history": (HISTORY,), "messages": ("messages",)}.get(
-            name, ("conversations", "conversation")
-        )
+        names = {"history": (HISTORY,), "messages": ("messages",)}.get(name, LIMA_NAMES)
         layout = _conversation_layout(finder, names)
         needed = " or ".join(f'"{one}"' for one in names)
         needed = f"a column {needed} that holds a list of turns"
@@ -257,22 +253,24 @@ def _only(finder: Finder, usual: tuple[str, ...], flag: str, noun: str) -> str |
 
 
 def _conversation_layout(finder: Finder, names: tuple[str, ...]) -> Layout | None:
-    """Return the first of the columns that holds turns."""
+    """Return the first of the columns that holds turns.
+
+    Texts are turns under LIMA's name only: elsewhere, a list of texts has no known speakers.
+    """
     for column in finder.named(*names):
         values = (row.columns.get(column) for row in finder.rows)
         first = next((value for value in values if value), None)
-        if isinstance(first, str) and column.lower() == HISTORY:
-            first = _as_json(first)
-        if isinstance(first, list):
-            first = first[0] if first else None
-        elif isinstance(first, dict):
-            continue
-        kind = "lima"
-        if isinstance(first, dict):
-            kind = "messages" if "role" in first else "sharegpt"
-        elif isinstance(first, list):
+        if isinstance(first, str):
+            first = _as_json(first) or first  # as in CSV
+        turn = first[0] if isinstance(first, list) and first else first
+        kind = None
+        if isinstance(turn, dict) and isinstance(first, list):
+            kind = "messages" if "role" in turn else "sharegpt"
+        elif isinstance(turn, list):
             kind = "history"
-        if first is not None:
+        elif isinstance(turn, str) and column.strip().lower() in LIMA_NAMES:
+            kind = "lima"
+        if kind is not None:
             return Layout(
                 kind, conversation=column, system=finder.one(SYSTEM), tools=finder.one(TOOLS)
             )
@@ -376,7 +374,7 @@ def _rows_of_turns(path: Path, row: Row, layout: Layout) -> Iterator[TextRow]:
     if layout.tools is not None:
         tools = row.columns.get(layout.tools)
         if tools and not isinstance(tools, str):
-            tools = json.dumps(tools, ensure_ascii=False)
+            tools = write_json(tools)
         if tools and tools.strip() not in ("", "[]"):
             system = f"{system}\n{_clean(tools)}" if system.strip() else _clean(tools)
     question: str = ""
@@ -390,15 +388,19 @@ def _rows_of_turns(path: Path, row: Row, layout: Layout) -> Iterator[TextRow]:
                 )
             system = f"{system}\n{text}" if system else text
         elif role == "user":
-            question, waits = text, True
-            if system.strip() and not history:
-                question = f"{system}\n{text}"
+            if question:  # one without an answer is asked along with the next
+                question = f"{question}\n{text}"
+            else:
+                question = f"{system}\n{text}" if system.strip() and not history and text else text
+            waits = True
         else:
             skipped = None if is_trained else f'weight 0 in "{column}"'
             yield TextRow(row.line, question, text, tuple(history), skipped)
-            if question:
-                history.append((question, text))
-            question, waits, num_answers = "", False, num_answers + 1
+            waits, num_answers = False, num_answers + 1
+            if text.strip():
+                if question:
+                    history.append((question, text))
+                question = ""
     if waits or not num_answers:
         yield TextRow(row.line, question, "", tuple(history))
 
@@ -420,8 +422,15 @@ def _merged(turns: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[str, str, 
 def _turns(path: Path, row: Row, column: str) -> Iterator[tuple[str, str, bool]]:
     """Yield role (system, user or assistant), text, and whether it is trained on."""
     value = row.columns.get(column)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = _as_json(value) or value  # as in CSV
+    if isinstance(value, str) and _LIST_TEXT.match(value):  # as in CSV
+        try:
+            value = parse_json(value)
+        except ValueError as problem:
+            raise row.fault(
+                path,
+                f'"{column}" looks like a list of turns and is not JSON: {problem}; write it with '
+                "json.dumps.",
+            ) from problem
     if value is None or value == "":
         return
     if isinstance(value, str):
@@ -450,7 +459,22 @@ def _turns(path: Path, row: Row, column: str) -> Iterator[tuple[str, str, bool]]
         text = next((turn[key] for key in TEXT_KEYS if key in turn), None)
         weights = [turn[key] for key in WEIGHT_KEYS if key in turn]
         is_trained = not any(_is_zero(weight) for weight in weights)
-        yield _role(path, row, name, role), _parts(path, row, name, text), is_trained
+        said = _parts(path, row, name, text)
+        calls = turn.get(CALLS)
+        if isinstance(calls, list) and calls:
+            said = "\n".join([said] * bool(said.strip()) + [_call(call) for call in calls])
+        yield _role(path, row, name, role), said, is_trained
+
+
+def _call(call: Any) -> str:
+    """Write one of OpenAI's tool calls as ShareGPT writes a function_call."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return _clean(write_json(call))
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _as_json(arguments) or arguments
+    return _clean(write_json({"name": function.get("name"), "arguments": arguments}))
 
 
 def _as_pair(turn: Any) -> tuple[Any, Any] | None:
@@ -465,7 +489,7 @@ def _as_pair(turn: Any) -> tuple[Any, Any] | None:
 
 
 def _role(path: Path, row: Row, name: str, role: Any) -> str:
-    word = role.lower() if isinstance(role, str) else role
+    word = role.strip().lower() if isinstance(role, str) else ""
     for ours, theirs in (
         ("user", USER_ROLES),
         ("assistant", ANSWER_ROLES),
@@ -521,6 +545,12 @@ def _history(path: Path, row: Row, column: str, value: Any) -> tuple[tuple[str, 
     if not isinstance(value, list):
         raise error(f"it is {kind_of(value)}")
     turns = []
+    if all(isinstance(turn, dict) and turn.keys() & set(ROLE_KEYS) for turn in value):
+        said = [(role, text) for role, text, _ in _merged(_turns(path, row, column))]
+        roles = [role for role, _ in said]
+        if roles != ["user", "assistant"] * (len(roles) // 2):
+            raise error(f"its turns are {', '.join(roles)}")
+        return tuple((said[i][1], said[i + 1][1]) for i in range(0, len(said), 2))
     for index, turn in enumerate(value):
         pair = _as_pair(turn)
         if pair is None:

@@ -151,7 +151,8 @@ def to_example(row: TextRow, row_format: RowFormat, *, for_training: bool = True
 def check_word(flag: str, word: str, words: Any) -> None:
     """Refuse a word that is none of a Literal's."""
     if word not in get_args(words):
-        raise ValueError(f"--{flag} is {word}; use {', '.join(get_args(words))}.")
+        *others, last = get_args(words)
+        raise ValueError(f"--{flag} is {word}; use {', '.join(others)} or {last}.")
 
 
 def check_recipe(recipe: str) -> None:

@@ -7,36 +7,20 @@ The layouts are those of pandas' `DataFrame.to_json(orient=...)` and of rows und
 import re
 from typing import Any
 
-from ptuning.data.raw_row import shown
+from ptuning.data.raw_row import (
+    CONVERSATION_NAMES,
+    DIALOGUE_NAMES,
+    HISTORY,
+    INPUT_NAMES,
+    PROMPT_NAMES,
+    RESPONSE_NAMES,
+    shown,
+)
 
 # A list under one of these is a field of a row, and the object is that row.
-_TURN_FIELDS = {
-    "messages",
-    "conversations",
-    "conversation",
-    "history",
-    "paragraph",
-    "dialog",
-    "dialogue",
-    "turns",
-}
+_TURN_FIELDS = {*CONVERSATION_NAMES, *DIALOGUE_NAMES, HISTORY}
 # So is a list, or an object, next to one of these.
-_TEXT_FIELDS = {
-    "content",
-    "prompt",
-    "question",
-    "instruction",
-    "query",
-    "input",
-    "text",
-    "context",
-    "summary",
-    "response",
-    "answer",
-    "output",
-    "completion",
-    "target",
-}
+_TEXT_FIELDS = {*PROMPT_NAMES, *RESPONSE_NAMES, *INPUT_NAMES, "text"}
 _INDEX = re.compile(r"-?\d+(\.\d+)?")
 
 

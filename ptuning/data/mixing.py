@@ -63,7 +63,7 @@ def _to_number(text: str) -> float | None:
 def mix_rows(
     task: "TokenDataset", general: "TokenDataset", *, share: float, seed: int
 ) -> "TokenDataset":
-    """Return the rows of the task, then so many general rows that they make up share of all.
+    """Return the rows of the task, then as many general rows as make up share of all.
 
     Where more are needed than there are, all are taken as often as they fit in, and the rest is
     drawn. At least one general row is taken.
@@ -85,6 +85,8 @@ def join_rows(
     from ptuning.data.cache import TokenArrays
     from ptuning.data.dataset import TokenDataset
 
+    if len(parts) == 1 and chosen is None:
+        return parts[0]  # memory-mapped as it is
     ids, lengths, context_lengths = [], [], []
     for part, indices in zip(parts, chosen or [None] * len(parts), strict=True):
         arrays = part.arrays

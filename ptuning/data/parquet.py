@@ -1,4 +1,4 @@
-"""Step 1c of 4 for Parquet: the bytes of a file to rows, through pyarrow.
+"""Step 1b of 5 for Parquet: the bytes of a file to rows, through pyarrow.
 
 Values become what the JSON of the same rows would hold: numbers their digits, NaN and null None.
 """

@@ -1,4 +1,4 @@
-"""Step 1 of 4: a data file to rows as they stand, or `file:line: what is wrong`.
+"""Step 1 of 5: a data file to rows as they stand, or `file:line: what is wrong`.
 
 JSON may be one array, one object per line (ADGEN's .json files are the latter) or an object that
 holds all rows; delimited.py reads CSV, and parquet.py Parquet. A fault is yielded and not raised,
@@ -64,7 +64,7 @@ class DataFile:
 
     @property
     def notes(self) -> list[str]:
-        """Say what was read otherwise than it stands; complete when rows() has been read."""
+        """Say what was not read as written; complete once rows() has been read."""
         notes = list(self.opening_notes)
         for noun, places in self.skipped.items():
             unit = self.unit if len(places) == 1 else f"{self.unit}s"
@@ -103,6 +103,7 @@ def open_data(path: Path | str) -> DataFile:
             _open_array(file)
         elif begin == "{":
             _open_object(file)
+            is_empty = file.num_rows == 0
         else:  # nothing, or blanks that JSON does not know, or a fault
             is_empty = next(file.rows(), None) is None
     if is_empty:
@@ -298,20 +299,45 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {shown(repeated)} stands twice in one object; delete one.")
+        raise ValueError(f"the key {shown(repeated)} appears twice in one object; delete one.")
     return value
 
 
 def _read_constant(name: str) -> None:
     """Return None for NaN, which pandas writes for a missing cell; the others are no values."""
     if name != "NaN":
-        raise ValueError(f"{name} is no value of JSON; write a finite number, or null.")
+        raise ValueError(f"{name} is not valid JSON; write a finite number, or null.")
 
 
-# Keeps numbers as they were written, so that 1.50 stays "1.50".
+class Digits(str):
+    """A number as it was written, so that 1.50 stays "1.50"."""
+
+    __slots__ = ()
+
+
+def write_json(value: Any) -> str:
+    """Write a value that DECODER read, its numbers as numbers.
+
+    >>> write_json(parse_json('{"x": [1, 2.5, "3"]}'))
+    '{"x": [1, 2.5, "3"]}'
+    """
+    return json.dumps(_with_numbers(value), ensure_ascii=False)
+
+
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, Digits):
+        try:
+            return int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:  # more digits than Python reads
+            return value
+    if isinstance(value, dict):
+        return {name: _with_numbers(part) for name, part in value.items()}
+    return [_with_numbers(part) for part in value] if isinstance(value, list) else value
+
+
 DECODER = json.JSONDecoder(
-    parse_int=str,
-    parse_float=str,
+    parse_int=Digits,
+    parse_float=Digits,
     parse_constant=_read_constant,
     object_pairs_hook=_refuse_repeated_keys,
 )
@@ -361,4 +387,4 @@ def kind_of(value: Any) -> str:
     if value is None:
         return "null"
     names = {bool: "true or false", dict: "an object", list: "a list", str: "a string or a number"}
-    return names[type(value)]
+    return next(name for kind, name in names.items() if isinstance(value, kind))

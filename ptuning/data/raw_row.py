@@ -1,10 +1,25 @@
-"""A row as it stands in a data file, and the error for what a file gets wrong."""
+"""A row as it stands in a data file, the usual names of its columns, and the error for faults."""
 
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Usual names of columns, most usual first, lower case.
+PROMPT_NAMES = (
+    *("content", "prompt", "question", "instruction", "query", "input"),
+    *("问题", "提问", "指令", "输入"),
+)
+RESPONSE_NAMES = (
+    *("summary", "response", "answer", "output", "completion", "target", "chosen"),
+    *("答案", "回答", "回复", "输出", "摘要"),
+)
+INPUT_NAMES = ("input", "context", "输入")  # what an instruction is about: Alpaca, Dolly
+INSTRUCTION_NAMES = ("instruction", "指令")
+HISTORY, SYSTEM, TOOLS = "history", "system", "tools"
+CONVERSATION_NAMES = ("messages", "conversations")
+LIMA_NAMES = ("conversations", "conversation")  # whose turns may be texts without a speaker
+DIALOGUE_NAMES = ("conversation", "dialogue", "dialog", "paragraph", "turns")  # texts or turns
 # What a reader passes over, by kind, with the places: repeated headers and byte order marks.
 Skipped = defaultdict[str, list[int]]
 MARK = "\ufeff"

@@ -1,8 +1,8 @@
-"""Step 1 of 5: a data file to checked rows, or `file:line: what is wrong, what is needed`.
+"""Steps 1 and 2 of 5: a data file to checked rows, or `file:line: what is wrong, what is needed`.
 
 Nothing is left out silently: a row that training cannot use is dropped and counted with its reason
 and line, columns that are not used are counted too. Every other fault ends the reading; `check`
-goes on after it.
+continues after it.
 """
 
 import glob
@@ -10,26 +10,29 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
-from ptuning.data.formats import (
+from ptuning.data.formats import Layout, find_layout, to_text_rows
+from ptuning.data.formatting import RowFormat, TextRow
+from ptuning.data.parsing import encoding_fault, open_data
+from ptuning.data.raw_row import (
     CONVERSATION_NAMES,
+    DIALOGUE_NAMES,
     HISTORY,
     INPUT_NAMES,
     PROMPT_NAMES,
     RESPONSE_NAMES,
     SYSTEM,
-    Layout,
-    find_layout,
-    to_text_rows,
+    TOOLS,
+    DataError,
+    Row,
 )
-from ptuning.data.formatting import RowFormat, TextRow
-from ptuning.data.parsing import encoding_fault, open_data
-from ptuning.data.raw_row import DataError, Row
 
 # Columns that belong to a prompt where they are filled, and columns that never do.
 PROMPT_PARTS = {
-    *(*PROMPT_NAMES, *INPUT_NAMES, *CONVERSATION_NAMES, HISTORY, SYSTEM),
+    *(*PROMPT_NAMES, *INPUT_NAMES, *CONVERSATION_NAMES, *DIALOGUE_NAMES),
+    *(HISTORY, SYSTEM, TOOLS),
     *("passage", "document", "background", "knowledge", "上下文", "背景"),
 }
 BESIDE_PROMPTS = {
@@ -103,18 +106,26 @@ def _number(count: int) -> str:
 
 
 class LeftOut(NamedTuple):
-    """A filled column that is not used though rows with one prompt differ in it, and a remedy."""
+    """A filled column that is not used, though rows with one prompt differ in it.
+
+    flags use it; "" where the columns of the file can only be joined there.
+    """
 
     column: str
     num_rows: int
-    remedy: str
+    flags: str
 
     def __str__(self) -> str:
-        """Say what is wrong and what to do."""
+        """Say what is wrong."""
         return (
-            f'{self.num_rows} rows differ only in the column "{self.column}", which is not used, '
-            f"so that one prompt has different answers; {self.remedy}"
+            f'{self.num_rows:,} rows differ only in the column "{self.column}", which is not used, '
+            "so that one prompt has different answers"
         )
+
+    @property
+    def remedy(self) -> str:
+        """Say what to do."""
+        return f"use it: {self.flags}" if self.flags else "join it to the prompt in the file"
 
 
 def read_rows(
@@ -229,22 +240,18 @@ def find_left_out(
         is_part = name.strip().lower() in PROMPT_PARTS
         is_part = is_part or (num_rows >= REPEATED_SHARE * len(rows) and _is_text(sources, name))
         if num_rows and is_part:
-            found.append(LeftOut(name, num_rows, _use_column(name, layout)))
+            found.append(LeftOut(name, num_rows, _flags_that_use(name, layout)))
     return max(found, key=lambda one: one.num_rows, default=None)
 
 
-def _use_column(column: str, layout: Layout) -> str:
-    """Say how a column that is not used becomes a part of the prompt."""
-    if layout.conversation is not None:
-        return f'put "{column}" into the first turn of "{layout.conversation}"'
+def _flags_that_use(column: str, layout: Layout) -> str:
+    """Return the flags that make a column a part of the prompt; "" where there is no place."""
     added = {"history": column} if column.strip().lower() == HISTORY else {"input": column}
-    if added.keys() & layout.columns.keys():
-        return f'join "{column}" to "{layout.prompt}" in the file'
+    if layout.conversation is not None or added.keys() & layout.columns.keys():
+        return ""
     named = {**layout.columns, **added}
     roles = ("prompt", "input", "response", "history")
-    return "use it: " + " ".join(
-        f"--{role}_column {named[role]}" for role in roles if role in named
-    )
+    return " ".join(f"--{role}_column {quote(named[role])}" for role in roles if role in named)
 
 
 def _is_text(rows: Sequence[Row], name: str) -> bool:

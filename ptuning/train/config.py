@@ -315,7 +315,7 @@ def remembered_settings(typed: Mapping[str, Any], tuning: str | None) -> dict[st
         raise UsageError(f"--{flag}: {error}") from error
     settings = {} if info is None else info.settings
     known = {name: settings[name] for name in ROW_SETTINGS if settings.get(name) is not None}
-    if typed.get("format") is not None:  # says anew what the columns are
+    if typed.get("format") is not None:  # says what the columns are
         return {name: value for name, value in known.items() if not name.endswith("_column")}
     if any(name.endswith("_column") for name in typed):
         known.pop("format", None)
@@ -374,7 +374,7 @@ def _check_task(config: RunConfig) -> None:
         ("--test_file or --validation_file", config.do_predict, answered),
     ):
         if is_wanted and not file:
-            raise UsageError(f"{needed} is missing; give a file of rows: .json, .jsonl, .csv.")
+            raise UsageError(f"{needed} is missing; give a file of rows, such as train.json.")
     if config.validates and not config.validation_file:
         raise UsageError(
             f"--eval_strategy is {config.eval_strategy} without --validation_file; give its rows, "
@@ -493,7 +493,7 @@ def _check_forgetting(config: RunConfig) -> None:
         if config.do_train and not source.path.is_file():
             raise UsageError(
                 f"--mix is {config.mix}, and there is no file {source.path}; give a file of "
-                "general rows: .json, .jsonl, .csv."
+                "general rows, such as general.jsonl."
             )
     prompts = config.general_prompts
     if config.do_predict and prompts and not Path(prompts).is_file():

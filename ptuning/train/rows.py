@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from ptuning.data.dataset import (
     DataSummary,
     GenerationDataset,
     GenerationRow,
+    NoRows,
     TokenDataset,
     load_generation_dataset,
     load_training_dataset,
@@ -22,6 +24,7 @@ from ptuning.data.formatting import RowFormat
 from ptuning.data.general import GeneralPrompts, find_general_prompts, read_general_prompts
 from ptuning.data.mixing import FORM, join_rows, mix_rows, parse_mix
 from ptuning.data.raw_row import DataError
+from ptuning.data.reading import LeftOut
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.processes.launch import num_processes
@@ -43,7 +46,8 @@ class Rows(NamedTuple):
         trained = [] if self.train is None else too_long(self.train.lengths, max_length)
         if self.test is None:
             return trained
-        return trained + too_long(self.test.lengths + new_tokens, max_length)
+        answered = self.test.lengths[self.test.lengths > 0]  # those with a prompt
+        return trained + too_long(answered + new_tokens, max_length)
 
 
 def check_files(config: RunConfig) -> None:
@@ -57,7 +61,7 @@ def check_files(config: RunConfig) -> None:
             if not file.exists():
                 raise UsageError(
                     f"--{name}: {file}: no such file, seen from {Path.cwd()}; give a file of rows: "
-                    ".json, .jsonl, .csv."
+                    ".json, .jsonl, .csv, .tsv or .parquet."
                 )
 
 
@@ -74,45 +78,43 @@ def load_rows(config: RunConfig, tokenizer: ChatGLMTokenizer, *, overwrite_cache
     train_rows = validation = test = general = None
     multi_turn = False
     if config.do_train:
-        train_rows, multi_turn = _token_rows("train_file", config, tokenizer, overwrite_cache)
+        parts, multi_turn = _token_rows("train_file", config, tokenizer, overwrite_cache)
+        train_rows = join_rows(parts)
         if config.mix is not None:
             train_rows = _with_general_rows(train_rows, config, tokenizer, overwrite_cache)
         rows_per_step = config.rows_per_step(num_processes())
         epochs, steps = config.num_train_epochs, config.max_steps
         logger.info(steps_line(len(train_rows), rows_per_step, epochs, max_steps=steps))
+    if config.validates:
+        parts, _ = _token_rows("validation_file", config, tokenizer, overwrite_cache)
+        validation = join_rows(parts) if parts else None
     if config.do_predict:
         test = _test_rows(config, tokenizer)
-    if config.validates and not _has_nothing_to_validate(config, test):
-        validation, _ = _token_rows("validation_file", config, tokenizer, overwrite_cache)
-    if config.do_predict and config.measures_retention:
-        base = config.model_name_or_path
-        with files_named_as("--general_prompts"):
-            general = read_general_prompts(find_general_prompts(config.general_prompts, base))
+        if config.measures_retention:
+            base = config.model_name_or_path
+            with files_named_as("--general_prompts"):
+                general = read_general_prompts(find_general_prompts(config.general_prompts, base))
     return Rows(train_rows, validation, test, general, multi_turn)
-
-
-def _has_nothing_to_validate(config: RunConfig, test: GenerationDataset | None) -> bool:
-    """Say so and return True where only rows without answers would be validated and answered."""
-    if config.do_train or test is None or any(row.label.strip() for row in test.rows):
-        return False
-    if config.files("validation_file") != config.files(_answered(config)):
-        return False
-    logger.info("no validation loss: no row has an answer to compare with")
-    return True
 
 
 def _token_rows(
     name: str, config: RunConfig, tokenizer: ChatGLMTokenizer, overwrite_cache: bool
-) -> tuple[TokenDataset, bool]:
-    """Load the rows of all files of train_file or validation_file; do any have earlier turns?"""
+) -> tuple[list[TokenDataset], bool]:
+    """Load the rows of each file of train_file or validation_file; do any have earlier turns?
+
+    Files without answers that are only to be answered are left out of the validation.
+    """
     is_training = name == "train_file"
     left = config.max_train_samples if is_training else config.max_eval_samples
+    only_answered = (
+        [] if config.do_train or not config.do_predict else config.files(_answered(config))
+    )
     parts: list[TokenDataset] = []
     multi_turn = False
     for file in config.files(name):
         if left is not None and left <= 0:
             break
-        with files_named_as(f"--{name}"):
+        try:
             part, summary = load_training_dataset(
                 file,
                 tokenizer,
@@ -121,21 +123,49 @@ def _token_rows(
                 overwrite_cache=overwrite_cache,
                 cache_dir=Path(config.token_cache_dir) if config.token_cache_dir else None,
             )
+        except DataError as error:
+            if file in only_answered and isinstance(error, NoRows | UnknownColumns):
+                logger.info("no validation loss for %s: no row to compare with", file)
+                continue
+            raise _said(f"--{name}", error, config) from error
         _print_summary("Training" if is_training else "Validation", summary)
         if is_training:
-            _require_whole_prompts(f"--{name}", config, summary)
+            _require_whole_prompts("--train_file", config, summary)
         parts.append(part)
         multi_turn |= summary.num_with_history > 0
         left = None if left is None else left - summary.num_read
-    return parts[0] if len(parts) == 1 else join_rows(parts), multi_turn
+    return parts, multi_turn
 
 
-def _require_whole_prompts(flag: str, config: RunConfig, summary: DataSummary) -> None:
+def _said(flag: str, error: DataError, config: RunConfig) -> UsageError:
+    """Return a fault of a file with the flag that named it, and where its columns come from."""
+    hint, typed = "", " ".join(config.argv)
+    if isinstance(error, UnknownColumns) and "_column" not in typed and "--format" not in typed:
+        named = RowFormat(**config.row_settings).named_columns
+        said = " ".join(f"{name} {value}" for name, value in named.items())
+        said = said or (f"--format {config.format}" if config.format != "auto" else "")
+        if said and config.checkpoint is not None:
+            hint = f" ({said} as in training; to have the columns found, type --format auto)"
+    return UsageError(f"{flag}: {error}{hint}")
+
+
+def _require_whole_prompts(
+    flag: str, config: RunConfig, summary: DataSummary, *, named_by_mix: bool = False
+) -> None:
     """Refuse rows whose prompts are alike only because a filled column is not used."""
     if summary.left_out is None or config.allow_repeated_prompts:
         return
+    found = LeftOut(*summary.left_out)
+    remedy = found.remedy
+    if named_by_mix:
+        remedy = "leave the columns out of --mix to have them found"
+    elif flag == "--mix" and found.flags:
+        remedy = (
+            f"make a file that uses it: python -m ptuning data convert {quote(summary.source)} "
+            f"--out NAME.jsonl {found.flags}"
+        )
     raise UsageError(
-        f"{flag}: {summary.source}: {summary.left_out}, or train all the same with "
+        f"{flag}: {summary.source}: {found}; {remedy}, or train all the same with "
         "--allow_repeated_prompts."
     )
 
@@ -148,7 +178,7 @@ def _with_general_rows(
     roles = ("prompt_column", "response_column", "history_column")
     settings = {**config.row_settings, "source_prefix": ""}
     own = {name: None for name in settings if name.endswith("_column")} | {"format": "auto"}
-    tries = [settings, settings | own]  # the task's own columns, else those that are found
+    tries = [settings | own, settings]  # the columns that are found, else those of the task
     if source.columns:
         tries = [settings | own | dict(zip(roles, source.columns, strict=False))]
     for attempt in tries:
@@ -169,7 +199,7 @@ def _with_general_rows(
         except DataError as error:
             raise UsageError(f"--mix: {error}") from error
     _print_summary("General", summary)
-    _require_whole_prompts("--mix", config, summary)
+    _require_whole_prompts("--mix", config, summary, named_by_mix=bool(source.columns))
     rows = mix_rows(task, general, share=source.share, seed=config.seed)
     num_general = len(rows) - len(task)
     logger.info(
@@ -187,10 +217,12 @@ def _test_rows(config: RunConfig, tokenizer: ChatGLMTokenizer) -> GenerationData
     for file in config.files(name):
         if left is not None and left <= 0:
             break
-        with files_named_as(f"--{name}"):
+        try:
             part, summary = load_generation_dataset(
                 file, tokenizer, RowFormat(**config.row_settings), max_rows=left
             )
+        except DataError as error:
+            raise _said(f"--{name}", error, config) from error
         _print_summary("Prediction", summary)
         rows += part.rows
         left = None if left is None else left - summary.num_read

@@ -127,6 +127,30 @@ def test_columns_that_cannot_be_told_are_to_be_named(tmp_path: Path, row: dict, 
 
 
 @pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"paragraph": "p", "question": "q", "answer": "a"}, "columns: question -> answer"),
+        ({"question": "q", "answer": "a", "turns": 3}, "columns: question -> answer"),
+        ({"question": "q", "answer": "a", "dialogue": ["x", "y"]}, "columns: question -> answer"),
+        ({"messages": "[]", "question": "q", "answer": "a"}, "columns: question -> answer"),
+    ],
+)
+def test_a_text_is_no_conversation(tmp_path: Path, row: dict, layout: str) -> None:
+    for for_training in (True, False):
+        rows = read(tmp_path, row, for_training=for_training)
+        assert str(rows.layout) == layout
+        assert contents(rows) == [("q", "a", ())]
+    with pytest.raises(UnknownColumns, match="no known format"):
+        read(tmp_path, {"turns": ["q1", "q2"], "id": 1})
+
+
+def test_a_system_text_is_used_whatever_is_named(tmp_path: Path) -> None:
+    row = {"system": "s", "question": "q", "prompt": "p", "answer": "a"}
+    rows = read(tmp_path, row, prompt_column="question", response_column="answer")
+    assert contents(rows) == [("s\nq", "a", ())]
+
+
+@pytest.mark.parametrize(
     ("name", "needed"),
     [
         ("alpaca", 'columns "instruction" and "output"'),
@@ -224,6 +248,37 @@ def test_tools_speak_as_the_user_and_calls_are_answers(tmp_path: Path) -> None:
     assert contents(rows)[2] == ("q", "f()", ())
 
 
+def test_tool_calls_are_written_as_function_calls(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+    row = messages(("user", "q"), ("assistant", None), ("tool", "1"), ("assistant", "a"))
+    row["messages"][1] = asked
+    said = '{"name": "f", "arguments": {"x": 1}}'
+    assert contents(read(tmp_path, row)) == [("q", said, ()), ("1", "a", (("q", said),))]
+    asked["content"] = "let me see"
+    assert read(tmp_path, row).kept[0].response == f"let me see\n{said}"
+
+
+def test_an_empty_answer_is_no_earlier_turn(tmp_path: Path) -> None:
+    row = messages(("user", "q1"), ("assistant", ""), ("user", "q2"), ("assistant", "a2"))
+    rows = read(tmp_path, row)
+    assert contents(rows) == [("q1\nq2", "a2", ())]
+    assert dict(rows.dropped) == {'no answer to a question in "messages"': [1]}
+    only_system = messages(("system", "s"), ("user", ""), ("assistant", "a"))
+    assert dict(read(tmp_path, row, only_system).dropped) == {
+        'no answer to a question in "messages"': [1],
+        'no question before an answer in "messages"': [2],
+    }
+
+
+def test_a_history_may_have_roles(tmp_path: Path) -> None:
+    turns = LIST_OF_TURNS["messages"]["messages"]
+    row = {"prompt": "q3", "response": "a3", "history": turns}
+    assert contents(read(tmp_path, row)) == [("q3", "a3", (("q1", "a1"), ("q2", "a2")))]
+    with pytest.raises(DataError, match="its turns are user"):
+        read(tmp_path, row | {"history": turns[:1]})
+
+
 def test_text_parts_are_joined_and_other_parts_are_refused(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}]
     row = messages(("user", parts), ("assistant", "c"))
@@ -274,19 +329,23 @@ def test_a_conversation_to_answer_ends_in_its_open_question(tmp_path: Path) -> N
     [
         ([{"role": "wizard", "content": "a"}], 'turn 1 of "messages" has the role "wizard"; use'),
         ([{"content": "a"}], 'turn 1 of "messages" has no role; use'),
+        ([{"role": {}, "content": "a"}], 'turn 1 of "messages" has no role; use'),
+        (
+            "[{'role': 'user', 'content': 'a'}]",
+            '"messages" looks like a list of turns and is not JS',
+        ),
         ([{"role": "user", "content": {}}], 'turn 1 of "messages" is an object; make it a string'),
         ([["a", "b"], ["c"]], 'turn 2 of "messages" is a list of 1 items; make it a text, a pair'),
         ([{"q": "a", "a": ["b"]}], 'the answer of turn 1 of "messages" is a list'),
-        ({"role": "user"}, "no known format"),
+        ({"role": "user"}, '"messages" is an object; make it a list of turns'),
     ],
 )
 def test_turns_of_another_shape_are_refused(tmp_path: Path, turns: Any, said: str) -> None:
-    with pytest.raises(DataError) as error:
-        read(tmp_path, {"messages": turns})
-    assert said in str(error.value)
     good = LIST_OF_TURNS["messages"]
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: "):
+    with pytest.raises(DataError) as error:
         read(tmp_path, good, {"messages": turns})
+    assert said in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}/rows.jsonl:2: ")
 
 
 VALUES = st.recursive(
@@ -349,11 +408,9 @@ NAMED = {"prompt_column": "instruction", "response_column": "output"}
 
 def test_a_part_of_the_prompt_that_is_left_out_is_found(tmp_path: Path) -> None:
     found = read(tmp_path, *TRANSLATIONS, **NAMED).left_out
-    assert found == (
-        "input",
-        2,
-        "use it: --prompt_column instruction --input_column input --response_column output",
-    )
+    flags = "--prompt_column instruction --input_column input --response_column output"
+    assert found == ("input", 2, flags)
+    assert found.remedy == f"use it: {flags}"
     assert read(tmp_path, *TRANSLATIONS).left_out is None
     chats = [
         {"prompt": "那明天呢？", "response": str(day), "history": [[f"{day}?", "晴"]]}

@@ -57,7 +57,7 @@ def test_another_recipe_is_refused() -> None:
     ("changes", "said"),
     [
         ({"format": "xml"}, "--format is xml; use auto, columns, alpaca,"),
-        ({"turns": "first"}, "--turns is first; use all, last."),
+        ({"turns": "first"}, "--turns is first; use all or last."),
         (
             {"format": "alpaca", "prompt_column": "q"},
             "--format is alpaca, which says what the columns are, and --prompt_column is q; leave "

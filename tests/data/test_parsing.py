@@ -8,12 +8,15 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ptuning.data.conversion import convert_file
+from ptuning.data.formatting import RowFormat
 from ptuning.data.parsing import DataFile, encoding_fault, open_data
 from ptuning.data.raw_row import DataError, Row
 
@@ -63,18 +66,18 @@ def test_infinity_is_a_fault_of_its_row_alone(tmp_path: Path, value: str, field:
     for content, place in ((f"{good}\n{broken}\n{good}", ":2"), (f"[{good},{broken},{good}]", ", row 2")):  # fmt: skip
         _, rows, faults = read(tmp_path / "a.json", content)
         assert rows == [{"content": "a"}] * 2
-        assert faults == [f"{place}: {value} is no value of JSON; write a finite number, or null."]
+        assert faults == [f"{place}: {value} is not valid JSON; write a finite number, or null."]
 
 
 @pytest.mark.parametrize("row", ['{"a": "1", "b": 2, "a": 3}', '{"x": [{"a": 1, "a": 2}]}'])
 def test_a_repeated_key_is_named(tmp_path: Path, row: str) -> None:
     _, rows, faults = read(tmp_path / "a.json", f"{row}\n{LINES}")
     assert (rows, len(faults)) == (ROWS, 1)
-    assert faults[0].startswith(':1: the key "a" stands twice')
+    assert faults[0].startswith(':1: the key "a" appears twice')
     _, rows, faults = read(tmp_path / "a.json", f"[\n{row},\n{row}\n]")
     assert [fault[:4] for fault in faults] == [":2: ", ":3: "]
     _, _, faults = read(tmp_path / "a.json", r'{"a\nb": 1, "a\nb": 2}')
-    assert faults[0].startswith(r':1: the key "a\nb" stands twice')  # on one line
+    assert faults[0].startswith(r':1: the key "a\nb" appears twice')  # on one line
     _, _, faults = read(tmp_path / "a.json", '{\n"a": 1,\n"a": 2}')
     assert faults[0].startswith(':1: the key "a"')
 
@@ -485,6 +488,9 @@ def test_any_bytes_yield_rows_or_a_located_fault(tmp_path: Path) -> None:
     table = "content,summary\n" + "".join(f"{r['content']},{r['summary']}\n" for r in ROWS)
     seeds = [LINES, json.dumps(ROWS), json.dumps(ROWS, indent=1), json.dumps(COLUMNS), table]
     seeds += [table.replace(",", "\t"), json.dumps({"data": ROWS}), "sep=;\n" + table, ""]
+    seeds += ['{"content": [], "summary": []}', '{"content": {}, "summary": {}}', '{"data": []}']
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    seeds += [json.dumps({"messages": turns, "tools": [1]}) + "\n"] * 2
     contents = [text.encode(codec) for text in seeds for codec in ("utf-8", "gbk", "utf-16")]
     if find_spec("pyarrow"):
         contents.append(_parquet(COLUMNS))
@@ -511,6 +517,8 @@ def test_any_bytes_yield_rows_or_a_located_fault(tmp_path: Path) -> None:
             assert all(item.unit == file.unit for item in items)
             assert all(item.line is not None and 1 <= item.line <= most for item in items)
         assert items
+        with suppress(DataError):
+            assert convert_file(path, RowFormat()).num_rejected >= 0
         for item in items:
             if isinstance(item, DataError):
                 assert str(item).startswith((f"{path}:", f"{path}, row "))

@@ -444,7 +444,7 @@ HINTS = {
         [*PREFIX, "--recipe", "published"],
     ),
     "format": ([*PREFIX, "--format", "xml"], "use auto, columns,", [*PREFIX, "--format", "alpaca"]),
-    "turns": ([*PREFIX, "--turns", "2"], "use all, last.", [*PREFIX, "--turns", "last"]),
+    "turns": ([*PREFIX, "--turns", "2"], "use all or last.", [*PREFIX, "--turns", "last"]),
     "format with columns": (
         [*PREFIX, "--format", "alpaca", "--prompt_column", "q"],
         "leave one of them out",
