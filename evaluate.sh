@@ -7,7 +7,8 @@
 #
 #   PREFIX             folder of a run or one of its checkpoint-N; unset: the newest under output/
 #   MODEL              the base model: a folder, a hub id or nano; unset: the one it was trained on
-#   DEV_FILE           rows to score on; unset: AdvertiseGen/dev.json if it is there, else the sample in AdvertiseGen/sample
+#   DEV_FILE           rows to answer, and to score where they have an answer; unset: AdvertiseGen/dev.json if it is there,
+#                      else the sample in AdvertiseGen/sample
 #   OUTPUT_DIR         folder for answers and scores; unset: PREFIX
 #   NUM_GPUS           GPUs to use, one process each; unset: one
 #   PYTHON             the Python to use; unset: .venv, made on the first run

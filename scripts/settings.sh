@@ -122,7 +122,7 @@ run_name() {
 data_name() {
   local path=$1 name
   if [ "${path#/}" = "$path" ]; then path=$PWD/$path; fi
-  name=${path##*/}
+  name=${path##*/} && name=${name%.gz}
   for name in "${name%.*}" "$(basename "${path%/*}")"; do
     case $(printf %s "$name" | tr '[:upper:]' '[:lower:]') in
       train | training | trainset | data | dataset | train[-_]data | train[-_]set | training[-_]data | training[-_]set) ;;

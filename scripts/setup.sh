@@ -40,7 +40,7 @@ refuse() {
 }
 
 # Whether a path, or a pattern such as data/*.jsonl, stands for something.
-is_there() { [ -e "$1" ] || compgen -G "$1" >/dev/null; }
+is_there() { [ -e "$1" ] || compgen -G "${1//\*\*/*}" >/dev/null; }
 
 # A path to read: relative to the folder the command was typed in if it exists there, else to the repository root.
 input_path() {

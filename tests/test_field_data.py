@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from main import main
+from ptuning import __main__ as program
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.tuned import read_tuned_info
 from ptuning.train.config import parse_arguments
@@ -117,9 +118,42 @@ def test_general_rows_without_a_known_format_say_how_to_name_columns(
     assert "--mix: " in said
     assert 'The columns here are: "a", "b".' in said
     assert "FILE:RATIO:PROMPT,RESPONSE" in said
+
+
+def test_a_part_of_general_prompts_that_is_left_out_ends_the_run(
+    base,  # noqa: F811
+    files,  # noqa: F811
+    capsys,
+    log,
+):
     general = write_rows(files / "general.json", TRANSLATIONS)
     assert main(train_flags(base, files, "--mix", f"{general}:0.5:instruction,output")) == 2
-    assert 'differ only in the column "input"' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert 'differ only in the column "input"' in said
+    assert "leave the columns out of --mix to have them found" in said
+    made = [{"question": "写", "passage": f"第 {n} 段", "answer": str(n)} for n in range(4)]
+    write_rows(general, made)
+    assert main(train_flags(base, files, "--mix", f"{general}:0.5")) == 2
+    said = capsys.readouterr().err
+    advice = said[said.index("python -m ptuning data convert") :].partition(", or train")[0]
+    words = advice.replace("NAME.jsonl", str(files / "whole.jsonl")).split()[3:]
+    assert program.main(words) == 0
+    assert main(train_flags(base, files, "--mix", f"{files / 'whole.jsonl'}:0.5")) == 0
+
+
+def test_general_rows_keep_their_turns_where_the_task_has_columns_of_the_same_names(
+    base,  # noqa: F811
+    files,  # noqa: F811
+    log,
+):
+    made = [{"prompt": r["content"], "response": r["summary"], "history": []} for r in rows(6)]
+    write_rows(files / "train.json", made)
+    general = write_rows(
+        files / "general.json", [{**row, "history": [["裤", "宽松的"]]} for row in made]
+    )
+    named = ("--prompt_column", "prompt", "--response_column", "response")
+    loaded(base, files, *named, "--mix", f"{general}:0.5")
+    assert "format columns: history + prompt -> response" in log.text
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +185,7 @@ def test_a_test_set_without_answers_is_answered(base, prefix, files, log, capsys
     answers = answers_of(files / "scored")
     assert [answer["labels"] for answer in answers] == ["", "", ""]
     assert "no row has an answer to compare with, so nothing is scored" in log.text
-    assert "no validation loss" in log.text
+    assert "no validation loss for" in log.text
     results = json.loads((files / "scored" / "predict_results.json").read_bytes())
     assert (results["predict_bleu-4"], results["predict_samples"]) == (None, 3)
     assert not (files / "scored" / "eval_results.json").exists()
@@ -189,6 +223,42 @@ def test_a_misspelled_answer_column_is_no_test_set_without_answers(
     assert main([*flags, "sumary"]) == 2
     assert 'no column "sumary". Was "summary" meant?' in capsys.readouterr().err
     assert main([*flags, "gold", "--compare_base", "false"]) == 0  # nothing like it: no answers
+
+
+def test_some_files_or_rows_without_answers_leave_the_validation_to_the_others(
+    base,  # noqa: F811
+    prefix,
+    files,  # noqa: F811
+    log,
+):
+    made = rows(4)
+    write_rows(files / "test-1.json", [{"content": row["content"]} for row in made])
+    write_rows(files / "test-2.json", [{**made[0], "summary": ""}, *made[1:]])
+    assert evaluated(base, prefix, files, f"{files}/test-?.json") == 0
+    assert f"no validation loss for {files}/test-1.json: no row to compare with" in log.text
+    results = json.loads((files / "scored" / "predict_results.json").read_bytes())
+    assert (results["predict_samples"], results["predict_scored"]) == (8, 3)
+    assert (files / "scored" / "eval_results.json").exists()
+
+
+def test_columns_that_a_checkpoint_remembers_can_be_left_behind(
+    base,  # noqa: F811
+    files,  # noqa: F811
+    capsys,
+):
+    named = [{"问": row["content"], "答": row["summary"]} for row in rows(5)]
+    for name in ("train", "dev"):
+        write_rows(files / f"{name}.json", named)
+    columns = ("--prompt_column", "问", "--response_column", "答")
+    assert main(train_flags(base, files, *columns)) == 0
+    flags = ["--do_predict", "--test_file", str(write_rows(files / "chats.json", CHATS))]
+    flags += ["--model_name_or_path", str(base), "--ptuning_checkpoint", str(files / "out")]
+    flags += ["--output_dir", str(files / "scored"), "--compare_base", "false"]
+    assert main(flags) == 2
+    said = capsys.readouterr().err
+    assert "--prompt_column 问 --response_column 答 as in training" in said
+    assert "type --format auto" in said
+    assert main([*flags, "--format", "auto"]) == 0
 
 
 def test_rows_beyond_the_context_of_the_base_are_said(base, files, log):  # noqa: F811

@@ -142,7 +142,7 @@ def test_a_wrong_column_of_the_general_rows_says_how_to_name_it(base, files, cap
     assert main(train_flags(base, files, "--mix", mix)) == 2
     error = capsys.readouterr().err
     assert "--mix: " in error
-    assert "general.jsonl:1: " in error
+    assert "general.jsonl: no known format; name the columns" in error
     assert "FILE:RATIO:PROMPT,RESPONSE" in error
 
 

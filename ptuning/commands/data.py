@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHORTEST = 3  # tokens of a limit: one of text beside two control tokens
+SHORTEST = 3  # tokens of a limit: one of text next to two control tokens
 
 
 def run(arguments: argparse.Namespace) -> int:

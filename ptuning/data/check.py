@@ -178,7 +178,7 @@ def _find_layout(counts: FileCounts, rows: list[Row]) -> Layout | None:
 def _used_rows(counts: FileCounts, sources: list[Row], layout: Layout) -> list[TextRow]:
     """Return the rows that training would use, in a file without answers those with a prompt.
 
-    The others are counted, and what is in columns beside them.
+    The others are counted, and so is what other columns hold.
     """
     made: list[tuple[TextRow, Row]] = []
     for source in sources:

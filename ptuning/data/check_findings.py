@@ -31,7 +31,7 @@ _PROBLEMS = {
         "another encoding than UTF-8, or bytes that fit none",
         "training refuses the file; here it is read as {encoding}, odd bytes as U+FFFD", "{fault}"),
     "broken_row": Kind(
-        "a row that is no JSON object or CSV line, or has a field that is no text",
+        "a row that is not a JSON object or CSV line, or has a field that is not text",
         "mend or delete them", "broken, and training stops at the first: {rows}"),
     "missing_column": Kind(
         "a named column that no row has, or none that is known to hold prompts",
@@ -47,9 +47,9 @@ _PROBLEMS = {
         "a history that already holds its row's own question and answer",
         "delete that turn: the model learns to copy it"),
     "placeholder": Kind(
-        "placeholders that nobody filled in, such as {{name}} or <NAME>",
+        "unfilled placeholders, such as {{name}} or <NAME>",
         "put in the names that the model should say",
-        "placeholders that nobody filled in: {rows} ({share})"),
+        "unfilled placeholders: {rows} ({share})"),
     "no_tokens": Kind("a prompt or an answer of invisible characters only", "delete them"),
     "lost_character": Kind(
         "U+FFFD, where a character was lost in an earlier conversion",
@@ -208,7 +208,7 @@ def find_between(first: "FileCounts", second: "FileCounts") -> list[Finding]:
 
 
 def _about_reading(counts: "FileCounts") -> list[Finding]:
-    """Return encoding, byte order mark, and what the reader took otherwise than it stands."""
+    """Return encoding, byte order mark, and what the reader did not take as written."""
     decoded, found = counts.decoded, [_finding("note", 1, note=note) for note in counts.notes]
     assert decoded is not None, "the file could be read"
     if counts.encoding_fault is not None:

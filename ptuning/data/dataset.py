@@ -146,7 +146,7 @@ class DataSummary:
             lines.append("  no row has an answer to compare with, so nothing is scored")
         elif prompts_only and self.num_labelled < self.num_kept:
             scored = self._share(self.num_labelled, self.num_kept)
-            lines.append(f"  {scored} with an answer to compare with: the scores are theirs")
+            lines.append(f"  {scored} with an answer to compare with: the scores cover only these")
         source, target = self.max_source_length, self.max_target_length
         remarks = {
             f"the prompt cut: raise --max_source_length above {source}": self.prompts_cut,

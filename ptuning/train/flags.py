@@ -158,10 +158,10 @@ class DataArguments:
         "--train_file.",
     )
     max_train_samples: int | None = flag(
-        None, "Use only the first N training rows. Default: all of them."
+        None, "Use only the first N rows of the training files. Default: all of them."
     )
     max_eval_samples: int | None = flag(
-        None, "Use only the first N validation rows. Default: all of them."
+        None, "Use only the first N rows of the validation files. Default: all of them."
     )
     max_predict_samples: int | None = flag(
         None, "Answer only the first N rows. Default: all of them."

@@ -139,8 +139,10 @@ def _token_rows(
 
 def _said(flag: str, error: DataError, config: RunConfig) -> UsageError:
     """Return a fault of a file with the flag that named it, and where its columns come from."""
-    hint, typed = "", " ".join(config.argv)
-    if isinstance(error, UnknownColumns) and "_column" not in typed and "--format" not in typed:
+    hint = ""
+    flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in config.argv}
+    typed = flags & {name for name in config.row_settings if name.endswith(("_column", "format"))}
+    if isinstance(error, UnknownColumns) and not typed:
         named = RowFormat(**config.row_settings).named_columns
         said = " ".join(f"{name} {value}" for name, value in named.items())
         said = said or (f"--format {config.format}" if config.format != "auto" else "")
