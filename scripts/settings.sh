@@ -32,7 +32,7 @@ take_flags() {
       printf -v "${name%% *}" %s "$value"
       [[ $1 == *=* ]] || shift
       [[ $# -eq 1 || $2 == -* || ${name%% *} != *_FILE ]] ||
-        refuse "$2 is one file too many here; for several, quote a pattern: ${name%% *}='data/*.jsonl'"
+        refuse "$2 is one file too many here; for several, quote a pattern, ${name%% *}='data/*.jsonl', or type python main.py with all flags"
     else
       words+=("$1")
     fi

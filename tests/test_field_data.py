@@ -178,6 +178,16 @@ def evaluated(base, prefix, folder, test):  # noqa: F811
     )
 
 
+def test_a_left_out_column_of_the_rows_to_validate_is_said(base, files, log):  # noqa: F811
+    write_rows(
+        files / "dev.json", [{"prompt": "写", "context": str(n), "response": "好"} for n in "12"]
+    )
+    assert (
+        main(train_flags(base, files, "--do_eval", "--do_predict", "--compare_base", "false")) == 0
+    )
+    assert log.text.count('2 rows differ only in the column "context", which is not used') == 2
+
+
 def test_a_test_set_without_answers_is_answered(base, prefix, files, log, capsys):  # noqa: F811
     made = [{"content": row["content"]} for row in rows(3)]
     test = write_rows(files / "test.json", made)

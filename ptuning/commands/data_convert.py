@@ -21,6 +21,7 @@ from ptuning.data.conversion import (
     number_repeats,
     parse_shares,
 )
+from ptuning.data.formats import NoAnswers
 from ptuning.data.formatting import RowFormat, TextRow, to_example
 from ptuning.data.length_table import (
     ANSWER_RESERVE,
@@ -60,12 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
     )
     files = []
     for path in paths:
-        file = convert_file(
-            path,
-            row_format,
-            template=arguments.template,
-            keep_unanswered=arguments.keep_unanswered,
-        )
+        try:
+            file = convert_file(
+                path,
+                row_format,
+                template=arguments.template,
+                keep_unanswered=arguments.keep_unanswered,
+            )
+        except NoAnswers as error:
+            raise ValueError(f"{error} --keep_unanswered converts them as they are.") from error
         _say(*_file_lines(file))
         files.append(file)
     if not arguments.allow_repeated_prompts:
@@ -91,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     num_rejected = sum(file.num_rejected for file in files)
     _say(
         f"wrote {number_of(len(rows), 'row')} to {arguments.out}, {num_rejected:,} rejected",
-        f"train on it: --train_file {arguments.out}"
+        f"train on it: --train_file {arguments.out} (convert the validation file too)"
         if any(row["response"].strip() for row in rows)
         else f"answer it: --do_predict --test_file {arguments.out}",
     )
@@ -201,6 +205,7 @@ def _no_rows(arguments: argparse.Namespace, files: Sequence[Conversion]) -> str:
         for reason, places in file.read.dropped.items()
     )
     more = "" if arguments.keep_unanswered else "; --keep_unanswered keeps rows without an answer"
+    reasons = reasons.replace(".,", ",").rstrip(".")
     return f"nothing is written: no row could be converted: {reasons}{more}."
 
 

@@ -77,8 +77,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
                 "notices, on which it does not:",
                 *(f"  {kind:<20}{words}" for kind, words in NOTICES.items()),
                 "",
-                "exit status: 2 when a file cannot be read at all, with --strict 1 when there is",
-                "a problem, else 0.",
+                "exit status: 2 when a file has no row that can be used, with --strict 1 when",
+                "there is a problem, else 0.",
             ]
         ),
     )

@@ -167,7 +167,9 @@ def _read(counts: FileCounts, file: DataFile) -> list[Row]:
 
 def _find_layout(counts: FileCounts, rows: list[Row]) -> Layout | None:
     """Return what the columns mean, with answers if they can be told; None if prompts cannot."""
-    for needs_answers in (True, False) if rows else ():
+    named = counts.row_format.response_column
+    may_lack_answers = named is None or named in counts.columns
+    for needs_answers in ((True, False) if may_lack_answers else (True,)) if rows else ():
         try:
             return find_layout(counts.path, rows, counts.row_format, needs_answers=needs_answers)
         except UnknownColumns as error:
@@ -218,7 +220,8 @@ def _count_text(counts: FileCounts, row: TextRow, example: Example) -> None:
         for kind, text in zip(("unknown_mark_prompt", "unknown_mark"), texts, strict=True):
             if UNKNOWN_MARK.search(text):
                 counts.add(kind, place)
-    if REPLACEMENT in example.prompt or REPLACEMENT in example.response:
+    is_ours = counts.decoded is not None and counts.decoded.damaged_lines  # our own U+FFFD
+    if not is_ours and (REPLACEMENT in example.prompt or REPLACEMENT in example.response):
         counts.add("lost_character", place)
     missing = MISSING_WORDS.intersection((row.prompt, row.response))
     if missing:

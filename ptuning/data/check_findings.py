@@ -90,6 +90,9 @@ _NOTICES = {
         "empty the field; as it is, it is joined to the prompt"),
     "unknown_mark_prompt": Kind(
         "<UNK> in the prompt", "nothing to do if prompts will look so in use"),
+    "no_answers": Kind(
+        "a file without any answer: a test set, whose prompts are checked",
+        "{advice}", "{reason}: {rows}"),
     "spelled_character": Kind(
         "characters without a token of their own, which take one for each byte",
         "nothing to do if few; if many, check that this is your base's tokenizer"),
@@ -243,7 +246,7 @@ def _about_columns(counts: "FileCounts") -> list[Finding]:
         advice = "nothing to do for --do_predict, which answers them; training needs answers"
         if layout.response is None and layout.conversation is None:
             advice += f": {suggest_flags(list(counts.columns), counts.row_format)}"
-        lacking.append(("empty_field", counts.num_used, [], reason, advice))
+        lacking.append(("no_answers", counts.num_used, [], reason, advice))
     for kind, count, places, reason, advice in lacking:
         found.append(
             _finding(kind, count, places, of=counts.num_made, reason=reason, advice=advice)

@@ -3,6 +3,7 @@
 What a file is, its first bytes say and not its name: a download often has the wrong ending.
 """
 
+import glob
 import gzip
 import re
 import shlex
@@ -90,6 +91,12 @@ def read_contents(path: Path) -> Contents:
 
 def unreadable(path: Path, error: OSError) -> DataError:
     """Return the DataError for a file that the operating system does not let be read."""
+    if path.is_dir():
+        return DataError(
+            path, None, f"cannot be read: it is a folder; give its files, such as '{path}/*.jsonl'."
+        )
+    if glob.has_magic(str(path)):
+        return DataError(path, None, f"no file matches this pattern, seen from {Path.cwd()}.")
     return DataError(
         path,
         None,

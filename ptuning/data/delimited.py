@@ -19,6 +19,7 @@ DELIMITERS = {
     ";": "semicolons",
     "|": "vertical bars",
     "，": "full-width commas",
+    "；": "full-width semicolons",
 }
 _HEADERS = "repeated header line"  # a kind of Skipped
 _BLANK_LINES = re.compile(rf"(?:[{MARK} \t]*(?:\r\n|\r|\n))*{MARK}*")
@@ -173,4 +174,9 @@ def read_delimited(
 def _say_broken(error: csv.Error, delimiter: str) -> str:
     kind = "TSV" if delimiter == "\t" else "CSV"
     noun = DELIMITERS.get(delimiter, repr(delimiter))
+    if "unexpected end of data" in str(error):
+        return (
+            f"broken {kind}: a quote that opens in this row is never closed; close it, and write a "
+            'quote inside a field as "".'
+        )
     return f"broken {kind}: {error}; put quotes around fields with {noun} or quotes."

@@ -7,6 +7,7 @@ read in both is shown, since only a reader can tell.
 
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ _CODECS = {UTF_8: "UTF-8", GBK: "GB18030", UTF_16: "UTF-16"}  # GB18030 holds al
 # Big5 as Windows writes it, and with the characters of Hong Kong; Python and iconv name both so.
 _CHINESE_CODECS = ((GBK, "GB18030"), (BIG5, "CP950"), (BIG5, "BIG5-HKSCS"))
 _REPLACEMENT = "\ufffd"
+_ASCII = bytes(range(128))
 _MOST_LINES = 5  # damaged lines that are named
 _SAMPLE = re.compile(r'[^\x00-\x7f][^\r\n"]{0,11}')  # the first foreign characters, and some more
 
@@ -62,7 +64,7 @@ def decode_text(content: bytes) -> DecodedText:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
     utf_8 = content.decode("utf-8-sig", "replace")
-    if not _is_mostly_utf_8(utf_8):
+    if not _is_mostly_utf_8(utf_8) and not _has_utf_8_lines(content):
         text, readings = _read_chinese(content, utf_8.count(_REPLACEMENT))
         if readings:
             encoding = readings[0].encoding
@@ -100,6 +102,11 @@ def say_encoding_fault(path: Path, decoded: DecodedText, *, is_gzip: bool) -> st
     commands = [
         conversion_command(path, reading.codec, is_gzip=is_gzip) for reading in decoded.readings
     ]
+    if not commands and not decoded.text.replace(_REPLACEMENT, "").isascii():
+        return (
+            "not UTF-8, though other lines are; mend these lines, or convert each part of the file "
+            "to UTF-8 before joining them."
+        )
     if not commands:
         return "not UTF-8, nor GBK, Big5 or UTF-16; save the file again as UTF-8."
     if len(commands) == 1:
@@ -154,6 +161,21 @@ def _is_mostly_utf_8(text: str) -> bool:
     replaced = text.count(_REPLACEMENT)
     others = len(text) - len(text.encode("ascii", "ignore")) - replaced
     return others > 4 * replaced
+
+
+def _has_utf_8_lines(content: bytes) -> bool:
+    """Say whether whole lines are UTF-8, as in files of two encodings joined.
+
+    A line of GBK with three characters or more is valid UTF-8 by chance in one case of sixty.
+    """
+    valid = foreign = 0
+    for line in content.split(b"\n"):
+        if len(line.translate(None, _ASCII)) >= 6:
+            foreign += 1
+            with suppress(UnicodeDecodeError):
+                line.decode("utf-8")
+                valid += 1
+    return valid > 0.05 * foreign
 
 
 def _lines_with(text: str, first_line: int = 1) -> tuple[int, ...]:

@@ -52,6 +52,10 @@ class UnknownColumns(DataError):
     """A named column that is not there, or columns whose meaning cannot be told."""
 
 
+class NoAnswers(UnknownColumns):
+    """Prompts, and no column of answers next to them."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the columns of a file mean; None where it has no such column."""
@@ -119,10 +123,12 @@ class Finder(NamedTuple):
         """Return the first column with one of these names."""
         return next(iter(self.named(*usual)), None)
 
-    def fault(self, message: str) -> UnknownColumns:
+    def fault(self, message: str, kind: type[UnknownColumns] | None = None) -> UnknownColumns:
         """Return an error that lists the columns."""
         shown = ", ".join(f'"{name}"' for name in self.columns) or "none"
-        return UnknownColumns(self.path, None, f"{message} The columns here are: {shown}.")
+        return (kind or UnknownColumns)(
+            self.path, None, f"{message} The columns here are: {shown}."
+        )
 
 
 def find_layout(
@@ -151,6 +157,15 @@ def find_layout(
         or _usual_layout(finder)
         or _conversation_layout(finder, (*DIALOGUE_NAMES, HISTORY))
     )
+    if layout is None and needs_answers:
+        to_answer = finder._replace(needs_answers=False)
+        layout = _alpaca_layout(to_answer) or _usual_layout(to_answer)
+        if layout is not None:
+            raise finder.fault(
+                f'there are prompts ("{layout.prompt}") and no answers, which training and '
+                "validation need; if a column has them, name it with --response_column.",
+                NoAnswers,
+            )
     if layout is None:
         advice = suggest_flags(finder.columns, row_format)
         raise finder.fault(f"no known format; name the columns: {advice}.")

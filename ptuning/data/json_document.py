@@ -27,6 +27,8 @@ _INDEX = re.compile(r"-?\d+(\.\d+)?")
 def find_rows(document: dict[str, Any]) -> tuple[list[Any], str] | None:
     """Return the rows of an object, and a note of how they stood; None where it is one row.
 
+    ValueError where it holds several lists of rows.
+
     >>> find_rows({"content": {"0": "a", "1": "b"}})
     ([{'content': 'a'}, {'content': 'b'}], 'columns, not rows: read as 2 rows')
     >>> find_rows({"messages": [{"role": "user", "content": "a"}]}) is None
@@ -73,8 +75,12 @@ def _from_objects(document: dict[str, dict[str, Any]]) -> tuple[list[Any], str] 
 def _under_name(document: dict[str, Any]) -> tuple[list[Any], str] | None:
     """Read the one list of objects in a document; values next to it describe the file."""
     lists = [name for name, value in document.items() if _holds_objects(value)]
-    if len(lists) != 1 or _text_fields(document):
+    if not lists or _text_fields(document):
         return None
+    if len(lists) > 1:
+        raise ValueError(
+            f"several lists of rows: {', '.join(map(shown, lists))}; save each in its own file."
+        )
     rows = document[lists[0]]
     return rows, f"rows under {shown(lists[0])}: read as {_count(rows)}"
 

@@ -163,7 +163,10 @@ def _open_object(file: DataFile) -> None:
     except ValueError:
         value, end = None, _end_of_value(text, start)  # the reader says what is wrong
     is_whole = _skip_blank(text, end) == len(text)
-    found = json_document.find_rows(value) if is_whole and isinstance(value, dict) else None
+    try:
+        found = json_document.find_rows(value) if is_whole and isinstance(value, dict) else None
+    except ValueError as error:
+        raise DataError(file.path, None, str(error)) from error
     if found is not None:
         rows, note = found
         file.unit, file.num_rows = "row", len(rows)
@@ -369,7 +372,15 @@ def _say_fault(error: json.JSONDecodeError) -> str:
     'Unterminated string starting at column 2'
     """
     place = "" if error.msg.endswith(" at") else " at"
-    return f"{error.msg}{place} column {error.colno}"
+    before, found = error.doc[: error.pos].rstrip()[-1:], error.doc[error.pos : error.pos + 1]
+    cause = ""
+    if before == "," and found in ("]", "}"):
+        cause = f" (a comma too many before {found})"
+    elif found == "'":
+        cause = " (single quotes: Python's notation; json.dumps writes JSON)"
+    elif error.msg == "Extra data" and found == "{":
+        cause = " (a second object on the line)"
+    return f"{error.msg}{place} column {error.colno}{cause}"
 
 
 def _no_row(path: Path, place: int, value: Any, unit: str = "line") -> DataError:

@@ -11,7 +11,7 @@ PROMPT_NAMES = (
     *("问题", "提问", "指令", "输入"),
 )
 RESPONSE_NAMES = (
-    *("summary", "response", "answer", "output", "completion", "target", "chosen"),
+    *("summary", "response", "answer", "output", "completion", "target"),
     *("答案", "回答", "回复", "输出", "摘要"),
 )
 INPUT_NAMES = ("input", "context", "输入")  # what an instruction is about: Alpaca, Dolly

@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from ptuning.data.formats import Layout, find_layout, to_text_rows
+from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
 from ptuning.data.formatting import RowFormat, TextRow
 from ptuning.data.parsing import encoding_fault, open_data
 from ptuning.data.raw_row import (
@@ -92,6 +92,8 @@ class Rows:
             share = f"{len(places) / self.num_made:.1%}"
             where = as_places(sorted(places), self.unit, most)
             lines.append(f"{_number(len(places))} ({share}) {left_out}: {reason} ({where})")
+        if self.left_out is not None:
+            lines.append(f"{self.left_out}; {self.left_out.remedy}")
         if self.leaks:
             lines.append(
                 f"{_number(len(self.leaks))} with a history that holds their own question and "
@@ -165,7 +167,13 @@ def read_rows(
             break
     if faults and (strict or not raw_rows):
         raise faults[0]
-    layout = find_layout(path, raw_rows, row_format, needs_answers=for_training)
+    try:
+        layout = find_layout(path, raw_rows, row_format, needs_answers=for_training)
+    except UnknownColumns as error:
+        if file.header_line is None:
+            raise
+        said = f"{error.message} They are taken from line {file.header_line}."
+        raise type(error)(path, None, said) from error
     rows = Rows(layout, file.unit, num_read=len(raw_rows) + len(faults), notes=file.notes)
     for fault in faults:
         rows.dropped[fault.message].append(fault.line or 1)
@@ -189,8 +197,7 @@ def read_rows(
                 rows.leaks.append(row.line)
             rows.kept.append(row)
             rows.sources.append(raw_row)
-    if for_training:
-        rows.left_out = find_left_out(rows.kept, rows.sources, rows.unused, layout)
+    rows.left_out = find_left_out(rows.kept, rows.sources, rows.unused, layout)
     return rows
 
 

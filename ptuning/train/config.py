@@ -492,8 +492,8 @@ def _check_forgetting(config: RunConfig) -> None:
         source = parse_mix(config.mix)
         if config.do_train and not source.path.is_file():
             raise UsageError(
-                f"--mix is {config.mix}, and there is no file {source.path}; give a file of "
-                "general rows, such as general.jsonl."
+                f"--mix is {config.mix}, and there is no file {source.path}, seen from "
+                f"{Path.cwd()}; give a file of general rows, such as general.jsonl."
             )
     prompts = config.general_prompts
     if config.do_predict and prompts and not Path(prompts).is_file():

@@ -148,6 +148,11 @@ def _said(flag: str, error: DataError, config: RunConfig) -> UsageError:
         said = said or (f"--format {config.format}" if config.format != "auto" else "")
         if said and config.checkpoint is not None:
             hint = f" ({said} as in training; to have the columns found, type --format auto)"
+    elif isinstance(error, UnknownColumns) and config.do_train and flag != "--train_file":
+        hint = (
+            " (Flags that name columns are for every file of the run; python -m ptuning data "
+            "convert gives files the same columns.)"
+        )
     return UsageError(f"{flag}: {error}{hint}")
 
 

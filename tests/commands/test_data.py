@@ -50,7 +50,7 @@ def test_the_sample_of_this_project_is_clean(capsys: pytest.CaptureFixture[str])
         [*CLEAN, {"content": "甲<eop>", "summary": "乙"}],
         [*CLEAN, {"content": "甲", "summary": "<UNK>"}],
         [*CLEAN, "no row"],
-        [{"question": "甲", "query": "丙", "answer": "乙"}],
+        [*CLEAN, {"content": ["甲"], "summary": "乙"}],
         [*CLEAN, {"content": "甲", "summary": "我是{{name}}"}],
         [row | {"input": "一"} for row in CLEAN] + [row | {"input": "二"} for row in CLEAN],
     ],
@@ -59,6 +59,19 @@ def test_a_problem_fails_only_under_strict(rows: list[Any]) -> None:
     command = ["data", "check", write("a.json", rows), "--picture", "none"]
     assert main(command) == 0
     assert main([*command, "--strict"]) == 1
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[{"question": "甲", "query": "丙", "answer": "乙"}], [{"content": [], "summary": "乙"}]],
+)
+def test_a_file_without_a_row_to_use_is_2(rows: list[Any]) -> None:
+    assert main(["data", "check", write("a.json", rows), "--picture", "none"]) == 2
+
+
+def test_a_test_set_passes_under_strict() -> None:
+    path = write("a.json", [{"content": row["content"]} for row in CLEAN])
+    assert main(["data", "check", path, "--picture", "none", "--strict"]) == 0
 
 
 def test_a_notice_does_not_fail(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,9 +100,9 @@ def test_an_unreadable_file_is_2_and_the_others_are_checked(
     assert main(["data", "check", "none.json", "folder.json", good, "--picture", "none"]) == 2
     text = capsys.readouterr().out
     assert "none.json: cannot be read (No such file" in text
-    assert "folder.json: cannot be read (Is a directory" in text
+    assert "folder.json: cannot be read: it is a folder; give its files" in text
     assert "5 read, 5 used" in text
-    assert "3 files (2 cannot be read), 2 problems, 0 notices" in text
+    assert "3 files (2 without a row that can be used), 2 problems, 0 notices" in text
 
 
 def test_train_and_dev_must_not_share_rows(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,8 +160,8 @@ def test_a_pattern_stands_for_all_its_files(capsys: pytest.CaptureFixture[str]) 
     assert main(["data", "check", "*.json", "none*.json", "--picture", "none"]) == 2
     text = capsys.readouterr().out
     assert "a.json and b.json" in text
-    assert "3 files (1 cannot be read)" in text
-    assert "none*.json: cannot be read" in text
+    assert "3 files (1 without a row that can be used)" in text
+    assert "none*.json: no file matches this pattern" in text
 
 
 def test_a_test_set_without_answers_is_drawn_and_is_no_problem_of_reading(

@@ -229,7 +229,7 @@ def test_a_mixture_is_drawn_by_the_seed(capsys: pytest.CaptureFixture[str]) -> N
     ("words", "message"),
     [
         (["nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
-        (["*.json"], "[*].json: cannot be read"),
+        (["*.json"], "[*].json: no file matches this pattern"),
         ([], "no file is given; give files, or --mix"),
         (["a.jsonl", "--mix", "a.jsonl:0.5,a.jsonl:0.5"], "and a.jsonl is given too"),
         (["a.jsonl", "--total", "5"], "--total is 5, and only --mix draws"),

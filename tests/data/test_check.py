@@ -408,12 +408,29 @@ def test_a_test_set_without_answers_is_checked(
     counts = check(tmp_path / "a.json", [*rows, rows[0]], encoder)
     assert not counts.has_answers
     found = find(counts)
-    assert kinds(counts) == {"empty_field", "duplicate_row"}
-    assert found["empty_field"].count == 3
-    assert "nothing to do for --do_predict" in found["empty_field"].remedy
+    assert kinds(counts) == {"no_answers", "duplicate_row"}
+    assert found["no_answers"].count == 3
+    assert not found["no_answers"].is_problem
+    assert "nothing to do for --do_predict" in found["no_answers"].remedy
     may_be_named = "content" in rows[0] and "summary" not in rows[0]
-    assert ("--response_column NAME" in found["empty_field"].remedy) == may_be_named
+    assert ("--response_column NAME" in found["no_answers"].remedy) == may_be_named
     assert "3 read, 3 to answer" in as_text(Report(("a",), [], counts))
+
+
+def test_a_named_answer_column_that_is_not_there_is_no_test_set(
+    tmp_path: Path, encoder: Encoder
+) -> None:
+    counts = check(tmp_path / "a.json", [row()], encoder, RowFormat(response_column="丙"))
+    assert kinds(counts) == {"missing_column"}
+    assert 'no column "丙"' in find(counts)["missing_column"].message
+
+
+def test_bytes_that_are_lost_here_are_not_said_to_be_lost_before(
+    tmp_path: Path, encoder: Encoder
+) -> None:
+    (tmp_path / "a.csv").write_bytes("content,summary\ncafé,ein Text\n".encode("cp1252"))
+    counts = check_file(tmp_path / "a.csv", encoder, RowFormat(), show_progress=False)
+    assert kinds(counts) == {"encoding"}
 
 
 def test_a_history_counts_as_part_of_the_prompt(tmp_path: Path, encoder: Encoder) -> None:

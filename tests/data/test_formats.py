@@ -117,7 +117,11 @@ def test_named_columns_come_first(tmp_path: Path) -> None:
             "no known format; name the columns: --prompt_column Contents --response_column summary",
         ),
         ({"a": 1, "b": 2}, "--prompt_column NAME --response_column NAME. The columns here are"),
-        ({"question": "q"}, "--prompt_column question --response_column NAME"),
+        (
+            {"question": "q"},
+            'there are prompts ("question") and no answers, which training and val',
+        ),
+        ({"instruction": "q", "reply": "a"}, 'there are prompts ("instruction") and no answers'),
     ],
 )
 def test_columns_that_cannot_be_told_are_to_be_named(tmp_path: Path, row: dict, said: str) -> None:

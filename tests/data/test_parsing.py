@@ -19,6 +19,7 @@ from ptuning.data.conversion import convert_file
 from ptuning.data.formatting import RowFormat
 from ptuning.data.parsing import DataFile, encoding_fault, open_data
 from ptuning.data.raw_row import DataError, Row
+from ptuning.data.reading import read_rows
 
 ROWS = [{"content": "甲", "summary": "一"}, {"content": "乙", "summary": "二"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -358,8 +359,50 @@ def test_what_has_no_rows_or_no_known_ending_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "a", "x") == f": the ending (none) is unknown; {known}"
     for content in ("", " \n", "[]", " [ ] ", MARK * 2, "\v", "\u3000\n"):
         assert refusal(tmp_path / "a.json", content).startswith(": no rows; write one JSON object")
-    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(DataError, match="it is a folder; give its files, such as"):
         open_data(tmp_path)
+    with pytest.raises(DataError, match="no file matches this pattern, seen from"):
+        open_data(tmp_path / "none-*.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.json",
+            '{"train": [{"a": 1}], "test": [{"a": 2}]}',
+            'several lists of rows: "train", "t',
+        ),
+        ("a.json", '[\n{"a": 1},\n]', "(a comma too many before ])"),
+        ("a.json", '{"a": 1,}\n', "(a comma too many before })"),
+        ("a.json", "{'a': 1}\n", "(single quotes: Python's notation; json.dumps writes JSON)"),
+        ("a.json", '{"a": 1}{"a": 2}\n{"a": 3}', "(a second object on the line)"),
+        ("a.csv", 'a,b\n1,2\n"3,4\n5,6\n', "a quote that opens in this row is never closed"),
+    ],
+)
+def test_a_usual_mistake_is_named(tmp_path: Path, name: str, content: str, words: str) -> None:
+    with pytest.raises(DataError) as error:
+        read_rows(save(tmp_path / name, content), RowFormat())
+    assert words in str(error.value)
+
+
+def test_the_line_that_column_names_come_from_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.csv", "\n你好,你好呀\n谢谢,不客气\n")
+    with pytest.raises(DataError, match=r"They are taken from line 2\.$"):
+        read_rows(path, RowFormat())
+
+
+def test_a_file_of_two_encodings_is_converted_in_parts(tmp_path: Path) -> None:
+    lines = [f'{{"a": "{text}", "b": "衣服"}}\n' for text in ("你好，世界", "谢谢，再见", "早上好")]
+    content = lines[0].encode() + lines[1].encode("gbk") + lines[2].encode()
+    file = open_data(save(tmp_path / "a.json", content))
+    assert str(encoding_fault(file)).startswith(
+        f"{tmp_path / 'a.json'}:2: not UTF-8, though other lines are; mend these lines, or convert"
+    )
+    assert file.decoded.damaged_lines == (2,)
+    many = "".join(f'{{"a": "衣服很好看{index}", "b": "是的"}}\n' for index in range(500))
+    file = open_data(save(tmp_path / "b.json", many.encode("gbk")))
+    assert file.decoded.encoding == "GBK"
 
 
 # Parquet
