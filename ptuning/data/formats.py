@@ -46,6 +46,11 @@ PAIR_KEYS = (
     *(("q", "a"), ("question", "answer"), ("human", "assistant"), ("user", "assistant")),
     *(("input", "output"), ("prompt", "response")),
 )
+# Everything that is read in a turn, or that says only who speaks
+TURN_KEYS = {
+    *(*ROLE_KEYS, *TEXT_KEYS, *WEIGHT_KEYS, CALLS, "tool_call_id", "name", "id"),
+    *(key for pair in PAIR_KEYS for key in pair),
+}
 
 
 class UnknownColumns(DataError):
@@ -123,12 +128,10 @@ class Finder(NamedTuple):
         """Return the first column with one of these names."""
         return next(iter(self.named(*usual)), None)
 
-    def fault(self, message: str, kind: type[UnknownColumns] | None = None) -> UnknownColumns:
+    def fault(self, message: str, kind: type[UnknownColumns] = UnknownColumns) -> UnknownColumns:
         """Return an error that lists the columns."""
         shown = ", ".join(f'"{name}"' for name in self.columns) or "none"
-        return (kind or UnknownColumns)(
-            self.path, None, f"{message} The columns here are: {shown}."
-        )
+        return kind(self.path, None, f"{message} The columns here are: {shown}.")
 
 
 def find_layout(
@@ -406,7 +409,8 @@ def _rows_of_turns(path: Path, row: Row, layout: Layout) -> Iterator[TextRow]:
             if question:  # one without an answer is asked along with the next
                 question = f"{question}\n{text}"
             else:
-                question = f"{system}\n{text}" if system.strip() and not history and text else text
+                has_system = system.strip() and text.strip() and not history
+                question = f"{system}\n{text}" if has_system else text
             waits = True
         else:
             skipped = None if is_trained else f'weight 0 in "{column}"'

@@ -13,9 +13,15 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
+from ptuning.data.formats import (
+    TURN_KEYS,
+    Layout,
+    UnknownColumns,
+    find_layout,
+    to_text_rows,
+)
 from ptuning.data.formatting import RowFormat, TextRow
-from ptuning.data.parsing import encoding_fault, open_data
+from ptuning.data.parsing import DataFile, encoding_fault, open_data
 from ptuning.data.raw_row import (
     CONVERSATION_NAMES,
     DIALOGUE_NAMES,
@@ -151,22 +157,7 @@ def read_rows(
         )
     path = Path(path)
     file = open_data(path)
-    fault = encoding_fault(file)
-    if fault is not None:
-        raise fault
-    raw_rows: list[Row] = []
-    faults: list[DataError] = []
-    for item in file.rows():
-        if isinstance(item, Row):
-            raw_rows.append(item)
-        else:
-            faults.append(item)
-            if strict:
-                break
-        if len(raw_rows) == max_rows:
-            break
-    if faults and (strict or not raw_rows):
-        raise faults[0]
+    raw_rows, faults = _raw_rows(file, max_rows, strict=strict)
     try:
         layout = find_layout(path, raw_rows, row_format, needs_answers=for_training)
     except UnknownColumns as error:
@@ -201,6 +192,29 @@ def read_rows(
     return rows
 
 
+def _raw_rows(
+    file: DataFile, max_rows: int | None, *, strict: bool
+) -> tuple[list[Row], list[DataError]]:
+    """Return the rows as they are and, unless strict, the faults between them."""
+    fault = encoding_fault(file)
+    if fault is not None:
+        raise fault
+    rows: list[Row] = []
+    faults: list[DataError] = []
+    for item in file.rows():
+        if isinstance(item, Row):
+            rows.append(item)
+        elif strict:
+            raise item
+        else:
+            faults.append(item)
+        if len(rows) == max_rows:
+            break
+    if not rows:
+        raise faults[0]
+    return rows, faults
+
+
 def count_unused(rows: Iterable[Row], layout: Layout) -> dict[str, int]:
     """Return the columns that are not used and filled in some rows, with the number of those.
 
@@ -211,12 +225,26 @@ def count_unused(rows: Iterable[Row], layout: Layout) -> dict[str, int]:
         used |= {"id", "source", "meta"}
     filled: dict[str, int] = {}
     for row in rows:
-        if row.columns.keys() <= used:
-            continue
-        for name, value in row.columns.items():
-            if name not in used and _is_filled(value):
+        if not row.columns.keys() <= used:
+            for name, value in row.columns.items():
+                if name not in used and _is_filled(value):
+                    filled[name] = filled.get(name, 0) + 1
+        if layout.conversation is not None:
+            for name in _unused_in_turns(row, layout.conversation):
                 filled[name] = filled.get(name, 0) + 1
     return filled
+
+
+def _unused_in_turns(row: Row, column: str) -> set[str]:
+    """Return what the turns of a conversation hold besides speaker and text, as `column.key`."""
+    turns = row.columns.get(column)
+    return {
+        f"{column}.{key}"
+        for turn in (turns if isinstance(turns, list) else ())
+        if isinstance(turn, dict) and not turn.keys() <= TURN_KEYS
+        for key, value in turn.items()
+        if key not in TURN_KEYS and _is_filled(value)
+    }
 
 
 def _is_filled(value: Any) -> bool:

@@ -402,6 +402,12 @@ def test_columns_that_are_not_used_are_counted_where_they_are_filled(tmp_path: P
     assert rows.unused == {"id": 2, "tags": 1}
 
 
+def test_what_turns_hold_besides_texts_is_counted(tmp_path: Path) -> None:
+    row = messages(("user", "q"), ("assistant", "a"))
+    row["messages"][1] |= {"reasoning_content": "because", "name": "x", "refusal": None}
+    assert read(tmp_path, row, row).unused == {"messages.reasoning_content": 2}
+
+
 TRANSLATIONS = [
     {"instruction": "译成英文", "input": "苹果", "output": "apple"},
     {"instruction": "译成英文", "input": "梨", "output": "pear"},
