@@ -7,6 +7,7 @@ to run it. What a user can cause (ValueError, OSError) is one line and exit stat
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             given = own.parse_args(arguments[1:])
         return importlib.import_module(command.module).run(given)
+    except BrokenPipeError:  # a reader such as head has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         sys.stderr.write(f"ptuning {command.name}: {message}\n")

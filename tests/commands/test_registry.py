@@ -96,3 +96,20 @@ def test_module_runs_as_a_program(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "which is not a folder; give a folder with the published files" in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    rows = "".join(f'{{"content": "{n}", "summary": "{n}"}}\n' for n in range(30))
+    files = [tmp_path / f"{name}.json" for name in range(60)]
+    for file in files:
+        file.write_text(rows, encoding="utf-8")
+    command = [sys.executable, "-m", "ptuning", "data", "check", "--picture", "none"]
+    with subprocess.Popen(
+        [*command, *map(str, files)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert run.stdout.readline()
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 141
