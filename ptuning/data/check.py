@@ -167,9 +167,7 @@ def _read(counts: FileCounts, file: DataFile) -> list[Row]:
 
 def _find_layout(counts: FileCounts, rows: list[Row]) -> Layout | None:
     """Return what the columns mean, with answers if they can be told; None if prompts cannot."""
-    named = counts.row_format.response_column
-    may_lack_answers = named is None or named in counts.columns
-    for needs_answers in ((True, False) if may_lack_answers else (True,)) if rows else ():
+    for needs_answers in (True, False) if rows else ():
         try:
             return find_layout(counts.path, rows, counts.row_format, needs_answers=needs_answers)
         except UnknownColumns as error:

@@ -226,11 +226,13 @@ def _about_reading(counts: "FileCounts") -> list[Finding]:
 def _about_columns(counts: "FileCounts") -> list[Finding]:
     """Return columns that are missing or left out, with what to type, and fields left empty."""
     layout, form = counts.layout, counts.row_format.format
-    if layout is None:
+    found = []
+    if layout is None or (counts.row_format.response_column and layout.response is None):
         words = "type" if form == "auto" else f"leave --format {form} out, or type in its place"
         advice = f"{words}: {suggest_flags(list(counts.columns), counts.row_format)}"
-        return [_finding("missing_column", 1, fault=counts.columns_fault, advice=advice)]
-    found = []
+        found.append(_finding("missing_column", 1, fault=counts.columns_fault, advice=advice))
+    if layout is None:
+        return found
     if counts.left_out is not None:
         column, num, _ = counts.left_out
         advice = counts.left_out.remedy

@@ -20,12 +20,11 @@ from ptuning.data.formatting import RowFormat, TextRow, build_rounds
 from ptuning.data.mixing import MixSource, parse_mix
 from ptuning.data.odd_words import find_placeholders
 from ptuning.data.raw_row import Row
-from ptuning.data.reading import Rows, read_rows
+from ptuning.data.reading import ORIGIN, Rows, is_contract, read_rows
 from ptuning.output import Progress
 
 Template = Literal["plain", "alpaca-en", "alpaca-zh", "round"]
 TEMPLATES = get_args(Template)
-ORIGIN = ("id", "source", "meta")  # fields of the contract that say where a row comes from
 MIX_FORM = "FILE:SHARE,FILE:SHARE, such as a.jsonl:0.7,b.jsonl:0.3"
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # Alpaca's prompts, with and without an input. They end in the colon: the answer follows at once.
@@ -102,10 +101,10 @@ def convert_file(
 
 def _add(made: Conversion, raw_row: Row, row: TextRow, template: Template) -> bool:
     """Add a row of the contract, unless it has no prompt or the template no place for all of it."""
-    reason = None
-    if not row.prompt.strip():
+    reason = row.skipped
+    if reason is None and not row.prompt.strip():
         reason = made.read.layout.lack(row)
-    elif template in _ALPACA and row.history:
+    elif reason is None and template in _ALPACA and row.history:
         reason = f"earlier turns, which {template} has no place for: use --template plain or round"
     if reason is not None:
         made.read.dropped[reason].append(row.line)
@@ -138,26 +137,20 @@ def _origin(made: Conversion, raw_row: Row, row: TextRow) -> tuple[str, str, dic
     meta holds every filled column that is not used.
     """
     columns = raw_row.columns
-    is_contract = _is_contract(columns)
-    used = {*made.read.layout.columns.values(), *(ORIGIN if is_contract else ())}
-    meta = dict(columns["meta"]) if is_contract else {}
+    has_origin = is_contract(columns)
+    used = {*made.read.layout.columns.values(), *(ORIGIN if has_origin else ())}
+    meta = dict(columns["meta"]) if has_origin else {}
     meta |= {
         column: value
         for column, value in columns.items()
         if column not in used and value not in (None, "", [], {})
     }
-    if is_contract:
-        return columns["id"], columns["source"], meta
+    if has_origin:
+        return str(columns["id"]), str(columns["source"]), meta
     name = made.path.name
     stem = Path(name[:-3] if name.lower().endswith(".gz") else name).stem
     turn = "" if made.read.layout.conversation is None else f".{len(row.history) + 1}"
     return f"{stem}:{row.line}{turn}", name, meta
-
-
-def _is_contract(columns: dict[str, Any]) -> bool:
-    """Say whether a row says where it comes from, as converted ones do."""
-    row_id, source, meta = (columns.get(name) for name in ORIGIN)
-    return isinstance(row_id, str) and isinstance(source, str) and isinstance(meta, dict)
 
 
 def number_repeats(rows: Sequence[ContractRow]) -> list[str]:

@@ -24,6 +24,7 @@ DELIMITERS = {
 _HEADERS = "repeated header line"  # a kind of Skipped
 _BLANK_LINES = re.compile(rf"(?:[{MARK} \t]*(?:\r\n|\r|\n))*{MARK}*")
 _SEPARATOR_LINE = re.compile(r'"?sep=([^"\r\n ])"?[ \t,;]*(?:\r\n|\r|\n|$)', re.IGNORECASE)
+_NOTHING = " \t\x1a"  # a line of these is blank; old Windows programs end a file in the last
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
@@ -81,15 +82,19 @@ def read_header(path: Path, text: str, default: str) -> Header:
         present = [one for one in DELIMITERS if one in first_line]
         candidates = [default] if default in present and default != "," else present or [default]
     found: dict[str, list[str]] = {}
+    fits: dict[str, bool] = {}  # whether the first row has as many fields
     for delimiter in candidates:
         lines = (match[0] for match in _LINE.finditer(text, start))  # no more than are needed
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            found[delimiter] = next(csv.reader(lines, delimiter=delimiter, strict=True), [])
+            found[delimiter] = next(reader, [])
+            fits[delimiter] = len(found[delimiter]) > 1
+            fits[delimiter] &= len(next(filter(None, reader), [])) == len(found[delimiter])
         except csv.Error as error:
-            fault = _say_broken(error, delimiter)
+            fault, fits[delimiter] = _say_broken(error, delimiter), False
     if not found:
         raise DataError(path, line, fault)
-    delimiter = max(found, key=lambda one: len(found[one]))
+    delimiter = max(found, key=lambda one: (fits[one], len(found[one])))
     names = found[delimiter]
     nameless = len(names) > 1 and not names[0].strip()
     _check_names(path, line, names, int(nameless))
@@ -145,7 +150,7 @@ def read_delimited(
             is_empty = False
             yield DataError(path, number, _say_broken(error, header.delimiter))
             continue
-        if not fields:
+        if not fields or (len(fields) == 1 < len(names) and not fields[0].strip(_NOTHING)):
             continue
         if fields[0] in known and sorted(fields) == sorted(names):  # files joined with cat
             names = fields  # which need not have their columns in one order

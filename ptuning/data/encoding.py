@@ -15,6 +15,7 @@ UTF_8 = "UTF-8"
 GBK = "GBK"
 BIG5 = "Big5"
 UTF_16 = "UTF-16"
+WESTERN, _WESTERN_CODEC = "Windows-1252", "CP1252"
 _CODECS = {UTF_8: "UTF-8", GBK: "GB18030", UTF_16: "UTF-16"}  # GB18030 holds all of GBK
 # Big5 as Windows writes it, and with the characters of Hong Kong; Python and iconv name both so.
 _CHINESE_CODECS = ((GBK, "GB18030"), (BIG5, "CP950"), (BIG5, "BIG5-HKSCS"))
@@ -42,7 +43,7 @@ class DecodedText(NamedTuple):
     """
 
     text: str
-    encoding: str  # UTF_8, GBK, BIG5 or UTF_16
+    encoding: str  # UTF_8, GBK, BIG5, UTF_16 or WESTERN
     has_mark: bool
     damaged_lines: tuple[int, ...] = ()
     first_foreign_line: int | None = None
@@ -64,6 +65,10 @@ def decode_text(content: bytes) -> DecodedText:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
     utf_8 = content.decode("utf-8-sig", "replace")
+    if _looks_western(content):
+        text = content.decode(_WESTERN_CODEC, "replace")
+        reading = Reading(WESTERN, _WESTERN_CODEC)
+        return DecodedText(text, WESTERN, False, _lines_with(text), line, (reading,))
     if not _is_mostly_utf_8(utf_8) and not _has_utf_8_lines(content):
         text, readings = _read_chinese(content, utf_8.count(_REPLACEMENT))
         if readings:
@@ -161,6 +166,12 @@ def _is_mostly_utf_8(text: str) -> bool:
     replaced = text.count(_REPLACEMENT)
     others = len(text) - len(text.encode("ascii", "ignore")) - replaced
     return others > 4 * replaced
+
+
+def _looks_western(content: bytes) -> bool:
+    """Say whether foreign bytes stand alone between ASCII: accents, quotes and dashes."""
+    runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", content)]
+    return sum(runs) < 1.5 * len(runs)
 
 
 def _has_utf_8_lines(content: bytes) -> bool:

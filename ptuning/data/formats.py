@@ -364,11 +364,11 @@ def to_text_rows(
         prompt = f"{prompt}\n{more}" if more.strip() and prompt.strip() else prompt or more
     if layout.history is not None:
         history = _history(path, row, layout.history, fields.get(layout.history))
+    system = ""
     if layout.system is not None:
-        prompt, history = _after_system(
-            _text(path, row, layout.system, fields.get(layout.system)), prompt, history
-        )
-    return [TextRow(row.line, prompt, response, history)]
+        system = _text(path, row, layout.system, fields.get(layout.system))
+        prompt, history = _after_system(system, prompt, history)
+    return [TextRow(row.line, prompt, response, history, system=system if history else "")]
 
 
 def _after_system(
@@ -392,12 +392,16 @@ def _rows_of_turns(path: Path, row: Row, layout: Layout) -> Iterator[TextRow]:
     if layout.tools is not None:
         tools = row.columns.get(layout.tools)
         if tools and not isinstance(tools, str):
-            tools = write_json(tools)
+            try:
+                tools = write_json(tools)
+            except ValueError as problem:
+                raise row.fault(path, f'"{layout.tools}" is {problem}.') from problem
         if tools and tools.strip() not in ("", "[]"):
             system = f"{system}\n{_clean(tools)}" if system.strip() else _clean(tools)
     question: str = ""
     history: list[tuple[str, str]] = []
     waits, num_answers = False, 0  # whether the question has no answer yet
+    speaker = ""
     for role, text, is_trained in _merged(_turns(path, row, column)):
         if role == "system":
             if question or history:
@@ -414,22 +418,27 @@ def _rows_of_turns(path: Path, row: Row, layout: Layout) -> Iterator[TextRow]:
             waits = True
         else:
             skipped = None if is_trained else f'weight 0 in "{column}"'
-            yield TextRow(row.line, question, text, tuple(history), skipped)
+            before = ""  # what an answer of another weight has said to the same question
+            if not question and history and speaker == "assistant":
+                question, before = history.pop()
+            kept = system if history else ""
+            yield TextRow(row.line, question, text, tuple(history), skipped, kept)
             waits, num_answers = False, num_answers + 1
-            if text.strip():
+            if text.strip() or before:
                 if question:
-                    history.append((question, text))
+                    history.append((question, f"{before}\n{text}" if before else text))
                 question = ""
+        speaker = role
     if waits or not num_answers:
-        yield TextRow(row.line, question, "", tuple(history))
+        yield TextRow(row.line, question, "", tuple(history), system=system if history else "")
 
 
 def _merged(turns: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[str, str, bool]]:
-    """Join turns of one role in a row by line breaks."""
+    """Join turns of one role, and one weight, by line breaks where they follow each other."""
     last: tuple[str, str, bool] | None = None
     for role, text, is_trained in turns:
-        if last is not None and last[0] == role:
-            last = (role, f"{last[1]}\n{text}", last[2] and is_trained)
+        if last is not None and (last[0], last[2]) == (role, is_trained):
+            last = (role, f"{last[1]}\n{text}", is_trained)
         else:
             if last is not None:
                 yield last
@@ -474,8 +483,8 @@ def _turns(path: Path, row: Row, column: str) -> Iterator[tuple[str, str, bool]]
                 f"{name} is {kind_of(turn)}{size}; make it a text, a pair [question, answer] or "
                 '{"role": ..., "content": ...}.',
             )
-        role = next((turn[key] for key in ROLE_KEYS if key in turn), None)
-        text = next((turn[key] for key in TEXT_KEYS if key in turn), None)
+        role = next((turn[key] for key in ROLE_KEYS if turn.get(key) is not None), None)
+        text = next((turn[key] for key in TEXT_KEYS if turn.get(key) is not None), None)
         weights = [turn[key] for key in WEIGHT_KEYS if key in turn]
         is_trained = not any(_is_zero(weight) for weight in weights)
         said = _parts(path, row, name, text)
@@ -502,7 +511,7 @@ def _as_pair(turn: Any) -> tuple[Any, Any] | None:
         return turn[0], turn[1]
     if isinstance(turn, dict):
         for question, answer in PAIR_KEYS:
-            if question in turn and answer in turn:
+            if turn.get(question) is not None and answer in turn:
                 return turn[question], turn[answer]
     return None
 
@@ -583,7 +592,7 @@ def _history(path: Path, row: Row, column: str, value: Any) -> tuple[tuple[str, 
 def _text(path: Path, row: Row, column: str, value: Any) -> str:
     """Return a column as text: null is "", a number its own digits (the JSON reader keeps them)."""
     if isinstance(value, str) and value.isprintable():
-        return value
+        return str(value)  # Digits are a number no more
     return _field(path, row, f'the field "{column}"', value)
 
 
@@ -600,7 +609,7 @@ def _field(path: Path, row: Row, name: str, value: Any) -> str:
 def _clean(text: str) -> str:
     """Half of a surrogate pair, as in "\\ud83d", is no character and can be written to no file."""
     if text.isprintable():
-        return text
+        return str(text)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -95,7 +95,7 @@ class TextRow(NamedTuple):
     """The row contract: its line in the file, prompt, answer and earlier (question, answer) turns.
 
     An answer that is not there is "". `skipped` says why training leaves the row out, None: it does
-    not.
+    not. `system` is the text that the first earlier question begins with, for when that is cut.
     """
 
     line: int
@@ -103,12 +103,14 @@ class TextRow(NamedTuple):
     response: str = ""
     history: tuple[tuple[str, str], ...] = ()
     skipped: str | None = None
+    system: str = ""
 
 
 class Example(NamedTuple):
     """One row of data as text: the prompt, the answer, and the parts the prompt was built from.
 
     `has_rounds` says whether the prompt is written in rounds; only then can old turns be left out.
+    `system` is the text that the first turn of history begins with: it outlives that turn.
     """
 
     prompt: str
@@ -117,6 +119,7 @@ class Example(NamedTuple):
     history: tuple[tuple[str, str], ...] = ()
     source_prefix: str = ""
     has_rounds: bool = False
+    system: str = ""
 
 
 def build_rounds(query: str, history: Sequence[tuple[str, str]] = ()) -> str:
@@ -145,7 +148,9 @@ def to_example(row: TextRow, row_format: RowFormat, *, for_training: bool = True
     named = row_format.history_column is not None
     has_rounds = bool(row.history) or (named and row_format.recipe == "published" and for_training)
     prompt = build_rounds(row.prompt, row.history) if has_rounds else row.prompt
-    return Example(prefix + prompt, row.response, row.prompt, row.history, prefix, has_rounds)
+    return Example(
+        prefix + prompt, row.response, row.prompt, row.history, prefix, has_rounds, row.system
+    )
 
 
 def check_word(flag: str, word: str, words: Any) -> None:

@@ -34,7 +34,10 @@ def find_rows(document: dict[str, Any]) -> tuple[list[Any], str] | None:
     >>> find_rows({"messages": [{"role": "user", "content": "a"}]}) is None
     True
     """
-    if any(isinstance(document.get(name), list) for name in _TURN_FIELDS):
+    if any(
+        name.strip().lower() in _TURN_FIELDS and isinstance(value, list)
+        for name, value in document.items()
+    ):
         return None
     values = list(document.values())
     if values and all(isinstance(value, dict) and value for value in values):

@@ -6,6 +6,7 @@ so that a caller may stop there or go on with the other lines.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -324,15 +325,19 @@ def write_json(value: Any) -> str:
     >>> write_json(parse_json('{"x": [1, 2.5, "3"]}'))
     '{"x": [1, 2.5, "3"]}'
     """
-    return json.dumps(_with_numbers(value), ensure_ascii=False)
+    try:
+        return json.dumps(_with_numbers(value), ensure_ascii=False, allow_nan=False)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def _with_numbers(value: Any) -> Any:
     if isinstance(value, Digits):
         try:
-            return int(value) if value.lstrip("-").isdigit() else float(value)
+            number = int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError:  # more digits than Python reads
-            return value
+            return str(value)
+        return number if math.isfinite(number) else str(value)
     if isinstance(value, dict):
         return {name: _with_numbers(part) for name, part in value.items()}
     return [_with_numbers(part) for part in value] if isinstance(value, list) else value

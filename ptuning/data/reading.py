@@ -6,8 +6,10 @@ continues after it.
 """
 
 import glob
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -21,7 +23,7 @@ from ptuning.data.formats import (
     to_text_rows,
 )
 from ptuning.data.formatting import RowFormat, TextRow
-from ptuning.data.parsing import DataFile, encoding_fault, open_data
+from ptuning.data.parsing import DataFile, encoding_fault, open_data, parse_json
 from ptuning.data.raw_row import (
     CONVERSATION_NAMES,
     DIALOGUE_NAMES,
@@ -41,11 +43,12 @@ PROMPT_PARTS = {
     *(HISTORY, SYSTEM, TOOLS),
     *("passage", "document", "background", "knowledge", "上下文", "背景"),
 }
-BESIDE_PROMPTS = {
-    *(*RESPONSE_NAMES, "rejected", "reason", "explanation", "analysis", "thought", "cot"),
-    *("category", "type", "label", "tags", "title", "source", "url", "id", "meta", "author"),
-    *("lang", "language", "time", "date", "score"),
-}
+BESIDE_PROMPTS = re.compile(
+    rf"^({'|'.join(RESPONSE_NAMES)}|id|cot|meta.*)$|_id$|reject|chosen|reason|explan|analy|thought"
+    r"|categ|type|label|tag|title|source|url|author|annotat|user|name|lang|time|date|_at$|score"
+    r"|model|来源|类别|类型|分类|标签|标题|作者|时间|日期|理由|解释"
+)
+ORIGIN = ("id", "source", "meta")  # fields of the row contract that say where a row comes from
 REPEATED_SHARE = 0.1  # of all rows, above which another column is taken for a part of the prompt
 MOST_PLACES = 5
 
@@ -215,14 +218,14 @@ def _raw_rows(
     return rows, faults
 
 
-def count_unused(rows: Iterable[Row], layout: Layout) -> dict[str, int]:
+def count_unused(rows: Sequence[Row], layout: Layout) -> dict[str, int]:
     """Return the columns that are not used and filled in some rows, with the number of those.
 
     What the row contract has next to prompt, response and history is not meant to be used.
     """
     used = set(layout.columns.values())
-    if {layout.prompt, layout.response} == {"prompt", "response"}:
-        used |= {"id", "source", "meta"}
+    if rows and all(is_contract(row.columns) for row in rows):
+        used |= {*ORIGIN}
     filled: dict[str, int] = {}
     for row in rows:
         if not row.columns.keys() <= used:
@@ -235,9 +238,18 @@ def count_unused(rows: Iterable[Row], layout: Layout) -> dict[str, int]:
     return filled
 
 
+def is_contract(columns: dict[str, Any]) -> bool:
+    """Say whether a row says where it comes from, as rows of the contract do."""
+    row_id, source, meta = (columns.get(name) for name in ORIGIN)
+    return isinstance(row_id, str) and isinstance(source, str) and isinstance(meta, dict)
+
+
 def _unused_in_turns(row: Row, column: str) -> set[str]:
     """Return what the turns of a conversation hold besides speaker and text, as `column.key`."""
     turns = row.columns.get(column)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # as in CSV
+        with suppress(ValueError):
+            turns = parse_json(turns)
     return {
         f"{column}.{key}"
         for turn in (turns if isinstance(turns, list) else ())
@@ -259,7 +271,11 @@ def find_left_out(
     A column with a name that prompts have counts from the first such row, another one with text
     from a tenth of all rows on. sources: the row of the file behind each of rows.
     """
-    candidates = [name for name in unused if name.strip().lower() not in BESIDE_PROMPTS]
+    candidates = [
+        name
+        for name in unused
+        if (bare := name.strip().lower()) in PROMPT_PARTS or not BESIDE_PROMPTS.search(bare)
+    ]
     if not candidates:
         return None
     groups: defaultdict[Any, list[int]] = defaultdict(list)

@@ -118,5 +118,11 @@ def _fit_rounds(tokenizer: ChatGLMTokenizer, example: Example, budget: int) -> l
 def _encode_rounds(
     tokenizer: ChatGLMTokenizer, example: Example, query: str, start: int
 ) -> list[int]:
-    prompt = example.source_prefix + build_rounds(query, example.history[start:])
+    history, system = example.history[start:], example.system
+    if system.strip() and start:  # the turn that it was written before is cut
+        if history:
+            history = ((f"{system}\n{history[0][0]}", history[0][1]), *history[1:])
+        else:
+            query = f"{system}\n{query}"
+    prompt = example.source_prefix + build_rounds(query, history)
     return tokenizer.encode_batch([prompt], num_threads=1)[0]

@@ -67,11 +67,13 @@ NOT_FOR_THE_TRAINER = (
     *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
     *("activation_checkpointing", "activation_checkpointing_kwargs"),
 )
-# Flags that decide what is learned: a command that differs in none of them continues a run.
+# Flags that decide what is learned: a command that differs in none of them continues a run. Which
+# rows are learned is not among them: their fingerprint says.
 DECISIVE = (
     *("model_name_or_path", "model_revision", "tokenizer_name", "tuning", "ptuning_checkpoint"),
     *("init_from", "pre_seq_len", "prefix_projection", "prefix_init_std", *LORA_FLAGS),
-    *("quantization_bit", "quantize_embeddings", "bf16", "fp16", *ROW_SETTINGS, "mix"),
+    *("quantization_bit", "quantize_embeddings", "bf16", "fp16", "source_prefix"),
+    *("max_source_length", "max_target_length", "recipe", "mix"),
     *("max_train_samples", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "seed"),
     *("load_best_model_at_end", "early_stopping_patience"),

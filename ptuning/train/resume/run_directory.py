@@ -221,7 +221,9 @@ class RunDirectory:
         except (OSError, ValueError):
             return {}
         known = isinstance(record, dict) and record.get("format_version") == FORMAT_VERSION
-        return dict(record["settings"]) if known else {}
+        settings = dict(record["settings"]) if known else {}
+        of_rows = [name for name in settings if name.endswith("_column")]  # in older records
+        return {name: value for name, value in settings.items() if name not in of_rows}
 
     def _changed_settings(self) -> str:
         """Say which settings differ from those in run.json; "" for none."""
