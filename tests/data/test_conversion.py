@@ -19,7 +19,8 @@ from ptuning.data.conversion import (
     share_out,
 )
 from ptuning.data.formatting import RowFormat, TextRow, build_rounds
-from ptuning.data.parsing import DataError
+from ptuning.data.parsing import write_json
+from ptuning.data.raw_row import DataError
 from ptuning.data.reading import read_rows
 
 # file, rows of the file, rows converted; read_rows says the same of them
@@ -128,6 +129,28 @@ def test_broken_rows_are_rejected_with_their_place_and_the_others_converted(tmp_
 def test_a_file_of_broken_rows_alone_is_an_error_with_the_first_place(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:1: broken JSON"):
         convert_file(write(tmp_path / "a.jsonl", ["{broken", "[also"]), RowFormat())
+
+
+def test_texts_that_are_numbers_keep_their_digits(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = '{"prompt": 7.10, "response": 1e400, "history": [[1.50, 2]], "n": 1.5, "m": 1e400}'
+    path.write_text(row + "\n", encoding="utf-8")
+    written = tmp_path / "b.jsonl"
+    made = convert_file(path, RowFormat()).rows
+    written.write_text("".join(write_json(one) + "\n" for one in made), encoding="utf-8")
+    again = read_rows(written, RowFormat()).kept[0]
+    assert (again.prompt, again.response, again.history) == ("7.10", "1e400", (("1.50", "2"),))
+    assert json.loads(written.read_text(encoding="utf-8"))["meta"] == {"n": 1.5, "m": "1e400"}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        write_json(json.loads("[" * 900 + "]" * 900))
+
+
+def test_an_answer_of_weight_0_is_rejected_with_unanswered_ones_kept(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    path = write(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": turns[:1]}])
+    made = convert_file(path, RowFormat(), keep_unanswered=True)
+    assert [(row["prompt"], row["response"]) for row in made.rows] == [("q", "")]
+    assert dict(made.read.dropped) == {'weight 0 in "messages"': [1]}
 
 
 def test_rows_of_weight_0_are_rejected(tmp_path: Path) -> None:

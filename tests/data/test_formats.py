@@ -275,6 +275,46 @@ def test_an_empty_answer_is_no_earlier_turn(tmp_path: Path) -> None:
     }
 
 
+def test_answers_of_different_weight_are_not_joined(tmp_path: Path) -> None:
+    row = messages(("user", "q"), ("assistant", "bad"), ("assistant", "good"), ("user", "r"))
+    row["messages"][1]["weight"] = 0
+    row["messages"].append({"role": "assistant", "content": "a"})
+    rows = read(tmp_path, row)
+    assert contents(rows) == [("q", "good", ()), ("r", "a", (("q", "bad\ngood"),))]
+    assert dict(rows.dropped) == {'weight 0 in "messages"': [1]}
+
+
+def test_a_key_that_is_null_is_no_key(tmp_path: Path) -> None:
+    nothing = {"from": None, "value": None, "input": None, "output": None}
+    row = messages(("user", "q"), ("assistant", "a"))
+    row["messages"] = [{**nothing, **turn} for turn in row["messages"]]
+    assert contents(read(tmp_path, row)) == [("q", "a", ())]
+
+
+def test_the_contract_alone_hides_where_rows_come_from(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "response": str(n), "source": f"article {n}"} for n in range(3)]
+    assert read(tmp_path, *rows).unused == {"source": 3}
+    whole = [{**row, "id": str(n), "meta": {}} for n, row in enumerate(rows)]
+    assert read(tmp_path, *whole).unused == {}
+
+
+def test_turns_as_text_are_looked_into_too(tmp_path: Path) -> None:
+    row = messages(("user", "q"), ("assistant", "a"))
+    row["messages"][1]["reasoning_content"] = "because"
+    as_text = {"messages": json.dumps(row["messages"])}
+    assert read(tmp_path, as_text).unused == {"messages.reasoning_content": 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["created_at", "annotator", "来源", "rejected_response", "user_name", "meta_info"]
+)
+def test_what_says_where_an_answer_comes_from_is_no_part_of_the_prompt(
+    tmp_path: Path, name: str
+) -> None:
+    rows = [{"content": "q", "summary": str(n), name: f"第 {n} 个"} for n in range(5)]
+    assert read(tmp_path, *rows).left_out is None
+
+
 def test_a_history_may_have_roles(tmp_path: Path) -> None:
     turns = LIST_OF_TURNS["messages"]["messages"]
     row = {"prompt": "q3", "response": "a3", "history": turns}

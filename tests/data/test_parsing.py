@@ -386,6 +386,35 @@ def test_a_usual_mistake_is_named(tmp_path: Path, name: str, content: str, words
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "content\tsummary, in brief\nq\ta\n",
+        "question (short, plain)\tanswer\nq\ta\n",
+        "content,summary\nq,a\n  \t\n\x1a",
+        "content,summary; short\nq,a\n",
+    ],
+)
+def test_a_table_is_read_by_the_delimiter_that_its_rows_have(tmp_path: Path, content: str) -> None:
+    rows = list(open_data(save(tmp_path / "a.csv", content)).rows())
+    assert [list(row.columns.values()) for row in rows if isinstance(row, Row)] == [["q", "a"]]
+    assert len(rows) == 1
+
+
+def test_one_conversation_is_one_row_whatever_its_name_is_written_like(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = save(tmp_path / "a.json", json.dumps({"id": "1", "Messages": turns}))
+    assert [row.prompt for row in read_rows(path, RowFormat()).kept] == ["q"]
+
+
+def test_western_text_is_not_taken_for_chinese(tmp_path: Path) -> None:
+    text = "content,summary\nit’s here,don’t go\ncafé,naïve – déjà vu\n"
+    file = open_data(save(tmp_path / "a.csv", text.encode("cp1252")))
+    message = str(encoding_fault(file))
+    assert "not UTF-8; it looks like Windows-1252. Convert it: iconv -f CP1252 -t UTF-8" in message
+    assert file.decoded.text == text
+
+
 def test_the_line_that_column_names_come_from_is_named(tmp_path: Path) -> None:
     path = save(tmp_path / "a.csv", "\n你好,你好呀\n谢谢,不客气\n")
     with pytest.raises(DataError, match=r"They are taken from line 2\.$"):

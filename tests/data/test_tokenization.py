@@ -200,6 +200,21 @@ def test_the_oldest_turns_go_first(tokenizer: ChatGLMTokenizer, dropped: int) ->
     assert row.prompt_cut
 
 
+def test_a_system_text_outlives_the_turns_that_are_cut(tokenizer: ChatGLMTokenizer) -> None:
+    turns = [(f"甲{n}", f"乙{n}") for n in range(6)]
+    history = ((f"海盗\n{turns[0][0]}", turns[0][1]), *turns[1:])
+    example = to_example(TextRow(1, "丙", "丁", history, system="海盗"), RowFormat())
+    whole = len(encode(tokenizer, example.prompt))
+    seen = set()
+    for length in range(30, whole + 2):
+        prompt = to_generation_prompt(tokenizer, example, max_source_length=length)
+        text = tokenizer.decode(prompt, skip_special_tokens=True)
+        if "丙" in text:
+            assert text.startswith("[Round 0]\n问:海盗\n")
+            seen.add(text.count("[Round"))
+    assert len(seen) > 3
+
+
 def test_a_history_that_fits_is_whole(tokenizer: ChatGLMTokenizer) -> None:
     budget = lengths_of(tokenizer, "问", HISTORY)[0]
     prompts, cuts = to_generation_batch(

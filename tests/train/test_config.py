@@ -234,6 +234,12 @@ def test_columns_and_formats_that_are_typed_replace_each_other(tmp_path):
     assert (config.format, config.prompt_column) == ("auto", "q")
 
 
+def test_which_rows_are_learned_is_said_by_the_rows_themselves(tmp_path):
+    first = read(tmp_path, "--prompt_column", "q", "--turns", "last").settings()
+    assert first == read(tmp_path).settings()
+    assert first != read(tmp_path, "--source_prefix", "q").settings()
+
+
 def test_files_may_be_several_or_a_pattern(tmp_path):
     for name in ("a.json", "b.json"):
         (tmp_path / name).touch()
