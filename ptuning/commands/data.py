@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ptuning.atomic_file import write_atomically
 from ptuning.commands.registry import DEFAULT_PICTURE, NO_PICTURE
-from ptuning.data.formatting import RowFormat
+from ptuning.data.formatting import SHORTEST, RowFormat
 from ptuning.data.length_table import number_of
 from ptuning.data.reading import find_files
 from ptuning.evaluate.pictures import (
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHORTEST = 3  # tokens of a limit: one of text next to two control tokens
-
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, write the report and return 0, 1 or 2 as --help says."""
@@ -44,15 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
         return convert(arguments)
     from ptuning.data.check_report import as_values
 
-    for flag in ("max_source_length", "max_target_length"):
-        if getattr(arguments, flag) < SHORTEST:
-            raise ValueError(f"--{flag} is {getattr(arguments, flag)}; use {SHORTEST} or more.")
+    row_format = row_format_of(arguments)
     if arguments.picture not in (None, NO_PICTURE):
         check_picture_name(Path(arguments.picture))
-    given = vars(arguments)
-    row_format = RowFormat(
-        **{item.name: given[item.name] for item in fields(RowFormat) if item.name in given}
-    )
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may not fit the terminal
         sys.stdout.reconfigure(errors="backslashreplace")
     tokenizer, context = _find_model(arguments)
@@ -68,16 +60,32 @@ def run(arguments: argparse.Namespace) -> int:
     return _conclude(reports, is_strict=arguments.strict)
 
 
+def row_format_of(arguments: argparse.Namespace) -> RowFormat:
+    """Return what the flags say of rows; ValueError for one that cannot be."""
+    for flag in ("max_source_length", "max_target_length"):
+        if getattr(arguments, flag) < SHORTEST:
+            raise ValueError(f"--{flag} is {getattr(arguments, flag)}; use {SHORTEST} or more.")
+    given = vars(arguments)
+    return RowFormat(
+        **{item.name: given[item.name] for item in fields(RowFormat) if item.name in given}
+    )
+
+
+def named_models(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the models that were named, by flag; the first is the one whose tokens count."""
+    return {
+        flag: find_base(getattr(arguments, flag), flag=f"--{flag}")
+        for flag in ("tokenizer_name", "model_name_or_path")
+        if getattr(arguments, flag) is not None
+    }
+
+
 def _find_model(arguments: argparse.Namespace) -> tuple[str | None, int]:
     """Return the tokenizer that was named, and how many tokens the base model reads."""
     from ptuning.data.tokenizer import MAX_LENGTH
     from ptuning.model.checkpoint import read_config
 
-    named = {
-        flag: find_base(getattr(arguments, flag), flag=f"--{flag}")
-        for flag in ("tokenizer_name", "model_name_or_path")
-        if getattr(arguments, flag) is not None
-    }
+    named = named_models(arguments)
     base = named.get("model_name_or_path", None if named else str(NANO_DIR))
     if not named:
         sys.stdout.write(

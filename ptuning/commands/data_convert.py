@@ -6,12 +6,12 @@ Nothing is written before all of it is known: an interrupted conversion leaves n
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from ptuning.atomic_file import write_atomically
+from ptuning.commands.data import named_models, row_format_of
 from ptuning.data.conversion import (
     ContractRow,
     Conversion,
@@ -35,11 +35,10 @@ from ptuning.data.length_table import (
 from ptuning.data.mixing import MixSource
 from ptuning.data.parsing import write_json
 from ptuning.data.reading import as_places, find_files
-from ptuning.data.tokenization import SHORTEST
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.nano.paths import NANO_DIR
 from ptuning.output import Progress
-from ptuning.train.base_model import find_base, load_tokenizer
+from ptuning.train.base_model import load_tokenizer
 
 CHUNK_ROWS = 1000  # rows encoded between two steps of the progress bar
 OUT_SUFFIXES = (".jsonl", ".json")
@@ -48,17 +47,11 @@ COLUMN_FLAGS = ("prompt_column", "input_column", "response_column", "history_col
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, report, write, and return 0, or with --strict 1 where a row was rejected."""
-    for flag in ("max_source_length", "max_target_length"):
-        if getattr(arguments, flag) < SHORTEST:
-            raise ValueError(f"--{flag} is {getattr(arguments, flag)}; use {SHORTEST} or more.")
+    row_format = row_format_of(arguments)
     mixed = _mixed(arguments)
     paths = [source.path for source in mixed] or _source_files(arguments.files)
     _check_out(arguments.out, paths, overwrite=arguments.overwrite)
-    name = _tokenizer_name(arguments)
-    given = vars(arguments)
-    row_format = RowFormat(
-        **{item.name: given[item.name] for item in fields(RowFormat) if item.name in given}
-    )
+    name = next(iter(named_models(arguments).values()), None)
     files = []
     for path in paths:
         try:
@@ -150,14 +143,6 @@ def _check_out(out: Path, paths: Sequence[Path], *, overwrite: bool) -> None:
         raise ValueError(
             f"--out is {out}, which is there already; give another name, or add --overwrite."
         )
-
-
-def _tokenizer_name(arguments: argparse.Namespace) -> str | None:
-    """Return whose tokens count; None is the nano model's."""
-    for flag in ("tokenizer_name", "model_name_or_path"):  # the first that is given
-        if getattr(arguments, flag) is not None:
-            return find_base(getattr(arguments, flag), flag=f"--{flag}")
-    return None
 
 
 def _require_whole_prompts(files: Sequence[Conversion], *, mixed: bool) -> None:

@@ -123,7 +123,7 @@ def check_file(
     except DataError as error:
         counts.unreadable = str(error)
         return counts
-    sources = _read(counts, file)
+    sources = _read(counts, file, show_progress)
     counts.layout = _find_layout(counts, sources)
     if counts.layout is None:
         return counts
@@ -145,14 +145,18 @@ def check_file(
     return counts
 
 
-def _read(counts: FileCounts, file: DataFile) -> list[Row]:
+def _read(counts: FileCounts, file: DataFile, show_progress: bool) -> list[Row]:
     """Return the rows as they stand; count the faults between them."""
     rows = []
-    for item in file.rows():
-        if isinstance(item, DataError):
-            counts.add("broken_row", item.line or 1, str(item))
-        else:
-            rows.append(item)
+    title = f"reading {counts.path.name}"
+    with Progress(file.size, title, unit=file.unit, visible=show_progress, leave=False) as progress:
+        for item in file.rows():
+            if isinstance(item, DataError):
+                counts.add("broken_row", item.line or 1, str(item))
+            else:
+                rows.append(item)
+                if len(rows) % CHUNK_ROWS == 0:
+                    progress.update(max(0, item.line - progress.done))
     counts.encoding_fault = say_encoding_fault(file.path, file.decoded, is_gzip=file.is_gzip)
     counts.decoded = file.decoded._replace(text="")
     counts.unit, counts.notes, counts.num_read = file.unit, file.notes, len(rows)

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 from ptuning.data.formats import Layout, to_text_rows
 from ptuning.data.formatting import RowFormat, TextRow, build_rounds
-from ptuning.data.mixing import MixSource, parse_mix
+from ptuning.data.mixing import MixSource, draw_rows, parse_mix
 from ptuning.data.odd_words import find_placeholders
 from ptuning.data.raw_row import Row
 from ptuning.data.reading import ORIGIN, Rows, is_contract, read_rows
@@ -265,13 +265,11 @@ def mix_files(
     Where more are needed than a file has, all are taken as often as they fit in, and the rest is
     drawn, as `mixing.mix_rows` does.
     """
-    keys = Random(seed)  # random() alone: the numbers that Python promises to keep
+    keys = Random(seed)
     counts = share_out(total, shares)
     drawn: list[ContractRow] = []
     for rows, wanted in zip(files, counts, strict=True):
-        rounds, missing = divmod(wanted, len(rows))
-        order = [keys.random() for _ in rows]
-        rest = sorted(range(len(rows)), key=order.__getitem__)[:missing]
+        rounds, rest = draw_rows(len(rows), wanted, keys)
         drawn += [row.copy() for _ in range(rounds) for row in rows]
         drawn += [rows[index].copy() for index in rest]
     order = [keys.random() for _ in drawn]

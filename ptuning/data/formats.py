@@ -121,7 +121,7 @@ class Finder(NamedTuple):
 
     def named(self, *usual: str) -> list[str]:
         """Return the columns with one of these names, in the order of the names."""
-        by_lower = {name.strip().lower(): name for name in reversed(self.columns)}
+        by_lower = _by_lower(self.columns)
         return [by_lower[name] for name in usual if name in by_lower]
 
     def one(self, *usual: str) -> str | None:
@@ -303,11 +303,16 @@ def guess_column(wanted: str, found: Iterable[str], usual: tuple[str, ...] = ())
     >>> guess_column("content", ["answer", "question"], PROMPT_NAMES)
     'question'
     """
-    by_lower = {name.strip().lower(): name for name in reversed(list(found))}
+    by_lower = _by_lower(found)
     similar = difflib.get_close_matches(wanted.lower(), by_lower, n=1)
     known = [name for name in usual if name in by_lower]
     best = (similar or known)[:1]
     return by_lower[best[0]] if best else None
+
+
+def _by_lower(names: Iterable[str]) -> dict[str, str]:
+    """Return names by their bare lower-case form, the first of those that share one."""
+    return {name.strip().lower(): name for name in reversed(list(names))}
 
 
 def suggest_flags(columns: Sequence[str], row_format: RowFormat) -> str:
@@ -325,7 +330,7 @@ def suggest_flags(columns: Sequence[str], row_format: RowFormat) -> str:
     ):
         free = [column for column in columns if column not in flags.values()]
         named = row_format.named_columns.get(flag)
-        by_lower = {column.strip().lower(): column for column in reversed(free)}
+        by_lower = _by_lower(free)
         guess = next((by_lower[name] for name in usual if name in by_lower), None)
         if named is not None:
             guess = named if named in free else guess_column(named, free, usual)

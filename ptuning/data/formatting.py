@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 FormatName = Literal["auto", "columns", "alpaca", "sharegpt", "messages", "history", "lima"]
 Turns = Literal["all", "last"]
+SHORTEST = 3  # tokens of either side: one of text next to two control tokens
 Recipe = Literal["corrected", "published"]
 
 # The prompts of `to_example` for transformers' chats: one question is bare, more messages are

@@ -7,20 +7,12 @@ The layouts are those of pandas' `DataFrame.to_json(orient=...)` and of rows und
 import re
 from typing import Any
 
-from ptuning.data.raw_row import (
-    CONVERSATION_NAMES,
-    DIALOGUE_NAMES,
-    HISTORY,
-    INPUT_NAMES,
-    PROMPT_NAMES,
-    RESPONSE_NAMES,
-    shown,
-)
+from ptuning.data.raw_row import TEXT_NAMES, TURN_NAMES, shown
 
 # A list under one of these is a field of a row, and the object is that row.
-_TURN_FIELDS = {*CONVERSATION_NAMES, *DIALOGUE_NAMES, HISTORY}
+_TURN_FIELDS = {*TURN_NAMES}
 # So is a list, or an object, next to one of these.
-_TEXT_FIELDS = {*PROMPT_NAMES, *RESPONSE_NAMES, *INPUT_NAMES, "text"}
+_TEXT_FIELDS = {*TEXT_NAMES, "text"}
 _INDEX = re.compile(r"-?\d+(\.\d+)?")
 
 

@@ -69,11 +69,19 @@ def mix_rows(
     drawn. At least one general row is taken.
     """
     wanted = max(1, round(len(task) * share / (1 - share)))
-    rounds, missing = divmod(wanted, len(general))
-    keys = Random(seed)  # random() alone: the numbers that Python promises to keep
-    order = [keys.random() for _ in range(len(general))]
-    drawn = sorted(sorted(range(len(general)), key=order.__getitem__)[:missing])
-    return join_rows([task, general], [None, [*range(len(general))] * rounds + drawn])
+    rounds, drawn = draw_rows(len(general), wanted, Random(seed))
+    return join_rows([task, general], [None, [*range(len(general))] * rounds + sorted(drawn)])
+
+
+def draw_rows(size: int, wanted: int, keys: Random) -> tuple[int, list[int]]:
+    """Return how often all of size rows are taken to make up wanted, and the rest that is drawn.
+
+    >>> draw_rows(3, 7, Random(1))
+    (2, [0])
+    """
+    rounds, missing = divmod(wanted, size)
+    order = [keys.random() for _ in range(size)]  # random() alone: Python promises to keep it
+    return rounds, sorted(range(size), key=order.__getitem__)[:missing]
 
 
 def join_rows(

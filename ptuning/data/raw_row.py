@@ -20,6 +20,8 @@ HISTORY, SYSTEM, TOOLS = "history", "system", "tools"
 CONVERSATION_NAMES = ("messages", "conversations")
 LIMA_NAMES = ("conversations", "conversation")  # whose turns may be texts without a speaker
 DIALOGUE_NAMES = ("conversation", "dialogue", "dialog", "paragraph", "turns")  # texts or turns
+TURN_NAMES = (*CONVERSATION_NAMES, *DIALOGUE_NAMES, HISTORY)
+TEXT_NAMES = (*PROMPT_NAMES, *RESPONSE_NAMES, *INPUT_NAMES)
 # What a reader passes over, by kind, with the places: repeated headers and byte order marks.
 Skipped = defaultdict[str, list[int]]
 MARK = "\ufeff"

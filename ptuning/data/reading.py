@@ -25,22 +25,20 @@ from ptuning.data.formats import (
 from ptuning.data.formatting import RowFormat, TextRow
 from ptuning.data.parsing import DataFile, encoding_fault, open_data, parse_json
 from ptuning.data.raw_row import (
-    CONVERSATION_NAMES,
-    DIALOGUE_NAMES,
     HISTORY,
     INPUT_NAMES,
     PROMPT_NAMES,
     RESPONSE_NAMES,
     SYSTEM,
     TOOLS,
+    TURN_NAMES,
     DataError,
     Row,
 )
 
 # Columns that belong to a prompt where they are filled, and columns that never do.
 PROMPT_PARTS = {
-    *(*PROMPT_NAMES, *INPUT_NAMES, *CONVERSATION_NAMES, *DIALOGUE_NAMES),
-    *(HISTORY, SYSTEM, TOOLS),
+    *(*PROMPT_NAMES, *INPUT_NAMES, *TURN_NAMES, SYSTEM, TOOLS),
     *("passage", "document", "background", "knowledge", "上下文", "背景"),
 }
 BESIDE_PROMPTS = re.compile(

@@ -8,11 +8,10 @@ ends only whole answers so, and cuts rounds from the oldest: the question and `ç
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ptuning.data.formatting import Example, Recipe, build_rounds, check_recipe
+from ptuning.data.formatting import SHORTEST, Example, Recipe, build_rounds, check_recipe
 from ptuning.data.tokenizer import ChatGLMTokenizer
 
 IGNORED_LABEL = -100  # what PyTorch's cross entropy leaves out
-SHORTEST = 3  # one token of text beside the two control tokens of either side
 
 
 class TokenizedExample(NamedTuple):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
-from ptuning.data.tokenization import SHORTEST
+from ptuning.data.formatting import SHORTEST
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.engine_row import Request
 from ptuning.model.sampling import Sampling

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptuning.data.formatting import RowFormat
+from ptuning.data.formatting import SHORTEST, RowFormat
 from ptuning.data.mixing import parse_mix
 from ptuning.data.reading import find_files
 from ptuning.model.tuned import (
@@ -389,8 +389,8 @@ def _check_numbers(config: RunConfig) -> None:
     for name, lowest in (
         ("pre_seq_len", 1),
         ("checkpoint_layers", 0),
-        ("max_source_length", 3),
-        ("max_target_length", 3),
+        ("max_source_length", SHORTEST),
+        ("max_target_length", SHORTEST),
         ("max_train_samples", 1),
         ("max_eval_samples", 1),
         ("max_predict_samples", 1),
