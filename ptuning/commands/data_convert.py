@@ -86,12 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
     # half of a surrogate pair, which meta may hold, becomes its escape, which JSON has too
     write_atomically(arguments.out, lines.encode("utf-8", "backslashreplace"))
     num_rejected = sum(file.num_rejected for file in files)
-    _say(
-        f"wrote {number_of(len(rows), 'row')} to {arguments.out}, {num_rejected:,} rejected",
-        f"train on it: --train_file {arguments.out} (convert the validation file too)"
-        if any(row["response"].strip() for row in rows)
-        else f"answer it: --do_predict --test_file {arguments.out}",
-    )
+    _say(f"wrote {number_of(len(rows), 'row')} to {arguments.out}, {num_rejected:,} rejected")
+    if not any(row["response"].strip() for row in rows):
+        _say(f"answer it: --do_predict --test_file {arguments.out}")
+    else:
+        others = " (convert the validation file too)" if row_format.named_columns else ""
+        _say(f"train on it: --train_file {arguments.out}{others}")
     return int(arguments.strict and num_rejected > 0)
 
 

@@ -1,8 +1,8 @@
-"""General rows beside the rows of a task: `--mix FILE:RATIO`, as one data set in a fixed order.
+"""Mix general rows into the rows of a task: `--mix FILE:RATIO`, one data set in a fixed order.
 
-RATIO is the share of general rows among all rows of an epoch: 0.2 puts one general row to four rows
-of the task. Every epoch has all rows of the task and the same general rows, drawn by the seed, so a
-resumed run goes on exactly.
+RATIO is the share of general rows among all rows of an epoch: 0.2 adds one general row for every
+four of the task. Every epoch has all rows of the task and the same general rows, drawn by the seed,
+so a resumed run continues exactly.
 """
 
 from collections.abc import Sequence

@@ -41,7 +41,7 @@ PROMPT_PARTS = {
     *(*PROMPT_NAMES, *INPUT_NAMES, *TURN_NAMES, SYSTEM, TOOLS),
     *("passage", "document", "background", "knowledge", "上下文", "背景"),
 }
-BESIDE_PROMPTS = re.compile(
+NEVER_PROMPT_PARTS = re.compile(
     rf"^({'|'.join(RESPONSE_NAMES)}|id|cot|meta.*)$|_id$|reject|chosen|reason|explan|analy|thought"
     r"|categ|type|label|tag|title|source|url|author|annotat|user|name|lang|time|date|_at$|score"
     r"|model|来源|类别|类型|分类|标签|标题|作者|时间|日期|理由|解释"
@@ -272,7 +272,7 @@ def find_left_out(
     candidates = [
         name
         for name in unused
-        if (bare := name.strip().lower()) in PROMPT_PARTS or not BESIDE_PROMPTS.search(bare)
+        if (bare := name.strip().lower()) in PROMPT_PARTS or not NEVER_PROMPT_PARTS.search(bare)
     ]
     if not candidates:
         return None

@@ -260,3 +260,13 @@ def test_a_name_that_rows_cannot_be_read_from_is_refused(out, capsys) -> None:
     Path("folder.jsonl").mkdir()
     assert convert(write("a.jsonl", ROWS), "--out", out) == 2
     assert f"--out is {out}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_validation_file_is_named_where_its_columns_were(
+    capsys: pytest.CaptureFixture[str], named: bool
+) -> None:
+    path = write("a.jsonl", [{"content": "甲", "summary": "乙"}])
+    columns = ["--prompt_column", "content", "--response_column", "summary"] if named else []
+    assert convert(path, *columns, "--out", "rows.jsonl") == 0
+    assert ("(convert the validation file too)" in capsys.readouterr().out) == named
