@@ -28,17 +28,18 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         print(f"main.py: {error}", file=sys.stderr)
         return 2
-    try:
-        with StopRequest() as stop:
+    with StopRequest() as stop:
+        try:
             run(config, stop)
-    except (Exception, KeyboardInterrupt) as error:
-        from ptuning.train.faults.endings import ending_of
+        except (Exception, KeyboardInterrupt) as error:
+            stop.ignore()  # torchrun ends the other processes when one fails: each says why first
+            from ptuning.train.faults.endings import ending_of
 
-        ending = ending_of(error, config)
-        if ending is None:
-            raise
-        print(f"main.py: {ending.text}", file=sys.stderr)
-        return ending.exit_code
+            ending = ending_of(error, config)
+            if ending is None:
+                raise
+            print(f"main.py: {ending.text}", file=sys.stderr)
+            return ending.exit_code
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ptuning.train.faults import endings
 from ptuning.train.resume.signals import Stopped, StopRequest
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
@@ -127,6 +128,28 @@ def test_a_signal_after_an_error_does_not_hide_it():
 
     with StopRequest() as stop, pytest.raises(RuntimeError, match="by peer"):
         work(stop)
+
+
+def test_a_signal_while_the_ending_is_explained_does_not_cut_it_off(
+    short_run, monkeypatch, capsys
+):
+    """Of several processes, the launcher ends the others the moment one fails."""
+    received = []
+    real = endings.ending_of
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(endings, "ending_of", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
+    try:
+        assert short_run.start("--train_file", "missing.json") == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "main.py: --train_file" in capsys.readouterr().err
+    assert received == []
 
 
 def test_ctrl_c_while_modules_load_is_one_line(tmp_path):

@@ -39,13 +39,15 @@ class StopRequest(ExitStack):
     def __init__(self) -> None:
         super().__init__()
         self.requested: int | None = None  # the first signal that was deferred
+        self._is_installed = False
         self._is_deferring = False
         self._notice = NOTICE
         self._owner = os.getpid()
 
     def __enter__(self) -> Self:
         """Install the handlers; outside the main thread Python allows none."""
-        if threading.current_thread() is threading.main_thread():
+        self._is_installed = threading.current_thread() is threading.main_thread()
+        if self._is_installed:
             for signum in SIGNALS:
                 self.callback(signal.signal, signum, signal.signal(signum, self._handle))
         return self
@@ -62,6 +64,12 @@ class StopRequest(ExitStack):
         self._is_deferring = False
         if self.requested is not None:
             raise Stopped(self.requested)
+
+    def ignore(self) -> None:
+        """Disregard both signals from here on: the run has ended and is about to say why."""
+        if self._is_installed:
+            for signum in SIGNALS:
+                signal.signal(signum, signal.SIG_IGN)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a forked data-loading worker leaves Ctrl-C to its parent
