@@ -130,9 +130,7 @@ def test_a_signal_after_an_error_does_not_hide_it():
         work(stop)
 
 
-def test_a_signal_while_the_ending_is_explained_does_not_cut_it_off(
-    short_run, monkeypatch, capsys
-):
+def test_a_signal_while_the_ending_is_explained_does_not_cut_it_off(short_run, monkeypatch, capsys):
     """Of several processes, the launcher ends the others the moment one fails."""
     received = []
     real = endings.ending_of
