@@ -59,8 +59,10 @@ class Linear(nn.Linear):
         if not self._takes(x):
             return super().forward(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            output: Tensor = _FrozenProduct.apply(x, self)
-            return output
+            # In two dimensions, for which oneDNN returns no view: autograd refuses to have a view
+            # from a custom function changed in place, as peft's AdaLoRA does.
+            output: Tensor = _FrozenProduct.apply(x.flatten(0, -2), self)
+            return output.unflatten(0, x.shape[:-1])
         return self._multiply(x)
 
     def product(self, x: Tensor) -> Tensor:

@@ -203,3 +203,12 @@ def test_a_build_whose_products_fail_takes_torchs(monkeypatch):
 
     monkeypatch.setattr(linear_module, "_onednn", refuses)
     assert not has_onednn.__wrapped__()
+
+
+def test_the_output_can_be_changed_in_place(frozen):
+    """peft's AdaLoRA adds its part to the output in place."""
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    output = frozen(x)
+    output += 1
+    output.sum().backward()
+    torch.testing.assert_close(x.grad, frozen.weight.sum(0).expand_as(x))
