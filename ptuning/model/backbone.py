@@ -15,18 +15,28 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.layer import Layer
 from ptuning.model.packed_attention import find_rows
 from ptuning.model.packing import Packing, find_packing, pack, pack_positions, unpack
-from ptuning.model.positions import Context, find_context, position_ids, visible_keys
+from ptuning.model.positions import (
+    ChatGLMCache,
+    Context,
+    find_context,
+    position_ids,
+    remember_context,
+    remembered_context,
+    visible_keys,
+)
 from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTable
 from ptuning.model.rotary import inverse_frequencies, rotation_at
 
-CONTEXT_ATTRIBUTE = "glm_context"  # where a cache keeps the Context of the rows it holds
+ATTENTIONS = ("eager", "sdpa")  # what `ptuning.model.attention` computes
+
+logger = logging.get_logger(__name__)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -38,6 +48,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = False
+    _can_compile_fullgraph = True  # with a static cache
     # transformers declares these lists as instance attributes, so that ClassVar would be an error.
     _no_split_modules = ["Layer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -111,7 +122,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -133,21 +144,22 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         layers and then the final output. With a packing (`packs` says where one can be taken) only
         the N needed tokens come back, (1, N, E); without, padding may come back as zeros.
         """
-        if inputs_embeds is not None:
-            raise ValueError(
-                "inputs_embeds are given; ChatGLM's positions come from the tokens: give input_ids."
-            )
+        input_ids = check_tokens(input_ids, inputs_embeds)
+        self._check_attention()
         if use_cache is None:
             use_cache = self.config.use_cache
         if self.training:
             use_cache = False  # nothing is generated while training
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+            # torch.export returns only what has a pytree, as transformers gives its own caches.
+            past_key_values = DynamicCache() if torch.compiler.is_exporting() else ChatGLMCache()
         wants_hidden_states = self._wants("output_hidden_states", output_hidden_states)
         wants_attentions = self._wants("output_attentions", output_attentions)
         returns_grid = packing is None
         if packing is None and self.packs(attention_mask, past_key_values, output_hidden_states):
             packing = _packing_of_padding(input_ids, attention_mask)
+        if position_ids is not None:
+            _check_positions(position_ids, input_ids)
         positions, visible = self._place(input_ids, attention_mask, position_ids, past_key_values)
         prefix = self.prefix_for(use_prefix, prefix_key_values)
         shared = self._layer_inputs(
@@ -162,7 +174,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if packing is not None:
             hidden_states = pack(hidden_states, packing)  # (1, T, E) until the end
         all_hidden_states, all_weights = [], []
-        for index, layer in enumerate(self.layers):
+        layers = self.layers[
+            : self.config.num_layers
+        ]  # fewer while generate drafts with an early exit
+        for index, layer in enumerate(layers):
             all_hidden_states.append(hidden_states)
             layer_prefix = None if prefix is None else prefix[index]
             hidden_states, weights = layer(
@@ -170,7 +185,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 shared,
                 layer_prefix,
                 past_key_values=past_key_values,
-                only_needed=index == len(self.layers) - 1,
+                only_needed=index == len(layers) - 1,
             )
             all_weights.append(weights)
         hidden_states = self.final_layernorm(hidden_states)
@@ -196,19 +211,27 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """
         return not (
             self._wants("output_hidden_states", output_hidden_states)
-            or _is_filled(past_key_values)
+            or is_filled(past_key_values)
             or _is_ready(attention_mask)
         )
 
     def _wants(self, name: str, given: bool | None) -> bool:
-        wanted = getattr(self.config, name, False) if given is None else given
+        wanted = bool(getattr(self.config, name, False) if given is None else given)
         if wanted and name == "output_attentions" and self.config._attn_implementation != "eager":
-            raise ValueError(
-                "output_attentions needs the weights, which "
-                f"{self.config._attn_implementation!r} attention never forms; load the model with "
-                "attn_implementation='eager'."
+            logger.warning_once(
+                "output_attentions: no weights are returned, since "
+                f"{self.config._attn_implementation!r} attention never forms them; load the model "
+                "with attn_implementation='eager'."
             )
-        return bool(wanted)
+            return False
+        return wanted
+
+    def _check_attention(self) -> None:
+        if self.config._attn_implementation not in ATTENTIONS:
+            raise ValueError(
+                f"attn_implementation is {self.config._attn_implementation!r}; ChatGLM has its own "
+                "attention: choose 'sdpa' (the default) or 'eager'."
+            )
 
     def prefix_for(
         self, use_prefix: bool, prefix_key_values: Sequence[Tensor] | None = None
@@ -265,10 +288,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def _check_prefix(self, prefix: Sequence[Tensor], *, num_rows: int) -> None:
         """Refuse prefix keys and values that another model, or another batch, was meant to get."""
         config = self.config
-        if len(prefix) != config.num_layers:
+        if len(prefix) != len(self.layers):
             raise ValueError(
                 f"prefix_key_values has {len(prefix)} layers; this model needs "
-                f"{config.num_layers}: compute it with this model's prefix_for(True)."
+                f"{len(self.layers)}: compute it with this model's prefix_for(True)."
             )
         shape = tuple(prefix[0].shape)
         heads = (config.num_attention_heads, config.head_dim)
@@ -292,32 +315,60 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             return given_positions, attention_mask
         num_queries, past = input_ids.shape[1], 0
         num_keys = num_queries
-        context: Context | None
         if past_key_values is not None:
             past = int(past_key_values.get_seq_length())  # a static cache counts in a tensor
             num_keys = past_key_values.get_mask_sizes(num_queries, 0)[0]
-        if past == 0:
-            context = self.find_context(input_ids, None if is_ready else attention_mask)
-            if past_key_values is not None:
-                setattr(past_key_values, CONTEXT_ATTRIBUTE, context)
-        else:
-            context = getattr(past_key_values, CONTEXT_ATTRIBUTE, None)
-        if given_positions is None:
-            if context is None or context.end.shape[0] != input_ids.shape[0]:
-                raise ValueError(
-                    "past_key_values is filled, but not by this model for these rows, so the 2-D "
-                    "positions of the new tokens are unknown; give position_ids (B, 2, S)."
-                )
-            given_positions = position_ids(context, past, num_queries)
+        mask = None if is_ready else attention_mask
+        if past and mask is not None and mask.shape[1] < past + num_queries:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns for {past} cached tokens and "
+                f"{num_queries} of this call; give one column for each."
+            )
+        context = None
+        if past == 0 or given_positions is None:
+            context = self._context_of(input_ids, mask, past_key_values, past)
+            if given_positions is None:
+                given_positions = position_ids(context, past, num_queries)
         if is_ready:
             return given_positions, attention_mask
-        if past > 0 and num_queries == 1 and attention_mask is None and num_keys == past + 1:
+        if past > 0 and num_queries == 1 and mask is None and num_keys == past + 1:
             return given_positions, None
-        # Behind a filled cache every token is past its context: plain causal order covers it.
-        end = torch.zeros_like(input_ids[:, 0])
-        if past == 0 and context is not None:
-            end = context.end
-        return given_positions, visible_keys(end, attention_mask, past, num_queries, num_keys)
+        # The second channel counts from <sop> on; what is cached is visible to every token.
+        end = past + (given_positions[:, 1] == 0).sum(dim=1) if context is None else context.end
+        return given_positions, visible_keys(end, mask, past, num_queries, num_keys)
+
+    def _context_of(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        past: int,
+    ) -> Context:
+        """Return the rows' context, and let the cache remember it.
+
+        What another program put in the cache (peft's PrefixTuning does) is a prefix of whole
+        prompts: every token sees it, and positions are counted without it.
+        """
+        if past_key_values is None:
+            return self.find_context(input_ids, attention_mask)
+        if past > 0:
+            context = remembered_context(past_key_values)
+            if context is not None and context.end.shape[0] == input_ids.shape[0]:
+                return context
+            context = self.find_context(
+                input_ids, None if attention_mask is None else attention_mask[:, past:]
+            )
+            if bool((context.end == input_ids.shape[1]).any()):
+                raise ValueError(
+                    "past_key_values is filled, but not by this model for these rows, and not "
+                    "every row of input_ids is a whole prompt with [gMASK] <sop>, so that the 2-D "
+                    "positions of the new tokens are unknown; give position_ids (B, 2, S)."
+                )
+            context = context.behind(past)
+        else:
+            context = self.find_context(input_ids, attention_mask)
+        remember_context(past_key_values, context)
+        return context
 
     def find_context(self, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
         """Find each row's context with this model's token ids."""
@@ -330,7 +381,33 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
 
 
-def _is_filled(past_key_values: Cache | None) -> bool:
+def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Return input_ids; ValueError where they are missing, have no cells or are not (B, S)."""
+    if inputs_embeds is not None or input_ids is None:
+        given = "no input_ids" if inputs_embeds is None else "inputs_embeds"
+        raise ValueError(
+            f"forward got {given}; ChatGLM's positions come from the tokens: give input_ids (B, S)."
+        )
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"input_ids is {tuple(input_ids.shape)}; give (B, S), at least one row of at least one "
+            "token."
+        )
+    return input_ids
+
+
+def _check_positions(given: Tensor, input_ids: Tensor) -> None:
+    num_rows, length = input_ids.shape
+    if given.dim() != 3 or given.shape[0] not in (1, num_rows) or given.shape[1:] != (2, length):
+        raise ValueError(
+            f"position_ids is {tuple(given.shape)} for input_ids {tuple(input_ids.shape)}; ChatGLM "
+            f"needs two channels, ({num_rows}, 2, {length}), or leave position_ids out: they are "
+            "derived from the tokens."
+        )
+
+
+def is_filled(past_key_values: Cache | None) -> bool:
+    """Say whether a cache holds tokens, or may hold some (a static one counts on the device)."""
     if past_key_values is None:
         return False
     length = past_key_values.get_seq_length()
@@ -338,8 +415,10 @@ def _is_filled(past_key_values: Cache | None) -> bool:
 
 
 def _packing_of_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Packing | None:
-    """Return how to leave padding out; None where there is none."""
+    """Return how to leave padding out; None where there is none, or a graph is being traced."""
     if attention_mask is None or attention_mask.shape != input_ids.shape:
+        return None
+    if torch.compiler.is_compiling():  # shapes that depend on the mask's values break a graph
         return None
     return None if bool(attention_mask.all()) else find_packing(attention_mask, None)
 

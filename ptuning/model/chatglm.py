@@ -3,6 +3,7 @@
 Shapes: B batch, S tokens of this call, L layers, H heads, P prefix, D head width, V vocabulary.
 """
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,18 +14,20 @@ from torch.nn import functional
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from ptuning.model.answer_loss import summed_loss
-from ptuning.model.backbone import ChatGLMModel, ChatGLMPreTrainedModel
+from ptuning.model.backbone import ChatGLMModel, ChatGLMPreTrainedModel, check_tokens, is_filled
 from ptuning.model.checkpoint_load import load_pretrained, prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import Linear
 from ptuning.model.packing import Packing, find_packing, pack
-from ptuning.model.positions import position_ids, visible_keys
+from ptuning.model.positions import Context, position_ids, remember_context, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder
 
 IGNORED_LABEL = -100  # torch's own ignore_index
+
+logger = logging.get_logger(__name__)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -108,7 +111,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -125,47 +128,63 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         tokens: Tensor | None = None,
         needed: Tensor | None = None,
         targets: Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits (B, S, V); with labels (B, S), the shifted loss instead and logits None.
+        """Return logits (B, S, V); with labels (B, S) the shifted loss as well.
 
         The arguments are ChatGLMModel.forward's. The loss is the mean over labels that are not -100
-        and whose preceding token is not padding, or their sum over num_items_in_batch.
+        and whose preceding token is not padding, or their sum over num_items_in_batch; shift_labels
+        (B, S), the label of the next token at each, take the place of labels. While training,
+        logits are None where there is a loss: only answer tokens pass the output head.
         logits_to_keep keeps the last n positions, 0 for all. tokens (T,), needed (N,) and targets
         (N,) hold what labels and attention_mask say, as indices
-        (`ptuning.data.collation.pad_right` makes them): with all three the host never waits for the
-        device; otherwise they are derived.
+        (`ptuning.data.collation.pad_right` makes them): with all three only the loss is computed,
+        and the host never waits for the device.
         """
-        packing, packs = None, False
-        if labels is not None:
-            packs = self.transformer.packs(attention_mask, past_key_values, output_hidden_states)
-            if tokens is None or needed is None or targets is None:
-                packing, targets = _pack_labels(labels, attention_mask)
-            else:
+        input_ids = check_tokens(input_ids, inputs_embeds)
+        next_labels = _next_labels(input_ids, labels, kwargs.pop("shift_labels", None))
+        _refuse_others(kwargs)
+        is_tracing = torch.compiler.is_compiling()
+        has_indices = tokens is not None and needed is not None and targets is not None
+        if not (has_indices or is_tracing or is_filled(past_key_values)):
+            self._warn_of_lost_loss(input_ids, attention_mask, next_labels)
+        packing = None
+        if next_labels is not None and not is_tracing:
+            if tokens is not None and needed is not None and targets is not None:
                 packing = Packing((input_ids.shape[0], input_ids.shape[1]), tokens, needed)
+            else:
+                packing, targets = _pack_labels(next_labels, attention_mask)
+        wants_logits = next_labels is None or not (self.training or has_indices)
+        packs = (
+            packing is not None
+            and not wants_logits
+            and self.transformer.packs(attention_mask, past_key_values, output_hidden_states)
+        )
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=use_cache if labels is None else False,
+            use_cache=use_cache if next_labels is None else False,
             use_prefix=use_prefix,
             prefix_key_values=prefix_key_values,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            inputs_embeds=inputs_embeds,
             packing=packing if packs else None,
             return_dict=True,
         )
         hidden_states = outputs.last_hidden_state  # (B, S, E), or packed (1, N, E)
         logits = loss = None
         if packing is not None and targets is not None:
-            if not packs:
-                hidden_states = pack(hidden_states, packing, only_needed=True)
-            loss = self._answer_loss(hidden_states.squeeze(0), targets, num_items_in_batch)
-        elif isinstance(logits_to_keep, int):
-            logits = self.lm_head(hidden_states[:, -logits_to_keep:])
-        else:
-            logits = self.lm_head(hidden_states[:, logits_to_keep])
+            answers = hidden_states if packs else pack(hidden_states, packing, only_needed=True)
+            loss = self._answer_loss(answers.squeeze(0), targets, num_items_in_batch)
+        elif next_labels is not None:
+            loss = self._grid_loss(hidden_states, next_labels, attention_mask, num_items_in_batch)
+        if wants_logits:
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = self.lm_head(hidden_states[:, kept])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -173,6 +192,49 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _warn_of_lost_loss(
+        self, input_ids: Tensor, attention_mask: Tensor | None, next_labels: Tensor | None
+    ) -> None:
+        """Warn, once each, of tokens whose prediction means nothing: others see them already."""
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            return
+        end = self.transformer.find_context(input_ids, attention_mask).end[:, None]
+        num_columns = input_ids.shape[1]
+        if bool((end == num_columns).any()):
+            logger.warning_once(
+                "A row of input_ids has no <sop> (id %s), so that all of it is context: each token "
+                "sees those after it, and neither probabilities nor a loss on them mean anything. "
+                "Encode a question and its answer with this model's tokenizer as a pair, "
+                "tokenizer(question, answer).",
+                self.config.bos_token_id,
+            )
+        if next_labels is None:
+            return
+        columns = torch.arange(num_columns, device=input_ids.device)
+        on_context = (next_labels != IGNORED_LABEL) & (columns + 1 < end) & (end < num_columns)
+        if bool(on_context.any()):
+            logger.warning_once(
+                "Labels are on tokens of the context (before <sop>, id %s), which already see each "
+                "other: the loss on them means nothing. Set these labels to -100.",
+                self.config.bos_token_id,
+            )
+
+    def _grid_loss(
+        self,
+        hidden_states: Tensor,
+        next_labels: Tensor,
+        attention_mask: Tensor | None,
+        num_items_in_batch: int | Tensor | None,
+    ) -> Tensor:
+        """Return the loss of hidden_states (B, S, E) without a shape that depends on the labels."""
+        if attention_mask is not None and attention_mask.shape == next_labels.shape:
+            next_labels = next_labels.masked_fill(attention_mask == 0, IGNORED_LABEL)
+        logits = self.lm_head(hidden_states).flatten(0, 1).float()  # (B * S, V)
+        total = functional.cross_entropy(logits, next_labels.flatten(), reduction="sum")
+        if num_items_in_batch is None:
+            num_items_in_batch = (next_labels != IGNORED_LABEL).sum()
+        return total / num_items_in_batch
 
     def _answer_loss(
         self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None = None
@@ -286,24 +348,26 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         num_all = input_ids.shape[1]
         num_new = num_all if next_sequence_length is None else int(next_sequence_length)
         first_new = num_all - num_new
-        context = self.transformer.find_context(input_ids, attention_mask)
-        if is_first_iteration and past_key_values is not None:
-            num_cached = int(past_key_values.get_seq_length())
-            if num_cached and (num_cached != first_new or bool((context.end > num_cached).any())):
-                raise ValueError(
-                    f"past_key_values holds {num_cached} tokens, which are not the whole context "
-                    f"of these {num_all}; every token sees the whole context, so leave "
-                    "past_key_values out, or give the tokens it holds and those after them."
+        positions = None
+        if past_key_values is not None and (is_first_iteration or past_key_values.is_compileable):
+            context = self.transformer.find_context(input_ids, attention_mask)
+            if is_first_iteration:
+                _check_cached(past_key_values, context, first_new, num_all)
+                remember_context(past_key_values, context)
+            if past_key_values.is_compileable:
+                positions = position_ids(context, first_new, num_new)
+                num_keys = past_key_values.get_mask_sizes(num_new, 0)[0]
+                attention_mask = visible_keys(
+                    context.end, attention_mask, first_new, num_new, num_keys
                 )
         inputs = {
-            key: value for key, value in kwargs.items() if value is not None and key != "labels"
+            key: value
+            for key, value in kwargs.items()
+            if value is not None and key != "labels" and key in _FORWARD_ARGUMENTS
         }
-        if past_key_values is not None and past_key_values.is_compileable:
-            num_keys = past_key_values.get_mask_sizes(num_new, 0)[0]
-            attention_mask = visible_keys(context.end, attention_mask, first_new, num_new, num_keys)
         inputs.update(
             input_ids=input_ids[:, first_new:].contiguous(),
-            position_ids=position_ids(context, first_new, num_new),
+            position_ids=positions,  # None: from the context that the cache remembers
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -311,10 +375,54 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return inputs
 
 
-def _pack_labels(labels: Tensor, attention_mask: Tensor | None) -> tuple[Packing, Tensor]:
-    """Return how labels (B, S) pack, needed where the next token has one, and those labels (N,)."""
-    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # (B, S)
-    if attention_mask is None or attention_mask.shape != labels.shape:
-        attention_mask = torch.ones_like(labels)
-    packing = find_packing(attention_mask, shifted != IGNORED_LABEL)
-    return packing, shifted.flatten()[packing.tokens][packing.needed]
+# generate hands some of its own arguments on, such as the tokenizer of stop_strings.
+_FORWARD_ARGUMENTS = frozenset(
+    inspect.signature(ChatGLMForConditionalGeneration.forward).parameters
+)
+
+
+def _check_cached(past_key_values: Cache, context: Context, first_new: int, num_all: int) -> None:
+    """Refuse a cache that ends inside the context, or elsewhere than where the new tokens begin."""
+    num_cached = int(past_key_values.get_seq_length())
+    if num_cached and (num_cached != first_new or bool((context.end > num_cached).any())):
+        raise ValueError(
+            f"past_key_values holds {num_cached} tokens, which are not the whole context "
+            f"of these {num_all}; every token sees the whole context, so leave "
+            "past_key_values out, or give the tokens it holds and those after them."
+        )
+
+
+def _next_labels(
+    input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None
+) -> Tensor | None:
+    """Return the label (B, S) of each token's next token, None without labels."""
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is not None and given.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} is {tuple(given.shape)} for input_ids {tuple(input_ids.shape)}; give one "
+                f"label for each token, {IGNORED_LABEL} where there is none."
+            )
+    if shift_labels is not None:
+        return shift_labels
+    if labels is None:
+        return None
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def _refuse_others(given: dict[str, Any]) -> None:
+    """Refuse arguments of other models' forward."""
+    names = sorted(name for name, value in given.items() if value is not None)
+    if names:
+        raise ValueError(
+            f"forward got {', '.join(names)}, which ChatGLM does not take; leave it out. Several "
+            "rows packed into one (packing, padding-free batches, generate_batch) cannot be told "
+            "apart: give rows (B, S) with an attention_mask."
+        )
+
+
+def _pack_labels(next_labels: Tensor, attention_mask: Tensor | None) -> tuple[Packing, Tensor]:
+    """Return how next_labels (B, S) pack, needed where there is one, and those labels (N,)."""
+    if attention_mask is None or attention_mask.shape != next_labels.shape:
+        attention_mask = torch.ones_like(next_labels)
+    packing = find_packing(attention_mask, next_labels != IGNORED_LABEL)
+    return packing, next_labels.flatten()[packing.tokens][packing.needed]

@@ -8,10 +8,13 @@ Source: Du et al. 2021, https://arxiv.org/abs/2103.10360, sections 2.1 and 2.3.
 Shapes: B batch, S tokens of this call, K key columns without the prefix.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+KEEPER_ATTRIBUTE = "glm_context"  # of a cache: its ContextKeeper
 
 
 class Context(NamedTuple):
@@ -20,6 +23,80 @@ class Context(NamedTuple):
     start: Tensor  # (B,) first column that is not left padding
     end: Tensor  # (B,) column of <sop>, the first causal token; the number of columns without one
     mask_position: Tensor  # (B,) first-channel position of every token from <sop> on
+
+    def behind(self, num_columns: int) -> "Context":
+        """Return the same rows with num_columns more columns in front of them."""
+        return Context(self.start + num_columns, self.end + num_columns, self.mask_position)
+
+
+class ContextKeeper:
+    """What moves a cache's rows, and with them their context.
+
+    `ChatGLMCache` is one. Any other cache is given one, whose methods take the place of its own. It
+    refers to the cache's layers, not to the cache: in a reference cycle the keys and values would
+    stay in memory until the garbage collector runs.
+    """
+
+    layers: list[Any]
+    context: Context | None = None  # of the rows in the cache
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i be what row beam_idx[i] was."""
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, by number or as a bool mask."""
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row this many times, its copies next to each other."""
+        for layer in self.layers:
+            layer.batch_repeat_interleave(repeats)
+        if self.context is not None:
+            self.context = Context(*(part.repeat_interleave(repeats) for part in self.context))
+
+    def _select(self, rows: Tensor) -> None:
+        if self.context is not None:
+            rows = torch.as_tensor(rows, device=self.context.end.device)
+            self.context = Context(*(part[rows] for part in self.context))
+
+
+class ChatGLMCache(ContextKeeper, DynamicCache):  # type: ignore[misc]
+    """The cache that the model makes when none is given."""
+
+
+def remember_context(cache: Cache, context: Context) -> None:
+    """Let a cache keep the context of the rows in it.
+
+    While a graph is traced, only a cache that has a keeper already can take it.
+    """
+    keeper = _keeper_of(cache)
+    if keeper is None:
+        if torch.compiler.is_compiling():
+            return
+        keeper = ContextKeeper()
+        keeper.layers = cache.layers
+        setattr(cache, KEEPER_ATTRIBUTE, keeper)
+        for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
+            setattr(cache, name, getattr(keeper, name))
+    keeper.context = context
+
+
+def remembered_context(cache: Cache) -> Context | None:
+    """Return the context of the rows in a cache; None where this model did not fill it."""
+    keeper = _keeper_of(cache)
+    return None if keeper is None else keeper.context
+
+
+def _keeper_of(cache: Cache) -> ContextKeeper | None:
+    if isinstance(cache, ContextKeeper):
+        return cache
+    keeper: ContextKeeper | None = getattr(cache, KEEPER_ATTRIBUTE, None)
+    return keeper
 
 
 def find_context(

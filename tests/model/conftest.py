@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizer
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 
+NANO = Path(ptuning.__file__).parent / "nano" / "weights"
 PAD, MASK, GMASK, SOP, EOP = 3, 60, 61, 62, 63  # of the small model
 
 
@@ -51,6 +52,13 @@ def tiny_with_prefix(
     """chatglm-tiny with its golden prefix."""
     ptuning.load_prefix(tiny, golden / "chatglm-tiny" / "prefix.safetensors")
     return tiny
+
+
+@pytest.fixture(scope="session")
+def loaded_nano() -> tuple[ChatGLMForConditionalGeneration, PreTrainedTokenizer]:
+    """The shipped model in float32 and its tokenizer; tests leave both as they are."""
+    model = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(NANO)
 
 
 @pytest.fixture

@@ -344,3 +344,30 @@ def test_answers_end_at_eop_and_are_padded(small: Model, left_padded: dict[str, 
         length = unending.index(end) + 1 if end in unending else len(answer)
         assert answer[:length] == unending[:length]
         assert set(answer[length:]) <= {PAD}
+
+
+def test_stop_strings_end_the_answer(loaded_nano: Any) -> None:
+    """transformers hands the tokenizer on to the model's own arguments."""
+    model, tokenizer = loaded_nano
+    prompt = tokenizer("你好！", return_tensors="pt")
+    whole = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    text = tokenizer.decode(whole[0, prompt["input_ids"].shape[1] :])
+    stop = text[2:4]
+    stopped = model.generate(
+        **prompt, max_new_tokens=12, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
+    )
+    answer = tokenizer.decode(stopped[0, prompt["input_ids"].shape[1] :])
+    assert answer.endswith(stop)
+    assert text.startswith(answer)
+    assert len(answer) < len(text)
+
+
+@pytest.mark.parametrize("use_prefix", [True, False])
+def test_an_early_exit_drafts_and_leaves_the_model_whole(
+    small: Model, prompts: list[list[int]], use_prefix: bool
+) -> None:
+    prompt = {"input_ids": torch.tensor(prompts[:1])}
+    wanted = greedy(small, prompt, use_prefix=use_prefix)
+    assert greedy(small, prompt, use_prefix=use_prefix, assistant_early_exit=2) == wanted
+    assert small.config.num_layers == 3
+    assert greedy(small, prompt, use_prefix=use_prefix) == wanted

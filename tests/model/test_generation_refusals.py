@@ -14,11 +14,6 @@ from tests.model.conftest import GMASK
 Model = ChatGLMForConditionalGeneration
 
 
-def test_attentions_without_eager_are_refused(small: Model, left_padded: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="attn_implementation='eager'"):
-        small(**left_padded, output_attentions=True)
-
-
 @torch.no_grad()
 def test_a_filled_cache_of_someone_else_needs_positions(
     small: Model, prompts: list[list[int]]
@@ -35,9 +30,10 @@ def test_a_filled_cache_of_someone_else_needs_positions(
 
 
 @torch.no_grad()
-def test_a_cache_of_other_rows_needs_positions(small: Model, prompts: list[list[int]]) -> None:
+def test_a_cache_of_another_number_of_rows_needs_positions(
+    small: Model, prompts: list[list[int]]
+) -> None:
     cache = small(torch.tensor(prompts[:1]), use_cache=True).past_key_values
-    cache.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match=r"not by this model for these rows"):
         small(torch.tensor([[31], [32]]), past_key_values=cache)
 

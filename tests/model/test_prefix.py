@@ -322,7 +322,8 @@ def test_the_loss_is_the_shifted_cross_entropy(
         logits = small(
             **{name: value for name, value in training_batch.items() if name != "labels"}
         ).logits
-    assert output.logits is None
+    torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=1e-5)
+    assert small.train()(**training_batch).logits is None
     wanted = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), training_batch["labels"][:, 1:].flatten()
     )

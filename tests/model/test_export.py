@@ -1,0 +1,99 @@
+"""The whole model as one graph: torch.export, torch.compile(fullgraph=True), static caches."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+
+Model = ChatGLMForConditionalGeneration
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: Model) -> Any:
+    """Every rule of the compiler, without its code generation: what breaks a graph breaks here."""
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+def same_where_real(found: Tensor, wanted: Tensor, batch: dict[str, Tensor]) -> None:
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[real], wanted[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_has_the_same_logits(
+    small: Model, left_padded: dict[str, Tensor], strict: bool
+) -> None:
+    given = {**left_padded, "use_cache": False}
+    with torch.no_grad():
+        program = torch.export.export(small, (), kwargs=given, strict=strict)
+        same_where_real(program.module()(**given).logits, small(**given).logits, left_padded)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("how", ["export", "compile"])
+def test_the_loss_of_one_graph_is_the_same(
+    small: Model, training_batch: dict[str, Tensor], how: str, mode: str
+) -> None:
+    getattr(small, mode)()
+    small.prefix_encoder.dropout = 0.0
+    given = {**training_batch, "use_cache": False}
+    wanted = small(**given)
+    graph = (
+        torch.export.export(small, (), kwargs=given, strict=False).module()
+        if how == "export"
+        else compiled(small)
+    )
+    torch.testing.assert_close(graph(**given).loss, wanted.loss, atol=1e-5, rtol=1e-5)
+    by_count = compiled(small)(**given, num_items_in_batch=7).loss
+    torch.testing.assert_close(
+        by_count, small(**given, num_items_in_batch=7).loss, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_one_graph_gives_the_same_gradient(small: Model, training_batch: dict[str, Tensor]) -> None:
+    small.train().freeze_base()
+    small.prefix_encoder.dropout = 0.0
+    table = small.prefix_encoder.embedding.weight
+    (wanted,) = torch.autograd.grad(small(**training_batch).loss, table)
+    (found,) = torch.autograd.grad(compiled(small)(**training_batch).loss, table)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_made_in_the_graph_continues_and_moves_its_rows(
+    small: Model, left_padded: dict[str, Tensor]
+) -> None:
+    output = compiled(small)(**left_padded)
+    same_where_real(output.logits, small(**left_padded).logits, left_padded)
+    order = torch.tensor([2, 0, 3, 1])
+    output.past_key_values.reorder_cache(order)
+    ids = torch.nn.functional.pad(left_padded["input_ids"][order], (0, 1), value=30)
+    mask = torch.nn.functional.pad(left_padded["attention_mask"][order], (0, 1), value=1)
+    found = small(ids[:, -1:], attention_mask=mask, past_key_values=output.past_key_values).logits
+    wanted = small(ids, attention_mask=mask).logits[:, -1:]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str
+)
+def test_generate_with_a_compiled_forward_is_the_same(
+    small: Model, left_padded: dict[str, Tensor], options: dict[str, Any]
+) -> None:
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    wanted = small.generate(**left_padded, **settings)
+    small.forward = torch.compile(small.forward, backend="eager")
+    assert small.generate(**left_padded, **settings).equal(wanted)
+
+
+def test_static_caches_are_declared_to_compile() -> None:
+    assert Model._can_compile_fullgraph
