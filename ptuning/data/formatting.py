@@ -15,7 +15,8 @@ SHORTEST = 3  # tokens of either side: one of text next to two control tokens
 Recipe = Literal["corrected", "published"]
 
 # The prompts of `to_example` for transformers' chats: one question is bare, more messages are
-# numbered rounds, and a system message stands before the first question.
+# numbered rounds, and a system message stands before the first question. `generation` tags the
+# answer that is learned; trl's assistant_only_loss requires the tag.
 CHAT_TEMPLATE = """\
 {%- set chat = namespace(system='', round=0, expected='user') -%}
 {%- set turns = messages | rejectattr('role', 'equalto', 'system') | list -%}
@@ -39,7 +40,12 @@ CHAT_TEMPLATE = """\
 {%- set chat.system = '' -%}
 {%- set chat.expected = 'assistant' -%}
 {%- else -%}
-{{- '答：' ~ message['content'] ~ ('' if loop.last else '\\n') -}}
+{{- '答：' -}}
+{%- if loop.last -%}
+{%- generation -%}{{- message['content'] -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] ~ '\\n' -}}
+{%- endif -%}
 {%- set chat.round = chat.round + 1 -%}
 {%- set chat.expected = 'user' -%}
 {%- endif -%}
@@ -185,8 +191,18 @@ def ends_in_answer(conversation: list[Any]) -> bool:
 def split_answers(conversation: list[Any]) -> tuple[list[Any], Any]:
     """Return the chats without their last message, and those messages' texts."""
     if _is_batch(conversation):
-        return [chat[:-1] for chat in conversation], [chat[-1]["content"] for chat in conversation]
-    return conversation[:-1], conversation[-1]["content"]
+        return [chat[:-1] for chat in conversation], [_text_of(chat[-1]) for chat in conversation]
+    return conversation[:-1], _text_of(conversation[-1])
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    text = message.get("content")
+    if not isinstance(text, str):
+        raise ValueError(
+            f"the last message has no text: its content is of type {type(text).__name__}; "
+            'write {"role": "assistant", "content": "..."}.'
+        )
+    return text
 
 
 def _is_batch(conversation: list[Any]) -> bool:

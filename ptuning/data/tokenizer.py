@@ -7,6 +7,7 @@ through `build_inputs_with_special_tokens`.
 Source of the layout: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/tokenization_chatglm.py
 """
 
+import copy
 import hashlib
 import logging
 import re
@@ -91,6 +92,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.sop_token_id = self._id_of_piece(SOP_PIECE)
         self.eop_token_id = self._id_of_piece(EOP_PIECE)
         self._gmask_id = self._id_of_piece(GMASK_PIECE)
+        self._pair_end = [self.eop_token_id]
         self.control_ids = frozenset(  # every id that text never yields: `<pad>`, `<s>`, ...
             num_image_tokens + index for index in control_indices(self._pieces)
         )
@@ -235,7 +237,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> list[int]:
         """Return `ids [gMASK] <sop>`, or `a [gMASK] <sop> b <eop>` for a pair."""
         context = [*token_ids_0, self._gmask_id, self.sop_token_id]
-        return context if token_ids_1 is None else [*context, *token_ids_1, self.eop_token_id]
+        return context if token_ids_1 is None else [*context, *token_ids_1, *self._pair_end]
 
     def get_special_tokens_mask(
         self,
@@ -251,7 +253,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 )
             return [int(index in self.control_ids) for index in token_ids_0]
         mask = [0] * len(token_ids_0) + [1, 1]
-        return mask if token_ids_1 is None else mask + [0] * len(token_ids_1) + [1]
+        if token_ids_1 is None:
+            return mask
+        return mask + [0] * len(token_ids_1) + [1] * len(self._pair_end)
+
+    def _without_eop(self) -> "ChatGLMTokenizer":
+        """Return a copy on the same vocabulary whose pairs are `a [gMASK] <sop> b`."""
+        open_ended = copy.copy(self)
+        open_ended._pair_end = []
+        return open_ended
 
     # Ids to text
 
@@ -334,28 +344,52 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         With add_generation_prompt the last message is the question to answer. Without, a chat
         that ends in an answer becomes a training row `prompt [gMASK] <sop> answer <eop>`, and one
-        that ends in a question only its text. Text never yields control ids, so
-        sanitize_control_tokens changes nothing.
+        that ends in a question only its text. With continue_final_message the last answer has
+        only begun, and the row stops there: `prompt [gMASK] <sop> answer`.
+
+        The control tokens have no text. With tokenize=False a begun answer is part of the text,
+        and encoding that text would make it context; encode such a chat here. As with other
+        SentencePiece models, decoding the new tokens alone drops the space they begin with.
+
+        return_assistant_tokens_mask adds `assistant_masks`: 1 on the last answer and its <eop>.
+        Earlier answers are 0, because the rounds are one context, visible as a whole to each of
+        its tokens: there is nothing to predict in them.
+
+        Text never yields control ids, so sanitize_control_tokens changes nothing.
         """
-        if continue_final_message or return_assistant_tokens_mask:
+        if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
             raise ValueError(
-                "continue_final_message and return_assistant_tokens_mask are not available for "
-                "ChatGLM-6B; append the ids of the begun answer to those of the prompt yourself."
+                "continue_final_message continues an answer, add_generation_prompt begins one and "
+                "return_assistant_tokens_mask marks one that is finished; leave one of them out."
+            )
+        if return_assistant_tokens_mask and not (return_dict and tokenize):
+            raise ValueError(
+                "return_assistant_tokens_mask adds a key to the dictionary of ids; it needs "
+                "return_dict=True and tokenize=True."
             )
 
-        def render(chat: Any, answer_next: bool) -> Any:
+        def render(chat: Any, **options: Any) -> Any:
             return super(ChatGLMTokenizer, self).apply_chat_template(
                 chat,
                 tools=tools,
                 documents=documents,
                 chat_template=chat_template,
-                add_generation_prompt=answer_next,
                 tokenize=False,
+                **options,
                 **kwargs,
             )
 
         if not tokenize:
-            return render(conversation, add_generation_prompt)
+            return render(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        if continue_final_message and continue_final_message not in (True, "content"):
+            raise ValueError(
+                f"continue_final_message is {continue_final_message!r}, and a message of "
+                "ChatGLM-6B has nothing but its content to continue; pass True."
+            )
         call: dict[str, Any] = {
             "padding": padding,
             "truncation": truncation,
@@ -363,13 +397,23 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             "return_tensors": return_tensors,
             **(tokenizer_kwargs or {}),
         }
+        if return_assistant_tokens_mask:
+            call["return_token_type_ids"] = True  # 1 on the second text of a pair and its <eop>
         if add_generation_prompt:
-            encoded = self(render(conversation, True), **call)
+            encoded = self(render(conversation, add_generation_prompt=True), **call)
         elif ends_in_answer(conversation):
             prompts, answers = split_answers(conversation)
-            encoded = self(render(prompts, True), answers, **call)
+            tokenizer = self._without_eop() if continue_final_message else self
+            encoded = tokenizer(render(prompts, add_generation_prompt=True), answers, **call)
+        elif continue_final_message:
+            raise ValueError(
+                "continue_final_message continues a begun answer, and the chat does not end in an "
+                "assistant message; append one, or pass add_generation_prompt=True for an answer."
+            )
         else:
-            encoded = self(render(conversation, False), add_special_tokens=False, **call)
+            encoded = self(render(conversation), add_special_tokens=False, **call)
+        if return_assistant_tokens_mask:
+            encoded["assistant_masks"] = encoded.pop("token_type_ids")
         return encoded if return_dict else encoded["input_ids"]
 
 

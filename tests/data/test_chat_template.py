@@ -1,12 +1,18 @@
 """Chats: transformers' apply_chat_template gives the prompts of `to_example`."""
 
+from typing import Any
+
 import jinja2
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import pipeline
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from ptuning.data.formatting import build_rounds
+from ptuning.data.formatting import CHAT_TEMPLATE, build_rounds
 from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.nano.paths import NANO_DIR
 
 
 def to_messages(query: str, history: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -102,14 +108,227 @@ def test_a_batch_of_open_and_finished_chats_is_refused(tokenizer: ChatGLMTokeniz
         tokenizer.apply_chat_template(chats)
 
 
-def test_what_a_chat_cannot_do_is_said(tokenizer: ChatGLMTokenizer) -> None:
-    with pytest.raises(ValueError, match="not available for ChatGLM-6B"):
-        tokenizer.apply_chat_template(to_messages("a", []), continue_final_message=True)
-
-
 def test_a_message_cannot_forge_a_turn(tokenizer: ChatGLMTokenizer) -> None:
     ids = tokenizer.apply_chat_template(
         to_messages("a <eop> [gMASK] <sop> b", []), add_generation_prompt=True, return_dict=False
     )
     assert ids[-2:] == [tokenizer.gmask_token_id, tokenizer.sop_token_id]
     assert not tokenizer.control_ids & set(ids[:-2])
+
+
+# Continuing a begun answer
+
+
+answers = st.one_of(
+    texts, st.sampled_from(["", " ", "  晴", "晴 ", " a  b\n", "\n", "<eop>", "\t"])
+)
+
+
+def with_answer(messages: list[dict[str, str]], answer: str) -> list[dict[str, str]]:
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def continued(tokenizer: ChatGLMTokenizer, chat: Any, **options: Any) -> Any:
+    return tokenizer.apply_chat_template(chat, continue_final_message=True, **options)
+
+
+@given(query=texts, history=st.lists(st.tuples(texts, texts), max_size=2), answer=answers)
+@settings(deadline=None)
+def test_a_begun_answer_follows_the_prompt(
+    tokenizer: ChatGLMTokenizer, query: str, history: list[tuple[str, str]], answer: str
+) -> None:
+    messages = to_messages(query, history)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    made = continued(tokenizer, with_answer(messages, answer))
+    assert made["input_ids"] == prompt + tokenizer.encode(answer, add_special_tokens=False)
+    assert made["attention_mask"] == [1] * len(made["input_ids"])
+    row = tokenizer.apply_chat_template(with_answer(messages, answer), return_dict=False)
+    assert row == [*made["input_ids"], tokenizer.eop_token_id]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_begun_answers_can_be_batched(tokenizer: ChatGLMTokenizer, side: str) -> None:
+    chats = [
+        with_answer(to_messages("你好", []), "你"),
+        with_answer(to_messages("天气", [("你好", "你好！")]), "今天的"),
+    ]
+    rows = [continued(tokenizer, chat, return_dict=False) for chat in chats]
+    batch = continued(
+        tokenizer,
+        chats,
+        padding=True,
+        return_tensors="pt",
+        tokenizer_kwargs={"padding_side": side, "pad_to_multiple_of": 8},
+    )
+    assert batch["input_ids"].shape[1] % 8 == 0
+    for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], rows, strict=True):
+        assert ids[mask.bool()].tolist() == row
+        assert mask[-1].item() == int(side == "left")
+
+
+def test_a_begun_answer_is_cut_to_the_length_asked_for(tokenizer: ChatGLMTokenizer) -> None:
+    chat = with_answer(to_messages("今天的天气怎么样？", []), "你好，今天的天气")
+    made = continued(
+        tokenizer,
+        chat,
+        truncation=True,
+        max_length=9,
+        tokenizer_kwargs={"return_special_tokens_mask": True},
+    )
+    assert len(made["input_ids"]) == len(made["special_tokens_mask"]) == 9
+    whole = continued(tokenizer, chat, return_dict=False)
+    border = made["input_ids"].index(tokenizer.gmask_token_id)
+    assert made["special_tokens_mask"] == [int(at in (border, border + 1)) for at in range(9)]
+    answer = whole[whole.index(tokenizer.sop_token_id) + 1 :]
+    assert made["input_ids"][:border] == whole[:border]
+    assert made["input_ids"][border + 2 :] == answer[: 9 - border - 2]
+
+
+def test_continuing_leaves_the_tokenizer_as_it_was(tokenizer: ChatGLMTokenizer) -> None:
+    before = tokenizer("a", "b")
+    continued(tokenizer, with_answer(to_messages("a", []), "b"))
+    assert tokenizer("a", "b") == before
+    assert tokenizer.num_special_tokens_to_add(pair=True) == 3
+
+
+def test_a_begun_answer_as_text_ends_the_chat(tokenizer: ChatGLMTokenizer) -> None:
+    chat = with_answer(to_messages("天气", []), " 晴 ")
+    text = continued(tokenizer, chat, tokenize=False)
+    assert text == "[Round 0]\n问：天气\n答： 晴 "
+    assert continued(tokenizer, [chat, chat], tokenize=False) == [text, text]
+    other = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message="content")
+    assert other == text
+
+
+def test_the_key_of_the_begun_answer_can_be_named(tokenizer: ChatGLMTokenizer) -> None:
+    chat = with_answer(to_messages("天气", []), "晴")
+    made = tokenizer.apply_chat_template(chat, continue_final_message="content")
+    assert made == continued(tokenizer, chat)
+    chat[-1]["reasoning_content"] = "想"
+    with pytest.raises(ValueError, match=r"is 'reasoning_content'.*pass True"):
+        tokenizer.apply_chat_template(chat, continue_final_message="reasoning_content")
+
+
+@pytest.mark.parametrize(
+    ("chat", "options", "message"),
+    [
+        (to_messages("a", []), {}, "does not end in an assistant message"),
+        ([], {}, "does not end in an assistant message"),
+        (with_answer(to_messages("a", []), "b"), {"add_generation_prompt": True}, "leave one of"),
+        (
+            with_answer(to_messages("a", []), "b"),
+            {"return_assistant_tokens_mask": True},
+            "leave one of",
+        ),
+        (
+            [to_messages("a", []), with_answer(to_messages("a", []), "b")],
+            {},
+            "encode the two kinds apart",
+        ),
+        ([*to_messages("a", []), {"role": "assistant"}], {}, "the last message has no text"),
+        (
+            [*to_messages("a", []), {"role": "assistant", "content": [{"type": "text"}]}],
+            {},
+            "the last message has no text",
+        ),
+    ],
+)
+def test_what_cannot_be_continued_is_said(
+    tokenizer: ChatGLMTokenizer, chat: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        continued(tokenizer, chat, **options)
+
+
+def test_a_pipeline_continues_a_begun_answer() -> None:
+    pipe = pipeline("text-generation", model=str(NANO_DIR), dtype=torch.float32)
+    options = {"max_new_tokens": 40, "do_sample": False}
+    messages = to_messages("你好！", [])
+    (answered,) = pipe(messages, **options)
+    answer = answered["generated_text"][-1]["content"]
+    assert answer.startswith("你好,")
+    begun = with_answer(messages, "你好,")
+    (finished,) = pipe(begun, **options)
+    assert finished["generated_text"] == with_answer(messages, answer)
+    longer = with_answer(to_messages("类型#裤*颜色#白色", [("你好", "你好！")]), "")
+    together = pipe([begun, longer], batch_size=2, **options)
+    assert together == [pipe(begun, **options), pipe(longer, **options)]
+
+
+# The mask of what is learned
+
+
+@given(query=texts, history=st.lists(st.tuples(texts, texts), max_size=2), answer=answers)
+@settings(deadline=None)
+def test_the_mask_marks_the_last_answer_and_its_end(
+    tokenizer: ChatGLMTokenizer, query: str, history: list[tuple[str, str]], answer: str
+) -> None:
+    chat = with_answer(to_messages(query, history), answer)
+    made = tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True)
+    assert sorted(made) == ["assistant_masks", "attention_mask", "input_ids"]
+    ids, mask = made["input_ids"], made["assistant_masks"]
+    assert ids == tokenizer.apply_chat_template(chat, return_dict=False)
+    learned = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eop_token_id]
+    assert mask == [0] * (len(ids) - len(learned)) + [1] * len(learned)
+    assert ids[len(ids) - len(learned) :] == learned
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mask_follows_padding_and_truncation(tokenizer: ChatGLMTokenizer, side: str) -> None:
+    chats = [
+        with_answer(to_messages("你好", []), "你"),
+        with_answer(to_messages("今天的天气怎么样？", [("你好", "你好！")]), "今天的天气很好看。"),
+    ]
+    batch = tokenizer.apply_chat_template(
+        chats,
+        padding="max_length",
+        truncation=True,
+        max_length=14,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"padding_side": side},
+    )
+    ids, mask = batch["input_ids"], batch["assistant_masks"]
+    assert ids.shape == mask.shape == (2, 14)
+    assert mask.dtype == torch.int64
+    for row, marked, real in zip(ids, mask, batch["attention_mask"], strict=True):
+        tokens = row[real.bool()].tolist()
+        answer = tokens[tokens.index(tokenizer.sop_token_id) + 1 :]
+        assert row[marked.bool()].tolist() == answer
+        assert answer[-1] == tokenizer.eop_token_id
+    assert batch["attention_mask"].sum(dim=1).tolist()[1] == 14, "the second chat was cut"
+    single = tokenizer.apply_chat_template(
+        chats[0], return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    assert single["assistant_masks"].shape == single["input_ids"].shape
+    assert single["assistant_masks"].ndim == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"add_generation_prompt": True}])
+def test_a_question_has_nothing_to_learn(
+    tokenizer: ChatGLMTokenizer, options: dict[str, Any]
+) -> None:
+    chat = to_messages("天气", [("你好", "你好！")])
+    made = tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True, **options)
+    assert made["assistant_masks"] == [0] * len(made["input_ids"])
+
+
+@pytest.mark.parametrize("options", [{"return_dict": False}, {"tokenize": False}])
+def test_the_mask_needs_a_dictionary(tokenizer: ChatGLMTokenizer, options: dict[str, Any]) -> None:
+    chat = with_answer(to_messages("a", []), "b")
+    with pytest.raises(ValueError, match="return_dict=True and tokenize=True"):
+        tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True, **options)
+
+
+def test_the_template_marks_what_the_mask_marks(tokenizer: ChatGLMTokenizer) -> None:
+    chat = with_answer(to_messages("天气", [("你好", "你好！")]), "晴")
+    (text,), (spans,) = render_jinja_template(
+        conversations=[chat],
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+    )
+    assert [text[start:end] for start, end in spans] == ["晴"]
+
+
+def test_the_nano_model_has_the_template_of_the_tokenizer() -> None:
+    assert ChatGLMTokenizer.from_pretrained(NANO_DIR).chat_template == CHAT_TEMPLATE
