@@ -97,7 +97,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             num_image_tokens + index for index in control_indices(self._pieces)
         )
         warn_about_added_tokens(self._pieces, kwargs.pop("added_tokens_decoder", {}))
-        specific = kwargs.pop("model_specific_special_tokens", None) or {}
+        specific = {"end_token": end_token, "gmask_token": gmask_token}
+        specific.update(kwargs.pop("model_specific_special_tokens", None) or {})
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
         kwargs.setdefault("model_max_length", MAX_LENGTH)
         for key in ("auto_map", "is_local", "local_files_only"):  # say where from, not what
@@ -111,11 +112,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             pad_token=pad_token,
             unk_token=unk_token,
             num_image_tokens=num_image_tokens,
-            model_specific_special_tokens={
-                "end_token": end_token,
-                "gmask_token": gmask_token,
-                **specific,
-            },
+            end_token=specific["end_token"],
+            gmask_token=specific["gmask_token"],
+            model_specific_special_tokens=specific,
             **kwargs,
         )
         logger.debug("ChatGLM vocabulary: %s", self.release)

@@ -1,6 +1,7 @@
 """The tokenizer as transformers' users know it, against the published numbers, and unforgeable."""
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -407,6 +408,19 @@ def test_new_tokens_are_refused_and_known_ones_are_welcome(tokenizer_folder: Pat
         tokenizer.add_tokens(["<new>"])
     with pytest.raises(ValueError, match="cannot add"):
         ChatGLMTokenizer(tokenizer_folder / "ice_text.model", additional_special_tokens=["<new>"])
+
+
+def test_every_argument_is_kept_in_init_kwargs(tokenizer_folder: Path, tmp_path: Path) -> None:
+    made = ChatGLMTokenizer(
+        tokenizer_folder / "ice_text.model", end_token="<s>", gmask_token="[sMASK]"
+    )
+    made.save_pretrained(tmp_path)
+    names = set(inspect.signature(ChatGLMTokenizer.__init__).parameters) - {"self", "kwargs"}
+    for tokenizer in (made, ChatGLMTokenizer.from_pretrained(tmp_path)):
+        assert names - {"vocab_file"} <= set(tokenizer.init_kwargs)
+        assert str(tokenizer.init_kwargs["end_token"]) == tokenizer.end_token == "<s>"
+        assert str(tokenizer.init_kwargs["gmask_token"]) == tokenizer.gmask_token == "[sMASK]"
+    assert ChatGLMTokenizer.from_pretrained(tmp_path, end_token="</s>").end_token == "</s>"
 
 
 def test_added_tokens_of_a_folder_saved_elsewhere_keep_the_pieces_ids(
