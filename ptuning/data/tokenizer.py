@@ -191,6 +191,36 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             )
         return 0
 
+    def add_special_tokens(
+        self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> int:
+        """Check every token before the first is set, so that a refusal changes nothing."""
+        for value in (special_tokens_dict or {}).values():
+            self._check_special(value)
+        added: int = super().add_special_tokens(special_tokens_dict, *args, **kwargs)
+        return added
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Refuse a special token, or its id, that the vocabulary does not have."""
+        name = key.removesuffix("_ids").removesuffix("_id")
+        if name == "extra_special_tokens" or name in self.SPECIAL_TOKENS_ATTRIBUTES:
+            self._check_special(value, is_id=name != key)
+        super().__setattr__(key, value)
+
+    def _check_special(self, value: Any, *, is_id: bool = False) -> None:
+        """Check one token or a list of them; other types are left to transformers' own check."""
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if not is_id:
+            self._add_tokens([token for token in values if isinstance(token, (str, AddedToken))])
+            return
+        offset = self.num_image_tokens
+        for token_id in values:
+            if token_id is not None and self._piece_index(token_id) != token_id - offset:
+                raise ValueError(
+                    f"no piece has the id {token_id}; use that of a piece of the vocabulary, "
+                    f"such as {self.eop_token_id} ({EOP_PIECE})."
+                )
+
     # Text to ids
 
     def tokenize(

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AddedToken
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.data.vocabulary import escape_whitespace, restore_whitespace
@@ -408,6 +410,62 @@ def test_new_tokens_are_refused_and_known_ones_are_welcome(tokenizer_folder: Pat
         tokenizer.add_tokens(["<new>"])
     with pytest.raises(ValueError, match="cannot add"):
         ChatGLMTokenizer(tokenizer_folder / "ice_text.model", additional_special_tokens=["<new>"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: setattr(tokenizer, "pad_token", "[PAD]"),
+        lambda tokenizer: setattr(tokenizer, "pad_token", AddedToken("[PAD]")),
+        lambda tokenizer: setattr(tokenizer, "gmask_token", "[PAD]"),
+        lambda tokenizer: setattr(tokenizer, "cls_token", "[PAD]"),
+        lambda tokenizer: setattr(tokenizer, "extra_special_tokens", ["<eop>", "[PAD]"]),
+        lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}),
+        lambda tokenizer: tokenizer.add_special_tokens({"extra_special_tokens": ["[PAD]"]}),
+        lambda tokenizer: tokenizer.add_special_tokens(
+            {"extra_special_tokens": ["[PAD]"]}, replace_extra_special_tokens=False
+        ),
+        lambda tokenizer: tokenizer.add_special_tokens(
+            {"bos_token": "<eop>", "pad_token": "[PAD]"}
+        ),
+    ],
+)
+def test_a_special_token_without_a_piece_is_refused_and_changes_nothing(
+    tokenizer_folder: Path, change: Callable[[ChatGLMTokenizer], object]
+) -> None:
+    tokenizer = ChatGLMTokenizer(tokenizer_folder / "ice_text.model")
+    names = tokenizer.all_special_tokens
+    with pytest.raises(ValueError, match=r"cannot add \[PAD\].*fixed"):
+        change(tokenizer)
+    assert tokenizer.all_special_tokens == names
+    assert tokenizer.pad_token == "<pad>"
+    assert tokenizer.bos_token == "<sop>"
+
+
+@pytest.mark.parametrize("key", ["pad_token_id", "gmask_token_id", "extra_special_tokens_ids"])
+def test_a_special_id_without_a_piece_is_refused(tokenizer_folder: Path, key: str) -> None:
+    tokenizer = ChatGLMTokenizer(tokenizer_folder / "ice_text.model", num_image_tokens=20)
+    beyond = tokenizer.vocab_size
+    for unused in (beyond, 19):
+        with pytest.raises(ValueError, match=f"no piece has the id {unused}"):
+            setattr(tokenizer, key, [unused] if key.endswith("s_ids") else unused)
+    assert tokenizer.pad_token_id == 23
+    assert tokenizer.extra_special_tokens == []
+
+
+def test_special_tokens_can_be_set_to_pieces(tokenizer_folder: Path) -> None:
+    tokenizer = ChatGLMTokenizer(tokenizer_folder / "ice_text.model")
+    tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer.pad_token_id == tokenizer.eop_token_id
+    assert tokenizer(["a", "a b"], padding=True)["input_ids"][0][0] == tokenizer.eop_token_id
+    tokenizer.pad_token_id = tokenizer.unk_token_id
+    assert tokenizer.pad_token == "<unk>"
+    tokenizer.pad_token = None
+    assert tokenizer.pad_token_id is None
+    tokenizer.extra_special_tokens = ["[sMASK]"]
+    assert tokenizer.extra_special_tokens == ["[sMASK]"]
+    with pytest.raises(ValueError, match="non-string"):
+        tokenizer.pad_token = 3
 
 
 def test_every_argument_is_kept_in_init_kwargs(tokenizer_folder: Path, tmp_path: Path) -> None:
