@@ -295,6 +295,50 @@ def test_truncation_keeps_the_head_and_the_control_tokens(tokenizer: ChatGLMToke
     assert tokenizer.model_max_length == 2048
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_goes_to_a_multiple_on_either_side(tokenizer: ChatGLMTokenizer, side: str) -> None:
+    texts = ["你好", "this is a longer text"]
+    batch = tokenizer(texts, padding=True, padding_side=side, pad_to_multiple_of=16)
+    for text, ids, mask in zip(texts, batch["input_ids"], batch["attention_mask"], strict=True):
+        row = tokenizer(text)["input_ids"]
+        pads = [tokenizer.pad_token_id] * (len(ids) - len(row))
+        assert len(ids) % 16 == 0
+        assert ids == (pads + row if side == "left" else row + pads)
+        assert [index for index, real in zip(ids, mask, strict=True) if real] == row
+    padded = tokenizer.pad(
+        {"input_ids": [tokenizer(text)["input_ids"] for text in texts]},
+        padding_side=side,
+        pad_to_multiple_of=16,
+    )
+    assert dict(padded) == dict(batch)
+
+
+def test_a_cut_text_returns_what_was_left_out(tokenizer: ChatGLMTokenizer) -> None:
+    text = "一件白色的衬衫" * 5
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    options = {"truncation": True, "max_length": 10, "return_overflowing_tokens": True}
+    made = tokenizer(text, **options)
+    assert made["overflowing_tokens"] == ids[8:]
+    assert made["num_truncated_tokens"] == len(ids) - 8
+    assert tokenizer(text, stride=2, **options)["overflowing_tokens"] == ids[6:]
+
+
+@pytest.mark.parametrize("strategy", ["only_first", "only_second", "longest_first"])
+def test_a_cut_pair_keeps_its_control_tokens(tokenizer: ChatGLMTokenizer, strategy: str) -> None:
+    first, second = "一件白色的衬衫" * 2, "a small test" * 2
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (first, second)]
+    length = len(ids[0]) + len(ids[1]) - 3
+    made = tokenizer(first, second, truncation=strategy, max_length=length)["input_ids"]
+    assert len(made) == length
+    sop = made.index(tokenizer.sop_token_id)
+    kept = made[: sop - 1], made[sop + 1 : -1]
+    assert made == tokenizer.build_inputs_with_special_tokens(*kept)
+    assert all(part == whole[: len(part)] for part, whole in zip(kept, ids, strict=True))
+    if strategy != "longest_first":
+        uncut = int(strategy == "only_first")
+        assert kept[uncut] == ids[uncut]
+
+
 def test_special_tokens_mask_marks_what_was_added(tokenizer: ChatGLMTokenizer) -> None:
     made = tokenizer("<eop>你好", "a", return_special_tokens_mask=True)
     ids, mask = made["input_ids"], made["special_tokens_mask"]
