@@ -288,6 +288,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         parent: Any = super()  # transformers types its `self` as a class only checkers know
         return parent.generate(inputs, generation_config, *args, **kwargs)
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse transformers' continuous batching, which packs several rows into one."""
+        raise ValueError(
+            "generate_batch packs several rows into one, which ChatGLM's mask cannot tell apart; "
+            "call generate with the prompts as one padded batch."
+        )
+
     def _check_prompts(self, input_ids: Tensor | None, options: dict[str, Any]) -> None:
         """Refuse what `generate` cannot place; the ends of the prompts are checked last."""
         if input_ids is None or options.get("inputs_embeds") is not None:
@@ -414,9 +421,8 @@ def _refuse_others(given: dict[str, Any]) -> None:
     names = sorted(name for name, value in given.items() if value is not None)
     if names:
         raise ValueError(
-            f"forward got {', '.join(names)}, which ChatGLM does not take; leave it out. Several "
-            "rows packed into one (packing, padding-free batches, generate_batch) cannot be told "
-            "apart: give rows (B, S) with an attention_mask."
+            f"forward got {', '.join(names)}, which ChatGLM does not take: leave it out. (Rows "
+            "packed into one row cannot be told apart: give (B, S) with an attention_mask.)"
         )
 
 

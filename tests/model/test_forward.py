@@ -202,7 +202,7 @@ REFUSED = {
     ),
     "another model's argument": (
         {"input_ids": torch.tensor([[5, GMASK, SOP]]), "token_type_ids": torch.zeros(1, 3)},
-        r"got token_type_ids, which ChatGLM does not take; leave it out",
+        r"got token_type_ids, which ChatGLM does not take: leave it out",
     ),
 }
 

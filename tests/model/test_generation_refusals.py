@@ -108,3 +108,13 @@ def test_a_mask_that_is_not_bool_is_refused(small: Model, prompts: list[list[int
         small(tokens, attention_mask=ready.float())
     with pytest.raises(ValueError, match=r"attention_mask is \(1, 4\) for input_ids \(1, 3\)"):
         small(tokens, attention_mask=torch.ones(1, 4))
+
+
+def test_continuous_batching_is_refused_at_once(small: Model, prompts: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match=r"generate_batch packs.*one padded batch"):
+        small.generate_batch(prompts)
+
+
+def test_a_misspelled_option_is_refused(small: Model, prompts: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="max_new_tokns"):
+        small.generate(torch.tensor(prompts[:1]), max_new_tokns=2)
