@@ -89,7 +89,7 @@ def test_rows_of_a_static_cache_move_with_their_positions(
 
 
 def test_a_cache_is_used_again_for_other_prompts(small: Model, prompts: list[list[int]]) -> None:
-    cache = DynamicCache()
+    cache = StaticCache(config=small.config, max_cache_len=20)
     small(torch.tensor(prompts[:1]), use_cache=True, past_key_values=cache)
     cache.reset()
     small(torch.tensor(prompts[2:3]), use_cache=True, past_key_values=cache)
