@@ -201,7 +201,8 @@ def test_the_validation_loss_does_not_depend_on_the_batch(base, files):
     assert max(losses) - min(losses) < 1e-5  # float32 sums in another order
 
 
-def test_one_row_eight_times_gives_the_loss_of_eight_rows_once(base, files, monkeypatch):
+@pytest.mark.parametrize("smoothing", ["0", "0.1"])
+def test_one_row_eight_times_gives_the_loss_of_eight_rows_once(smoothing, base, files, monkeypatch):
     attach = PrefixTuning.attach
 
     def without_dropout(tuning, model):
@@ -213,6 +214,7 @@ def test_one_row_eight_times_gives_the_loss_of_eight_rows_once(base, files, monk
     for rows_per_batch, batches in (("1", "8"), ("8", "1")):
         flags = train_flags(base, files, "--overwrite_output_dir")
         flags += ["--per_device_train_batch_size", rows_per_batch]
+        flags += ["--label_smoothing_factor", smoothing]
         assert main([*flags, "--gradient_accumulation_steps", batches]) == 0
         runs.append([e["loss"] for e in log_of(files / "out") if "loss" in e])
     assert runs[0] == pytest.approx(runs[1], abs=1e-4)
@@ -494,3 +496,13 @@ def test_answers_of_the_tuned_model_are_kept_while_the_base_answers(base, files,
     answered.clear()
     assert main(flags) == 0
     assert len(answered) == 10  # a finished scoring is repeated with the tuned model
+
+
+def test_label_smoothing_near_zero_takes_the_steps_of_a_run_without_it(base, files):
+    runs = []
+    for factor in ("0", "1e-7"):
+        flags = train_flags(base, files, "--overwrite_output_dir")
+        assert main([*flags, "--label_smoothing_factor", factor]) == 0
+        runs.append([e["loss"] for e in log_of(files / "out") if "loss" in e])
+    assert len(runs[0]) == 4
+    assert runs[1] == pytest.approx(runs[0], abs=1e-4)
