@@ -81,12 +81,17 @@ def _inject(model: ChatGLMForConditionalGeneration, config: Any) -> None:
     peft = load_peft()
     if adapter_parameters(model):
         raise ValueError("this model has a LoRA adapter already; load the base again for another.")
-    from ptuning.model.quantization.lora_linear import QuantizedLoraLinear  # needs peft
-
-    config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
+    _adapt_quantized(config)
     peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.float()  # like the prefix, whatever the base is
+
+
+def _adapt_quantized(config: Any) -> None:
+    """Tell peft which layer of LoRA goes around our packed linears."""
+    from ptuning.model.quantization.lora_linear import QuantizedLoraLinear  # needs peft
+
+    config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
 
 
 def adapter_parameters(model: ChatGLMForConditionalGeneration) -> dict[str, nn.Parameter]:
@@ -152,6 +157,23 @@ def load_adapter(
     _inject(model, config)
     fill_adapter(model, tensors, directory)
     return info
+
+
+def load_as_transformers(
+    model: ChatGLMForConditionalGeneration, path: str, *, name: str, **hub_arguments: Any
+) -> dict[str, Any]:
+    """Load an adapter of any of peft's kinds from a directory or hub id; return the loading info.
+
+    This is transformers' load_adapter, for packed weights too.
+    """
+    peft = load_peft()
+    config = peft.PeftConfig.from_pretrained(path, **hub_arguments)
+    if isinstance(config, peft.LoraConfig):
+        _adapt_quantized(config)
+    info = model.load_adapter(
+        path, adapter_name=name, peft_config=config, download_kwargs=hub_arguments
+    )
+    return dict(info.to_dict())
 
 
 def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:

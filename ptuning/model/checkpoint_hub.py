@@ -24,10 +24,17 @@ from huggingface_hub.errors import (
 )
 
 from ptuning.model.checkpoint_files import ACCEPTED, INDEX_OF
+from ptuning.model.tuned import ADAPTER_CONFIG_NAME
 
 CONFIG_FILE = "config.json"
 COMPANION_FILES = ("tokenizer_config.json", "generation_config.json", "ice_text.model")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+NOT_ON_THE_HUB = (
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    EntryNotFoundError,
+)
 
 
 def find_directory(
@@ -57,12 +64,7 @@ def find_directory(
             f"{repository} is not a directory, and it is neither in the hub's cache nor can the "
             "hub be reached; give a model's directory, or download it first."
         ) from error
-    except (
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        EntryNotFoundError,
-    ) as error:
+    except NOT_ON_THE_HUB as error:
         raise FileNotFoundError(
             f"{repository} is neither a directory nor a model on the hub with a {CONFIG_FILE} "
             f"({type(error).__name__}); check the spelling, e.g. THUDM/chatglm-6b."
@@ -71,6 +73,22 @@ def find_directory(
     for name in COMPANION_FILES:
         _fetch_if_there(fetch, name)
     return Path(config).parent
+
+
+def find_adapter(
+    name_or_path: str | os.PathLike[str], *, subfolder: str = "", **hub_arguments: Any
+) -> Path | None:
+    """Return the adapter_config.json at a directory or hub id, None where there is none."""
+    path = Path(name_or_path)
+    if path.exists():
+        file = path / subfolder / ADAPTER_CONFIG_NAME
+        return file if file.is_file() else None
+    repository = os.fspath(name_or_path)
+    fetch = partial(hf_hub_download, repository, subfolder=subfolder or None, **hub_arguments)
+    try:
+        return Path(fetch(ADAPTER_CONFIG_NAME))
+    except NOT_ON_THE_HUB:
+        return None  # find_directory says what is wrong, if anything is
 
 
 def has_network() -> bool:

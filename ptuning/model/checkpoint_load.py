@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,16 @@ from ptuning.model.checkpoint import (
     read_config,
 )
 from ptuning.model.checkpoint_files import CheckpointReader, StoredTensor, same_values, shorten
-from ptuning.model.checkpoint_hub import HUB_ARGUMENTS, find_directory
+from ptuning.model.checkpoint_hub import (
+    CONFIG_FILE,
+    HUB_ARGUMENTS,
+    find_adapter,
+    find_directory,
+    has_network,
+)
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.reference import packed_columns, quantize_in_blocks
+from ptuning.model.tuned import read_json
 from ptuning.output import bars_for
 
 logger = logging.getLogger(__name__)
@@ -54,12 +61,23 @@ def load_pretrained(
     if kwargs.pop("variant", None) is not None:
         raise ValueError("variant is given; ChatGLM-6B has no variants of its files: leave it out.")
     use_safetensors = kwargs.pop("use_safetensors", None)
-    directory = find_directory(
-        name_or_path,
-        subfolder=kwargs.pop("subfolder", ""),
-        use_safetensors=use_safetensors,
-        **{key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs},
-    )
+    subfolder = kwargs.pop("subfolder", "")
+    hub_arguments = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+    adapter = _take_adapter(name_or_path, subfolder, hub_arguments, kwargs)
+    if adapter is not None and adapter.base is not None:
+        name_or_path, subfolder = adapter.base, ""
+    try:
+        directory = find_directory(
+            name_or_path, subfolder=subfolder, use_safetensors=use_safetensors, **hub_arguments
+        )
+    except FileNotFoundError as error:
+        if adapter is None:
+            raise
+        raise FileNotFoundError(
+            f"the adapter at {adapter.path} names {name_or_path} as its base, which cannot be "
+            "found; load the base from where it is now, then call "
+            f"model.load_adapter({adapter.path!r})."
+        ) from error
     backend = kwargs.pop("quantization_backend", None)
     config = _settle_config(directory, kwargs.pop("config", None), kwargs)
     checkpoint = read_checkpoint(directory, config, use_safetensors=use_safetensors)
@@ -96,7 +114,58 @@ def load_pretrained(
     model.config.name_or_path = model.name_or_path = os.fspath(name_or_path)
     if kwargs.get("generation_config") is None and (directory / GENERATION_CONFIG_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
+    if adapter is not None:
+        from ptuning.model.adapter import load_as_transformers
+
+        info = load_as_transformers(model, adapter.path, name=adapter.name, **adapter.hub_arguments)
     return (model, info) if wants_info else model
+
+
+class _Adapter(NamedTuple):
+    """An adapter that goes on the model: its directory or hub id, and its name in the model.
+
+    base is the model that the adapter itself names, None where the caller has named it.
+    """
+
+    path: str
+    name: str
+    base: str | None
+    hub_arguments: dict[str, Any]
+
+
+def _take_adapter(
+    name_or_path: str | os.PathLike[str],
+    subfolder: str,
+    hub_arguments: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> _Adapter | None:
+    """Return the adapter to load, if any; takes its keys out of kwargs.
+
+    A directory with a model and an adapter is the base of its own adapter, as in transformers.
+    """
+    name = kwargs.pop("adapter_name", "default")
+    options = dict(kwargs.pop("adapter_kwargs", None) or {})
+    path = options.pop("_adapter_model_path", None)  # from an Auto class, which names the base
+    if not Path(path or name_or_path).exists() and not has_network():
+        options["local_files_only"] = True
+    base = None
+    if path is None:
+        path = name_or_path
+        options = {"subfolder": subfolder, **hub_arguments, **options}
+        file = find_adapter(path, **options)
+        if file is None:
+            return None
+        if not (Path(path) / subfolder / CONFIG_FILE).is_file():
+            base = read_json(file).get("base_model_name_or_path")
+            if not base:
+                raise ValueError(
+                    f"the adapter at {path} names no base (base_model_name_or_path in {file}); "
+                    f"load its base, then call model.load_adapter({os.fspath(path)!r})."
+                )
+    from ptuning.model.adapter import load_peft
+
+    load_peft()  # or say now that it is missing
+    return _Adapter(os.fspath(path), name, base, options)
 
 
 def _settle_config(directory: Path, given: Any, kwargs: dict[str, Any]) -> ChatGLMConfig:
