@@ -109,6 +109,7 @@ def load_pretrained(
             **kwargs,
         )
     _check_complete(info, directory)
+    _share_offloaded_embedding(model)
     if backend is not None:
         set_backend_(model, backend)
     model.config.name_or_path = model.name_or_path = os.fspath(name_or_path)
@@ -242,6 +243,19 @@ def _check_complete(info: dict[str, Any], directory: Path) -> None:
             f"{directory} did not fill {shorten(sorted(missing + mismatched))}; the model and its "
             "config.json do not belong together: download both from one place."
         )
+
+
+def _share_offloaded_embedding(model: PreTrainedModel) -> None:
+    """Let a tied head that is offloaded to disk read the embedding's file.
+
+    accelerate finds a file by the parameter's name, and only the embedding's name is stored.
+    """
+    hook = getattr(model.get_output_embeddings(), "_hf_hook", None)
+    weights = getattr(getattr(hook, "weights_map", None), "dataset", None)
+    index = getattr(weights, "index", {})
+    for name, stored_name in {HEAD: EMBEDDING, **TIED_SCALE}.items():
+        if stored_name in index:
+            index.setdefault(name, index[stored_name])
 
 
 def prepare_for_config_(model: PreTrainedModel) -> None:

@@ -1,6 +1,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint import check_checkpoint, float_shapes, prefix_shapes
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.quantization.conversion import quantize_embeddings_
 from tests.model.published import (
     SHIFT,
     golden_config,
@@ -318,3 +320,29 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 def test_variants_are_refused(published: Path) -> None:
     with pytest.raises(ValueError, match="variant is given"):
         AutoModel.from_pretrained(published, variant="fp16")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_tied_embedding_may_be_offloaded_to_disk(
+    golden: Path, tmp_path: Path, packed: bool
+) -> None:
+    model = AutoModel.from_pretrained(make_published(golden, tmp_path / "tied"))
+    if packed:
+        quantize_embeddings_(model)
+    model.save_pretrained(tmp_path / "again")
+    ids = torch.tensor([[5, 6, 7, 1001, 1004]])
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(tmp_path / "again", dtype=torch.float32)(ids).logits
+        offloaded = AutoModel.from_pretrained(
+            tmp_path / "again",
+            dtype=torch.float32,
+            device_map={
+                "transformer.word_embeddings": "disk",
+                "transformer.layers": "cpu",
+                "transformer.final_layernorm": "cpu",
+                "lm_head": "disk",
+            },
+            offload_folder=tmp_path / "disk",
+        )
+        assert offloaded.lm_head.weight.is_meta
+        torch.testing.assert_close(offloaded(ids).logits, expected)
