@@ -62,7 +62,8 @@ def convert_checkpoint(
             "bits; leave it out, or give the float16 release."
         )
     checkpoint.config.quantization_bit = stored_bits or quantization_bits or 0
-    checkpoint.config.tie_word_embeddings = head_is_embedding(checkpoint)
+    if checkpoint.config.tie_word_embeddings is not False:
+        checkpoint.config.tie_word_embeddings = head_is_embedding(checkpoint)
     tensors = stored_tensors(checkpoint, with_prefix=True)
     _check_room(destination, sum(tensor.num_bytes for tensor in tensors.values()))
     destination.parent.mkdir(parents=True, exist_ok=True)

@@ -283,6 +283,12 @@ class StoredTensor:
         header = reader.headers[name]
         return cls(header.dtype, header.shape, lambda: reader.read(name))
 
+    @classmethod
+    def copy_of(cls, reader: CheckpointReader, name: str) -> "StoredTensor":
+        """Return the same values in memory of their own, never in the file's pages."""
+        header = reader.headers[name]
+        return cls(header.dtype, header.shape, lambda: reader.read(name).clone())
+
     @property
     def num_bytes(self) -> int:
         """Size of the values in bytes."""

@@ -1,9 +1,10 @@
 """From a checked checkpoint to a model: transformers' loader, fed with tensors read on demand.
 
 Everything that can be wrong is found before the first weight is read. The output head is tied to
-the embedding when their values are equal, and float weights are quantised as they are read when the
-configuration asks for it. The model is first built empty in the form that its configuration names,
-so that the stored tensors fit; the quantised layers are imported when one is needed.
+the embedding when their values are equal, unless tie_word_embeddings is false, and float weights
+are quantised as they are read when the configuration asks for it. The model is first built empty in
+the form that its configuration names, so that the stored tensors fit; the quantised layers are
+imported when one is needed. The directory of an adapter loads its base and the adapter on top.
 """
 
 import copy
@@ -58,29 +59,12 @@ def load_pretrained(
     arguments. Raises what `check_checkpoint` raises, before any weight is read; never runs code
     that came with the weights.
     """
-    if kwargs.pop("variant", None) is not None:
-        raise ValueError("variant is given; ChatGLM-6B has no variants of its files: leave it out.")
+    _refuse_arguments(name_or_path, kwargs)
     use_safetensors = kwargs.pop("use_safetensors", None)
-    subfolder = kwargs.pop("subfolder", "")
-    hub_arguments = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-    adapter = _take_adapter(name_or_path, subfolder, hub_arguments, kwargs)
-    if adapter is not None and adapter.base is not None:
-        name_or_path, subfolder = adapter.base, ""
-    try:
-        directory = find_directory(
-            name_or_path, subfolder=subfolder, use_safetensors=use_safetensors, **hub_arguments
-        )
-    except FileNotFoundError as error:
-        if adapter is None:
-            raise
-        raise FileNotFoundError(
-            f"the adapter at {adapter.path} names {name_or_path} as its base, which cannot be "
-            "found; load the base from where it is now, then call "
-            f"model.load_adapter({adapter.path!r})."
-        ) from error
+    name_or_path, directory, adapter = _locate(name_or_path, use_safetensors, kwargs)
     backend = kwargs.pop("quantization_backend", None)
     config = _settle_config(directory, kwargs.pop("config", None), kwargs)
-    checkpoint = read_checkpoint(directory, config, use_safetensors=use_safetensors)
+    checkpoint = _read_with_tying(directory, config, use_safetensors=use_safetensors)
     logger.info("%s: %s", name_or_path, checkpoint.summary)
     if checkpoint.summary.prefix_length is not None and config.pre_seq_len is None:
         logger.warning(
@@ -91,7 +75,6 @@ def load_pretrained(
             checkpoint.summary.prefix_length,
             str(directory),
         )
-    config.tie_word_embeddings = head_is_embedding(checkpoint)
     config.quantization_bit = config.quantization_bit or checkpoint.summary.quantization_bits
     config.embedding_quantization_bit = checkpoint.summary.embedding_bits
     wants_info = kwargs.pop("output_loading_info", False)
@@ -122,6 +105,23 @@ def load_pretrained(
     return (model, info) if wants_info else model
 
 
+def _refuse_arguments(name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for what transformers takes and this loader does not; takes it out."""
+    if kwargs.pop("variant", None) is not None:
+        raise ValueError("variant is given; ChatGLM-6B has no variants of its files: leave it out.")
+    if kwargs.pop("state_dict", None) is not None:
+        raise ValueError(
+            f"state_dict is given, but the weights are read from {name_or_path}; leave it out, and "
+            "call model.load_state_dict(state_dict) on the loaded model."
+        )
+    if kwargs.pop("ignore_mismatched_sizes", False):
+        raise ValueError(
+            "ignore_mismatched_sizes is given, but a ChatGLM whose weights do not fit its "
+            "config.json is not loaded in part; leave it out, and resize the loaded model, e.g. "
+            "with model.resize_token_embeddings."
+        )
+
+
 class _Adapter(NamedTuple):
     """An adapter that goes on the model: its directory or hub id, and its name in the model.
 
@@ -132,6 +132,33 @@ class _Adapter(NamedTuple):
     name: str
     base: str | None
     hub_arguments: dict[str, Any]
+
+
+def _locate(
+    name_or_path: str | os.PathLike[str], use_safetensors: bool | None, kwargs: dict[str, Any]
+) -> tuple[str | os.PathLike[str], Path, _Adapter | None]:
+    """Return the model's name, its directory, and the adapter to load onto it, if any.
+
+    Takes the keys that say where they are out of kwargs.
+    """
+    subfolder = kwargs.pop("subfolder", "")
+    hub_arguments = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+    adapter = _take_adapter(name_or_path, subfolder, hub_arguments, kwargs)
+    if adapter is not None and adapter.base is not None:
+        name_or_path, subfolder = adapter.base, ""
+    try:
+        directory = find_directory(
+            name_or_path, subfolder=subfolder, use_safetensors=use_safetensors, **hub_arguments
+        )
+    except FileNotFoundError as error:
+        if adapter is None:
+            raise
+        raise FileNotFoundError(
+            f"the adapter at {adapter.path} names {name_or_path} as its base, which cannot be "
+            "found; load the base from where it is now, then call "
+            f"model.load_adapter({adapter.path!r})."
+        ) from error
+    return name_or_path, directory, adapter
 
 
 def _take_adapter(
@@ -186,6 +213,22 @@ def _settle_config(directory: Path, given: Any, kwargs: dict[str, Any]) -> ChatG
     return ChatGLMConfig.from_dict(config.to_dict() | overrides) if overrides else config
 
 
+def _read_with_tying(
+    directory: Path, config: ChatGLMConfig, *, use_safetensors: bool | None
+) -> Checkpoint:
+    """Return the checked checkpoint, with tie_word_embeddings of config settled.
+
+    False leaves the head untied, even where only the embedding is stored; else the values decide.
+    """
+    unties = config.tie_word_embeddings is False
+    file = directory / CONFIG_FILE
+    if file.is_file() and read_json(file).get("tie_word_embeddings"):
+        config.tie_word_embeddings = True  # so that the head may be missing
+    checkpoint = read_checkpoint(directory, config, use_safetensors=use_safetensors)
+    config.tie_word_embeddings = not unties and head_is_embedding(checkpoint)
+    return checkpoint
+
+
 def _only_device(device_map: Any) -> torch.device | None:
     """Return the device that all weights go to, None when that is the CPU or there are several."""
     if isinstance(device_map, dict) and len(device_map) == 1:
@@ -203,9 +246,10 @@ def stored_tensors(
 ) -> dict[str, StoredTensor]:
     """Return the checkpoint's tensors, unread, as its configuration wants them.
 
-    The head is left out where tie_word_embeddings is set, the prefix unless with_prefix. With
-    quantization_bit, a layer's float weight becomes two tensors, quantised on device (None is the
-    CPU) at the moment it is read.
+    The head is left out where tie_word_embeddings is set; where it is not and no head is stored, it
+    is a copy of the embedding. The prefix is left out unless with_prefix. With quantization_bit, a
+    layer's float weight becomes two tensors, quantised on device (None is the CPU) at the moment it
+    is read.
     """
     reader = CheckpointReader(checkpoint.headers)
     bits = checkpoint.config.quantization_bit
@@ -220,6 +264,10 @@ def stored_tensors(
             tensors.update(quantized_when_read(reader, name, bits, device=device, turn=turn))
         else:
             tensors[name] = StoredTensor.of(reader, name)
+    if HEAD not in checkpoint.headers and not checkpoint.config.tie_word_embeddings:
+        for name, stored_name in {HEAD: EMBEDDING, **TIED_SCALE}.items():
+            if stored_name in checkpoint.headers:
+                tensors[name] = StoredTensor.copy_of(reader, stored_name)
     return tensors
 
 
@@ -261,10 +309,12 @@ def _share_offloaded_embedding(model: PreTrainedModel) -> None:
 def prepare_for_config_(model: PreTrainedModel) -> None:
     """Give a new model the empty quantised layers its configuration calls for, if any.
 
-    With embedding_quantization_bit the (V, E) embedding and the head are packed as well, and tying
-    them means their scales too.
+    The configuration then says whether the head is tied, so that a saved model comes back as it
+    was. With embedding_quantization_bit the (V, E) embedding and the head are packed as well, and
+    tying them means their scales too.
     """
     config = model.config
+    config.tie_word_embeddings = bool(config.tie_word_embeddings)
     if not (config.quantization_bit or config.embedding_quantization_bit):
         return
     from ptuning.model.quantization.conversion import prepare_quantized_

@@ -54,7 +54,8 @@ class ChatGLMConfig(PreTrainedConfig):
     pad_token_id: int | None = 3
     mask_token_id: int = 130000
     gmask_token_id: int = 130001
-    tie_word_embeddings: bool = False
+    # None, as the published config.json has no such key: tied if the checkpoint's tables are equal.
+    tie_word_embeddings: bool | None = None
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     quantization_bit: int = 0

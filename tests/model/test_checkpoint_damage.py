@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.checkpoint import check_checkpoint
 from tests.model.published import (
     golden_config,
@@ -287,3 +288,15 @@ def test_missing_scales_and_mixed_layers_are_named(golden: Path, tmp_path: Path)
         mixed / "pytorch_model.bin", lambda tensors: tensors.update({name: tensors[name].half()})
     )
     assert f"{name} is float16, unlike the other layers' weights" in complaint(mixed)
+
+
+def test_a_model_saved_without_its_head_is_told_from_a_damaged_one(
+    golden: Path, tmp_path: Path
+) -> None:
+    model = AutoModel.from_pretrained(make_safetensors(golden, tmp_path / "whole"))
+    model.transformer.save_pretrained(tmp_path / "base")
+    text = complaint(tmp_path / "base")
+    assert "was saved from ChatGLMModel, which has no output head" in text
+    assert "ChatGLMForConditionalGeneration" in text
+    alone = ChatGLMModel.from_pretrained(tmp_path / "base")
+    assert torch.equal(alone.word_embeddings.weight, model.transformer.word_embeddings.weight)

@@ -346,3 +346,61 @@ def test_a_tied_embedding_may_be_offloaded_to_disk(
         )
         assert offloaded.lm_head.weight.is_meta
         torch.testing.assert_close(offloaded(ids).logits, expected)
+
+
+def two_equal_tables(model: ChatGLMForConditionalGeneration) -> bool:
+    table, head = model.transformer.word_embeddings.weight, model.lm_head.weight
+    return torch.equal(table, head) and table.data_ptr() != head.data_ptr()
+
+
+@pytest.mark.parametrize("load", [AutoModel, ChatGLMForConditionalGeneration])
+@pytest.mark.parametrize("stored_once", [False, True])
+def test_a_tied_model_is_untied_on_request(
+    golden: Path, tmp_path: Path, load: Any, stored_once: bool
+) -> None:
+    directory = make_published(golden, tmp_path / "tied")
+    if stored_once:
+        AutoModel.from_pretrained(directory).save_pretrained(tmp_path / "once")
+        directory = tmp_path / "once"
+    model = load.from_pretrained(directory, tie_word_embeddings=False)
+    assert not model.config.tie_word_embeddings
+    assert two_equal_tables(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert model.transformer.word_embeddings.weight.abs().sum() > 0, "no memory is shared"
+
+
+def test_a_packed_tied_model_is_untied_on_request(golden: Path, tmp_path: Path) -> None:
+    tied = AutoModel.from_pretrained(make_published(golden, tmp_path / "tied"))
+    quantize_embeddings_(tied)
+    tied.save_pretrained(tmp_path / "packed")
+    model = AutoModel.from_pretrained(tmp_path / "packed", tie_word_embeddings=False)
+    assert two_equal_tables(model)
+    ids = torch.tensor([[5, 6, 7, 1001, 1004]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, tied(ids).logits)
+
+
+def test_an_untied_model_with_equal_tables_stays_untied(golden: Path, tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(
+        make_published(golden, tmp_path / "tied"), tie_word_embeddings=False
+    )
+    model.save_pretrained(tmp_path / "untied")
+    assert two_equal_tables(AutoModel.from_pretrained(tmp_path / "untied"))
+
+
+def test_a_new_model_says_in_its_config_whether_it_is_tied(golden: Path, tmp_path: Path) -> None:
+    model = ChatGLMForConditionalGeneration(ChatGLMConfig(**golden_config(golden, num_layers=1)))
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.transformer.word_embeddings.weight)
+    model.save_pretrained(tmp_path / "new")
+    assert two_equal_tables(AutoModel.from_pretrained(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("load", [AutoModel, ChatGLMForConditionalGeneration])
+def test_arguments_that_would_bypass_the_check_are_refused(published: Path, load: Any) -> None:
+    with pytest.raises(ValueError, match=r"state_dict is given.*load_state_dict"):
+        load.from_pretrained(published, state_dict={})
+    with pytest.raises(ValueError, match="ignore_mismatched_sizes is given"):
+        load.from_pretrained(published, ignore_mismatched_sizes=True)
+    load.from_pretrained(published, state_dict=None, ignore_mismatched_sizes=False)
