@@ -109,6 +109,8 @@ class Seq2SeqTrainer(transformers.Trainer):
         """
         args = copy.copy(args)
         args.logging_nan_inf_filter = False  # StepGuard replaces it, at one transfer per step
+        # Smoothed by the model: transformers forms all logits, and in float16 loses the gradient.
+        model.label_smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
         if workload.eval_batch is not None:
             args.per_device_eval_batch_size = workload.eval_batch
         super().__init__(

@@ -500,9 +500,10 @@ def test_answers_of_the_tuned_model_are_kept_while_the_base_answers(base, files,
 
 def test_label_smoothing_near_zero_takes_the_steps_of_a_run_without_it(base, files):
     runs = []
-    for factor in ("0", "1e-7"):
+    for factor in ("0", "1e-7", "0.1"):
         flags = train_flags(base, files, "--overwrite_output_dir")
         assert main([*flags, "--label_smoothing_factor", factor]) == 0
         runs.append([e["loss"] for e in log_of(files / "out") if "loss" in e])
     assert len(runs[0]) == 4
     assert runs[1] == pytest.approx(runs[0], abs=1e-4)
+    assert runs[2][0] != pytest.approx(runs[0][0], abs=1e-3), "a real factor changes the loss"

@@ -29,6 +29,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Linear,
         targets: Tensor,
         chunk_tokens: int,
+        label_smoothing: float,
     ) -> Tensor:
         total = hidden_states.new_zeros((), dtype=torch.float32)
         wants_gradient = hidden_states.requires_grad
@@ -39,10 +40,15 @@ class _ChunkedLoss(torch.autograd.Function):
             logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
             del logits
             wanted = targets[part, None]
-            total -= logprobs.gather(1, wanted).sum()
+            total -= (1 - label_smoothing) * logprobs.gather(1, wanted).sum()
+            if label_smoothing:
+                total -= label_smoothing * logprobs.mean(dim=-1).sum()
             if gradient is not None:
                 slope = logprobs.exp_()  # softmax, in place
-                slope.scatter_add_(1, wanted, slope.new_full((1, 1), -1.0).expand_as(wanted))
+                if label_smoothing:
+                    slope -= label_smoothing / slope.shape[1]
+                share = slope.new_full((1, 1), label_smoothing - 1)
+                slope.scatter_add_(1, wanted, share.expand_as(wanted))
                 gradient[part] = head.product_back(slope.to(head.weight.dtype))
                 del slope
             del logprobs  # or the next chunk's logits would be formed beside it
@@ -52,9 +58,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
 
 
 def summed_loss(
@@ -63,20 +69,27 @@ def summed_loss(
     targets: Tensor,
     *,
     chunk_tokens: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the summed cross-entropy, float32, of targets (N,) given hidden_states (N, E).
 
+    label_smoothing is the share of each target that is spread evenly over the vocabulary.
     A frozen plain linear head without bias takes the chunked path; any other head (trained,
     quantised) the ordinary one. chunk_tokens None chooses by the device.
     """
     is_plain = type(head) is Linear and head.bias is None and not head.weight.requires_grad
     if not is_plain:
-        return functional.cross_entropy(head(hidden_states).float(), targets, reduction="sum")
+        return functional.cross_entropy(
+            head(hidden_states).float(),
+            targets,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+        )
     assert isinstance(head, Linear), "asked above"
     if chunk_tokens is None:
         on_cpu = head.weight.device.type == "cpu"
         chunk_tokens = chunk_tokens_on(head.weight.shape[0], on_cpu=on_cpu)
-    total: Tensor = _ChunkedLoss.apply(hidden_states, head, targets, chunk_tokens)
+    total: Tensor = _ChunkedLoss.apply(hidden_states, head, targets, chunk_tokens, label_smoothing)
     return total
 
 

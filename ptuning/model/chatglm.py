@@ -39,6 +39,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     }
 
     loss_chunk_tokens: int | None = None  # answer tokens in the loss at a time; None: by device
+    label_smoothing: float = 0.0  # of the training loss
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
@@ -247,6 +248,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             self.lm_head,
             targets.to(hidden_states.device),
             chunk_tokens=self.loss_chunk_tokens,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
         )
         if num_items_in_batch is None:
             return total / len(targets)

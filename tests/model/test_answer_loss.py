@@ -17,12 +17,15 @@ def case(dtype=torch.float64, tokens=37):
     return head, hidden, torch.randint(0, 101, (tokens,))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 37, 1000, None])
-def test_loss_and_gradient_are_those_of_the_full_matrix(chunk_tokens):
+def test_loss_and_gradient_are_those_of_the_full_matrix(chunk_tokens, smoothing):
     head, hidden, targets = case()
-    expected = functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    expected = functional.cross_entropy(
+        head(hidden).float(), targets, reduction="sum", label_smoothing=smoothing
+    )
     (wanted,) = torch.autograd.grad(3 * expected, hidden)
-    loss = summed_loss(hidden, head, targets, chunk_tokens=chunk_tokens)
+    loss = summed_loss(hidden, head, targets, chunk_tokens=chunk_tokens, label_smoothing=smoothing)
     (found,) = torch.autograd.grad(3 * loss, hidden)
     assert loss.dtype is torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # a float32 sum
@@ -88,3 +91,22 @@ def test_half_precision_agrees_to_its_rounding(dtype):
     epsilon = torch.finfo(dtype).eps  # a few roundings of operands of size one
     assert abs(loss.item() - expected.item()) < 4 * epsilon * abs(expected.item())
     assert (found.double() - wanted).norm() < 8 * epsilon * wanted.norm()
+
+
+def test_smoothing_is_not_rounded_away_in_float16():
+    """A logit's share, 0.1 / 130,528, is far below 1: divided by the tokens first, it would be 0."""
+    torch.manual_seed(0)
+    head = Linear(4, 130_528, bias=False).requires_grad_(False)
+    hidden, targets = torch.randn(3, 4), torch.randint(0, 130_528, (3,))
+
+    def smoothing_part(dtype):
+        gradients = []
+        for smoothing in (0.1, 0.0):
+            x = hidden.to(dtype).requires_grad_(True)
+            loss = summed_loss(x, head.to(dtype), targets, label_smoothing=smoothing)
+            (gradient,) = torch.autograd.grad(loss / 1000, x)
+            gradients.append(gradient.float())
+        return gradients[0] - 0.9 * gradients[1]
+
+    wanted = smoothing_part(torch.float32)
+    assert (smoothing_part(torch.float16) - wanted).norm() < 0.05 * wanted.norm()

@@ -61,3 +61,15 @@ def test_a_model_wrapped_by_peft_is_smoothed_alike(build_small, training_batch, 
     wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(task_type="CAUSAL_LM"))
     loss = trainer_of(wrapped, tmp_path, 0.1).compute_loss(wrapped, dict(training_batch))
     torch.testing.assert_close(loss, smoothed_by_hand(base, training_batch, 0.1))
+
+
+def test_our_trainers_loss_is_smoothed_in_training_and_plain_in_validation(small, training_batch):
+    plain = small(**training_batch).loss
+    small.label_smoothing = 0.1
+    assert torch.equal(small(**training_batch).loss, plain)
+    small.train()
+    small.prefix_encoder.dropout = 0.0
+    loss = small(**training_batch).loss
+    by_hand = smoothed_by_hand(small, training_batch, 0.1)
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(prefix_gradient(small, loss), prefix_gradient(small, by_hand))
