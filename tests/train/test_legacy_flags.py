@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 
+from ptuning.train import parser
 from ptuning.train.config import parse_arguments
 from ptuning.train.flags import GROUPS
 from ptuning.train.legacy_flags import IGNORED, REFUSED, RENAMED, REPLACED
@@ -120,3 +121,12 @@ def test_ignored_keys_of_a_json_file_are_named(tmp_path):
 def test_no_flag_of_today_is_in_the_tables_of_old_ones():
     today = {f.name for group in GROUPS for f in fields(group)}
     assert not today & {*RENAMED, *REPLACED, *IGNORED, *REFUSED}
+
+
+def test_a_flag_that_this_transformers_still_has_is_declared_once(monkeypatch):
+    """warmup_ratio is a deprecated flag of transformers 5.10, and none of later releases."""
+    old = parser.Flag("warmup_ratio", "float | None", None, "", {})
+    later = [flag for flag in parser.transformers_flags() if flag.name != "warmup_ratio"]
+    monkeypatch.setattr(parser, "transformers_flags", lambda: (*later, old))
+    config = parse_arguments([*NEEDED, "--warmup_ratio", "0.1"])
+    assert config.notices[0] == "--warmup_ratio is called --warmup_steps now."
