@@ -232,7 +232,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.shape == next_labels.shape:
             next_labels = next_labels.masked_fill(attention_mask == 0, IGNORED_LABEL)
         logits = self.lm_head(hidden_states).flatten(0, 1).float()  # (B * S, V)
-        total = functional.cross_entropy(logits, next_labels.flatten(), reduction="sum")
+        total = functional.cross_entropy(
+            logits,
+            next_labels.flatten(),
+            reduction="sum",
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+        )
         if num_items_in_batch is None:
             num_items_in_batch = (next_labels != IGNORED_LABEL).sum()
         return total / num_items_in_batch
