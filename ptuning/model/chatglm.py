@@ -3,7 +3,6 @@
 Shapes: B batch, S tokens of this call, L layers, H heads, P prefix, D head width, V vocabulary.
 """
 
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +25,9 @@ from ptuning.model.positions import Context, position_ids, remember_context, vis
 from ptuning.model.prefix_encoder import PrefixEncoder
 
 IGNORED_LABEL = -100  # torch's own ignore_index
+# What generate has among the model's arguments, but not for the model (the tokenizers: for
+# stop_strings and for an assistant with another vocabulary).
+OF_GENERATE_ALONE = ("labels", "tokenizer", "assistant_tokenizer")
 
 logger = logging.get_logger(__name__)
 
@@ -377,7 +379,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         inputs = {
             key: value
             for key, value in kwargs.items()
-            if value is not None and key != "labels" and key in _FORWARD_ARGUMENTS
+            if value is not None and key not in OF_GENERATE_ALONE
         }
         inputs.update(
             input_ids=input_ids[:, first_new:].contiguous(),
@@ -387,12 +389,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
         )
         return inputs
-
-
-# generate hands some of its own arguments on, such as the tokenizer of stop_strings.
-_FORWARD_ARGUMENTS = frozenset(
-    inspect.signature(ChatGLMForConditionalGeneration.forward).parameters
-)
 
 
 def _check_cached(past_key_values: Cache, context: Context, first_new: int, num_all: int) -> None:
