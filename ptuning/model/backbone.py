@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
@@ -151,8 +151,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if self.training:
             use_cache = False  # nothing is generated while training
         if use_cache and past_key_values is None:
-            # torch.export returns only what has a pytree, as transformers gives its own caches.
-            past_key_values = DynamicCache() if torch.compiler.is_exporting() else ChatGLMCache()
+            past_key_values = ChatGLMCache()
         wants_hidden_states = self._wants("output_hidden_states", output_hidden_states)
         wants_attentions = self._wants("output_attentions", output_attentions)
         returns_grid = packing is None

@@ -8,13 +8,12 @@ Source: Du et al. 2021, https://arxiv.org/abs/2103.10360, sections 2.1 and 2.3.
 Shapes: B batch, S tokens of this call, K key columns without the prefix.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
-
-KEEPER_ATTRIBUTE = "glm_context"  # of a cache: its ContextKeeper
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
 
 
 class Context(NamedTuple):
@@ -30,73 +29,69 @@ class Context(NamedTuple):
 
 
 class ContextKeeper:
-    """What moves a cache's rows, and with them their context.
+    """A cache whose rows keep their context, whichever method moves them."""
 
-    `ChatGLMCache` is one. Any other cache is given one, whose methods take the place of its own. It
-    refers to the cache's layers, not to the cache: in a reference cycle the keys and values would
-    stay in memory until the garbage collector runs.
-    """
+    context: Context | None = None
 
-    layers: list[Any]
-    context: Context | None = None  # of the rows in the cache
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Let row i be what row beam_idx[i] was."""
-        for layer in self.layers:
-            layer.reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._select(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
         """Keep these rows, by number or as a bool mask."""
-        for layer in self.layers:
-            layer.batch_select_indices(indices)
+        super().batch_select_indices(indices)  # type: ignore[misc]
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row this many times, its copies next to each other."""
-        for layer in self.layers:
-            layer.batch_repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         if self.context is not None:
             self.context = Context(*(part.repeat_interleave(repeats) for part in self.context))
 
-    def _select(self, rows: Tensor) -> None:
+    def _select(self, rows: Any) -> None:
         if self.context is not None:
             rows = torch.as_tensor(rows, device=self.context.end.device)
             self.context = Context(*(part[rows] for part in self.context))
 
 
-class ChatGLMCache(ContextKeeper, DynamicCache):  # type: ignore[misc]
+class ChatGLMCache(ContextKeeper, DynamicCache):
     """The cache that the model makes when none is given."""
 
 
-def remember_context(cache: Cache, context: Context) -> None:
-    """Let a cache keep the context of the rows in it.
+class ChatGLMStaticCache(ContextKeeper, StaticCache):
+    """A static cache once the model has filled it."""
 
-    While a graph is traced, only a cache that has a keeper already can take it.
+
+class ChatGLMQuantizedCache(ContextKeeper, QuantizedCache):
+    """A quantised cache once the model has filled it."""
+
+
+@cache
+def _keeping_class(kind: type[Cache]) -> type[Cache]:
+    """Return the class whose objects are caches of this kind and keep their rows' context."""
+    for keeping in (ChatGLMCache, ChatGLMStaticCache, ChatGLMQuantizedCache):
+        if kind is keeping.__bases__[1]:
+            return keeping
+    return type(f"ChatGLM{kind.__name__}", (ContextKeeper, kind), {})
+
+
+def remember_context(past_key_values: Cache, context: Context) -> None:
+    """Let a cache keep the context of its rows; one of another class becomes a ContextKeeper.
+
+    While a graph is traced, the class of a cache cannot change, and nothing is remembered.
     """
-    keeper = _keeper_of(cache)
-    if keeper is None:
+    if not isinstance(past_key_values, ContextKeeper):
         if torch.compiler.is_compiling():
             return
-        keeper = ContextKeeper()
-        keeper.layers = cache.layers
-        setattr(cache, KEEPER_ATTRIBUTE, keeper)
-        for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
-            setattr(cache, name, getattr(keeper, name))
-    keeper.context = context
+        kind: Any = type(past_key_values)
+        past_key_values.__class__ = _keeping_class(kind)
+    setattr(past_key_values, "context", context)  # noqa: B010  # checkers see the class before
 
 
-def remembered_context(cache: Cache) -> Context | None:
+def remembered_context(past_key_values: Cache) -> Context | None:
     """Return the context of the rows in a cache; None where this model did not fill it."""
-    keeper = _keeper_of(cache)
-    return None if keeper is None else keeper.context
-
-
-def _keeper_of(cache: Cache) -> ContextKeeper | None:
-    if isinstance(cache, ContextKeeper):
-        return cache
-    keeper: ContextKeeper | None = getattr(cache, KEEPER_ATTRIBUTE, None)
-    return keeper
+    return past_key_values.context if isinstance(past_key_values, ContextKeeper) else None
 
 
 def find_context(
