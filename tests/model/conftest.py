@@ -18,6 +18,16 @@ from ptuning.model.config import ChatGLMConfig
 
 NANO = Path(ptuning.__file__).parent / "nano" / "weights"
 PAD, MASK, GMASK, SOP, EOP = 3, 60, 61, 62, 63  # of the small model
+TRANSFORMERS_MARKS = (
+    "accelerate_tests generate is_training_test run_first torch_compile_test torch_export_test "
+    "flash_attn_test flash_attn_3_test flash_attn_4_test all_flash_attn_test"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the marks of transformers' own tests, which test_transformers_suite.py brings in."""
+    for mark in TRANSFORMERS_MARKS.split():
+        config.addinivalue_line("markers", f"{mark}: of transformers' own tests")
 
 
 @pytest.fixture(scope="session")
