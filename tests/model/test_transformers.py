@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     WatermarkDetector,
     WatermarkingConfig,
@@ -342,6 +344,19 @@ def test_resized_embeddings_keep_the_old_tokens(
     torch.testing.assert_close(found[..., :63], wanted[..., :63])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dynamic_quantisation_of_torch_changes_nothing(
+    small: Model, left_padded: dict[str, Tensor]
+) -> None:
+    found = torch.ao.quantization.quantize_dynamic(small, {torch.nn.Linear})
+    same_logits(found, small, left_padded)
+    assert {type(module) for module in found.modules()} == {type(m) for m in small.modules()}
+
+
+def test_auto_model_has_the_head() -> None:
+    assert isinstance(AutoModel.from_pretrained(NANO), Model)
+
+
 # ---- pipeline
 
 
@@ -385,3 +400,12 @@ def test_a_pipeline_uses_the_prefix(writer: Any) -> None:
         writer.model.add_prefix(4).embedding.weight.mul_(5)
     assert writer(QUESTION) != plain
     assert writer(QUESTION, use_prefix=False) == plain
+
+
+def test_every_test_that_the_page_names_is_there() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "transformers.md").read_text(encoding="utf-8")
+    code = "".join(file.read_text(encoding="utf-8") for file in (root / "tests").rglob("*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 50
+    assert not named - set(re.findall(r"def (test_\w+)", code))
