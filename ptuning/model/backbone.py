@@ -7,6 +7,7 @@ E hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from ptuning.model.positions import (
 from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTable
 from ptuning.model.rotary import inverse_frequencies, rotation_at
 
+IGNORED_LABEL = -100  # torch's own ignore_index
 ATTENTIONS = ("eager", "sdpa")  # what `ptuning.model.attention` computes
 
 logger = logging.get_logger(__name__)
@@ -134,6 +136,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         return_dict: bool | None = None,
         packing: Packing | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the hidden states (B, S, E) of input_ids (B, S).
 
@@ -145,7 +148,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         the N needed tokens come back, (1, N, E); without, padding may come back as zeros.
         """
         input_ids = check_tokens(input_ids, inputs_embeds)
+        refuse_others(kwargs)
         self._check_attention()
+        if packing is None and not (torch.compiler.is_compiling() or is_filled(past_key_values)):
+            self.warn_of_context(input_ids, attention_mask)
         if use_cache is None:
             use_cache = self.config.use_cache
         if self.training:
@@ -173,9 +179,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if packing is not None:
             hidden_states = pack(hidden_states, packing)  # (1, T, E) until the end
         all_hidden_states, all_weights = [], []
-        layers = self.layers[
-            : self.config.num_layers
-        ]  # fewer while generate drafts with an early exit
+        layers = self.layers[: self.config.num_layers]  # fewer in an assistant with an early exit
         for index, layer in enumerate(layers):
             all_hidden_states.append(hidden_states)
             layer_prefix = None if prefix is None else prefix[index]
@@ -197,6 +201,50 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states=tuple(all_hidden_states) if wants_hidden_states else None,
             attentions=tuple(all_weights) if wants_attentions else None,
         )
+
+    def warn_of_context(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        next_labels: Tensor | None = None,
+    ) -> None:
+        """Warn, once each, of tokens whose prediction means nothing: they see what comes next.
+
+        next_labels (B, S) holds the label of each token's next one; without, another program may
+        compute a loss.
+        """
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            return
+        end = self.find_context(input_ids, attention_mask).end[:, None]
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        has_sop = end < input_ids.shape[1]
+        if not bool(has_sop.all()):
+            logger.warning_once(
+                "A row of input_ids has no <sop> (id %s), so that all of it is context: each token "
+                "sees those after it, and neither probabilities nor a loss on them mean anything. "
+                "Encode a question and its answer with this model's tokenizer as a pair, "
+                "tokenizer(question, answer).",
+                self.config.bos_token_id,
+            )
+        elif next_labels is not None:
+            on_context = (next_labels != IGNORED_LABEL) & (columns + 1 < end)
+            if bool(on_context.any()):
+                logger.warning_once(
+                    "Labels are on tokens of the context (before <sop>, id %s), which already see "
+                    "each other: the loss on them means nothing. Set these labels to -100.",
+                    self.config.bos_token_id,
+                )
+        elif self.training:
+            is_answer = columns > end
+            if attention_mask is not None:
+                is_answer = is_answer & attention_mask.bool()
+            if not bool(is_answer.any(dim=1).all()):
+                logger.warning_once(
+                    "A row of a training batch ends with <sop> (id %s), so that all of it is "
+                    "context, whose tokens already see each other: a loss on them means nothing. "
+                    "The answer belongs behind <sop>: tokenizer(question, answer).",
+                    self.config.bos_token_id,
+                )
 
     def packs(
         self,
@@ -395,6 +443,16 @@ def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tens
     return input_ids
 
 
+def refuse_others(given: dict[str, Any]) -> None:
+    """Refuse arguments of other models' forward."""
+    names = sorted(name for name, value in given.items() if value is not None)
+    if names:
+        raise ValueError(
+            f"forward got {', '.join(names)}, which ChatGLM does not take: leave it out. (Rows "
+            "packed into one row cannot be told apart: give (B, S) with an attention_mask.)"
+        )
+
+
 def _check_positions(given: Tensor, input_ids: Tensor) -> None:
     num_rows, length = input_ids.shape
     if given.dim() != 3 or given.shape[0] not in (1, num_rows) or given.shape[1:] != (2, length):
@@ -417,7 +475,7 @@ def _packing_of_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Pac
     """Return how to leave padding out; None where there is none, or a graph is being traced."""
     if attention_mask is None or attention_mask.shape != input_ids.shape:
         return None
-    if torch.compiler.is_compiling():  # shapes that depend on the mask's values break a graph
+    if torch.compiler.is_compiling():  # a shape that depends on the mask's values breaks a graph
         return None
     return None if bool(attention_mask.all()) else find_packing(attention_mask, None)
 

@@ -13,10 +13,17 @@ from torch.nn import functional
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
 from ptuning.model.answer_loss import summed_loss
-from ptuning.model.backbone import ChatGLMModel, ChatGLMPreTrainedModel, check_tokens, is_filled
+from ptuning.model.backbone import (
+    IGNORED_LABEL,
+    ChatGLMModel,
+    ChatGLMPreTrainedModel,
+    check_tokens,
+    is_filled,
+    refuse_others,
+)
 from ptuning.model.checkpoint_load import load_pretrained, prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import Linear
@@ -24,12 +31,9 @@ from ptuning.model.packing import Packing, find_packing, pack
 from ptuning.model.positions import Context, position_ids, remember_context, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder
 
-IGNORED_LABEL = -100  # torch's own ignore_index
 # What generate has among the model's arguments, but not for the model (the tokenizers: for
 # stop_strings and for an assistant with another vocabulary).
 OF_GENERATE_ALONE = ("labels", "tokenizer", "assistant_tokenizer")
-
-logger = logging.get_logger(__name__)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -146,11 +150,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """
         input_ids = check_tokens(input_ids, inputs_embeds)
         next_labels = _next_labels(input_ids, labels, kwargs.pop("shift_labels", None))
-        _refuse_others(kwargs)
+        refuse_others(kwargs)
         is_tracing = torch.compiler.is_compiling()
         has_indices = tokens is not None and needed is not None and targets is not None
-        if not (has_indices or is_tracing or is_filled(past_key_values)):
-            self._warn_of_lost_loss(input_ids, attention_mask, next_labels)
+        if not (next_labels is None or has_indices or is_tracing or is_filled(past_key_values)):
+            self.transformer.warn_of_context(input_ids, attention_mask, next_labels)
         packing = None
         if next_labels is not None and not is_tracing:
             if tokens is not None and needed is not None and targets is not None:
@@ -195,33 +199,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _warn_of_lost_loss(
-        self, input_ids: Tensor, attention_mask: Tensor | None, next_labels: Tensor | None
-    ) -> None:
-        """Warn, once each, of tokens whose prediction means nothing: others see them already."""
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            return
-        end = self.transformer.find_context(input_ids, attention_mask).end[:, None]
-        num_columns = input_ids.shape[1]
-        if bool((end == num_columns).any()):
-            logger.warning_once(
-                "A row of input_ids has no <sop> (id %s), so that all of it is context: each token "
-                "sees those after it, and neither probabilities nor a loss on them mean anything. "
-                "Encode a question and its answer with this model's tokenizer as a pair, "
-                "tokenizer(question, answer).",
-                self.config.bos_token_id,
-            )
-        if next_labels is None:
-            return
-        columns = torch.arange(num_columns, device=input_ids.device)
-        on_context = (next_labels != IGNORED_LABEL) & (columns + 1 < end) & (end < num_columns)
-        if bool(on_context.any()):
-            logger.warning_once(
-                "Labels are on tokens of the context (before <sop>, id %s), which already see each "
-                "other: the loss on them means nothing. Set these labels to -100.",
-                self.config.bos_token_id,
-            )
 
     def _grid_loss(
         self,
@@ -417,16 +394,6 @@ def _next_labels(
     if labels is None:
         return None
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-
-
-def _refuse_others(given: dict[str, Any]) -> None:
-    """Refuse arguments of other models' forward."""
-    names = sorted(name for name, value in given.items() if value is not None)
-    if names:
-        raise ValueError(
-            f"forward got {', '.join(names)}, which ChatGLM does not take: leave it out. (Rows "
-            "packed into one row cannot be told apart: give (B, S) with an attention_mask.)"
-        )
 
 
 def _pack_labels(next_labels: Tensor, attention_mask: Tensor | None) -> tuple[Packing, Tensor]:

@@ -31,7 +31,7 @@ class Context(NamedTuple):
 class ContextKeeper:
     """A cache whose rows keep their context, whichever method moves them."""
 
-    context: Context | None = None
+    context: tuple[Tensor, ...] | None = None  # a Context; transformers exports plain tuples only
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Let row i be what row beam_idx[i] was."""
@@ -47,12 +47,12 @@ class ContextKeeper:
         """Repeat each row this many times, its copies next to each other."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         if self.context is not None:
-            self.context = Context(*(part.repeat_interleave(repeats) for part in self.context))
+            self.context = tuple(part.repeat_interleave(repeats) for part in self.context)
 
     def _select(self, rows: Any) -> None:
         if self.context is not None:
-            rows = torch.as_tensor(rows, device=self.context.end.device)
-            self.context = Context(*(part[rows] for part in self.context))
+            rows = torch.as_tensor(rows, device=self.context[0].device)
+            self.context = tuple(part[rows] for part in self.context)
 
 
 class ChatGLMCache(ContextKeeper, DynamicCache):
@@ -86,12 +86,13 @@ def remember_context(past_key_values: Cache, context: Context) -> None:
             return
         kind: Any = type(past_key_values)
         past_key_values.__class__ = _keeping_class(kind)
-    setattr(past_key_values, "context", context)  # noqa: B010  # checkers see the class before
+    setattr(past_key_values, "context", tuple(context))  # noqa: B010  # a checker sees the old class
 
 
 def remembered_context(past_key_values: Cache) -> Context | None:
     """Return the context of the rows in a cache; None where this model did not fill it."""
-    return past_key_values.context if isinstance(past_key_values, ContextKeeper) else None
+    kept = past_key_values.context if isinstance(past_key_values, ContextKeeper) else None
+    return None if kept is None else Context(*kept)
 
 
 def find_context(

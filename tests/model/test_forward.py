@@ -15,7 +15,7 @@ from transformers import (
 
 from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from tests.model.conftest import GMASK, SOP
+from tests.model.conftest import GMASK, PAD, SOP
 
 Model = ChatGLMForConditionalGeneration
 
@@ -140,6 +140,25 @@ def test_a_row_without_sop_is_said_once(small: Model, warnings_said: Any) -> Non
     assert "tokenizer(question, answer)" in said
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_training_rows_without_an_answer_are_said_once(
+    small: Model, side: str, warnings_said: Any
+) -> None:
+    """trl computes the loss itself, and puts a plain completion in front of [gMASK] <sop>."""
+    good, bad = [5, GMASK, SOP, 30, 31], [5, 30, 31, GMASK, SOP]
+    padded = [PAD, *bad[1:]] if side == "left" else [*bad[1:], PAD]
+    small.train().transformer(torch.tensor([good, good]))
+    small.eval().transformer(torch.tensor([good, bad]))
+    assert not warnings_said()
+    small.train()
+    for _ in range(2):
+        rows = torch.tensor([good, padded])
+        small.transformer(rows, attention_mask=(rows != PAD).long())
+    (said,) = warnings_said()
+    assert "ends with <sop> (id 62)" in said
+    assert "tokenizer(question, answer)" in said
+
+
 def test_the_causal_collator_is_warned_about(loaded_nano: Any, warnings_said: Any) -> None:
     """It puts labels on every token, the question's too."""
     model, tokenizer = loaded_nano
@@ -212,7 +231,7 @@ def test_what_forward_cannot_use_is_refused_in_words(small: Model, case: str) ->
     given, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         small(**given)
-    if "labels" not in given and "cu_seq_lens_q" not in given and "token_type_ids" not in given:
+    if "labels" not in given:
         with pytest.raises(ValueError, match=words):
             small.transformer(**given)
 

@@ -70,9 +70,18 @@ TokenizerTesterMixin = load("test_tokenization_common", "TokenizerTesterMixin")
 EMBEDS = "positions are found from token ids, which embeddings do not show"
 POSITIONS = "positions are pairs that follow from [gMASK] and <sop>, not 0, 1, 2, ..."
 CONTEXT = "a prompt without [gMASK] <sop> has no place for an answer"
+OF_PADDING = "outputs and keys of padding, which nothing reads, are zeros where no graph is traced"
+WHOLE = "a checkpoint without all weights of the model is refused, with the names of those missing"
 FIXED = "the vocabulary is fixed: tokens cannot be added"
 
 CANNOT_APPLY = {
+    "test_torch_export_static": OF_PADDING,
+    "test_torch_export_dynamic": OF_PADDING,
+    "test_torch_export_generate_static": OF_PADDING,
+    "test_torch_export_generate_dynamic": OF_PADDING,
+    "test_correct_missing_keys": WHOLE,
+    "test_base_model_prefix_loads_base_weights": WHOLE,
+    "test_model_weights_reload_no_missing_tied_weights": WHOLE,
     "test_inputs_embeds": EMBEDS,
     "test_inputs_embeds_matches_input_ids": EMBEDS,
     "test_generate_from_inputs_embeds_0_greedy": EMBEDS,
@@ -101,6 +110,13 @@ WITH_PREFIX = {
     "test_assisted_decoding_sample": CUT,
 }
 TOKENIZER_CANNOT_APPLY = {
+    "test_torch_export_static": OF_PADDING,
+    "test_torch_export_dynamic": OF_PADDING,
+    "test_torch_export_generate_static": OF_PADDING,
+    "test_torch_export_generate_dynamic": OF_PADDING,
+    "test_correct_missing_keys": WHOLE,
+    "test_base_model_prefix_loads_base_weights": WHOLE,
+    "test_model_weights_reload_no_missing_tied_weights": WHOLE,
     "test_get_vocab": FIXED,
     "test_save_and_load_tokenizer": FIXED,
     "test_tokenize_special_tokens": FIXED,
@@ -108,18 +124,6 @@ TOKENIZER_CANNOT_APPLY = {
     "test_pad_token_initialization": FIXED,
     "test_bos_token_with_add_bos_token_true": FIXED,
     "test_bos_token_with_add_bos_token_false": FIXED,
-}
-
-# TEMPORARY, to be emptied as these conventions are kept (or rejected for good, and moved to the lists above).
-PENDING = {
-    "test_correct_missing_keys": "a checkpoint with missing weights is rejected",
-    "test_base_model_prefix_loads_base_weights": "a folder of the base model alone is rejected",
-    "test_model_weights_reload_no_missing_tied_weights": "a folder of the base model alone is rejected",
-    "test_prepare_inputs_for_generation_kwargs_forwards": "keys that forward does not name are dropped too early",
-    "test_torch_export_static": "an exported cache has no context, and padding comes back as zeros only when packed",
-    "test_torch_export_dynamic": "an exported cache has no context, and padding comes back as zeros only when packed",
-    "test_torch_export_generate_static": "a cache with bound methods cannot be exported",
-    "test_torch_export_generate_dynamic": "a cache with bound methods cannot be exported",
 }
 
 
@@ -203,7 +207,7 @@ class CommonTests(ModelTesterMixin, GenerationTesterMixin):
         self.enterContext(mock.patch.dict(MODEL_MAPPING_NAMES, chatglm="ChatGLMModel"))
 
 
-@expect_failures(CANNOT_APPLY | WITHOUT_PREFIX | PENDING)
+@expect_failures(CANNOT_APPLY | WITHOUT_PREFIX)
 class TestLeftPadded(CommonTests, TrainingTesterMixin, unittest.TestCase):
     model_tester = CommonTests.tester
 
@@ -214,17 +218,17 @@ class TestLeftPadded(CommonTests, TrainingTesterMixin, unittest.TestCase):
         ConfigTester(self, config_class=ChatGLMConfig, hidden_size=128).run_common_tests()
 
 
-@expect_failures(CANNOT_APPLY | WITHOUT_PREFIX | RIGHT_PADDED | PENDING)
+@expect_failures(CANNOT_APPLY | WITHOUT_PREFIX | RIGHT_PADDED)
 class TestRightPadded(CommonTests, unittest.TestCase):
     tester = Tester("right")
 
 
-@expect_failures(CANNOT_APPLY | WITHOUT_PREFIX | PENDING)
+@expect_failures(CANNOT_APPLY | WITHOUT_PREFIX)
 class TestEager(CommonTests, unittest.TestCase):
     tester = Tester(attn_implementation="eager")
 
 
-@expect_failures(CANNOT_APPLY | WITH_PREFIX | PENDING)
+@expect_failures(CANNOT_APPLY | WITH_PREFIX)
 class TestWithPrefix(CommonTests, unittest.TestCase):
     tester = Tester(pre_seq_len=3)
 
