@@ -17,6 +17,7 @@ from ptuning.model.linear import Linear
 CHUNK_ELEMENTS = 2**26  # float32 logits held at once: 256 MiB, 514 tokens of ChatGLM's 130,528
 CPU_CHUNK_ELEMENTS = 2**22  # 16 MiB, which stay in the processor's cache between the steps
 CPU_CHUNK_TOKENS = 128  # but not fewer at a time, for the matrix product's sake
+IGNORED_LABEL = -100  # torch's own ignore_index
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -30,6 +31,7 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         chunk_tokens: int,
         label_smoothing: float,
+        may_ignore: bool,
     ) -> Tensor:
         total = hidden_states.new_zeros((), dtype=torch.float32)
         wants_gradient = hidden_states.requires_grad
@@ -39,16 +41,21 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = head.product(hidden_states[part])  # (chunk, V)
             logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
             del logits
-            wanted = targets[part, None]
-            total -= (1 - label_smoothing) * logprobs.gather(1, wanted).sum()
+            wanted = targets[part, None]  # (chunk, 1)
+            counts = wanted != IGNORED_LABEL if may_ignore else 1
+            if may_ignore:
+                wanted = wanted.clamp(min=0)
+            total -= (1 - label_smoothing) * (logprobs.gather(1, wanted) * counts).sum()
             if label_smoothing:
-                total -= label_smoothing * logprobs.mean(dim=-1).sum()
+                total -= label_smoothing * (logprobs.mean(dim=-1, keepdim=True) * counts).sum()
             if gradient is not None:
                 slope = logprobs.exp_()  # softmax, in place
                 if label_smoothing:
                     slope -= label_smoothing / slope.shape[1]
-                share = slope.new_full((1, 1), label_smoothing - 1)
-                slope.scatter_add_(1, wanted, share.expand_as(wanted))
+                target_slope = slope.new_full((1, 1), label_smoothing - 1)
+                slope.scatter_add_(1, wanted, target_slope.expand_as(wanted))
+                if may_ignore:
+                    slope *= counts
                 gradient[part] = head.product_back(slope.to(head.weight.dtype))
                 del slope
             del logprobs  # or the next chunk's logits would be formed beside it
@@ -58,9 +65,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None, None
 
 
 def summed_loss(
@@ -70,12 +77,14 @@ def summed_loss(
     *,
     chunk_tokens: int | None = None,
     label_smoothing: float = 0.0,
+    may_ignore: bool = False,
 ) -> Tensor:
     """Return the summed cross-entropy, float32, of targets (N,) given hidden_states (N, E).
 
-    label_smoothing is the share of each target that is spread evenly over the vocabulary.
     A frozen plain linear head without bias takes the chunked path; any other head (trained,
-    quantised) the ordinary one. chunk_tokens None chooses by the device.
+    quantised) the ordinary one. chunk_tokens None chooses by the device. label_smoothing is the
+    share of each target that is spread evenly over the vocabulary. may_ignore: targets may be -100,
+    which count nothing.
     """
     is_plain = type(head) is Linear and head.bias is None and not head.weight.requires_grad
     if not is_plain:
@@ -89,7 +98,9 @@ def summed_loss(
     if chunk_tokens is None:
         on_cpu = head.weight.device.type == "cpu"
         chunk_tokens = chunk_tokens_on(head.weight.shape[0], on_cpu=on_cpu)
-    total: Tensor = _ChunkedLoss.apply(hidden_states, head, targets, chunk_tokens, label_smoothing)
+    total: Tensor = _ChunkedLoss.apply(
+        hidden_states, head, targets, chunk_tokens, label_smoothing, may_ignore
+    )
     return total
 
 

@@ -47,8 +47,11 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     Row strides are padded to a multiple of 16 elements: fused CUDA kernels copy the mask at every
     call otherwise.
     """
-    stored = visible.new_empty(*visible.shape[:-1], -(-visible.shape[-1] // 16) * 16, dtype=dtype)
-    mask = stored[..., : visible.shape[-1]]
+    num_keys = visible.shape[-1]
+    # torch.export could not leave the number of tokens open with the rounding.
+    stride = num_keys if torch.compiler.is_exporting() else -(-num_keys // 16) * 16
+    stored = visible.new_empty(*visible.shape[:-1], stride, dtype=dtype)
+    mask = stored[..., :num_keys]
     mask.fill_(torch.finfo(dtype).min)
     return mask.masked_fill_(visible, 0.0)
 

@@ -18,24 +18,17 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
+from ptuning.model.answer_loss import IGNORED_LABEL
 from ptuning.model.attention import LayerInputs, additive_mask
+from ptuning.model.cache import ChatGLMCache, remember_context, remembered_context
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.layer import Layer
 from ptuning.model.packed_attention import find_rows
 from ptuning.model.packing import Packing, find_packing, pack, pack_positions, unpack
-from ptuning.model.positions import (
-    ChatGLMCache,
-    Context,
-    find_context,
-    position_ids,
-    remember_context,
-    remembered_context,
-    visible_keys,
-)
+from ptuning.model.positions import Context, find_context, position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTable
 from ptuning.model.rotary import inverse_frequencies, rotation_at
 
-IGNORED_LABEL = -100  # torch's own ignore_index
 ATTENTIONS = ("eager", "sdpa")  # what `ptuning.model.attention` computes
 
 logger = logging.get_logger(__name__)
@@ -150,8 +143,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         input_ids = check_tokens(input_ids, inputs_embeds)
         refuse_others(kwargs)
         self._check_attention()
-        if packing is None and not (torch.compiler.is_compiling() or is_filled(past_key_values)):
-            self.warn_of_context(input_ids, attention_mask)
+        if packing is None and position_ids is None:
+            self.warn_of_context(input_ids, attention_mask, past_key_values)
+        if self.training and self.gradient_checkpointing and is_filled(past_key_values):
+            raise ValueError(
+                "past_key_values is filled, as by peft's PrefixTuning, but gradient checkpointing "
+                "leaves caches out; turn one of the two off: gradient_checkpointing=False."
+            )
         if use_cache is None:
             use_cache = self.config.use_cache
         if self.training:
@@ -206,43 +204,49 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
+        past_key_values: Cache | None,
         next_labels: Tensor | None = None,
     ) -> None:
-        """Warn, once each, of tokens whose prediction means nothing: they see what comes next.
+        """Warn, once each, of rows without <sop> or an answer, and of labels on the context.
 
-        next_labels (B, S) holds the label of each token's next one; without, another program may
-        compute a loss.
+        next_labels (B, S) holds the label of each token's next one. What continues a cache of this
+        model is not looked at, nor what has no values: a traced graph, meta and fake tensors.
         """
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        if torch.compiler.is_compiling() or type(input_ids) is not Tensor or input_ids.is_meta:
             return
-        end = self.find_context(input_ids, attention_mask).end[:, None]
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        has_sop = end < input_ids.shape[1]
-        if not bool(has_sop.all()):
+        if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if past_key_values is not None and remembered_context(past_key_values) is not None:
+            return
+        num_columns = input_ids.shape[1]
+        mask = mask_of_call(attention_mask, num_columns)
+        if _is_ready(attention_mask) or (mask is not None and mask.shape != input_ids.shape):
+            return
+        end = self.find_context(input_ids, mask).end[:, None]
+        columns = torch.arange(num_columns, device=input_ids.device)
+        if bool((end == num_columns).any()):
             logger.warning_once(
-                "A row of input_ids has no <sop> (id %s), so that all of it is context: each token "
-                "sees those after it, and neither probabilities nor a loss on them mean anything. "
-                "Encode a question and its answer with this model's tokenizer as a pair, "
-                "tokenizer(question, answer).",
+                "A row of input_ids has no <sop> (id %s), so the whole row is context: every token "
+                "sees those after it, and its log-probability or loss is meaningless. Encode "
+                "question and answer as a pair: tokenizer(question, answer).",
                 self.config.bos_token_id,
             )
         elif next_labels is not None:
-            on_context = (next_labels != IGNORED_LABEL) & (columns + 1 < end)
-            if bool(on_context.any()):
+            if bool(((next_labels != IGNORED_LABEL) & (columns + 1 < end)).any()):
                 logger.warning_once(
-                    "Labels are on tokens of the context (before <sop>, id %s), which already see "
-                    "each other: the loss on them means nothing. Set these labels to -100.",
+                    "Some labels are on context tokens (before <sop>, id %s). Context tokens see "
+                    "each other, so a loss on them is meaningless; set those labels to -100.",
                     self.config.bos_token_id,
                 )
         elif self.training:
             is_answer = columns > end
-            if attention_mask is not None:
-                is_answer = is_answer & attention_mask.bool()
+            if mask is not None:
+                is_answer = is_answer & mask.bool()
             if not bool(is_answer.any(dim=1).all()):
                 logger.warning_once(
-                    "A row of a training batch ends with <sop> (id %s), so that all of it is "
-                    "context, whose tokens already see each other: a loss on them means nothing. "
-                    "The answer belongs behind <sop>: tokenizer(question, answer).",
+                    "A training row ends with <sop> (id %s), so the whole row is context, whose "
+                    "tokens see each other: a loss on them is meaningless. Put the answer after "
+                    "<sop>: tokenizer(question, answer).",
                     self.config.bos_token_id,
                 )
 
@@ -265,11 +269,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def _wants(self, name: str, given: bool | None) -> bool:
         wanted = bool(getattr(self.config, name, False) if given is None else given)
         if wanted and name == "output_attentions" and self.config._attn_implementation != "eager":
-            logger.warning_once(
-                "output_attentions: no weights are returned, since "
-                f"{self.config._attn_implementation!r} attention never forms them; load the model "
-                "with attn_implementation='eager'."
-            )
+            if not torch.compiler.is_compiling():  # a warning breaks a graph
+                logger.warning_once(
+                    "output_attentions: no weights are returned, since "
+                    f"{self.config._attn_implementation!r} attention never forms them; load the "
+                    "model with attn_implementation='eager'."
+                )
             return False
         return wanted
 
@@ -393,28 +398,35 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     ) -> Context:
         """Return the rows' context, and let the cache remember it.
 
-        What another program put in the cache (peft's PrefixTuning does) is a prefix of whole
-        prompts: every token sees it, and positions are counted without it.
+        Keys and values that another program cached (as peft's PrefixTuning does) are a prefix to
+        complete prompts: every token sees them, and positions do not count them.
         """
         if past_key_values is None:
             return self.find_context(input_ids, attention_mask)
+        num_rows, num_columns = input_ids.shape
         if past > 0:
             context = remembered_context(past_key_values)
-            if context is not None and context.end.shape[0] == input_ids.shape[0]:
-                return context
-            context = self.find_context(
-                input_ids, None if attention_mask is None else attention_mask[:, past:]
-            )
-            if bool((context.end == input_ids.shape[1]).any()):
+            if context is not None and context.end.shape[0] != num_rows:
                 raise ValueError(
-                    "past_key_values is filled, but not by this model for these rows, and not "
-                    "every row of input_ids is a whole prompt with [gMASK] <sop>, so that the 2-D "
-                    "positions of the new tokens are unknown; give position_ids (B, 2, S)."
+                    f"past_key_values holds {context.end.shape[0]} row(s) for {num_rows} of "
+                    "input_ids; move its rows by its own methods (reorder_cache, "
+                    "batch_select_indices, batch_repeat_interleave), or give position_ids "
+                    "(B, 2, S)."
+                )
+            if context is not None:
+                return context
+        if past > 0:
+            attention_mask = mask_of_call(attention_mask, num_columns)
+        context = self.find_context(input_ids, attention_mask)
+        if past > 0:
+            if bool((context.end == num_columns).any()):
+                raise ValueError(
+                    "past_key_values was filled by another program, and a row of input_ids has no "
+                    "<sop>, so the positions of the new tokens are unknown; give position_ids "
+                    "(B, 2, S)."
                 )
             context = context.behind(past)
-        else:
-            context = self.find_context(input_ids, attention_mask)
-        remember_context(past_key_values, context)
+        remember_context(past_key_values, context, prefix_length=past)
         return context
 
     def find_context(self, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
@@ -429,7 +441,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 
 def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """Return input_ids; ValueError where they are missing, have no cells or are not (B, S)."""
+    """Return input_ids; ValueError where they are missing, empty or not (B, S)."""
     if inputs_embeds is not None or input_ids is None:
         given = "no input_ids" if inputs_embeds is None else "inputs_embeds"
         raise ValueError(
@@ -451,6 +463,13 @@ def refuse_others(given: dict[str, Any]) -> None:
             f"forward got {', '.join(names)}, which ChatGLM does not take: leave it out. (Rows "
             "packed into one row cannot be told apart: give (B, S) with an attention_mask.)"
         )
+
+
+def mask_of_call(attention_mask: Tensor | None, num_columns: int) -> Tensor | None:
+    """Return the columns (B, S) of this call's tokens, without those of the cache."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -num_columns:]
 
 
 def _check_positions(given: Tensor, input_ids: Tensor) -> None:

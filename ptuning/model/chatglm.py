@@ -15,20 +15,20 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ptuning.model.answer_loss import summed_loss
+from ptuning.model.answer_loss import IGNORED_LABEL, summed_loss
 from ptuning.model.backbone import (
-    IGNORED_LABEL,
     ChatGLMModel,
     ChatGLMPreTrainedModel,
     check_tokens,
-    is_filled,
+    mask_of_call,
     refuse_others,
 )
+from ptuning.model.cache import remember_context
 from ptuning.model.checkpoint_load import load_pretrained, prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.linear import Linear
 from ptuning.model.packing import Packing, find_packing, pack
-from ptuning.model.positions import Context, position_ids, remember_context, visible_keys
+from ptuning.model.positions import Context, position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder
 
 # What generate has among the model's arguments, but not for the model (the tokenizers: for
@@ -140,28 +140,31 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """Return logits (B, S, V); with labels (B, S) the shifted loss as well.
 
         The arguments are ChatGLMModel.forward's. The loss is the mean over labels that are not -100
-        and whose preceding token is not padding, or their sum over num_items_in_batch; shift_labels
-        (B, S), the label of the next token at each, take the place of labels. While training,
-        logits are None where there is a loss: only answer tokens pass the output head.
+        and whose preceding token is not padding, or their sum over num_items_in_batch.
+        shift_labels (B, S), the next token's label at each position, replace labels. While
+        training, logits are None where there is a loss: only answer tokens pass the output head.
         logits_to_keep keeps the last n positions, 0 for all. tokens (T,), needed (N,) and targets
         (N,) hold what labels and attention_mask say, as indices
-        (`ptuning.data.collation.pad_right` makes them): with all three only the loss is computed,
-        and the host never waits for the device.
+        (`ptuning.data.collation.pad_right` makes them): with labels and all three, the loss is all
+        that is computed, and the host never waits for the device.
         """
         input_ids = check_tokens(input_ids, inputs_embeds)
         next_labels = _next_labels(input_ids, labels, kwargs.pop("shift_labels", None))
         refuse_others(kwargs)
-        is_tracing = torch.compiler.is_compiling()
-        has_indices = tokens is not None and needed is not None and targets is not None
-        if not (next_labels is None or has_indices or is_tracing or is_filled(past_key_values)):
-            self.transformer.warn_of_context(input_ids, attention_mask, next_labels)
-        packing = None
-        if next_labels is not None and not is_tracing:
-            if tokens is not None and needed is not None and targets is not None:
+        wants_logits, packing = True, None
+        if next_labels is not None:
+            wants_logits = not self.training
+            if torch.compiler.is_compiling():
+                targets = None  # nothing is packed: no shape of a graph may depend on the labels
+            elif tokens is not None and needed is not None and targets is not None:
                 packing = Packing((input_ids.shape[0], input_ids.shape[1]), tokens, needed)
+                wants_logits = False
             else:
                 packing, targets = _pack_labels(next_labels, attention_mask)
-        wants_logits = next_labels is None or not (self.training or has_indices)
+                if position_ids is None:
+                    self.transformer.warn_of_context(
+                        input_ids, attention_mask, past_key_values, next_labels
+                    )
         packs = (
             packing is not None
             and not wants_logits
@@ -186,7 +189,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             answers = hidden_states if packs else pack(hidden_states, packing, only_needed=True)
             loss = self._answer_loss(answers.squeeze(0), targets, num_items_in_batch)
         elif next_labels is not None:
-            loss = self._grid_loss(hidden_states, next_labels, attention_mask, num_items_in_batch)
+            targets = _without_padding(next_labels, attention_mask).flatten()  # (B * S,)
+            loss = self._answer_loss(
+                hidden_states.flatten(0, 1), targets, num_items_in_batch, may_ignore=True
+            )
         if wants_logits:
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -200,42 +206,28 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _grid_loss(
+    def _answer_loss(
         self,
         hidden_states: Tensor,
-        next_labels: Tensor,
-        attention_mask: Tensor | None,
+        targets: Tensor,
         num_items_in_batch: int | Tensor | None,
-    ) -> Tensor:
-        """Return the loss of hidden_states (B, S, E) without a shape that depends on the labels."""
-        if attention_mask is not None and attention_mask.shape == next_labels.shape:
-            next_labels = next_labels.masked_fill(attention_mask == 0, IGNORED_LABEL)
-        logits = self.lm_head(hidden_states).flatten(0, 1).float()  # (B * S, V)
-        total = functional.cross_entropy(
-            logits,
-            next_labels.flatten(),
-            reduction="sum",
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-        )
-        if num_items_in_batch is None:
-            num_items_in_batch = (next_labels != IGNORED_LABEL).sum()
-        return total / num_items_in_batch
-
-    def _answer_loss(
-        self, hidden_states: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None = None
+        *,
+        may_ignore: bool = False,
     ) -> Tensor:
         """Return the cross-entropy of targets (N,) given hidden_states (N, E): their mean, or
-        their sum over num_items_in_batch.
+        their sum over num_items_in_batch. may_ignore: targets may be -100.
         """
+        targets = targets.to(hidden_states.device)
         total = summed_loss(
             hidden_states,
             self.lm_head,
-            targets.to(hidden_states.device),
+            targets,
             chunk_tokens=self.loss_chunk_tokens,
             label_smoothing=self.label_smoothing if self.training else 0.0,
+            may_ignore=may_ignore,
         )
         if num_items_in_batch is None:
-            return total / len(targets)
+            return total / ((targets != IGNORED_LABEL).sum() if may_ignore else len(targets))
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
@@ -341,13 +333,16 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         num_all = input_ids.shape[1]
         num_new = num_all if next_sequence_length is None else int(next_sequence_length)
         first_new = num_all - num_new
-        positions = None
-        if past_key_values is not None and (is_first_iteration or past_key_values.is_compileable):
+        positions = None  # a dynamic cache remembers what they follow from
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        if past_key_values is not None and (is_static or is_first_iteration or num_new > 1):
             context = self.transformer.find_context(input_ids, attention_mask)
             if is_first_iteration:
                 _check_cached(past_key_values, context, first_new, num_all)
                 remember_context(past_key_values, context)
-            if past_key_values.is_compileable:
+            else:  # candidates of an assistant: what drops some of them, as peft does, is found out
+                positions = position_ids(context, first_new, num_new)
+            if is_static:
                 positions = position_ids(context, first_new, num_new)
                 num_keys = past_key_values.get_mask_sizes(num_new, 0)[0]
                 attention_mask = visible_keys(
@@ -360,7 +355,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         }
         inputs.update(
             input_ids=input_ids[:, first_new:].contiguous(),
-            position_ids=positions,  # None: from the context that the cache remembers
+            position_ids=positions,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -396,9 +391,16 @@ def _next_labels(
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
+def _without_padding(next_labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return next_labels (B, S), -100 at padding."""
+    mask = mask_of_call(attention_mask, next_labels.shape[1])
+    return next_labels if mask is None else next_labels.masked_fill(mask == 0, IGNORED_LABEL)
+
+
 def _pack_labels(next_labels: Tensor, attention_mask: Tensor | None) -> tuple[Packing, Tensor]:
     """Return how next_labels (B, S) pack, needed where there is one, and those labels (N,)."""
-    if attention_mask is None or attention_mask.shape != next_labels.shape:
-        attention_mask = torch.ones_like(next_labels)
-    packing = find_packing(attention_mask, next_labels != IGNORED_LABEL)
+    mask = mask_of_call(attention_mask, next_labels.shape[1])
+    if mask is None:
+        mask = torch.ones_like(next_labels)
+    packing = find_packing(mask, next_labels != IGNORED_LABEL)
     return packing, next_labels.flatten()[packing.tokens][packing.needed]

@@ -59,10 +59,10 @@ class Linear(nn.Linear):
         if not self._takes(x):
             return super().forward(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            # In two dimensions, for which oneDNN returns no view: autograd refuses to have a view
-            # from a custom function changed in place, as peft's AdaLoRA does.
-            output: Tensor = _FrozenProduct.apply(x.flatten(0, -2), self)
-            return output.unflatten(0, x.shape[:-1])
+            # In two dimensions, where oneDNN's result is no view: autograd forbids changing a view
+            # that a custom Function returned in place, and peft's AdaLoRA does.
+            output: Tensor = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), self)
+            return output.reshape(*x.shape[:-1], -1)
         return self._multiply(x)
 
     def product(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Linear(nn.Linear):
     def product_back(self, gradient: Tensor) -> Tensor:
         """Return gradient (..., O) times the weight (..., I): the gradient of `product`'s input."""
         is_float32 = gradient.dtype is torch.float32
-        if not (is_float32 and has_avx512() and self._takes(gradient)):
+        if not (is_float32 and self._takes(gradient) and has_avx512()):
             return gradient @ self.weight
         return _onednn(gradient, self.weight.t(), None)
 

@@ -8,12 +8,10 @@ Source: Du et al. 2021, https://arxiv.org/abs/2103.10360, sections 2.1 and 2.3.
 Shapes: B batch, S tokens of this call, K key columns without the prefix.
 """
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
 
 
 class Context(NamedTuple):
@@ -24,75 +22,8 @@ class Context(NamedTuple):
     mask_position: Tensor  # (B,) first-channel position of every token from <sop> on
 
     def behind(self, num_columns: int) -> "Context":
-        """Return the same rows with num_columns more columns in front of them."""
+        """Shift the context by num_columns columns inserted before it."""
         return Context(self.start + num_columns, self.end + num_columns, self.mask_position)
-
-
-class ContextKeeper:
-    """A cache whose rows keep their context, whichever method moves them."""
-
-    context: tuple[Tensor, ...] | None = None  # a Context; transformers exports plain tuples only
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        """Let row i be what row beam_idx[i] was."""
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Any) -> None:
-        """Keep these rows, by number or as a bool mask."""
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row this many times, its copies next to each other."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.context is not None:
-            self.context = tuple(part.repeat_interleave(repeats) for part in self.context)
-
-    def _select(self, rows: Any) -> None:
-        if self.context is not None:
-            rows = torch.as_tensor(rows, device=self.context[0].device)
-            self.context = tuple(part[rows] for part in self.context)
-
-
-class ChatGLMCache(ContextKeeper, DynamicCache):
-    """The cache that the model makes when none is given."""
-
-
-class ChatGLMStaticCache(ContextKeeper, StaticCache):
-    """A static cache once the model has filled it."""
-
-
-class ChatGLMQuantizedCache(ContextKeeper, QuantizedCache):
-    """A quantised cache once the model has filled it."""
-
-
-@cache
-def _keeping_class(kind: type[Cache]) -> type[Cache]:
-    """Return the class whose objects are caches of this kind and keep their rows' context."""
-    for keeping in (ChatGLMCache, ChatGLMStaticCache, ChatGLMQuantizedCache):
-        if kind is keeping.__bases__[1]:
-            return keeping
-    return type(f"ChatGLM{kind.__name__}", (ContextKeeper, kind), {})
-
-
-def remember_context(past_key_values: Cache, context: Context) -> None:
-    """Let a cache keep the context of its rows; one of another class becomes a ContextKeeper.
-
-    While a graph is traced, the class of a cache cannot change, and nothing is remembered.
-    """
-    if not isinstance(past_key_values, ContextKeeper):
-        if torch.compiler.is_compiling():
-            return
-        kind: Any = type(past_key_values)
-        past_key_values.__class__ = _keeping_class(kind)
-    setattr(past_key_values, "context", tuple(context))  # noqa: B010  # a checker sees the old class
-
-
-def remembered_context(past_key_values: Cache) -> Context | None:
-    """Return the context of the rows in a cache; None where this model did not fill it."""
-    kept = past_key_values.context if isinstance(past_key_values, ContextKeeper) else None
-    return None if kept is None else Context(*kept)
 
 
 def find_context(

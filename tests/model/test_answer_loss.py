@@ -32,6 +32,24 @@ def test_loss_and_gradient_are_those_of_the_full_matrix(chunk_tokens, smoothing)
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_targets_count_nothing(smoothing, trained):
+    head, hidden, targets = case()
+    head.weight.requires_grad_(trained)
+    targets[::3] = -100
+    expected = functional.cross_entropy(
+        head(hidden).float(), targets, reduction="sum", label_smoothing=smoothing
+    )
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    loss = summed_loss(
+        hidden, head, targets, chunk_tokens=5, label_smoothing=smoothing, may_ignore=True
+    )
+    (found,) = torch.autograd.grad(loss, hidden)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
 def test_the_head_gets_no_gradient_and_a_trained_head_gets_its_own():
     head, hidden, targets = case()
     summed_loss(hidden, head, targets).backward()

@@ -39,6 +39,7 @@ VERBS: dict[str, tuple[Callable[[Cache], None], list[int]]] = {
         lambda cache: cache.batch_select_indices(torch.tensor([False, True, False, True])),
         [1, 3],
     ),
+    "a slice": (lambda cache: cache.batch_select_indices(slice(1, 3)), [1, 2]),
     "batch_repeat_interleave": (
         lambda cache: cache.batch_repeat_interleave(2),
         [0, 0, 1, 1, 2, 2, 3, 3],
@@ -97,6 +98,43 @@ def test_a_cache_is_used_again_for_other_prompts(small: Model, prompts: list[lis
     same(found, small(torch.tensor([[*prompts[2], 30]])).logits[:, -1:])
 
 
+def test_a_copy_of_a_cache_moves_its_own_rows(small: Model, left_padded: dict[str, Tensor]) -> None:
+    """Copied layer by layer, as one branch of a search; the original stays as it was."""
+    cache = small(**left_padded, past_key_values=DynamicCache()).past_key_values
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    branch.reorder_cache(torch.tensor([2, 0, 3, 1]))
+    ids = torch.nn.functional.pad(left_padded["input_ids"], (0, 1), value=30)
+    mask = torch.nn.functional.pad(left_padded["attention_mask"], (0, 1), value=1)
+    found = small(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
+    same(found, small(ids, attention_mask=mask).logits[:, -1:])
+
+
+class CountingCache(DynamicCache):
+    """A cache of one's own."""
+
+    moves = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.moves += 1
+        super().reorder_cache(beam_idx)
+
+
+def test_a_cache_class_of_ones_own_keeps_its_methods(
+    small: Model, left_padded: dict[str, Tensor]
+) -> None:
+    cache = CountingCache()
+    small(**left_padded, past_key_values=cache)
+    order = torch.tensor([2, 0, 3, 1])
+    cache.reorder_cache(order)
+    assert isinstance(cache, CountingCache)
+    assert cache.moves == 1
+    ids = torch.nn.functional.pad(left_padded["input_ids"][order], (0, 1), value=30)
+    mask = torch.nn.functional.pad(left_padded["attention_mask"][order], (0, 1), value=1)
+    found = small(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
+    same(found, small(ids, attention_mask=mask).logits[:, -1:])
+
+
 def test_a_returned_cache_of_several_rows_continues_without_positions(
     small: Model, left_padded: dict[str, Tensor]
 ) -> None:
@@ -106,6 +144,7 @@ def test_a_returned_cache_of_several_rows_continues_without_positions(
         min_new_tokens=4,
         do_sample=True,
         num_return_sequences=2,
+        suppress_tokens=[PAD],
         return_dict_in_generate=True,
     )
     ids = first.sequences
@@ -197,8 +236,48 @@ def test_several_answer_tokens_at_once_are_causal_behind_given_positions(
 
 def test_answer_tokens_behind_a_cache_of_another_program_need_positions(small: Model) -> None:
     foreign = as_cache(list(small.transformer.prefix_for(True)), 2)
-    with pytest.raises(ValueError, match=r"not by this model.*give position_ids \(B, 2, S\)"):
+    with pytest.raises(
+        ValueError, match=r"filled by another program.*give position_ids \(B, 2, S\)"
+    ):
         small(torch.tensor([[5, GMASK, SOP], [30, 31, 32]]), past_key_values=foreign)
+
+
+def test_a_prefix_of_another_program_serves_other_prompts_when_cropped(
+    small: Model, prompts: list[list[int]]
+) -> None:
+    cache = as_cache(list(small.transformer.prefix_for(True)), 1)
+    small(torch.tensor(prompts[:1]), past_key_values=cache, use_prefix=False)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :6], layer.values[:, :, :6]
+    try:
+        cache.crop(-1)  # tokens to remove, in some versions with a minus
+    except ValueError:
+        cache.crop(1)
+    assert cache.get_seq_length() == 5
+    found = small(torch.tensor(prompts[2:3]), past_key_values=cache, use_prefix=False).logits
+    same(found, small(torch.tensor(prompts[2:3])).logits)
+
+
+def test_a_whole_prompt_does_not_make_a_cache_of_other_rows_a_prefix(
+    small: Model, prompts: list[list[int]]
+) -> None:
+    cache = small(torch.tensor(prompts[:1])).past_key_values
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.repeat(2, 1, 1, 1), layer.values.repeat(2, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"holds 1 row\(s\) for 2.*batch_repeat_interleave"):
+        small(torch.tensor([prompts[3], prompts[3]]), past_key_values=cache)
+
+
+def test_labels_on_padding_behind_a_prefix_do_not_count(
+    small: Model, left_padded: dict[str, Tensor]
+) -> None:
+    ids, mask = left_padded["input_ids"], left_padded["attention_mask"]
+    wanted = small(**left_padded, labels=ids).loss
+    cache = as_cache(list(small.transformer.prefix_for(True)), 4)
+    found = small(
+        ids, attention_mask=behind(mask), labels=ids, past_key_values=cache, use_prefix=False
+    ).loss
+    same(found, wanted)
 
 
 def test_an_attention_mask_without_the_cached_columns_is_refused(
@@ -244,6 +323,24 @@ def test_peft_prefix_tuning_generates_what_our_prefix_does(
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, **options}
     found = wrapped.generate(**left_padded, **settings)
     assert found.equal(small.generate(**left_padded, **settings))
+
+
+def test_peft_prefix_tuning_with_an_assistant_is_refused(
+    small: Model, prompts: list[list[int]]
+) -> None:
+    """peft keeps the last of several candidates alone, so that answers would differ."""
+    wrapped = peft_prefix(small)
+    with pytest.raises(ValueError, match=r"position_ids is \(1, 2, \d+\) for input_ids \(1, 1\)"):
+        wrapped.generate(torch.tensor(prompts[:1]), max_new_tokens=12, assistant_early_exit=1)
+
+
+def test_peft_prefix_tuning_and_gradient_checkpointing_exclude_each_other(
+    small: Model, training_batch: dict[str, Tensor]
+) -> None:
+    wrapped = peft_prefix(small).train()
+    wrapped.base_model.gradient_checkpointing_enable()
+    with torch.enable_grad(), pytest.raises(ValueError, match="gradient_checkpointing=False"):
+        wrapped(**training_batch)
 
 
 def test_peft_prefix_tuning_trains_as_our_prefix_does(

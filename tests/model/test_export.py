@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import CompileConfig
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 
@@ -83,17 +85,70 @@ def test_a_cache_made_in_the_graph_continues_and_moves_its_rows(
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_of_ones_own_is_filled_in_the_graph_and_continued_outside(
+    small: Model, left_padded: dict[str, Tensor], kind: str
+) -> None:
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(small.config, max_cache_len=20)
+    torch.compile(small, backend="eager")(**left_padded, past_key_values=cache)
+    ids = torch.nn.functional.pad(left_padded["input_ids"], (0, 1), value=30)
+    mask = torch.nn.functional.pad(left_padded["attention_mask"], (0, 1), value=1)
+    found = small(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
+    wanted = small(ids, attention_mask=mask).logits[:, -1:]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str
 )
-def test_generate_with_a_compiled_forward_is_the_same(
+def test_generate_with_a_compiled_forward_has_no_graph_breaks(
     small: Model, left_padded: dict[str, Tensor], options: dict[str, Any]
 ) -> None:
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
     wanted = small.generate(**left_padded, **settings)
+    torch._dynamo.utils.counters.clear()
     small.forward = torch.compile(small.forward, backend="eager")
     assert small.generate(**left_padded, **settings).equal(wanted)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_static_caches_are_declared_to_compile() -> None:
-    assert Model._can_compile_fullgraph
+def test_generate_compiles_a_static_cache_by_itself(
+    small: Model, left_padded: dict[str, Tensor]
+) -> None:
+    """On a GPU it does so unasked; here it is told to do so on every device."""
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    wanted = small.generate(**left_padded, **settings)
+    how = CompileConfig(backend="eager", fullgraph=True, mode=None, dynamic=False)
+    how._compile_all_devices = True
+    torch._dynamo.utils.counters.clear()
+    found = small.generate(
+        **left_padded, **settings, cache_implementation="static", compile_config=how
+    )
+    assert found.equal(wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@torch.no_grad()
+def test_a_warning_does_not_break_the_graph(small: Model, left_padded: dict[str, Tensor]) -> None:
+    assert compiled(small)(**left_padded, output_attentions=True).attentions is None
+
+
+@torch.no_grad()
+def test_an_exported_model_takes_rows_of_other_lengths(
+    small: Model, left_padded: dict[str, Tensor]
+) -> None:
+    length = torch.export.Dim("length", min=4, max=64)
+    given = {**left_padded, "use_cache": False}
+    shapes = {"input_ids": {1: length}, "attention_mask": {1: length}, "use_cache": None}
+    program = torch.export.export(small, (), kwargs=given, dynamic_shapes=shapes, strict=False)
+    longer = {name: torch.cat((value[:, :1], value), 1) for name, value in left_padded.items()}
+    found = program.module()(**longer, use_cache=False).logits
+    same_where_real(found, small(**longer).logits, longer)
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_tensors_without_values_pass(small: Model, device: str) -> None:
+    """What counts operations, or plans memory, runs the model on the meta device."""
+    ids = torch.ones(2, 8, dtype=torch.long, device=device)
+    assert small.to(device)(ids, use_cache=False).logits.shape == (2, 8, 64)

@@ -78,7 +78,7 @@ def test_plain_texts_put_the_answer_into_the_context(tmp_path: Path, caplog: Any
         assert ids[mask][-1] == made.processing_class.sop_token_id
     logging.Logger.warning_once.cache_clear()
     made.train()
-    assert "A row of a training batch ends with <sop>" in caplog.text
+    assert "A training row ends with <sop>" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True, "max_length": None}])
