@@ -179,11 +179,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False
     ) -> int:
         """Accept pieces that are there already; the embedding has no row for any other."""
-        missing = [
-            str(token)
-            for token in new_tokens or []
-            if str(token) and not has_piece(self._pieces, str(token))
-        ]
+        names = [str(token) for token in new_tokens or []]
+        missing = [repr(name) for name in names if not has_piece(self._pieces, name)]
         if missing:
             raise ValueError(
                 f"cannot add {', '.join(missing)}: the vocabulary of ChatGLM-6B is fixed. "
@@ -213,9 +210,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if not is_id:
             self._add_tokens([token for token in values if isinstance(token, (str, AddedToken))])
             return
-        offset = self.num_image_tokens
         for token_id in values:
-            if token_id is not None and self._piece_index(token_id) != token_id - offset:
+            if token_id is not None and not self.num_image_tokens <= token_id < self.vocab_size:
                 raise ValueError(
                     f"no piece has the id {token_id}; use that of a piece of the vocabulary, "
                     f"such as {self.eop_token_id} ({EOP_PIECE})."

@@ -450,7 +450,7 @@ def test_new_tokens_are_refused_and_known_ones_are_welcome(tokenizer_folder: Pat
     assert tokenizer.add_tokens(["<eop>"]) == 0
     assert tokenizer.add_special_tokens({"pad_token": "<eop>"}) == 0
     assert tokenizer.pad_token_id == tokenizer.eop_token_id
-    with pytest.raises(ValueError, match=r"cannot add <new>.*fixed"):
+    with pytest.raises(ValueError, match=r"cannot add '<new>'.*fixed"):
         tokenizer.add_tokens(["<new>"])
     with pytest.raises(ValueError, match="cannot add"):
         ChatGLMTokenizer(tokenizer_folder / "ice_text.model", additional_special_tokens=["<new>"])
@@ -479,18 +479,31 @@ def test_a_special_token_without_a_piece_is_refused_and_changes_nothing(
 ) -> None:
     tokenizer = ChatGLMTokenizer(tokenizer_folder / "ice_text.model")
     names = tokenizer.all_special_tokens
-    with pytest.raises(ValueError, match=r"cannot add \[PAD\].*fixed"):
+    with pytest.raises(ValueError, match=r"cannot add '\[PAD\]'.*fixed"):
         change(tokenizer)
     assert tokenizer.all_special_tokens == names
     assert tokenizer.pad_token == "<pad>"
     assert tokenizer.bos_token == "<sop>"
 
 
+@pytest.mark.parametrize("empty", ["", AddedToken("")])
+def test_an_empty_special_token_is_refused(tokenizer_folder: Path, empty: str | AddedToken) -> None:
+    path = tokenizer_folder / "ice_text.model"
+    tokenizer = ChatGLMTokenizer(path)
+    with pytest.raises(ValueError, match="cannot add ''"):
+        tokenizer.pad_token = empty
+    with pytest.raises(ValueError, match="cannot add ''"):
+        tokenizer.add_special_tokens({"pad_token": empty})
+    assert tokenizer.pad_token == "<pad>"
+    with pytest.raises(ValueError, match="cannot add ''"):
+        ChatGLMTokenizer(path, pad_token=empty)
+
+
 @pytest.mark.parametrize("key", ["pad_token_id", "gmask_token_id", "extra_special_tokens_ids"])
 def test_a_special_id_without_a_piece_is_refused(tokenizer_folder: Path, key: str) -> None:
     tokenizer = ChatGLMTokenizer(tokenizer_folder / "ice_text.model", num_image_tokens=20)
     beyond = tokenizer.vocab_size
-    for unused in (beyond, 19):
+    for unused in (beyond, 19, -1):
         with pytest.raises(ValueError, match=f"no piece has the id {unused}"):
             setattr(tokenizer, key, [unused] if key.endswith("s_ids") else unused)
     assert tokenizer.pad_token_id == 23
