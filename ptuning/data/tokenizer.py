@@ -60,6 +60,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": VOCABULARY_FILE}  # noqa: RUF012  (the base class's own form)
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
     padding_side = "left"
+    _ends_pairs = True  # with <eop>; on the class, as older pickles have no such attribute
 
     def __init__(
         self,
@@ -92,7 +93,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.sop_token_id = self._id_of_piece(SOP_PIECE)
         self.eop_token_id = self._id_of_piece(EOP_PIECE)
         self._gmask_id = self._id_of_piece(GMASK_PIECE)
-        self._pair_end = [self.eop_token_id]
         self.control_ids = frozenset(  # every id that text never yields: `<pad>`, `<s>`, ...
             num_image_tokens + index for index in control_indices(self._pieces)
         )
@@ -262,7 +262,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> list[int]:
         """Return `ids [gMASK] <sop>`, or `a [gMASK] <sop> b <eop>` for a pair."""
         context = [*token_ids_0, self._gmask_id, self.sop_token_id]
-        return context if token_ids_1 is None else [*context, *token_ids_1, *self._pair_end]
+        if token_ids_1 is None:
+            return context
+        end = [self.eop_token_id] if self._ends_pairs else []
+        return [*context, *token_ids_1, *end]
 
     def get_special_tokens_mask(
         self,
@@ -280,12 +283,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         mask = [0] * len(token_ids_0) + [1, 1]
         if token_ids_1 is None:
             return mask
-        return mask + [0] * len(token_ids_1) + [1] * len(self._pair_end)
+        return mask + [0] * len(token_ids_1) + [1] * self._ends_pairs
 
     def _without_eop(self) -> "ChatGLMTokenizer":
         """Return a copy on the same vocabulary whose pairs are `a [gMASK] <sop> b`."""
         open_ended = copy.copy(self)
-        open_ended._pair_end = []
+        open_ended._ends_pairs = False
         return open_ended
 
     # Ids to text

@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken
+from transformers import AddedToken, PreTrainedTokenizer
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.data.vocabulary import escape_whitespace, restore_whitespace
@@ -379,6 +379,21 @@ def test_pickling_and_copying_keep_every_id(tokenizer: ChatGLMTokenizer) -> None
         assert twin("你好 <eop>", "b")["input_ids"] == tokenizer("你好 <eop>", "b")["input_ids"]
         assert twin.gmask_token_id == tokenizer.gmask_token_id
         assert twin.fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_pickled_by_an_earlier_version_still_works(
+    tokenizer: ChatGLMTokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickled = {"vocab_file", "do_lower_case", "remove_space", "num_image_tokens", "_pieces"}
+    pickled |= {"sop_token_id", "eop_token_id", "_gmask_id", "control_ids"}
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizer, "__init__", lambda self, **kwargs: None)
+        own = set(vars(ChatGLMTokenizer(tokenizer_folder / "ice_text.model")))
+    older = copy.deepcopy(tokenizer)
+    for name in own - pickled:
+        del vars(older)[name]
+    assert older("a", "b") == tokenizer("a", "b")
+    assert older.get_special_tokens_mask([5], [5]) == [0, 1, 1, 0, 1]
 
 
 @pytest.mark.parametrize("num_image_tokens", [0, 20000])
