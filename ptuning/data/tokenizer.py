@@ -425,6 +425,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             "return_tensors": return_tensors,
             **(tokenizer_kwargs or {}),
         }
+        needs_layout = continue_final_message or return_assistant_tokens_mask
+        if needs_layout and not call.get("add_special_tokens", True):
+            raise ValueError(
+                "tokenizer_kwargs has add_special_tokens=False, but continue_final_message and "
+                "return_assistant_tokens_mask need [gMASK] <sop> before the answer; leave it out."
+            )
         if return_assistant_tokens_mask:
             call["return_token_type_ids"] = True  # 1 on the second text of a pair and its <eop>
         if add_generation_prompt:

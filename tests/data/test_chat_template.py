@@ -191,7 +191,22 @@ def test_continuing_leaves_the_tokenizer_as_it_was(tokenizer: ChatGLMTokenizer) 
     assert tokenizer.num_special_tokens_to_add(pair=True) == 3
 
 
-def test_a_begun_answer_as_text_ends_the_chat(tokenizer: ChatGLMTokenizer) -> None:
+@pytest.mark.parametrize("option", ["continue_final_message", "return_assistant_tokens_mask"])
+def test_an_answer_needs_the_control_tokens_before_it(
+    tokenizer: ChatGLMTokenizer, option: str
+) -> None:
+    options: dict[str, Any] = {option: True}
+    chat = with_answer(to_messages("天气", []), "晴")
+    for kwargs in ({"add_special_tokens": True}, {"padding_side": "right"}, None):
+        made = tokenizer.apply_chat_template(chat, tokenizer_kwargs=kwargs, **options)
+        assert tokenizer.sop_token_id in made["input_ids"]
+    with pytest.raises(ValueError, match=r"add_special_tokens=False.*leave it out"):
+        tokenizer.apply_chat_template(
+            chat, tokenizer_kwargs={"add_special_tokens": False}, **options
+        )
+
+
+def test_a_partial_answer_as_text_ends_the_chat(tokenizer: ChatGLMTokenizer) -> None:
     chat = with_answer(to_messages("天气", []), " 晴 ")
     text = continued(tokenizer, chat, tokenize=False)
     assert text == "[Round 0]\n问：天气\n答： 晴 "
