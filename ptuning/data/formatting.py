@@ -176,6 +176,17 @@ def check_recipe(recipe: str) -> None:
         )
 
 
+def check_contents(conversation: list[Any]) -> None:
+    """Refuse contents in blocks: `CHAT_TEMPLATE` would write the list itself into the prompt."""
+    for chat in conversation if _is_batch(conversation) else [conversation]:
+        for number, message in enumerate(chat, 1):
+            if isinstance(message, Mapping) and isinstance(message.get("content"), list):
+                raise ValueError(
+                    f"the content of message {number} is a list, and ChatGLM-6B reads only text; "
+                    f'write {{"role": "{message.get("role")}", "content": "..."}}.'
+                )
+
+
 def ends_in_answer(conversation: list[Any]) -> bool:
     """Say whether the chat, or every chat of the batch, ends in an answer; refuse a mixture."""
     chats = conversation if _is_batch(conversation) else [conversation]
@@ -206,4 +217,4 @@ def _text_of(message: Mapping[str, Any]) -> str:
 
 
 def _is_batch(conversation: list[Any]) -> bool:
-    return bool(conversation) and not isinstance(conversation[0], Mapping)
+    return bool(conversation) and isinstance(conversation[0], (list, tuple))

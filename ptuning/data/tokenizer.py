@@ -19,7 +19,7 @@ from transformers import AddedToken, PreTrainedConfig, PreTrainedTokenizer
 from transformers.models.auto.tokenization_auto import AutoTokenizer  # see ptuning/__init__.py
 
 from ptuning.atomic_file import write_atomically
-from ptuning.data.formatting import CHAT_TEMPLATE, ends_in_answer, split_answers
+from ptuning.data.formatting import CHAT_TEMPLATE, check_contents, ends_in_answer, split_answers
 from ptuning.data.vocabulary import (
     END_PIECE,
     EOP_PIECE,
@@ -397,6 +397,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             )
 
         def render(chat: Any, **options: Any) -> Any:
+            if (chat_template or self.chat_template) == CHAT_TEMPLATE:
+                check_contents(chat)
             return super(ChatGLMTokenizer, self).apply_chat_template(
                 chat,
                 tools=tools,

@@ -102,6 +102,26 @@ def test_other_orders_of_roles_are_refused(
         tokenizer.apply_chat_template(chat, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+@pytest.mark.parametrize("tokenize", [True, False])
+def test_a_message_in_blocks_is_refused(
+    tokenizer: ChatGLMTokenizer, at: int, tokenize: bool
+) -> None:
+    chat: list[dict[str, Any]] = [{"role": "system", "content": "a"}]
+    chat += to_messages("b", [("c", "d")])
+    chat[at]["content"] = [{"type": "text", "text": "a"}]
+    for given_chat in (chat, [chat, chat]):
+        with pytest.raises(ValueError, match=f"content of message {at + 1} is a list"):
+            tokenizer.apply_chat_template(given_chat, add_generation_prompt=True, tokenize=tokenize)
+
+
+def test_a_template_of_ones_own_may_read_blocks(tokenizer: ChatGLMTokenizer) -> None:
+    chat = [{"role": "user", "content": [{"type": "text", "text": "你好"}]}]
+    template = "{{ messages[0]['content'][0]['text'] }}"
+    made = tokenizer.apply_chat_template(chat, chat_template=template, add_generation_prompt=True)
+    assert made == tokenizer("你好")
+
+
 def test_a_batch_of_open_and_finished_chats_is_refused(tokenizer: ChatGLMTokenizer) -> None:
     chats = [to_messages("a", []), [*to_messages("a", []), {"role": "assistant", "content": "b"}]]
     with pytest.raises(ValueError, match="encode the two kinds apart"):
