@@ -15,8 +15,8 @@ SHORTEST = 3  # tokens of either side: one of text next to two control tokens
 Recipe = Literal["corrected", "published"]
 
 # The prompts of `to_example` for transformers' chats: one question is bare, more messages are
-# numbered rounds, and a system message stands before the first question. `generation` tags the
-# answer that is learned; trl's assistant_only_loss requires the tag.
+# numbered rounds, and a system message stands before the first question. The `generation`
+# tag marks the answer that is trained on; trl's assistant_only_loss requires it.
 CHAT_TEMPLATE = """\
 {%- set chat = namespace(system='', round=0, expected='user') -%}
 {%- set turns = messages | rejectattr('role', 'equalto', 'system') | list -%}

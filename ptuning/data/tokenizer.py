@@ -372,10 +372,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         With add_generation_prompt the last message is the question to answer. Without, a chat
         that ends in an answer becomes a training row `prompt [gMASK] <sop> answer <eop>`, and one
-        that ends in a question only its text. With continue_final_message the last answer has
-        only begun, and the row stops there: `prompt [gMASK] <sop> answer`.
+        that ends in a question only its text. With continue_final_message the last message is a
+        partial answer, and the row stops there: `prompt [gMASK] <sop> answer`.
 
-        The control tokens have no text. With tokenize=False a begun answer is part of the text,
+        The control tokens have no text. With tokenize=False a partial answer is part of the text,
         and encoding that text would make it context; encode such a chat here. As with other
         SentencePiece models, decoding the new tokens alone drops the space they begin with.
 
@@ -388,7 +388,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
             raise ValueError(
                 "continue_final_message continues an answer, add_generation_prompt begins one and "
-                "return_assistant_tokens_mask marks one that is finished; leave one of them out."
+                "return_assistant_tokens_mask marks one that is finished; pass only one of them."
             )
         if return_assistant_tokens_mask and not (return_dict and tokenize):
             raise ValueError(
@@ -443,8 +443,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             encoded = tokenizer(render(prompts, add_generation_prompt=True), answers, **call)
         elif continue_final_message:
             raise ValueError(
-                "continue_final_message continues a begun answer, and the chat does not end in an "
-                "assistant message; append one, or pass add_generation_prompt=True for an answer."
+                "continue_final_message continues a partial answer, and the chat does not end in "
+                "an assistant message; append one, or pass add_generation_prompt=True to start one."
             )
         else:
             encoded = self(render(conversation), add_special_tokens=False, **call)

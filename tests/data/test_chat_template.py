@@ -136,7 +136,7 @@ def test_a_message_cannot_forge_a_turn(tokenizer: ChatGLMTokenizer) -> None:
     assert not tokenizer.control_ids & set(ids[:-2])
 
 
-# Continuing a begun answer
+# Continuing a partial answer
 
 
 answers = st.one_of(
@@ -154,7 +154,7 @@ def continued(tokenizer: ChatGLMTokenizer, chat: Any, **options: Any) -> Any:
 
 @given(query=texts, history=st.lists(st.tuples(texts, texts), max_size=2), answer=answers)
 @settings(deadline=None)
-def test_a_begun_answer_follows_the_prompt(
+def test_a_partial_answer_follows_the_prompt(
     tokenizer: ChatGLMTokenizer, query: str, history: list[tuple[str, str]], answer: str
 ) -> None:
     messages = to_messages(query, history)
@@ -167,7 +167,7 @@ def test_a_begun_answer_follows_the_prompt(
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_begun_answers_can_be_batched(tokenizer: ChatGLMTokenizer, side: str) -> None:
+def test_partial_answers_can_be_batched(tokenizer: ChatGLMTokenizer, side: str) -> None:
     chats = [
         with_answer(to_messages("你好", []), "你"),
         with_answer(to_messages("天气", [("你好", "你好！")]), "今天的"),
@@ -186,7 +186,7 @@ def test_begun_answers_can_be_batched(tokenizer: ChatGLMTokenizer, side: str) ->
         assert mask[-1].item() == int(side == "left")
 
 
-def test_a_begun_answer_is_cut_to_the_length_asked_for(tokenizer: ChatGLMTokenizer) -> None:
+def test_a_partial_answer_is_cut_to_the_length_asked_for(tokenizer: ChatGLMTokenizer) -> None:
     chat = with_answer(to_messages("今天的天气怎么样？", []), "你好，今天的天气")
     made = continued(
         tokenizer,
@@ -235,7 +235,7 @@ def test_a_partial_answer_as_text_ends_the_chat(tokenizer: ChatGLMTokenizer) -> 
     assert other == text
 
 
-def test_the_key_of_the_begun_answer_can_be_named(tokenizer: ChatGLMTokenizer) -> None:
+def test_the_key_of_the_partial_answer_can_be_named(tokenizer: ChatGLMTokenizer) -> None:
     chat = with_answer(to_messages("天气", []), "晴")
     made = tokenizer.apply_chat_template(chat, continue_final_message="content")
     assert made == continued(tokenizer, chat)
@@ -249,11 +249,11 @@ def test_the_key_of_the_begun_answer_can_be_named(tokenizer: ChatGLMTokenizer) -
     [
         (to_messages("a", []), {}, "does not end in an assistant message"),
         ([], {}, "does not end in an assistant message"),
-        (with_answer(to_messages("a", []), "b"), {"add_generation_prompt": True}, "leave one of"),
+        (with_answer(to_messages("a", []), "b"), {"add_generation_prompt": True}, "only one of"),
         (
             with_answer(to_messages("a", []), "b"),
             {"return_assistant_tokens_mask": True},
-            "leave one of",
+            "only one of",
         ),
         (
             [to_messages("a", []), with_answer(to_messages("a", []), "b")],
@@ -275,19 +275,19 @@ def test_what_cannot_be_continued_is_said(
         continued(tokenizer, chat, **options)
 
 
-def test_a_pipeline_continues_a_begun_answer() -> None:
+def test_a_pipeline_continues_a_partial_answer() -> None:
     pipe = pipeline("text-generation", model=str(NANO_DIR), dtype=torch.float32)
     options = {"max_new_tokens": 40, "do_sample": False}
     messages = to_messages("你好！", [])
     (answered,) = pipe(messages, **options)
     answer = answered["generated_text"][-1]["content"]
     assert answer.startswith("你好,")
-    begun = with_answer(messages, "你好,")
-    (finished,) = pipe(begun, **options)
+    partial = with_answer(messages, "你好,")
+    (finished,) = pipe(partial, **options)
     assert finished["generated_text"] == with_answer(messages, answer)
     longer = with_answer(to_messages("类型#裤*颜色#白色", [("你好", "你好！")]), "")
-    together = pipe([begun, longer], batch_size=2, **options)
-    assert together == [pipe(begun, **options), pipe(longer, **options)]
+    together = pipe([partial, longer], batch_size=2, **options)
+    assert together == [pipe(partial, **options), pipe(longer, **options)]
 
 
 # The mask of what is learned
