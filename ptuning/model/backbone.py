@@ -238,7 +238,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                     "each other, so a loss on them is meaningless; set those labels to -100.",
                     self.config.bos_token_id,
                 )
-        elif self.training:
+        elif self.training and torch.is_grad_enabled():
             is_answer = columns > end
             if mask is not None:
                 is_answer = is_answer & mask.bool()

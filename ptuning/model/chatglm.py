@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from ptuning.model.answer_loss import IGNORED_LABEL, summed_loss
 from ptuning.model.backbone import (
@@ -34,6 +34,8 @@ from ptuning.model.prefix_encoder import PrefixEncoder
 # What generate has among the model's arguments, but not for the model (the tokenizers: for
 # stop_strings and for an assistant with another vocabulary).
 OF_GENERATE_ALONE = ("labels", "tokenizer", "assistant_tokenizer")
+
+logger = logging.get_logger(__name__)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -283,6 +285,19 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "position_ids are given to generate, which derives them at every step: leave them "
                 "out."
+            )
+        mask = options.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask is {tuple(mask.shape)} for input_ids {tuple(input_ids.shape)}; "
+                "give one column for each token."
+            )
+        if bool(input_ids.eq(self.config.eos_token_id).any()):
+            logger.warning_once(
+                "A prompt given to generate holds <eop> (id %s), the end of an answer: an answer "
+                "that has ended is not continued, and one row holds one question. Give the "
+                "question alone; earlier rounds are part of it (tokenizer.apply_chat_template).",
+                self.config.eos_token_id,
             )
         has_sop = input_ids.eq(self.config.bos_token_id).any(dim=1)
         if not bool(has_sop.all()):

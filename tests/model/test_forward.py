@@ -15,7 +15,7 @@ from transformers import (
 
 from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from tests.model.conftest import GMASK, PAD, SOP
+from tests.model.conftest import EOP, GMASK, PAD, SOP
 
 Model = ChatGLMForConditionalGeneration
 
@@ -175,7 +175,8 @@ def test_decoding_steps_and_generate_say_nothing(
 ) -> None:
     small.generate(**left_padded, max_new_tokens=3)
     small.generate(**left_padded, max_new_tokens=3, use_cache=False)
-    cache = small(**left_padded).past_key_values
+    small.train().generate(**left_padded, max_new_tokens=3, use_cache=False)
+    cache = small.eval()(**left_padded).past_key_values
     mask = torch.nn.functional.pad(left_padded["attention_mask"], (0, 1), value=1)
     small(torch.full((4, 1), 30), attention_mask=mask, past_key_values=cache)
     assert not warnings_said()
@@ -187,6 +188,17 @@ def test_attentions_without_eager_are_said_and_not_returned(
     assert small(**left_padded, output_attentions=True).attentions is None
     (said,) = warnings_said()
     assert "attn_implementation='eager'" in said
+
+
+def test_a_finished_answer_given_to_generate_is_said_once(
+    small: Model, prompts: list[list[int]], warnings_said: Any
+) -> None:
+    """Rows with their answer, as Trainer evaluates them, or a second question behind the first."""
+    for row in ([*prompts[0], 30, EOP], [*prompts[0], 30, EOP, *prompts[1]]):
+        small.generate(torch.tensor([row]), max_new_tokens=2)
+    (said,) = warnings_said()
+    assert "holds <eop> (id 63)" in said
+    assert "apply_chat_template" in said
 
 
 # Refusals

@@ -110,6 +110,14 @@ def test_a_mask_that_is_not_bool_is_refused(small: Model, prompts: list[list[int
         small(tokens, attention_mask=torch.ones(1, 4))
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (2, 8), (1, 12)])
+def test_an_attention_mask_of_another_shape_is_refused(
+    small: Model, prompts: list[list[int]], shape: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match=r"attention_mask is .* for input_ids \(1, 8\)"):
+        small.generate(torch.tensor(prompts[:1]), attention_mask=torch.ones(shape))
+
+
 def test_continuous_batching_is_refused_at_once(small: Model, prompts: list[list[int]]) -> None:
     with pytest.raises(ValueError, match=r"generate_batch packs.*one padded batch"):
         small.generate_batch(prompts)

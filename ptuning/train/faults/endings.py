@@ -68,7 +68,8 @@ def _explain(error: BaseException, config: RunConfig) -> Ending | None:
         return Ending(DISK, f"{error} Make room, then: {how_to_resume(config)}")
     if num_launched() > 1 and is_lost_peer(error):
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Ending(LOST_PEER, f"another process ended first, and says why ({first_line})")
+        why = "its own message says why, unless it was killed"
+        return Ending(LOST_PEER, f"another process ended first; {why} ({first_line})")
     return None
 
 
