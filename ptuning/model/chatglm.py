@@ -5,7 +5,7 @@ Shapes: B batch, S tokens of this call, L layers, H heads, P prefix, D head widt
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -292,7 +292,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 f"attention_mask is {tuple(mask.shape)} for input_ids {tuple(input_ids.shape)}; "
                 "give one column for each token."
             )
-        if bool(input_ids.eq(self.config.eos_token_id).any()):
+        if bool(input_ids.eq(cast(int, self.config.eos_token_id)).any()):
             logger.warning_once(
                 "A prompt given to generate holds <eop> (id %s), the end of an answer: an answer "
                 "that has ended is not continued, and one row holds one question. Give the "
