@@ -109,8 +109,6 @@ class Seq2SeqTrainer(transformers.Trainer):
         """
         args = copy.copy(args)
         args.logging_nan_inf_filter = False  # StepGuard replaces it, at one transfer per step
-        # Smoothed by the model: transformers forms all logits, and in float16 loses the gradient.
-        model.label_smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
         if workload.eval_batch is not None:
             args.per_device_eval_batch_size = workload.eval_batch
         super().__init__(
@@ -120,6 +118,10 @@ class Seq2SeqTrainer(transformers.Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
         )
+        # The model smooths the labels: transformers' smoother materialises all logits, and its
+        # gradient underflows in float16.
+        self.label_smoother = None
+        model.label_smoothing = args.label_smoothing_factor
         for printer in (transformers.PrinterCallback, trainer.DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(printer)
         self.progress = ProgressLines()

@@ -498,7 +498,14 @@ def test_answers_of_the_tuned_model_are_kept_while_the_base_answers(base, files,
     assert len(answered) == 10  # a finished scoring is repeated with the tuned model
 
 
-def test_label_smoothing_near_zero_takes_the_steps_of_a_run_without_it(base, files):
+def test_label_smoothing_near_zero_takes_the_steps_of_a_run_without_it(base, files, monkeypatch):
+    trainers, train = [], Seq2SeqTrainer.train
+
+    def remember(trainer, *args, **kwargs):
+        trainers.append(trainer)
+        return train(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Seq2SeqTrainer, "train", remember)
     runs = []
     for factor in ("0", "1e-7", "0.1"):
         flags = train_flags(base, files, "--overwrite_output_dir")
@@ -507,3 +514,5 @@ def test_label_smoothing_near_zero_takes_the_steps_of_a_run_without_it(base, fil
     assert len(runs[0]) == 4
     assert runs[1] == pytest.approx(runs[0], abs=1e-4)
     assert runs[2][0] != pytest.approx(runs[0][0], abs=1e-3), "a real factor changes the loss"
+    assert [trainer.args.label_smoothing_factor for trainer in trainers] == [0, 1e-7, 0.1]
+    assert all(trainer.label_smoother is None for trainer in trainers), "the model does it"

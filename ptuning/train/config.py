@@ -413,8 +413,10 @@ def _check_numbers(config: RunConfig) -> None:
             f"--max_steps is {config.max_steps}; use 1 or more, or leave it out and give "
             "--num_train_epochs."
         )
-    if config.lora_dropout is not None and not 0 <= config.lora_dropout < 1:
-        raise UsageError(f"--lora_dropout is {config.lora_dropout}; use 0 to less than 1.")
+    for name in ("lora_dropout", "label_smoothing_factor"):
+        value = getattr(config, name, config.trainer_flags.get(name))
+        if value is not None and not 0 <= value < 1:
+            raise UsageError(f"--{name} is {value}; use 0 to less than 1.")
     if config.quantization_bit not in (None, 0, 4, 8):
         raise UsageError(
             f"--quantization_bit is {config.quantization_bit}; use 4 or 8, or leave it out."

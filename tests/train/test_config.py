@@ -399,6 +399,16 @@ HINTS = {
         "--lora_dropout is 1.0; use 0 to less than 1",
         ["--tuning", "lora", "--lora_dropout", "0"],
     ),
+    "smoothing 1": (
+        [*PREFIX, "--label_smoothing_factor", "1"],
+        "--label_smoothing_factor is 1.0; use 0 to less than 1",
+        [*PREFIX, "--label_smoothing_factor", "0.1"],
+    ),
+    "smoothing below 0": (
+        [*PREFIX, "--label_smoothing_factor=-0.1"],
+        "--label_smoothing_factor is -0.1; use 0 to less than 1",
+        [*PREFIX, "--label_smoothing_factor", "0"],
+    ),
     "odd module": (
         ["--tuning", "lora", "--lora_target_modules", "dense,q_proj"],
         "query_key_value",
