@@ -7,7 +7,6 @@ prefix are not.
 
 from typing import cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -72,9 +71,9 @@ def prepare_quantized_(model: PreTrainedModel, bits: int, backend: str = AUTO) -
 def quantize_embeddings_(
     model: PreTrainedModel, bits: int = 8, backend: str = AUTO
 ) -> PreTrainedModel:
-    """Quantise the word embedding in place, and tie an equal output head to it; return model.
+    """Quantise the word embedding in place, and a tied output head with it; return model.
 
-    A head with values of its own is quantised by itself, since it would otherwise be the largest
+    A head of its own is quantised by itself, since it would otherwise be the largest
     float weight left.
     """
     check_bits(bits)
@@ -89,7 +88,7 @@ def quantize_embeddings_(
         raise ValueError(
             "the embedding holds no values (it is on the meta device); load the weights first."
         )
-    tied = head.weight is embedding.weight or torch.equal(head.weight, embedding.weight)
+    tied = head.weight is embedding.weight
     table = QuantizedEmbedding.from_embedding(embedding, bits)
     model.set_input_embeddings(table)
     if tied:

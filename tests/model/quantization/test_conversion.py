@@ -151,15 +151,20 @@ def test_what_cannot_be_quantised_is_refused_before_any_work(
         quantize_model_(small, 4)
 
 
+@pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("tie", [True, False])
-def test_embedding_and_head_are_quantised_and_tied_when_equal(
-    build_small: Callable[..., Model], left_padded: dict[str, Tensor], tmp_path: Path, tie: bool
+def test_embedding_and_head_are_quantised_and_stay_tied_or_untied(
+    build_small: Callable[..., Model],
+    left_padded: dict[str, Tensor],
+    tmp_path: Path,
+    tie: bool,
+    equal: bool,
 ) -> None:
     model = build_small()
     if tie:
-        model.lm_head.weight = nn.Parameter(
-            model.transformer.word_embeddings.weight.detach().clone()
-        )
+        model.lm_head.weight = model.transformer.word_embeddings.weight
+    elif equal:
+        model.lm_head.weight.data = model.transformer.word_embeddings.weight.detach().clone()
     twin = copy.deepcopy(model)
     quantize_embeddings_(model)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
