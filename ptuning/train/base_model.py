@@ -119,6 +119,7 @@ def load_base(
 ) -> "ChatGLMForConditionalGeneration":
     """Load the weights of a base in dtype, frozen; hub holds cache_dir, revision and token.
 
+    An adapter in its folder is not attached: the caller names the one to use.
     quantization_bit 4 or 8 quantises float weights as they are read; None keeps what is stored.
     quantize_embeddings makes the embedding int8 unless it is stored quantised.
     """
@@ -134,7 +135,9 @@ def load_base(
             "quantization_backend": quantization_backend,
         }
     try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **hub)
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, adapter_name=None, **hub
+        )
     except (OSError, ValueError) as error:
         raise BaseModelError(_explain("weights", name_or_path, error)) from error
     if not isinstance(model, ChatGLMForConditionalGeneration):

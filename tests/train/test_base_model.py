@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from ptuning import save_prefix
+from ptuning.model.adapter import adapter_parameters, add_adapter, save_adapter
+from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.quantization.linear import QuantizedLinear
+from ptuning.model.tuned import LORA, TunedInfo
 from ptuning.nano.paths import NANO_DIR
 from ptuning.train.base_model import BaseModelError, find_base, load_base, load_tokenizer
 
@@ -34,6 +37,15 @@ def test_a_prefix_added_to_a_loaded_base_is_all_that_is_trained():
     model.add_prefix(4)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained == ["transformer.prefix_encoder.embedding.weight"]
+
+
+def test_an_adapter_in_the_folder_of_the_base_is_left_alone(tmp_path):
+    pytest.importorskip("peft", reason="needs the peft library (pip install peft)")
+    model = load_base(str(NANO_DIR), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    add_adapter(model, rank=2, alpha=4)
+    save_adapter(model, tmp_path, TunedInfo(LORA, str(NANO_DIR), base_fingerprint(model)))
+    assert not adapter_parameters(load_base(str(tmp_path), dtype=torch.float32))
 
 
 def test_nano_names_the_embedded_model_unless_a_folder_has_that_name(tmp_path, monkeypatch):
