@@ -125,7 +125,8 @@ def make_parser() -> FlagParser:
     section = parser.add_argument_group("transformers' other training flags")
     others = {flag.name: flag for flag in transformers_flags() if flag.name not in known}
     for flag in others.values():
-        if flag.name not in {*IGNORED, *RENAMED, *REPLACED}:  # which older releases still have
+        # older transformers releases still declare these
+        if flag.name not in {*IGNORED, *RENAMED, *REPLACED}:
             _add(section, flag)
     kinds = {flag.name: flag for group in GROUPS for flag in declared_flags(group)} | others
     for old, new in RENAMED.items():
