@@ -37,7 +37,6 @@ def _register() -> None:
     # From their own modules: `transformers` itself calls this function when asked for them.
     from transformers.models.auto.configuration_auto import AutoConfig
     from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForSeq2SeqLM,
@@ -51,10 +50,6 @@ def _register() -> None:
     # The published repository maps AutoModel to the class with the head; its scripts rely on that.
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
         auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
-    # transformers' label smoothing shifts the labels only for a class named here.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ChatGLMConfig.model_type] = (
-        ChatGLMForConditionalGeneration.__name__
-    )
     register_tokenizer()
 
 

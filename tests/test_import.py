@@ -49,6 +49,15 @@ def test_neither_torch_nor_transformers_is_imported(module: str) -> None:
     assert_runs(f"import sys, {module}\n{HEAVY}")
 
 
+def test_the_class_alone_is_known_to_transformers_label_smoothing() -> None:
+    assert_runs(
+        "import sys; sys.modules['peft'] = None\n"  # peft imports Auto classes, which registers
+        "from ptuning.model.chatglm import ChatGLMForConditionalGeneration as Model\n"
+        "from transformers.trainer import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names\n"
+        "assert names['chatglm'] == Model.__name__"
+    )
+
+
 @pytest.mark.parametrize(
     "line",
     ["", "--help", "fly", "chat --modle nano", "chat --model nowhere", "chat --prefix nowhere"]
