@@ -15,16 +15,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.checkpoint import EMBEDDING
+from ptuning.model.checkpoint_files import map_bin, open_safetensors
 from ptuning.model.prefix_artefact import base_fingerprint, check_finite
 from ptuning.model.quantization.linear import QuantizedLinear
 from ptuning.model.tuned import (
     ADAPTER_CONFIG_NAME,
+    ADAPTER_FILES,
     ADAPTER_WEIGHTS_NAME,
     DEFAULT_TARGETS,
     LORA,
@@ -36,6 +38,7 @@ from ptuning.model.tuned import (
 )
 
 ADAPTER = "default"  # the name inside the model; it is not stored
+PEFT_PREFIX = "base_model.model."  # of stored names: peft wraps a model twice
 
 
 def load_peft() -> ModuleType:
@@ -88,7 +91,7 @@ def _inject(model: ChatGLMForConditionalGeneration, config: Any) -> None:
 
 
 def _adapt_quantized(config: Any) -> None:
-    """Tell peft which layer of LoRA goes around our packed linears."""
+    """Tell peft which LoRA layer wraps our quantised linears."""
     from ptuning.model.quantization.lora_linear import QuantizedLoraLinear  # needs peft
 
     config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
@@ -109,8 +112,7 @@ def _stored_name(name: str) -> str:
     >>> _stored_name("transformer.layers.0.attention.dense.lora_A.default.weight")
     'base_model.model.transformer.layers.0.attention.dense.lora_A.weight'
     """
-    # peft wraps a model twice and stores names as seen from there
-    return "base_model.model." + name.replace(f".{ADAPTER}", "")
+    return PEFT_PREFIX + name.replace(f".{ADAPTER}", "")
 
 
 def save_adapter(
@@ -159,37 +161,49 @@ def load_adapter(
     return info
 
 
-def load_as_transformers(
-    model: ChatGLMForConditionalGeneration, path: str, *, name: str, **hub_arguments: Any
-) -> dict[str, Any]:
-    """Load an adapter of any of peft's kinds from a directory or hub id; return the loading info.
+def attach_adapter(model: ChatGLMForConditionalGeneration, directory: Path, *, name: str) -> None:
+    """Attach an adapter of any of peft's kinds, frozen; the base may be quantised.
 
-    This is transformers' load_adapter, for packed weights too.
+    ValueError where transformers' load_adapter warns of random values or says nothing: an adapter
+    that is incomplete, damaged or made for another base.
     """
     peft = load_peft()
-    config = peft.PeftConfig.from_pretrained(path, **hub_arguments)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"the base of the adapter at {directory} is offloaded, where peft cannot follow; give "
+            "a device_map that keeps the whole model in memory."
+        )
+    config = peft.PeftConfig.from_pretrained(str(directory))
+    if config.peft_type == peft.PeftType.LORA:
+        info = read_tuned_info(directory)
+        if isinstance(info, TunedInfo) and info.tuning == LORA:
+            check_base(info, model.name_or_path, base_fingerprint(model), directory)
+    stored = read_adapter_tensors(directory)
+    tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in stored.items()}
     if isinstance(config, peft.LoraConfig):
         _adapt_quantized(config)
-    info = model.load_adapter(
-        path, adapter_name=name, peft_config=config, download_kwargs=hub_arguments
+    peft.inject_adapter_in_model(config, model, adapter_name=name)
+    needed = peft.get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=EMBEDDING in tensors
     )
-    return dict(info.to_dict())
+    _check_fit(needed, tensors, directory)
+    peft.set_peft_model_state_dict(model, tensors, adapter_name=name)
+    model.eval().requires_grad_(False)
+    model._hf_peft_config_loaded = True
 
 
 def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
     """Return the stored tensors; ValueError for a damaged file or entries that are not finite."""
-    file = directory / ADAPTER_WEIGHTS_NAME
-    if not file.is_file():
+    file = next((directory / n for n in ADAPTER_FILES if (directory / n).is_file()), None)
+    if file is None:
         raise FileNotFoundError(
             f"{directory} has {ADAPTER_CONFIG_NAME} but no {ADAPTER_WEIGHTS_NAME}; copy it again."
         )
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}): it is damaged or cut short; copy it again or give "
-            "another checkpoint."
-        ) from error
+    if file.suffix == ".bin":
+        tensors = map_bin(file)
+    else:
+        with open_safetensors(file) as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     for name, value in tensors.items():
         check_finite(name, value, file)
     return tensors
@@ -201,21 +215,29 @@ def fill_adapter(
 ) -> None:
     """Copy stored values into the adapter that is attached; ValueError where they do not fit."""
     parameters = adapter_parameters(model)
-    if parameters.keys() != tensors.keys():
-        odd = sorted(parameters.keys() ^ tensors.keys())
+    _check_fit(parameters, tensors, directory)
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def _check_fit(
+    needed: Mapping[str, Tensor], tensors: Mapping[str, Tensor], directory: Path
+) -> None:
+    """Raise ValueError where the stored tensors are not those that the model needs."""
+    if needed.keys() != tensors.keys():
+        odd = sorted(needed.keys() ^ tensors.keys())
         raise ValueError(
             f"the adapter at {directory} has {len(tensors)} tensors where this model needs "
-            f"{len(parameters)} (first difference: {odd[0]}); it was made for other modules or "
-            "another model."
+            f"{len(needed)} (first difference: {odd[0]}); it is incomplete, or was made "
+            "for other modules or another model."
         )
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
+    for name, value in needed.items():
+        if value.shape != tensors[name].shape:
             raise ValueError(
                 f"the adapter at {directory} has {name} of shape {tuple(tensors[name].shape)}; "
-                f"this model needs {tuple(parameter.shape)}: it was trained on another model or "
+                f"this model needs {tuple(value.shape)}: it was trained on another model or "
                 "with another rank."
             )
-        parameter.copy_(tensors[name])
 
 
 @contextmanager

@@ -285,7 +285,7 @@ class StoredTensor:
 
     @classmethod
     def copy_of(cls, reader: CheckpointReader, name: str) -> "StoredTensor":
-        """Return the same values in memory of their own, never in the file's pages."""
+        """Return the same values as a private copy, never a view of the mapped file."""
         header = reader.headers[name]
         return cls(header.dtype, header.shape, lambda: reader.read(name).clone())
 

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from ptuning.model.checkpoint_files import ACCEPTED, INDEX_OF
-from ptuning.model.tuned import ADAPTER_CONFIG_NAME
+from ptuning.model.tuned import ADAPTER_CONFIG_NAME, ADAPTER_FILES, INFO_NAME
 
 CONFIG_FILE = "config.json"
 COMPANION_FILES = ("tokenizer_config.json", "generation_config.json", "ice_text.model")
@@ -54,9 +54,7 @@ def find_directory(
     if path.exists():
         return path / subfolder
     repository = os.fspath(name_or_path)
-    if not has_network():
-        hub_arguments["local_files_only"] = True
-    fetch = partial(hf_hub_download, repository, subfolder=subfolder or None, **hub_arguments)
+    fetch = _fetcher(repository, subfolder, hub_arguments)
     try:
         config = fetch(CONFIG_FILE)
     except LocalEntryNotFoundError as error:
@@ -78,17 +76,19 @@ def find_directory(
 def find_adapter(
     name_or_path: str | os.PathLike[str], *, subfolder: str = "", **hub_arguments: Any
 ) -> Path | None:
-    """Return the adapter_config.json at a directory or hub id, None where there is none."""
+    """Return the directory of an adapter given as find_directory's; None where there is none."""
     path = Path(name_or_path)
     if path.exists():
-        file = path / subfolder / ADAPTER_CONFIG_NAME
-        return file if file.is_file() else None
-    repository = os.fspath(name_or_path)
-    fetch = partial(hf_hub_download, repository, subfolder=subfolder or None, **hub_arguments)
+        directory = path / subfolder
+        return directory if (directory / ADAPTER_CONFIG_NAME).is_file() else None
+    fetch = _fetcher(os.fspath(name_or_path), subfolder, hub_arguments)
     try:
-        return Path(fetch(ADAPTER_CONFIG_NAME))
+        config = fetch(ADAPTER_CONFIG_NAME)
     except NOT_ON_THE_HUB:
         return None  # find_directory says what is wrong, if anything is
+    any(_fetch_if_there(fetch, name) for name in ADAPTER_FILES)
+    _fetch_if_there(fetch, INFO_NAME)
+    return Path(config).parent
 
 
 def has_network() -> bool:
@@ -100,6 +100,15 @@ def has_network() -> bool:
     except OSError:
         return False
     return True
+
+
+def _fetcher(
+    repository: str, subfolder: str, hub_arguments: dict[str, Any]
+) -> Callable[[str], str]:
+    """Return what fetches a file of a repository by its name and returns its path."""
+    if not has_network():
+        hub_arguments = hub_arguments | {"local_files_only": True}
+    return partial(hf_hub_download, repository, subfolder=subfolder or None, **hub_arguments)
 
 
 def _fetch_if_there(fetch: Callable[[str], str], name: str) -> Path | None:

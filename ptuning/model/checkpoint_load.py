@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,10 @@ from ptuning.model.checkpoint_hub import (
     HUB_ARGUMENTS,
     find_adapter,
     find_directory,
-    has_network,
 )
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.reference import packed_columns, quantize_in_blocks
-from ptuning.model.tuned import read_json
+from ptuning.model.tuned import ADAPTER_CONFIG_NAME, read_json
 from ptuning.output import bars_for
 
 logger = logging.getLogger(__name__)
@@ -56,15 +55,19 @@ def load_pretrained(
 
     quantization_bit=4 or 8 quantises float weights as they are read, and quantization_backend names
     what runs them. load is transformers' `from_pretrained`, bound to the class; kwargs are its
-    arguments. Raises what `check_checkpoint` raises, before any weight is read; never runs code
-    that came with the weights.
+    arguments, and adapter_name=None attaches no adapter. Raises what `check_checkpoint` raises,
+    before any weight is read; never runs code that came with the weights.
     """
     _refuse_arguments(name_or_path, kwargs)
     use_safetensors = kwargs.pop("use_safetensors", None)
-    name_or_path, directory, adapter = _locate(name_or_path, use_safetensors, kwargs)
+    adapter_name = kwargs.pop("adapter_name", "default")
+    name_or_path, directory, adapter = _locate(
+        name_or_path, use_safetensors, kwargs, with_adapter=adapter_name is not None
+    )
     backend = kwargs.pop("quantization_backend", None)
     config = _settle_config(directory, kwargs.pop("config", None), kwargs)
     checkpoint = _read_with_tying(directory, config, use_safetensors=use_safetensors)
+    _check_device_map(kwargs.get("device_map"), config)
     logger.info("%s: %s", name_or_path, checkpoint.summary)
     if checkpoint.summary.prefix_length is not None and config.pre_seq_len is None:
         logger.warning(
@@ -99,14 +102,16 @@ def load_pretrained(
     if kwargs.get("generation_config") is None and (directory / GENERATION_CONFIG_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     if adapter is not None:
-        from ptuning.model.adapter import load_as_transformers
+        from ptuning.model.adapter import attach_adapter
 
-        info = load_as_transformers(model, adapter.path, name=adapter.name, **adapter.hub_arguments)
+        attach_adapter(model, adapter, name=adapter_name)
     return (model, info) if wants_info else model
 
 
 def _refuse_arguments(name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for what transformers takes and this loader does not; takes it out."""
+    """Raise ValueError for transformers arguments this loader does not support; pop them from
+    kwargs.
+    """
     if kwargs.pop("variant", None) is not None:
         raise ValueError("variant is given; ChatGLM-6B has no variants of its files: leave it out.")
     if kwargs.pop("state_dict", None) is not None:
@@ -122,78 +127,55 @@ def _refuse_arguments(name_or_path: str | os.PathLike[str], kwargs: dict[str, An
         )
 
 
-class _Adapter(NamedTuple):
-    """An adapter that goes on the model: its directory or hub id, and its name in the model.
-
-    base is the model that the adapter itself names, None where the caller has named it.
-    """
-
-    path: str
-    name: str
-    base: str | None
-    hub_arguments: dict[str, Any]
-
-
 def _locate(
-    name_or_path: str | os.PathLike[str], use_safetensors: bool | None, kwargs: dict[str, Any]
-) -> tuple[str | os.PathLike[str], Path, _Adapter | None]:
-    """Return the model's name, its directory, and the adapter to load onto it, if any.
+    name_or_path: str | os.PathLike[str],
+    use_safetensors: bool | None,
+    kwargs: dict[str, Any],
+    *,
+    with_adapter: bool,
+) -> tuple[str | os.PathLike[str], Path, Path | None]:
+    """Return the model's name, its directory, and that of an adapter to attach to the model.
 
-    Takes the keys that say where they are out of kwargs.
+    Pops the location arguments from kwargs. A directory with a model and an adapter is the base of
+    its own adapter, as in transformers.
     """
-    subfolder = kwargs.pop("subfolder", "")
-    hub_arguments = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-    adapter = _take_adapter(name_or_path, subfolder, hub_arguments, kwargs)
-    if adapter is not None and adapter.base is not None:
-        name_or_path, subfolder = adapter.base, ""
+    where = {key: kwargs.pop(key) for key in ("subfolder", *HUB_ARGUMENTS) if key in kwargs}
+    of_adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
+    path = of_adapter.pop("_adapter_model_path", None)  # from an Auto class, which found the base
+    finds_base = path is None
+    if finds_base:
+        path, of_adapter = name_or_path, where | of_adapter
+    adapter = find_adapter(path, **of_adapter) if with_adapter else None
+    if adapter is not None:
+        from ptuning.model.adapter import load_peft
+
+        load_peft()  # or say now that it is missing
+        if finds_base and not Path(path, where.get("subfolder", ""), CONFIG_FILE).is_file():
+            name_or_path = _base_of(adapter)
+            for key in ("subfolder", "revision"):
+                where.pop(key, None)
     try:
-        directory = find_directory(
-            name_or_path, subfolder=subfolder, use_safetensors=use_safetensors, **hub_arguments
-        )
+        directory = find_directory(name_or_path, use_safetensors=use_safetensors, **where)
     except FileNotFoundError as error:
         if adapter is None:
             raise
         raise FileNotFoundError(
-            f"the adapter at {adapter.path} names {name_or_path} as its base, which cannot be "
-            "found; load the base from where it is now, then call "
-            f"model.load_adapter({adapter.path!r})."
+            f"the adapter at {adapter} names {name_or_path} as its base, which cannot be found; "
+            f"load the base from where it is now, then call model.load_adapter({str(adapter)!r})."
         ) from error
     return name_or_path, directory, adapter
 
 
-def _take_adapter(
-    name_or_path: str | os.PathLike[str],
-    subfolder: str,
-    hub_arguments: dict[str, Any],
-    kwargs: dict[str, Any],
-) -> _Adapter | None:
-    """Return the adapter to load, if any; takes its keys out of kwargs.
-
-    A directory with a model and an adapter is the base of its own adapter, as in transformers.
-    """
-    name = kwargs.pop("adapter_name", "default")
-    options = dict(kwargs.pop("adapter_kwargs", None) or {})
-    path = options.pop("_adapter_model_path", None)  # from an Auto class, which names the base
-    if not Path(path or name_or_path).exists() and not has_network():
-        options["local_files_only"] = True
-    base = None
-    if path is None:
-        path = name_or_path
-        options = {"subfolder": subfolder, **hub_arguments, **options}
-        file = find_adapter(path, **options)
-        if file is None:
-            return None
-        if not (Path(path) / subfolder / CONFIG_FILE).is_file():
-            base = read_json(file).get("base_model_name_or_path")
-            if not base:
-                raise ValueError(
-                    f"the adapter at {path} names no base (base_model_name_or_path in {file}); "
-                    f"load its base, then call model.load_adapter({os.fspath(path)!r})."
-                )
-    from ptuning.model.adapter import load_peft
-
-    load_peft()  # or say now that it is missing
-    return _Adapter(os.fspath(path), name, base, options)
+def _base_of(adapter: Path) -> str:
+    """Return the base that an adapter names; ValueError when it names none."""
+    file = adapter / ADAPTER_CONFIG_NAME
+    base = read_json(file).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"the adapter at {adapter} names no base (base_model_name_or_path in {file}); load its "
+            f"base, then call model.load_adapter({str(adapter)!r})."
+        )
+    return str(base)
 
 
 def _settle_config(directory: Path, given: Any, kwargs: dict[str, Any]) -> ChatGLMConfig:
@@ -227,6 +209,24 @@ def _read_with_tying(
     checkpoint = read_checkpoint(directory, config, use_safetensors=use_safetensors)
     config.tie_word_embeddings = not unties and head_is_embedding(checkpoint)
     return checkpoint
+
+
+def _check_device_map(device_map: Any, config: ChatGLMConfig) -> None:
+    """Raise ValueError for a model that cannot be split between disk and memory in this way."""
+    if not isinstance(device_map, dict):
+        return
+
+    on_disk = tuple(key and f"{key}." for key, device in device_map.items() if device == "disk")
+    if config.tie_word_embeddings and EMBEDDING.startswith(on_disk) != HEAD.startswith(on_disk):
+        raise ValueError(
+            f"device_map puts one of {EMBEDDING} and {HEAD} on disk, but they are one tensor; put "
+            "both there or neither, or load with tie_word_embeddings=False."
+        )
+    if config.pre_seq_len is not None and PREFIX_KEYS.startswith(on_disk):
+        raise ValueError(
+            "device_map puts the prefix on disk, from where it is not read; keep "
+            "transformer.prefix_encoder in memory."
+        )
 
 
 def _only_device(device_map: Any) -> torch.device | None:
@@ -309,12 +309,10 @@ def _share_offloaded_embedding(model: PreTrainedModel) -> None:
 def prepare_for_config_(model: PreTrainedModel) -> None:
     """Give a new model the empty quantised layers its configuration calls for, if any.
 
-    The configuration then says whether the head is tied, so that a saved model comes back as it
-    was. With embedding_quantization_bit the (V, E) embedding and the head are packed as well, and
-    tying them means their scales too.
+    With embedding_quantization_bit the (V, E) embedding and the head are packed as well, and tying
+    them means their scales too.
     """
     config = model.config
-    config.tie_word_embeddings = bool(config.tie_word_embeddings)
     if not (config.quantization_bit or config.embedding_quantization_bit):
         return
     from ptuning.model.quantization.conversion import prepare_quantized_

@@ -24,6 +24,7 @@ PUBLISHED_NAME = "pytorch_model.bin"
 EXPORT_FORMATS = ("published", "peft", "kv")
 ADAPTER_CONFIG_NAME = "adapter_config.json"  # peft's names
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_WEIGHTS_NAME, "adapter_model.bin")
 # What names the kind of a directory; a run that writes one kind takes the others' away.
 MARKS = {
     PTUNING: (PREFIX_CONFIG_NAME, PREFIX_WEIGHTS_NAME),

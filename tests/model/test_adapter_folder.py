@@ -4,17 +4,19 @@ import copy
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ptuning.model.adapter import save_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.prefix_artefact import base_fingerprint
-from ptuning.model.tuned import LORA, TunedInfo
+from ptuning.model.tuned import FULL, INFO_NAME, LORA, TunedInfo
 from tests.model.test_adapter import give_adapter
 from tests.model.test_checkpoint_hub import COMMIT
 from tests.model.test_full_gradient import ROWS
@@ -40,9 +42,16 @@ def by_training(base, folder):
 
 
 def by_peft(base, folder):
-    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, lora_dropout=0.5)
     model = peft.get_peft_model(base, config)
     model.save_pretrained(folder)
+    return model
+
+
+def by_peft_with_embedding(base, folder):
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM"))
+    base.transformer.word_embeddings.weight.data = base.lm_head.weight.data.clone()
+    model.save_pretrained(folder, save_embedding_layers=True)
     return model
 
 
@@ -67,6 +76,24 @@ def by_ia3(base, folder):
     return model
 
 
+def by_dora(base, folder):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, use_dora=True)
+    model = peft.get_peft_model(base, config)
+    for name, value in model.named_parameters():
+        if "magnitude" in name:
+            value.data = value * 2
+    model.save_pretrained(folder)
+    return model
+
+
+def by_module(base, folder):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", bias="all", modules_to_save=["final_layernorm"])
+    model = peft.get_peft_model(base, config)
+    model.base_model.model.transformer.final_layernorm.modules_to_save.default.bias.data += 1
+    model.save_pretrained(folder)
+    return model
+
+
 @pytest.fixture
 def base(build_small, tmp_path):
     build_small().save_pretrained(tmp_path / "base")
@@ -79,14 +106,16 @@ def written(base, tmp_path):
     return base, by_peft(copy.deepcopy(base), tmp_path / "adapter").eval(), tmp_path / "adapter"
 
 
-def rename_base(folder: Path, name: str | None) -> None:
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = name
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | changes
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
 @every_class
-@pytest.mark.parametrize("write", [by_training, by_peft, by_transformers, by_ia3])
+@pytest.mark.parametrize(
+    "write",
+    [by_training, by_peft, by_peft_with_embedding, by_transformers, by_ia3, by_dora, by_module],
+)
 def test_the_folder_of_an_adapter_loads_as_the_tuned_model(base, tmp_path, write, auto):
     tuned = write(copy.deepcopy(base), tmp_path / "adapter").eval()
     loaded = auto.from_pretrained(tmp_path / "adapter")
@@ -94,6 +123,7 @@ def test_the_folder_of_an_adapter_loads_as_the_tuned_model(base, tmp_path, write
     assert loaded.name_or_path == str(tmp_path / "base")
     assert loaded._hf_peft_config_loaded
     assert not loaded.training
+    assert not any(value.requires_grad for value in loaded.parameters())
     assert (logits(tuned) - logits(base)).abs().max() > 0.1
     torch.testing.assert_close(logits(loaded), logits(tuned))
 
@@ -117,7 +147,9 @@ def test_an_adapter_in_a_subfolder_is_found_by_adapter_kwargs(written):
 def test_a_model_with_an_adapter_beside_it_loads_with_it(written, auto, tmp_path):
     base, tuned, folder = written
     base.save_pretrained(folder)
-    rename_base(folder, "gone/elsewhere")
+    change_config(folder, base_model_name_or_path="gone/elsewhere")
+    info = TunedInfo(FULL, base_fingerprint="of the weights before they were tuned")
+    (folder / INFO_NAME).write_text(json.dumps(asdict(info)), encoding="utf-8")
     loaded = auto.from_pretrained(folder)
     assert loaded.name_or_path == str(folder)
     torch.testing.assert_close(logits(loaded), logits(tuned))
@@ -134,13 +166,17 @@ def test_an_adapter_loads_on_its_base_packed_to_four_bits(written):
     assert torch.equal(logits(loaded), logits(packed))
 
 
+def put_on_hub(folder: Path, repository: Path, *references: str) -> None:
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    for name in references:
+        (repository / "refs" / name).write_text(COMMIT, encoding="utf-8")
+
+
 def test_an_adapter_on_the_hub_is_found_in_its_cache(written, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     _, tuned, folder = written
-    repository = tmp_path / "hub" / "models--someone--adapter"
-    shutil.copytree(folder, repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    put_on_hub(folder, tmp_path / "hub" / "models--someone--adapter", "main")
     cache = {"cache_dir": tmp_path / "hub"}
     direct = ChatGLMForConditionalGeneration.from_pretrained("someone/adapter", **cache)
     auto = AutoModelForCausalLM.from_pretrained("someone/adapter", adapter_kwargs=cache)
@@ -148,8 +184,95 @@ def test_an_adapter_on_the_hub_is_found_in_its_cache(written, tmp_path, monkeypa
     torch.testing.assert_close(logits(auto), logits(tuned))
 
 
+def test_the_revision_of_an_adapter_is_not_that_of_its_base(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    _, tuned, folder = written
+    change_config(folder, base_model_name_or_path="someone/base")
+    put_on_hub(folder, tmp_path / "hub" / "models--someone--adapter", "v2")
+    put_on_hub(tmp_path / "base", tmp_path / "hub" / "models--someone--base", "main")
+    loaded = ChatGLMForConditionalGeneration.from_pretrained(
+        "someone/adapter", cache_dir=tmp_path / "hub", revision="v2"
+    )
+    torch.testing.assert_close(logits(loaded), logits(tuned))
+
+
 @every_class
-def test_the_loading_info_is_that_of_the_adapter(written, auto):
+def test_no_adapter_is_attached_where_its_name_is_none(written, auto):
+    base, _, folder = written
+    base.save_pretrained(folder)
+    loaded = auto.from_pretrained(folder, adapter_name=None)
+    torch.testing.assert_close(logits(loaded), logits(base))
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        ChatGLMForConditionalGeneration.from_pretrained(folder.parent, adapter_name=None)
+
+
+def drop_one(folder):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[min(tensors)]
+    save_file(tensors, file)
+
+
+def fill_with_nan(folder):
+    file = folder / "adapter_model.safetensors"
+    save_file({name: value * float("nan") for name, value in load_file(file).items()}, file)
+
+
+def cut_short(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def remove_weights(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+@every_class
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (drop_one, r"5 tensors where this model needs 6 .*lora_A.*incomplete"),
+        (fill_with_nan, "lora_A.* not finite"),
+        (cut_short, "cut short"),
+        (remove_weights, r"no adapter_model\.safetensors"),
+        (lambda folder: change_config(folder, r=4), "with another rank"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_refused(written, auto, damage, words):
+    _, _, folder = written
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        auto.from_pretrained(folder)
+
+
+@every_class
+def test_weights_in_the_older_format_of_peft_load_too(written, auto):
+    _, tuned, folder = written
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    remove_weights(folder)
+    torch.testing.assert_close(logits(auto.from_pretrained(folder)), logits(tuned))
+
+
+@every_class
+def test_a_base_of_the_same_name_and_other_weights_is_refused(base, tmp_path, auto, build_small):
+    by_training(copy.deepcopy(base), tmp_path / "adapter")
+    other = build_small()
+    other.transformer.final_layernorm.bias.data += 1
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"adapter at .* was trained on .* load the base"):
+        auto.from_pretrained(tmp_path / "adapter")
+
+
+@every_class
+def test_an_adapter_on_an_offloaded_base_is_refused(written, auto, tmp_path):
+    _, _, folder = written
+    options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "disk"}
+    with pytest.raises(ValueError, match=r"offloaded.*device_map"):
+        auto.from_pretrained(folder, **options)
+
+
+@every_class
+def test_loading_info_can_be_asked_for(written, auto):
     _, tuned, folder = written
     loaded, info = auto.from_pretrained(folder, output_loading_info=True)
     torch.testing.assert_close(logits(loaded), logits(tuned))
@@ -167,7 +290,7 @@ def test_a_base_that_has_gone_is_named_with_its_adapter(written, tmp_path):
 
 def test_an_adapter_that_names_no_base_says_how_to_load_it(written):
     _, _, folder = written
-    rename_base(folder, None)
+    change_config(folder, base_model_name_or_path=None)
     with pytest.raises(ValueError, match=r"names no base.*load_adapter"):
         ChatGLMForConditionalGeneration.from_pretrained(folder)
 

@@ -53,6 +53,18 @@ def test_converted_checkpoint_is_the_same_model_in_one_copy(golden: Path, tmp_pa
         assert torch.equal(value, second.state_dict()[name]), name
 
 
+def test_an_untied_model_with_equal_tables_is_converted_untied(
+    golden: Path, tmp_path: Path
+) -> None:
+    source = make_published(golden, tmp_path / "source", tied=True)
+    AutoModel.from_pretrained(source, tie_word_embeddings=False).save_pretrained(tmp_path / "two")
+    convert_checkpoint(tmp_path / "two", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"], written["transformer.word_embeddings.weight"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["tie_word_embeddings"] is False
+
+
 def test_configuration_points_to_no_code(golden: Path, tmp_path: Path) -> None:
     convert_checkpoint(make_published(golden, tmp_path / "source"), tmp_path / "out")
     for name in ("config.json", "tokenizer_config.json"):

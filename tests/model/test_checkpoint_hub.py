@@ -8,9 +8,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModel
 
-from ptuning.model.checkpoint_hub import find_directory
+from ptuning.model.checkpoint_hub import find_adapter, find_directory
 from tests.model.published import make_published, make_safetensors
 
 REPOSITORY = "someone/chatglm-6b"
@@ -66,6 +67,7 @@ def test_without_a_network_the_cache_alone_is_read(
     monkeypatch.setattr(urllib.request, "getproxies", dict)
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it retries"))
     assert find_directory(REPOSITORY, cache_dir=cache).name == COMMIT
+    assert find_adapter(REPOSITORY, cache_dir=cache) is None
     with pytest.raises(FileNotFoundError, match="neither in the hub's cache nor can the hub"):
         find_directory("someone/else", cache_dir=cache)
 
@@ -97,6 +99,24 @@ def test_fetching_asks_for_weights_and_settings_and_never_for_code(
     shards = {f"pytorch_model-{k:05d}-of-00008.bin" for k in range(1, 9)}
     assert shards <= set(asked)
     assert not [name for name in asked if name.endswith(".py")]
+
+
+def test_fetching_an_adapter_asks_for_its_weights_and_its_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetch(repository: str, name: str, **arguments: object) -> str:
+        asked.append(name)
+        if name == "adapter_model.safetensors":
+            raise EntryNotFoundError(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("ptuning.model.checkpoint_hub.has_network", lambda: True)
+    monkeypatch.setattr("ptuning.model.checkpoint_hub.hf_hub_download", fetch)
+    assert find_adapter("someone/adapter") == tmp_path
+    weights = ["adapter_model.safetensors", "adapter_model.bin"]
+    assert asked == ["adapter_config.json", *weights, "tuning_config.json"]
 
 
 def test_subfolder_of_a_directory(golden: Path, tmp_path: Path) -> None:

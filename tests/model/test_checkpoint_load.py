@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import ptuning
+from ptuning.model import checkpoint_files
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint import check_checkpoint, float_shapes, prefix_shapes
 from ptuning.model.config import ChatGLMConfig
@@ -322,6 +323,17 @@ def test_variants_are_refused(published: Path) -> None:
         AutoModel.from_pretrained(published, variant="fp16")
 
 
+PARTS = dict.fromkeys(
+    (
+        "transformer.word_embeddings",
+        "transformer.layers",
+        "transformer.final_layernorm",
+        "lm_head",
+    ),
+    "cpu",
+)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_tied_embedding_may_be_offloaded_to_disk(
     golden: Path, tmp_path: Path, packed: bool
@@ -336,16 +348,33 @@ def test_a_tied_embedding_may_be_offloaded_to_disk(
         offloaded = AutoModel.from_pretrained(
             tmp_path / "again",
             dtype=torch.float32,
-            device_map={
-                "transformer.word_embeddings": "disk",
-                "transformer.layers": "cpu",
-                "transformer.final_layernorm": "cpu",
-                "lm_head": "disk",
-            },
+            device_map={**PARTS, "transformer.word_embeddings": "disk", "lm_head": "disk"},
             offload_folder=tmp_path / "disk",
         )
         assert offloaded.lm_head.weight.is_meta
         torch.testing.assert_close(offloaded(ids).logits, expected)
+
+
+@pytest.mark.parametrize("on_disk", ["transformer.word_embeddings", "lm_head"])
+def test_a_tied_embedding_half_on_disk_is_refused(
+    golden: Path, tmp_path: Path, on_disk: str
+) -> None:
+    directory = make_published(golden, tmp_path / "tied")
+    parts = {**PARTS, on_disk: "disk"}
+    options = {"device_map": parts, "offload_folder": tmp_path / "disk"}
+    with pytest.raises(ValueError, match="are one tensor; put both"):
+        AutoModel.from_pretrained(directory, **options)
+    AutoModel.from_pretrained(directory, tie_word_embeddings=False, **options)
+
+
+def test_a_prefix_on_disk_is_refused(published: Path, tmp_path: Path) -> None:
+    options = {"pre_seq_len": 3, "offload_folder": tmp_path}
+    with pytest.raises(ValueError, match=r"prefix on disk.*keep transformer"):
+        AutoModel.from_pretrained(published, device_map={"": "disk"}, **options)
+    parts = dict.fromkeys(PARTS, "disk") | {"transformer.prefix_encoder": "cpu"}
+    model = AutoModel.from_pretrained(published, device_map=parts, **options)
+    with torch.no_grad():
+        assert model(torch.tensor([[5, 6, 7, 1001, 1004]])).logits.isfinite().all()
 
 
 def two_equal_tables(model: ChatGLMForConditionalGeneration) -> bool:
@@ -356,8 +385,9 @@ def two_equal_tables(model: ChatGLMForConditionalGeneration) -> bool:
 @pytest.mark.parametrize("load", [AutoModel, ChatGLMForConditionalGeneration])
 @pytest.mark.parametrize("stored_once", [False, True])
 def test_a_tied_model_is_untied_on_request(
-    golden: Path, tmp_path: Path, load: Any, stored_once: bool
+    golden: Path, tmp_path: Path, load: Any, stored_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(checkpoint_files, "COPY_BYTES", 0)  # as if the tables were large
     directory = make_published(golden, tmp_path / "tied")
     if stored_once:
         AutoModel.from_pretrained(directory).save_pretrained(tmp_path / "once")
@@ -389,12 +419,11 @@ def test_an_untied_model_with_equal_tables_stays_untied(golden: Path, tmp_path: 
     assert two_equal_tables(AutoModel.from_pretrained(tmp_path / "untied"))
 
 
-def test_a_new_model_says_in_its_config_whether_it_is_tied(golden: Path, tmp_path: Path) -> None:
-    model = ChatGLMForConditionalGeneration(ChatGLMConfig(**golden_config(golden, num_layers=1)))
-    with torch.no_grad():
-        model.lm_head.weight.copy_(model.transformer.word_embeddings.weight)
-    model.save_pretrained(tmp_path / "new")
-    assert two_equal_tables(AutoModel.from_pretrained(tmp_path / "new"))
+def test_a_model_built_from_a_config_leaves_it_as_it_was(golden: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(make_published(golden, tmp_path / "tied"))
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)  # as accelerate's init_empty_weights does
+    assert is_tied(AutoModelForCausalLM.from_pretrained(tmp_path / "tied", config=config))
 
 
 @pytest.mark.parametrize("load", [AutoModel, ChatGLMForConditionalGeneration])
