@@ -68,13 +68,16 @@ def add_adapter(
     ValueError for names that are not a layer's linears, and for a model that has an adapter.
     """
     check_targets(target_modules)
+    base = model.name_or_path or ""
     config = load_peft().LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(target_modules),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model.name_or_path,
+        base_model_name_or_path=str(Path(base).absolute())
+        if base and Path(base).is_dir()
+        else base,
     )
     _inject(model, config)
 

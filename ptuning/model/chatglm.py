@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
 from ptuning.model.answer_loss import IGNORED_LABEL, summed_loss
@@ -376,6 +377,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
         )
         return inputs
+
+
+# transformers' label smoothing shifts the labels only for a class named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ChatGLMConfig.model_type] = (
+    ChatGLMForConditionalGeneration.__name__
+)
 
 
 def _check_cached(past_key_values: Cache, context: Context, first_new: int, num_all: int) -> None:

@@ -39,6 +39,8 @@ class ChatGLMConfig(PreTrainedConfig):
         "max_position_embeddings": "max_sequence_length",
     }
 
+    auto_map: ClassVar[dict[str, str]] = {}  # trl reads it, and a config.json may lack it
+
     vocab_size: int = 130528
     hidden_size: int = 4096
     num_layers: int = 28

@@ -143,6 +143,11 @@ def find_prefix_weights(path: Path) -> Path:
     for name in (PREFIX_WEIGHTS_NAME, PUBLISHED_NAME):
         if (path / name).is_file():
             return path / name
+    if (path / ADAPTER_CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"{path} holds an adapter of peft, not a prefix of ours; load it and its base by "
+            f"AutoModelForCausalLM.from_pretrained({str(path)!r})."
+        )
     what = "has no" if path.is_dir() else "does not exist, so it has no"
     raise FileNotFoundError(
         f"{path} {what} {PREFIX_WEIGHTS_NAME} or {PUBLISHED_NAME}; give a prefix directory written "

@@ -249,7 +249,7 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     return RunConfig(
         **{name: value for name, value in values.items() if name in own},
         trainer_flags={name: value for name, value in values.items() if name not in own},
-        notices=(*notices, *lines, *_conflict_notices(typed)),
+        notices=(*notices, *lines, *_notices_of(typed)),
         argv=tuple(argv),
     )
 
@@ -324,14 +324,20 @@ def remembered_settings(typed: Mapping[str, Any], tuning: str | None) -> dict[st
     return known
 
 
-def _conflict_notices(typed: Mapping[str, Any]) -> list[str]:
-    """Return a line for each typed flag that another one leaves without effect."""
+def _notices_of(typed: Mapping[str, Any]) -> list[str]:
+    """Return a line for each typed flag that does less than it seems to."""
+    notices = []
     if "num_train_epochs" in typed and typed.get("max_steps", -1) > 0:
-        return [
+        notices.append(
             f"--num_train_epochs {typed['num_train_epochs']:g} has no effect: --max_steps "
             f"{typed['max_steps']} overrides it."
-        ]
-    return []
+        )
+    if typed.get("label_smoothing_factor"):
+        notices.append(
+            f"--label_smoothing_factor {typed['label_smoothing_factor']:g} smooths the training "
+            "loss; the validation loss is that without smoothing."
+        )
+    return notices
 
 
 def _check(config: RunConfig) -> None:

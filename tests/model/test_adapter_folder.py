@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ptuning.model.adapter import save_adapter
+from ptuning.model.adapter import add_adapter, save_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.prefix_artefact import base_fingerprint
-from ptuning.model.tuned import FULL, INFO_NAME, LORA, TunedInfo
+from ptuning.model.tuned import FULL, INFO_NAME, LORA, TunedInfo, find_prefix_weights
 from tests.model.test_adapter import give_adapter
 from tests.model.test_checkpoint_hub import COMMIT
 from tests.model.test_full_gradient import ROWS
@@ -303,3 +303,20 @@ def test_without_peft_the_folder_is_refused_and_not_loaded_as_the_base(written, 
     base.save_pretrained(folder)
     with pytest.raises(ValueError, match=r"peft library.*pip install"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_new_adapter_names_its_base_for_every_folder(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run started in the base's parent folder is loaded from anywhere."""
+    monkeypatch.chdir(golden)
+    model = AutoModelForCausalLM.from_pretrained("chatglm-tiny")
+    add_adapter(model, rank=2, alpha=4)
+    name = model.peft_config["default"].base_model_name_or_path
+    assert name == str(golden / "chatglm-tiny")
+
+
+def test_an_adapter_is_no_prefix(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"holds an adapter of peft.*AutoModelForCausalLM"):
+        find_prefix_weights(tmp_path)

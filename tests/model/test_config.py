@@ -172,3 +172,10 @@ def test_auto_classes_never_run_remote_code(
     assert type(AutoConfig.from_pretrained(tmp_path, **trusting)) is ChatGLMConfig
     model = auto_class.from_pretrained(tmp_path, **trusting)
     assert type(model) is ChatGLMForConditionalGeneration
+
+
+def test_a_config_without_auto_map_says_so() -> None:
+    """trl's trainers read it where they are given a path."""
+    config = ChatGLMConfig()
+    assert config.auto_map == {}
+    assert "auto_map" not in config.to_dict()

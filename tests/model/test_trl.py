@@ -49,6 +49,15 @@ def conversations() -> list[dict[str, Any]]:
     ]
 
 
+def test_a_model_is_given_by_its_path(tmp_path: Path) -> None:
+    made = trl.SFTTrainer(
+        str(NANO),
+        args=trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1, report_to="none"),
+        train_dataset=datasets.Dataset.from_list(conversations()),
+    )
+    made.train()
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [True, False])
 def test_messages_as_prompt_and_completion_train_the_answer(
     tmp_path: Path, gradient_checkpointing: bool

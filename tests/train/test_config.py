@@ -589,3 +589,9 @@ def test_a_json_file_may_spell_flags_as_a_command_line_does(tmp_path):
     config = parse_arguments([str(path), *train(tmp_path, "--pre_seq_len", "4")])
     assert (config.max_steps, config.compare_base, config.checkpointing) == (3, False, "false")
     assert config.resume_from_checkpoint == "true"
+
+
+def test_smoothing_says_what_it_smooths(tmp_path):
+    (notice,) = read(tmp_path, "--label_smoothing_factor", "0.1").notices
+    assert notice.startswith("--label_smoothing_factor 0.1 smooths the training loss")
+    assert read(tmp_path, "--label_smoothing_factor", "0").notices == ()
