@@ -5,7 +5,7 @@ Shapes: B batch, S tokens of this call, L layers, H heads, P prefix, D head widt
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -293,12 +293,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 f"attention_mask is {tuple(mask.shape)} for input_ids {tuple(input_ids.shape)}; "
                 "give one column for each token."
             )
-        if bool(input_ids.eq(cast(int, self.config.eos_token_id)).any()):
+        end = self.config.eos_token_id  # None, or several, in a config of somebody's own
+        if isinstance(end, int) and bool(input_ids.eq(end).any()):
             logger.warning_once(
                 "A prompt given to generate holds <eop> (id %s), the end of an answer: an answer "
                 "that has ended is not continued, and one row holds one question. Give the "
                 "question alone; earlier rounds are part of it (tokenizer.apply_chat_template).",
-                self.config.eos_token_id,
+                end,
             )
         has_sop = input_ids.eq(self.config.bos_token_id).any(dim=1)
         if not bool(has_sop.all()):

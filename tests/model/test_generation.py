@@ -371,3 +371,10 @@ def test_an_early_exit_drafts_and_leaves_the_model_whole(
     assert greedy(small, prompt, use_prefix=use_prefix, assistant_early_exit=2) == wanted
     assert small.config.num_layers == 3
     assert greedy(small, prompt, use_prefix=use_prefix) == wanted
+
+
+def test_a_config_without_an_end_token_decodes(small: Model, prompts: list[list[int]]) -> None:
+    prompt = {"input_ids": torch.tensor(prompts[:1])}
+    wanted = greedy(small, prompt)
+    small.config.eos_token_id = small.generation_config.eos_token_id = None
+    assert greedy(small, prompt, min_new_tokens=None) == wanted
