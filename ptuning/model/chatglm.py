@@ -4,6 +4,7 @@ Shapes: B batch, S tokens of this call, L layers, H heads, P prefix, D head widt
 """
 
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -260,6 +261,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 f"prefill_chunk_size is {chunk_size}; ChatGLM reads its context in one piece, so "
                 "leave it out."
             )
+        stop_strings = kwargs.get("stop_strings")
+        if stop_strings:  # the vocabulary knows NFKC text alone: "," for "，"
+            texts = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+            kwargs["stop_strings"] = [unicodedata.normalize("NFKC", text) for text in texts]
         # An assistant is handed our arguments, and has a prefix of its own or none.
         is_alone = kwargs.get("assistant_model") is None
         if is_alone and kwargs.get("prefix_key_values") is None:

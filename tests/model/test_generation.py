@@ -362,6 +362,18 @@ def test_stop_strings_end_the_answer(loaded_nano: Any) -> None:
     assert len(answer) < len(text)
 
 
+def test_a_chinese_stop_string_is_written_as_the_vocabulary_has_it(loaded_nano: Any) -> None:
+    """Answers hold "," where a Chinese user types "，"."""
+    model, tokenizer = loaded_nano
+    prompt = tokenizer("类型#裤*版型#宽松*颜色#白色", return_tensors="pt")
+    found = model.generate(
+        **prompt, max_new_tokens=30, do_sample=False, stop_strings="，", tokenizer=tokenizer
+    )
+    answer = tokenizer.decode(found[0, prompt["input_ids"].shape[1] :])
+    assert answer.endswith(",")
+    assert answer.count(",") == 1
+
+
 @pytest.mark.parametrize("use_prefix", [True, False])
 def test_an_early_exit_drafts_and_leaves_the_model_whole(
     small: Model, prompts: list[list[int]], use_prefix: bool
