@@ -62,7 +62,7 @@ class Linear(nn.Linear):
             # In two dimensions, where oneDNN's result is no view: autograd forbids changing a view
             # that a custom Function returned in place, and peft's AdaLoRA does.
             output: Tensor = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), self)
-            return output.reshape(*x.shape[:-1], -1)
+            return output.reshape(*x.shape[:-1], output.shape[-1])
         return self._multiply(x)
 
     def product(self, x: Tensor) -> Tensor:

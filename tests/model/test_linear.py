@@ -23,7 +23,7 @@ def frozen() -> Linear:
 
 @pytest.mark.parametrize("is_wide", [False, True])
 @pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("shape", [(24,), (1, 24), (3, 24), (2, 5, 24), (300, 24)])
+@pytest.mark.parametrize("shape", [(24,), (1, 0, 24), (1, 24), (3, 24), (2, 5, 24), (300, 24)])
 def test_output_and_gradient_are_those_of_torch(frozen, shape, is_packed, is_wide, monkeypatch):
     monkeypatch.setattr(linear_module, "has_avx512", lambda: is_wide)
     if is_packed:

@@ -9,7 +9,9 @@ import pytest
 
 from tests.model.conftest import NANO
 
-pytest.importorskip("lm_eval", reason="needs lm_eval, which this project does not depend on")
+instance = pytest.importorskip(
+    "lm_eval.api.instance", reason="needs lm_eval, which this project does not depend on"
+)
 DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
 QUESTION = "类型#裤*版型#宽松*颜色#白色"
 RIGHT, WRONG = "类型为裤,版型为宽松,颜色为白色。", "你好,有什么可以帮你?"
@@ -30,17 +32,17 @@ def harness_model(name: str) -> Any:
 
 
 def scores(model: Any) -> list[float]:
-    from lm_eval.api.instance import Instance
-
-    requests = [Instance("loglikelihood", {}, (QUESTION, text), 0) for text in (RIGHT, WRONG)]
+    requests = [
+        instance.Instance("loglikelihood", {}, (QUESTION, text), 0) for text in (RIGHT, WRONG)
+    ]
     return [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
 
 
 def answers(model: Any, until: list[str]) -> list[str]:
-    from lm_eval.api.instance import Instance
-
     options = {"until": until, "max_gen_toks": 30, "do_sample": False}
-    requests = [Instance("generate_until", {}, (text, options), 0) for text in (QUESTION, "你好！")]
+    requests = [
+        instance.Instance("generate_until", {}, (text, options), 0) for text in (QUESTION, "你好！")
+    ]
     return model.generate_until(requests, disable_tqdm=True)
 
 
