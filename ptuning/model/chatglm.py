@@ -362,10 +362,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             if is_first_iteration:
                 _check_cached(past_key_values, context, first_new, num_all)
                 remember_context(past_key_values, context)
-            else:  # candidates of an assistant: what drops some of them, as peft does, is found out
+            if is_static or not is_first_iteration:
+                # For an assistant's candidates too: a caller that drops some of them, as peft does,
+                # then gets an error instead of other answers.
                 positions = position_ids(context, first_new, num_new)
             if is_static:
-                positions = position_ids(context, first_new, num_new)
                 num_keys = past_key_values.get_mask_sizes(num_new, 0)[0]
                 attention_mask = visible_keys(
                     context.end, attention_mask, first_new, num_new, num_keys
