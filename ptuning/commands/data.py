@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from ptuning.atomic_file import write_atomically
 from ptuning.commands.registry import DEFAULT_PICTURE, NO_PICTURE
+from ptuning.data.checking.length_table import number_of
 from ptuning.data.formatting import SHORTEST, RowFormat
-from ptuning.data.length_table import number_of
 from ptuning.data.reading import find_files
 from ptuning.evaluate.pictures import (
     Lengths,
@@ -29,7 +29,7 @@ from ptuning.nano.paths import NANO_DIR
 from ptuning.train.base_model import find_base, load_tokenizer
 
 if TYPE_CHECKING:
-    from ptuning.data.check_report import Report
+    from ptuning.data.checking.check_report import Report
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         from ptuning.commands.data_convert import run as convert
 
         return convert(arguments)
-    from ptuning.data.check_report import as_values
+    from ptuning.data.checking.check_report import as_values
 
     row_format = row_format_of(arguments)
     if arguments.picture not in (None, NO_PICTURE):
@@ -105,9 +105,9 @@ def _check_all(
     paths: list[Path], row_format: RowFormat, tokenizer: str, context: int
 ) -> list["Report"]:
     """Check each file and each pair of files, and print each part when it is known."""
-    from ptuning.data.check import Encoder, check_file
-    from ptuning.data.check_findings import find_between, find_in_file
-    from ptuning.data.check_report import Report, as_text
+    from ptuning.data.checking.check import Encoder, check_file
+    from ptuning.data.checking.check_report import Report, as_text
+    from ptuning.data.checking.findings import find_between, find_in_file
 
     encoder = Encoder.of(load_tokenizer(tokenizer))
     reports = []

@@ -12,6 +12,15 @@ import numpy as np
 
 from ptuning.atomic_file import write_atomically
 from ptuning.commands.data import named_models, row_format_of
+from ptuning.data.checking.length_table import (
+    ANSWER_RESERVE,
+    PROMPT_RESERVE,
+    as_percent,
+    length_values,
+    number_of,
+    sides_of,
+    table_lines,
+)
 from ptuning.data.conversion import (
     ContractRow,
     Conversion,
@@ -23,15 +32,6 @@ from ptuning.data.conversion import (
 )
 from ptuning.data.formats import NoAnswers
 from ptuning.data.formatting import RowFormat, TextRow, to_example
-from ptuning.data.length_table import (
-    ANSWER_RESERVE,
-    PROMPT_RESERVE,
-    as_percent,
-    length_values,
-    number_of,
-    sides_of,
-    table_lines,
-)
 from ptuning.data.mixing import MixSource
 from ptuning.data.parsing import write_json
 from ptuning.data.reading import as_places, find_files

@@ -61,7 +61,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
-    from ptuning.data.check_findings import NOTICES, PROBLEMS  # needs numpy
+    from ptuning.data.checking.findings import NOTICES, PROBLEMS  # needs numpy
 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser(

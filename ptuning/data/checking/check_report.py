@@ -4,10 +4,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from ptuning.data.check import FileCounts
-from ptuning.data.check_findings import Finding, shown_name
+from ptuning.data.checking.check import FileCounts
+from ptuning.data.checking.findings import Finding, shown_name
+from ptuning.data.checking.length_table import (
+    histogram_lines,
+    length_values,
+    number_of,
+    table_lines,
+)
 from ptuning.data.formatting import RowFormat
-from ptuning.data.length_table import histogram_lines, length_values, number_of, table_lines
 from ptuning.data.reading import as_places
 
 MOST_COLUMNS = 8  # of the data that are named

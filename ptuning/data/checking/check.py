@@ -15,13 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ptuning.data.check_findings import MOST_EXAMPLES
-from ptuning.data.dataset import CHUNK_ROWS, collector_paused
-from ptuning.data.encoding import DecodedText, say_encoding_fault
-from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
-from ptuning.data.formatting import Example, RowFormat, TextRow, to_example
-from ptuning.data.length_table import Side, sides_of
-from ptuning.data.odd_words import (
+from ptuning.data.checking.findings import MOST_EXAMPLES
+from ptuning.data.checking.length_table import Side, sides_of
+from ptuning.data.checking.odd_words import (
     MISSING_WORDS,
     REPLACEMENT,
     UNKNOWN_MARK,
@@ -30,6 +26,10 @@ from ptuning.data.odd_words import (
     is_fake_input,
     may_have_marks,
 )
+from ptuning.data.dataset import CHUNK_ROWS, collector_paused
+from ptuning.data.encoding import DecodedText, say_encoding_fault
+from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
+from ptuning.data.formatting import Example, RowFormat, TextRow, to_example
 from ptuning.data.parsing import DataError, DataFile, Row, open_data
 from ptuning.data.reading import LeftOut, count_unused, find_left_out
 from ptuning.data.tokenizer import ChatGLMTokenizer

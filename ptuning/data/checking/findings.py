@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
+from ptuning.data.checking.length_table import as_percent, cut_share, number_of, sufficient_limit
 from ptuning.data.formats import suggest_flags
-from ptuning.data.length_table import as_percent, cut_share, number_of, sufficient_limit
 
 if TYPE_CHECKING:  # check.py imports the tokenizer, which --help does not need
-    from ptuning.data.check import FileCounts
+    from ptuning.data.checking.check import FileCounts
 
 MOST_EXAMPLES = 5  # places and examples listed for one finding
 
