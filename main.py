@@ -47,7 +47,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
     """Read the rows, load the model, then train, validate and score, as far as asked."""
     with stop.deferred(notice=""):  # an interrupted import leaves modules half loaded
         from ptuning.data.collation import pad_right
-        from ptuning.model.cpu_threads import limit_threads
+        from ptuning.model.cpu.threads import limit_threads
         from ptuning.prediction import score
         from ptuning.train.base_model import load_tokenizer
         from ptuning.train.compiling import compile_layers

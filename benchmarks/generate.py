@@ -36,10 +36,10 @@ from benchmarks.setting import (
 )
 from ptuning.data.collation import pad_left
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.cpu.linear import pack_where_roomy
 from ptuning.model.decoding import PUBLISHED_SAMPLING
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request, Row
-from ptuning.model.linear import pack_where_roomy
 from ptuning.model.shared_prefix import SharedPrefix, Shares, mix_prefixes
 
 NO_END: frozenset[int] = frozenset()  # every row goes to its budget

@@ -39,8 +39,8 @@ from benchmarks.setting import (
 )
 from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.cpu.linear import pack_where_roomy
 from ptuning.model.engine import GreedyEngine
-from ptuning.model.linear import pack_where_roomy
 from ptuning.train.memory.estimate import (
     Batch,
     answering_memory,

@@ -21,8 +21,8 @@ from ptuning.data.tokenization import IGNORED_LABEL, to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.evaluate.retention import Retention, RetentionRow
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.cpu.packing import Packing
 from ptuning.model.decoding import Decoding, generate_answers
-from ptuning.model.packing import Packing
 from ptuning.output import Progress
 
 MAX_SOURCE_LENGTH = 512  # tokens of a general prompt

@@ -24,7 +24,7 @@ from ptuning.data.dataset import GenerationDataset, TokenDataset
 from ptuning.model.checkpoint import read_config
 from ptuning.model.checkpoint_hub import CONFIG_FILE
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.linear import Linear, pack_weights_
+from ptuning.model.cpu.linear import Linear, pack_weights_
 from ptuning.model.prefix_artefact import prefix_shape, read_prefix_tensors
 from ptuning.model.tuned import FULL, PTUNING
 from ptuning.train.base_model import choose_dtype, load_tokenizer

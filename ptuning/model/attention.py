@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.linear import Linear
-from ptuning.model.packed_attention import PackedRows, attend_rows, read_rows
-from ptuning.model.packing import Packing, pack, take_needed, unpack
+from ptuning.model.cpu.linear import Linear
+from ptuning.model.cpu.packing import Packing, pack, take_needed, unpack
+from ptuning.model.cpu.varlen_attention import PackedRows, attend_rows, read_rows
 from ptuning.model.prefix_encoder import join_prefix
 from ptuning.model.rotary import Rotation, rotate
 

@@ -18,13 +18,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from ptuning.model.answer_loss import IGNORED_LABEL
 from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.cache import ChatGLMCache, remember_context, remembered_context
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.layer import Layer
-from ptuning.model.packed_attention import find_rows
-from ptuning.model.packing import Packing, find_packing, pack, pack_positions, unpack
+from ptuning.model.cpu.packing import Packing, find_packing, pack, pack_positions, unpack
+from ptuning.model.cpu.varlen_attention import find_rows
+from ptuning.model.layers import Layer
+from ptuning.model.loss import IGNORED_LABEL
 from ptuning.model.positions import Context, find_context, position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTable
 from ptuning.model.rotary import inverse_frequencies, rotation_at

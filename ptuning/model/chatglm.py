@@ -17,7 +17,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
-from ptuning.model.answer_loss import IGNORED_LABEL, summed_loss
 from ptuning.model.backbone import (
     ChatGLMModel,
     ChatGLMPreTrainedModel,
@@ -28,8 +27,9 @@ from ptuning.model.backbone import (
 from ptuning.model.cache import remember_context
 from ptuning.model.checkpoint_load import load_pretrained, prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.linear import Linear
-from ptuning.model.packing import Packing, find_packing, pack
+from ptuning.model.cpu.linear import Linear
+from ptuning.model.cpu.packing import Packing, find_packing, pack
+from ptuning.model.loss import IGNORED_LABEL, summed_loss
 from ptuning.model.positions import Context, position_ids, visible_keys
 from ptuning.model.prefix_encoder import PrefixEncoder
 

@@ -15,10 +15,10 @@ import torch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.adapter import load_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.cpu_threads import limit_threads, release_helper_threads
+from ptuning.model.cpu.linear import pack_where_roomy
+from ptuning.model.cpu.threads import limit_threads, release_helper_threads
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request
-from ptuning.model.linear import pack_where_roomy
 from ptuning.model.prefix_artefact import load_prefix
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.model.tuned import TunedInfo

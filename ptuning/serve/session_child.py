@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ptuning.model.cpu_threads import leave_a_processor
+from ptuning.model.cpu.threads import leave_a_processor
 from ptuning.serve.scheduler import EngineError, Ticket
 from ptuning.serve.session import Session
 from ptuning.serve.session_messages import (

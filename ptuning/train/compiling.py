@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ptuning.model.attention import Attention
-from ptuning.model.layer import Layer
+from ptuning.model.layers import Layer
 
 # Compiling takes up to a minute and saves about 11 us per token on an H100 (17 ms of a step of
 # 1,547 tokens, by the bytes it no longer moves): 60 s / 11 us = 5.5 million tokens.

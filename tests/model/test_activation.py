@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ptuning.model import layer
-from ptuning.model.layer import gelu
-from ptuning.model.linear import plain_torch
+from ptuning.model import layers as layer
+from ptuning.model.cpu.linear import plain_torch
+from ptuning.model.layers import gelu
 
 # Rounding of float32 is 6e-8 of the value; the sigmoid's few steps lose a handful of it. Half
 # types round the value, and the slope and its product, to their own 2**-9 and 2**-11.

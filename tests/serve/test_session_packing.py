@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptuning.model.linear import Linear, has_onednn
+from ptuning.model.cpu.linear import Linear, has_onednn
 from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.session import Session
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.linear import can_pack, pack_weights_, pack_where_roomy
+from ptuning.model.cpu.linear import can_pack, pack_weights_, pack_where_roomy
 from ptuning.model.quantization.conversion import quantize_model_
 from ptuning.train.memory.estimate import (
     Batch,

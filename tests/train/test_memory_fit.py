@@ -13,8 +13,8 @@ import torch
 from ptuning.data.dataset import TokenDataset
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.layer import Layer
-from ptuning.model.linear import Linear, can_pack
+from ptuning.model.cpu.linear import Linear, can_pack
+from ptuning.model.layers import Layer
 from ptuning.train.config import parse_arguments
 from ptuning.train.flags import UsageError
 from ptuning.train.memory import fit

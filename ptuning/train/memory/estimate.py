@@ -1,7 +1,7 @@
 """Peak memory of training and answering, computed from sizes alone: no tensor is allocated.
 
 The terms of a layer are the tensors that its backward pass needs, so they follow
-`ptuning.model.layer`, `attention` and `packed_attention`. tests/train/test_memory_estimate.py
+`ptuning.model.layers`, `attention` and `packed_attention`. tests/train/test_memory_estimate.py
 counts them in a real pass and compares CUDA's peaks with steps on fake tensors. All figures are
 bytes.
 Letters: B rows, S tokens of the longest row, T tokens of all rows, N answer tokens, P prefix, L
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ptuning.model.answer_loss import chunk_tokens_on
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.cpu.varlen_attention import group_rows, round_up_keys
 from ptuning.model.engine import MOST_CELLS, MOST_CELLS_CPU
-from ptuning.model.packed_attention import group_rows, round_up_keys
+from ptuning.model.loss import chunk_tokens_on
 from ptuning.model.quantization.backends.blockwise import MOST_DEVICE_BLOCK_BYTES
 from ptuning.model.quantization.backends.triton_backend import MAX_FUSED_ROWS
 
@@ -188,7 +188,7 @@ def _stored(rows: int, columns: int, bits: int, unit: int) -> int:
 
 
 def packed_bytes(size: ModelSize) -> int:
-    """Return what prepacking the frozen float weights takes (`ptuning.model.linear`)."""
+    """Return what prepacking the frozen float weights takes (`ptuning.model.cpu.linear`)."""
     if size.tuning == "full" or size.weight_bits:
         return 0
     head = 0 if size.embedding_bits else size.vocab_size * size.hidden_size

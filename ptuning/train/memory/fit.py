@@ -24,8 +24,8 @@ from ptuning.model.adapter import DEFAULT_TARGETS
 from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.layer import Layer
-from ptuning.model.linear import PACKING_SHARE, can_pack, pack_weights_
+from ptuning.model.cpu.linear import PACKING_SHARE, can_pack, pack_weights_
+from ptuning.model.layers import Layer
 from ptuning.model.quantization.backends.blockwise import block_bytes, device_block_bytes
 from ptuning.model.tuned import FULL, PTUNING
 from ptuning.train.config import RunConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ptuning.model.answer_loss import summed_loss
-from ptuning.model.linear import Linear
+from ptuning.model.cpu.linear import Linear
+from ptuning.model.loss import summed_loss
 
 
 def case(dtype=torch.float64, tokens=37):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptuning.model import cpu_threads
-from ptuning.model.cpu_threads import (
+from ptuning.model.cpu import threads as cpu_threads
+from ptuning.model.cpu.threads import (
     container_cpus,
     leave_a_processor,
     limit_threads,
@@ -75,7 +75,7 @@ TASKS = Path("/proc/self/task")
 COUNT_HELPERS = """
 import os
 import torch
-from ptuning.model.cpu_threads import release_helper_threads
+from ptuning.model.cpu.threads import release_helper_threads
 
 torch.set_num_threads(2)
 many = torch.empty(1_000_000)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
 from ptuning.data.collation import pad_right
-from ptuning.model.packing import find_packing, pack, take_needed, unpack
+from ptuning.model.cpu.packing import find_packing, pack, take_needed, unpack
 
 LENGTHS = (19, 7, 30, 12)
 

@@ -14,8 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptuning.model.attention import Attention, LayerInputs
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.linear import Linear, prefers_plain_torch
-from ptuning.model.packing import take_needed
+from ptuning.model.cpu.linear import Linear, prefers_plain_torch
+from ptuning.model.cpu.packing import take_needed
 
 # sqrt(2 * 28): the published code never passes the layer count to the block, so 28 holds at any
 # depth.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptuning.model.linear import Linear
+from ptuning.model.cpu.linear import Linear
 
 CHUNK_ELEMENTS = 2**26  # float32 logits held at once: 256 MiB, 514 tokens of ChatGLM's 130,528
 CPU_CHUNK_ELEMENTS = 2**22  # 16 MiB, which stay in the processor's cache between the steps

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptuning.model.packing import Packing
+from ptuning.model.cpu.packing import Packing
 from ptuning.model.rotary import Rotation, swap_quarters
 
 PRODUCTS = 32  # matrices in one call: its overhead is small then, and the scores stay in the cache

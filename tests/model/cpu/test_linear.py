@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ptuning.model import linear as linear_module
-from ptuning.model.linear import Linear, has_onednn, pack_weights_, plain_torch
+from ptuning.model.cpu import linear as linear_module
+from ptuning.model.cpu.linear import Linear, has_onednn, pack_weights_, plain_torch
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this PyTorch was built without oneDNN")
 PLENTY = 10**9

@@ -1,7 +1,7 @@
 """Rows packed end to end for everything that works on single tokens, and unpacked for attention.
 
 Linear layers and norms, nearly all of the work, then see real tokens only; on a GPU attention keeps
-its (B, S) grid, where padding costs little (on a CPU: `ptuning.model.packed_attention`). In the
+its (B, S) grid, where padding costs little (on a CPU: `ptuning.model.cpu.varlen_attention`). In the
 last layer only the tokens whose output is read continue after attention.
 Shapes: B rows, S tokens of the longest, T real tokens of all rows, N needed tokens, E width.
 """

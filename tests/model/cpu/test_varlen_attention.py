@@ -5,8 +5,8 @@ import torch
 
 from ptuning.model.attention import additive_mask
 from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.packed_attention import attend_rows, draw_keep_mask, find_rows, group_rows
-from ptuning.model.packing import find_packing
+from ptuning.model.cpu.packing import find_packing
+from ptuning.model.cpu.varlen_attention import attend_rows, draw_keep_mask, find_rows, group_rows
 from ptuning.model.rotary import inverse_frequencies, rotate, rotation_at
 
 H, D, P = 2, 16, 3
