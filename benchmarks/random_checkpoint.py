@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.setting import SIZES
-from ptuning.model.checkpoint import (
+from ptuning.model.checkpoint.files import BIN_FILE, BIN_INDEX
+from ptuning.model.checkpoint.layout import (
     EMBEDDING,
     HEAD,
     LAYER_LINEARS,
@@ -28,7 +29,6 @@ from ptuning.model.checkpoint import (
     float_shapes,
     is_layer_linear,
 )
-from ptuning.model.checkpoint_files import BIN_FILE, BIN_INDEX
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.reference import packed_columns
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.setting import json_file, machine, write_json
-from ptuning.model.checkpoint_files import open_safetensors
+from ptuning.model.checkpoint.files import open_safetensors
 from ptuning.nano.paths import NANO_DIR
 
 ROOT = Path(__file__).resolve().parents[1]

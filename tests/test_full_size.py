@@ -16,7 +16,7 @@ from benchmarks.random_checkpoint import (
     stored_shapes,
     write_checkpoint,
 )
-from ptuning.model.checkpoint import HEAD, check_checkpoint
+from ptuning.model.checkpoint.layout import HEAD, check_checkpoint
 
 SIZE = (2, 32, 2, 64)  # layers, hidden size, heads, vocabulary
 

@@ -3,8 +3,8 @@
 import argparse
 import logging
 
-from ptuning.model.checkpoint_convert import convert_checkpoint
-from ptuning.model.checkpoint_hub import find_directory
+from ptuning.model.checkpoint.convert import convert_checkpoint
+from ptuning.model.checkpoint.hub import find_directory
 from ptuning.train.base_model import find_base
 
 logger = logging.getLogger(__name__)

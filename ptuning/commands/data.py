@@ -83,7 +83,7 @@ def named_models(arguments: argparse.Namespace) -> dict[str, str]:
 def _find_model(arguments: argparse.Namespace) -> tuple[str | None, int]:
     """Return the tokenizer that was named, and how many tokens the base model reads."""
     from ptuning.data.tokenizer import MAX_LENGTH
-    from ptuning.model.checkpoint import read_config
+    from ptuning.model.checkpoint.layout import read_config
 
     named = named_models(arguments)
     base = named.get("model_name_or_path", None if named else str(NANO_DIR))

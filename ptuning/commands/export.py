@@ -4,7 +4,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from ptuning.model.checkpoint import read_config
+from ptuning.model.checkpoint.layout import read_config
 from ptuning.model.prefix_artefact import export_prefix
 from ptuning.train.base_model import find_base
 

@@ -21,8 +21,8 @@ import psutil
 import torch
 
 from ptuning.data.dataset import GenerationDataset, TokenDataset
-from ptuning.model.checkpoint import read_config
-from ptuning.model.checkpoint_hub import CONFIG_FILE
+from ptuning.model.checkpoint.hub import CONFIG_FILE
+from ptuning.model.checkpoint.layout import read_config
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, pack_weights_
 from ptuning.model.prefix_artefact import prefix_shape, read_prefix_tensors

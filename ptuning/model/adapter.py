@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint import EMBEDDING
-from ptuning.model.checkpoint_files import map_bin, open_safetensors
+from ptuning.model.checkpoint.files import map_bin, open_safetensors
+from ptuning.model.checkpoint.layout import EMBEDDING
 from ptuning.model.prefix_artefact import base_fingerprint, check_finite
 from ptuning.model.quantization.linear import QuantizedLinear
 from ptuning.model.tuned import (

@@ -25,7 +25,7 @@ from ptuning.model.backbone import (
     refuse_others,
 )
 from ptuning.model.cache import remember_context
-from ptuning.model.checkpoint_load import load_pretrained, prepare_for_config_
+from ptuning.model.checkpoint.load import load_pretrained, prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear
 from ptuning.model.cpu.packing import Packing, find_packing, pack
@@ -64,7 +64,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     ) -> "ChatGLMForConditionalGeneration":
         """Load a published or converted checkpoint, checked before any weight is read.
 
-        The arguments are transformers' own; `ptuning.model.checkpoint_load` says what differs.
+        The arguments are transformers' own; `ptuning.model.checkpoint.load` says what differs.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint import PREFIX_KEYS, prefix_shapes
+from ptuning.model.checkpoint.layout import PREFIX_KEYS, prefix_shapes
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.prefix_encoder import PrefixEncoder
 from ptuning.model.tuned import (

@@ -108,7 +108,7 @@ def kind_of(path: str | Path) -> str:
             f"({ADAPTER_CONFIG_NAME}) and no whole model (config.json); give a directory written "
             "by training (output/.../checkpoint-N)."
         )
-    from ptuning.model.checkpoint_files import find_weight_files, read_headers  # needs torch
+    from ptuning.model.checkpoint.files import find_weight_files, read_headers  # needs torch
 
     names = read_headers(find_weight_files(path))
     return PTUNING if any("prefix_encoder." in name for name in names) else FULL

@@ -71,7 +71,7 @@ def _has_model(path: Path) -> bool:
         return False
     if not (path / PUBLISHED_NAME).is_file():
         return True
-    from ptuning.model.checkpoint_files import find_weight_files, read_headers  # needs torch
+    from ptuning.model.checkpoint.files import find_weight_files, read_headers  # needs torch
 
     return not all("prefix_encoder." in name for name in read_headers(find_weight_files(path)))
 
@@ -91,7 +91,7 @@ def load_tokenizer(name_or_path: str, **hub: Any) -> "ChatGLMTokenizer":
     from transformers import AutoTokenizer
 
     from ptuning.data.tokenizer import ChatGLMTokenizer
-    from ptuning.model.checkpoint_hub import has_network
+    from ptuning.model.checkpoint.hub import has_network
 
     name_or_path = find_base(name_or_path, **WORDS_OF_MAIN)
     if not Path(name_or_path).is_dir() and not has_network():

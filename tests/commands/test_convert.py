@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from ptuning.__main__ import main
-from ptuning.model.checkpoint import check_checkpoint
+from ptuning.model.checkpoint.layout import check_checkpoint
 from tests.model.published import make_published
 
 

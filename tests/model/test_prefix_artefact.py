@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint import PREFIX_KEYS
+from ptuning.model.checkpoint.layout import PREFIX_KEYS
 from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.tuned import (
     FORMAT_VERSION,

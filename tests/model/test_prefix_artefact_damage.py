@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint import PREFIX_KEYS
+from ptuning.model.checkpoint.layout import PREFIX_KEYS
 from ptuning.model.tuned import (
     FORMAT_VERSION,
     PREFIX_CONFIG_NAME,

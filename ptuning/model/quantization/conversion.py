@@ -10,7 +10,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptuning.model.checkpoint import LAYER_LINEARS, TIED_SCALE
+from ptuning.model.checkpoint.layout import LAYER_LINEARS, TIED_SCALE
 from ptuning.model.quantization.embedding import QuantizedEmbedding
 from ptuning.model.quantization.linear import QuantizedLinear
 from ptuning.model.quantization.reference import check_bits

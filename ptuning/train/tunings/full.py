@@ -18,8 +18,8 @@ import torch
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint import read_checkpoint
-from ptuning.model.checkpoint_files import BIN_INDEX, INDEX_OF, SAFETENSORS_INDEX, CheckpointReader
+from ptuning.model.checkpoint.files import BIN_INDEX, INDEX_OF, SAFETENSORS_INDEX, CheckpointReader
+from ptuning.model.checkpoint.layout import read_checkpoint
 from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.tuned import (
     FULL,

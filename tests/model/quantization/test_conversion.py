@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint import LAYER_LINEARS
+from ptuning.model.checkpoint.layout import LAYER_LINEARS
 from ptuning.model.quantization.conversion import (
     layer_linear_names,
     prepare_quantized_,

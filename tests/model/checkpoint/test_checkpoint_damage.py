@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.checkpoint import check_checkpoint
+from ptuning.model.checkpoint.layout import check_checkpoint
 from tests.model.published import (
     golden_config,
     golden_tensors,

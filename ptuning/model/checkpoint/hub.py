@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ptuning.model.checkpoint_files import ACCEPTED, INDEX_OF
+from ptuning.model.checkpoint.files import ACCEPTED, INDEX_OF
 from ptuning.model.tuned import ADAPTER_CONFIG_NAME, ADAPTER_FILES, INFO_NAME
 
 CONFIG_FILE = "config.json"

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import ptuning
-from ptuning.model import checkpoint_files
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint import check_checkpoint, float_shapes, prefix_shapes
+from ptuning.model.checkpoint.layout import check_checkpoint, float_shapes, prefix_shapes
+from ptuning.model.checkpoint.layout import files as checkpoint_files
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.conversion import quantize_embeddings_
 from tests.model.published import (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ptuning.model.checkpoint_files import (
+from ptuning.model.checkpoint.files import (
     TensorHeader,
     find_weight_files,
     read_headers,

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ptuning.model.checkpoint import (
+from ptuning.model.checkpoint.files import CheckpointReader, StoredTensor, same_values, shorten
+from ptuning.model.checkpoint.hub import (
+    CONFIG_FILE,
+    HUB_ARGUMENTS,
+    find_adapter,
+    find_directory,
+)
+from ptuning.model.checkpoint.layout import (
     EMBEDDING,
     HEAD,
     PREFIX_KEYS,
@@ -29,13 +36,6 @@ from ptuning.model.checkpoint import (
     is_layer_linear,
     read_checkpoint,
     read_config,
-)
-from ptuning.model.checkpoint_files import CheckpointReader, StoredTensor, same_values, shorten
-from ptuning.model.checkpoint_hub import (
-    CONFIG_FILE,
-    HUB_ARGUMENTS,
-    find_adapter,
-    find_directory,
 )
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.reference import packed_columns, quantize_in_blocks

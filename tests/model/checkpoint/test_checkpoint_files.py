@@ -4,14 +4,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ptuning.model import checkpoint_files
-from ptuning.model.checkpoint_files import (
+from ptuning.model.checkpoint.files import (
     CheckpointReader,
     StoredTensor,
     WeightFiles,
     read_headers,
     same_values,
 )
+from ptuning.model.checkpoint.layout import files as checkpoint_files
 
 ROWS = 2**19  # times 4 bytes is 2 MiB: large enough to be mapped
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ptuning.model.checkpoint import (
+from ptuning.model.checkpoint.files import SAFETENSORS_FILE, SAFETENSORS_INDEX, StoredTensor
+from ptuning.model.checkpoint.layout import (
     Checkpoint,
     CheckpointSummary,
     check_checkpoint,
     read_checkpoint,
     read_json,
 )
-from ptuning.model.checkpoint_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, StoredTensor
-from ptuning.model.checkpoint_load import head_is_embedding, stored_tensors
+from ptuning.model.checkpoint.load import head_is_embedding, stored_tensors
 from ptuning.output import open_bar
 
 logger = logging.getLogger(__name__)

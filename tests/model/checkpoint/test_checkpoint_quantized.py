@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import ptuning
-from ptuning.model.checkpoint import check_checkpoint
-from ptuning.model.checkpoint_files import CheckpointReader, TensorHeader
-from ptuning.model.checkpoint_load import quantized_when_read
+from ptuning.model.checkpoint.files import CheckpointReader, TensorHeader
+from ptuning.model.checkpoint.layout import check_checkpoint
+from ptuning.model.checkpoint.load import quantized_when_read
 from ptuning.model.quantization.embedding import QuantizedEmbedding
 from ptuning.model.quantization.linear import QuantizedLinear
 from ptuning.model.quantization.reference import dequantize_weight, quantize_weight
@@ -191,7 +191,7 @@ def test_weight_and_scale_are_computed_once_and_handed_out_one_by_one(
         calls.append(bits)
         return quantize_weight(weight, bits)
 
-    monkeypatch.setattr("ptuning.model.checkpoint_load.quantize_in_blocks", counting)
+    monkeypatch.setattr("ptuning.model.checkpoint.load.quantize_in_blocks", counting)
     reader = CheckpointReader({"w": TensorHeader(tmp_path / "w.bin", torch.float16, (2, 16))})
     parts = quantized_when_read(reader, "w", 8, device=None, turn=threading.Lock())
     found = {name: parts[name][...] for name in order}
