@@ -18,9 +18,9 @@ from unittest import mock
 import torch
 
 from benchmarks.setting import SIZES, seconds
-from ptuning.model.quantization.backends import triton_backend
-from ptuning.model.quantization.backends.triton_backend import MAX_MATVEC_ROWS, Tile, fused_tile
+from ptuning.model.quantization import triton_backend
 from ptuning.model.quantization.reference import packed_columns
+from ptuning.model.quantization.triton_backend import MAX_MATVEC_ROWS, Tile, fused_tile
 
 BITS = 4
 ROWS = (1, 16, 64, 128, 256)

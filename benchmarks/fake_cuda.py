@@ -30,7 +30,7 @@ from ptuning.model.config import ChatGLMConfig
 from ptuning.model.engine_slots import Slots
 from ptuning.model.engine_step import run_step
 from ptuning.model.prefix_rows import SeenPrefixes
-from ptuning.model.quantization.conversion import prepare_quantized_
+from ptuning.model.quantization.quantize import prepare_quantized_
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.train.memory.estimate import Batch, size_of, training_memory
 from ptuning.train.memory.fit import checkpoint_layers

@@ -31,9 +31,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ptuning.model import rotary, rotary_triton
-from ptuning.model.quantization.backends import blockwise, triton_backend, triton_kernels
-from ptuning.model.quantization.backends.triton_backend import TritonBackend
+from ptuning.model.quantization import blockwise, triton_backend, triton_kernels
 from ptuning.model.quantization.selection import pick_backend
+from ptuning.model.quantization.triton_backend import TritonBackend
 
 DEVICE = torch.device("cuda", 0)
 META = torch.device("meta")

@@ -28,7 +28,7 @@ from benchmarks import (
     train,
 )
 from benchmarks.cuda_stages import Decoding, Figure, Stage, Target
-from ptuning.model.quantization.backends import triton_backend
+from ptuning.model.quantization import triton_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(

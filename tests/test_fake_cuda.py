@@ -16,7 +16,7 @@ from benchmarks.fake_cuda import decode_step, train_step
 from benchmarks.fake_device import DEVICE, FakeCuda, no_op_guard, plain_function, stored_parameters
 from benchmarks.traffic import Tracker
 from ptuning.model import rotary_triton
-from ptuning.model.quantization.backends import triton_kernels
+from ptuning.model.quantization import triton_kernels
 from ptuning.model.quantization.selection import pick_backend
 
 # Bytes that all but matrix products may move in a step of 16 rows, 1,547 tokens. What has to be: 28 layers with about

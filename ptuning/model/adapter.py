@@ -23,7 +23,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.files import map_bin, open_safetensors
 from ptuning.model.checkpoint.layout import EMBEDDING
 from ptuning.model.prefix_artefact import base_fingerprint, check_finite
-from ptuning.model.quantization.linear import QuantizedLinear
+from ptuning.model.quantization.layers import QuantizedLinear
 from ptuning.model.tuned import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILES,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ptuning.model.quantization.backends.triton_backend import TritonBackend, ceil_div, on_device
+from ptuning.model.quantization.triton_backend import TritonBackend, ceil_div, on_device
 
 HEADS_PER_PROGRAM = 8  # 8 heads x 3 x 128 numbers of 16 bits: 6 KiB in registers
 

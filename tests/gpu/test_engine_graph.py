@@ -12,7 +12,7 @@ from ptuning.model.config import ChatGLMConfig
 from ptuning.model.engine import Engine
 from ptuning.model.engine_row import Request, Row
 from ptuning.model.engine_step import run_step, step_numbers
-from ptuning.model.quantization.conversion import quantize_embeddings_, quantize_model_
+from ptuning.model.quantization.quantize import quantize_embeddings_, quantize_model_
 from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 
 pytestmark = pytest.mark.gpu

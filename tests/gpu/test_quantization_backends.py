@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ptuning
-from ptuning.model.quantization.backends import blockwise
-from ptuning.model.quantization.conversion import quantize_model_
-from ptuning.model.quantization.linear import QuantizedLinear
+from ptuning.model.quantization import blockwise
+from ptuning.model.quantization.layers import QuantizedLinear
+from ptuning.model.quantization.quantize import quantize_model_
 from ptuning.model.quantization.reference import QuantizedWeight, quantize_weight
 from ptuning.model.quantization.selection import BACKEND_NAMES, get_backend, pick_backend
 from tests.model.quantization.conftest import exact_product, product_tolerance

@@ -21,8 +21,8 @@ from ptuning.model.adapter import (
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.engine import GreedyEngine
 from ptuning.model.prefix_artefact import base_fingerprint
-from ptuning.model.quantization.conversion import quantize_model_
-from ptuning.model.quantization.linear import QuantizedLinear
+from ptuning.model.quantization.layers import QuantizedLinear
+from ptuning.model.quantization.quantize import quantize_model_
 from ptuning.model.tuned import LORA, TunedInfo
 from tests.model.conftest import EOP, GMASK, SOP
 from tests.model.test_full_gradient import ROWS, batch

@@ -6,7 +6,7 @@ import torch
 from ptuning import save_prefix
 from ptuning.model.adapter import adapter_parameters, add_adapter, save_adapter
 from ptuning.model.prefix_artefact import base_fingerprint
-from ptuning.model.quantization.linear import QuantizedLinear
+from ptuning.model.quantization.layers import QuantizedLinear
 from ptuning.model.tuned import LORA, TunedInfo
 from ptuning.nano.paths import NANO_DIR
 from ptuning.train.base_model import BaseModelError, find_base, load_base, load_tokenizer

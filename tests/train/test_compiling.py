@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401
 from ptuning.model.attention import CUDA_ATTENTION
-from ptuning.model.quantization.conversion import quantize_model_
+from ptuning.model.quantization.quantize import quantize_model_
 from ptuning.train.compiling import TOKENS_TO_AMORTISE, compile_layers, pays
 from ptuning.train.config import parse_arguments
 from ptuning.train.processes.launch import trainer_arguments

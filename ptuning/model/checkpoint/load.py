@@ -315,9 +315,9 @@ def prepare_for_config_(model: PreTrainedModel) -> None:
     config = model.config
     if not (config.quantization_bit or config.embedding_quantization_bit):
         return
-    from ptuning.model.quantization.conversion import prepare_quantized_
     from ptuning.model.quantization.embedding import QuantizedEmbedding
-    from ptuning.model.quantization.linear import QuantizedLinear
+    from ptuning.model.quantization.layers import QuantizedLinear
+    from ptuning.model.quantization.quantize import prepare_quantized_
 
     if config.quantization_bit:
         prepare_quantized_(model, config.quantization_bit)
@@ -334,7 +334,7 @@ def prepare_for_config_(model: PreTrainedModel) -> None:
 
 def set_backend_(model: PreTrainedModel, backend: str) -> None:
     """Let every quantised layer of the model run on this back end; ValueError if unknown."""
-    from ptuning.model.quantization.linear import QuantizedLinear
+    from ptuning.model.quantization.layers import QuantizedLinear
     from ptuning.model.quantization.selection import check_backend_name
 
     check_backend_name(backend)

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ptuning.model.quantization.linear import QuantizedLinear, keep_dtype
+from ptuning.model.quantization.layers import QuantizedLinear, keep_dtype
 from ptuning.model.quantization.reference import (
     check_bits,
     dequantize_weight,

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from ptuning.model.quantization.backends.cpm_backend import CpmBackend
-from ptuning.model.quantization.backends.interface import Backend
-from ptuning.model.quantization.backends.torch_backend import TorchBackend
-from ptuning.model.quantization.backends.triton_backend import TritonBackend
+from ptuning.model.quantization.cpm_backend import CpmBackend
+from ptuning.model.quantization.interface import Backend
 from ptuning.model.quantization.reference import SUPPORTED_BITS
+from ptuning.model.quantization.torch_backend import TorchBackend
+from ptuning.model.quantization.triton_backend import TritonBackend
 
 logger = logging.getLogger(__name__)
 

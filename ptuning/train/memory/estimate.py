@@ -19,8 +19,8 @@ from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.varlen_attention import group_rows, round_up_keys
 from ptuning.model.engine import MOST_CELLS, MOST_CELLS_CPU
 from ptuning.model.loss import chunk_tokens_on
-from ptuning.model.quantization.backends.blockwise import MOST_DEVICE_BLOCK_BYTES
-from ptuning.model.quantization.backends.triton_backend import MAX_FUSED_ROWS
+from ptuning.model.quantization.blockwise import MOST_DEVICE_BLOCK_BYTES
+from ptuning.model.quantization.triton_backend import MAX_FUSED_ROWS
 
 FLOAT32 = 4  # bytes; prefix, optimizer state and softmax are float32 whatever the base's dtype
 SCALE_BYTES = 2  # of a quantised weight's row, float16

@@ -21,7 +21,7 @@ from ptuning.model.prefix_artefact import (
     read_prefix_tensors,
     save_prefix,
 )
-from ptuning.model.quantization.linear import QuantizedLinear
+from ptuning.model.quantization.layers import QuantizedLinear
 from ptuning.model.tuned import FULL, LORA, PTUNING, remove_other_marks
 from ptuning.train.base_model import check_weights, choose_dtype, load_base
 from ptuning.train.config import RunConfig, UsageError

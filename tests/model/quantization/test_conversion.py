@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.layout import LAYER_LINEARS
-from ptuning.model.quantization.conversion import (
+from ptuning.model.quantization.embedding import QuantizedEmbedding
+from ptuning.model.quantization.layers import QuantizedLinear
+from ptuning.model.quantization.quantize import (
     layer_linear_names,
     prepare_quantized_,
     quantize_embeddings_,
     quantize_model_,
 )
-from ptuning.model.quantization.embedding import QuantizedEmbedding
-from ptuning.model.quantization.linear import QuantizedLinear
 
 Model = ChatGLMForConditionalGeneration
 BITS = [4, 8]

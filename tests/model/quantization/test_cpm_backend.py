@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from ptuning.model.quantization.backends import cpm_backend, nvrtc
-from ptuning.model.quantization.backends.blockwise import (
+from ptuning.model.quantization import cpm_backend, nvrtc
+from ptuning.model.quantization.blockwise import (
     blockwise_matmul,
     transposed_by_columns,
     transposed_by_rows,
 )
-from ptuning.model.quantization.backends.cpm_backend import (
+from ptuning.model.quantization.cpm_backend import (
     KERNEL_SOURCE,
     CpmBackend,
     Launch,
@@ -96,7 +96,7 @@ def test_blocks_of_rows_and_columns_aligned_or_not_multiply_as_the_reference(
 ) -> None:
     """192 columns take the 16-byte path, in blocks of 64, 42 the narrow one; 5 rows a block leave a last one of 2."""
     monkeypatch.setattr(
-        "ptuning.model.quantization.backends.blockwise.CPU_BLOCK_BYTES", 5 * num_in * dtype.itemsize
+        "ptuning.model.quantization.blockwise.CPU_BLOCK_BYTES", 5 * num_in * dtype.itemsize
     )
     weight = make_weight(37, num_in, bits)
     launch = host_launch(host_library, kernel_name(bits, dtype))

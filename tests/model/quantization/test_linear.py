@@ -12,7 +12,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ptuning.model.quantization.linear import QuantizedLinear
+from ptuning.model.quantization.layers import QuantizedLinear
 
 BITS = [4, 8]
 

@@ -5,15 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ptuning.model.quantization.backends import blockwise
-from ptuning.model.quantization.backends.blockwise import (
+from ptuning.model.quantization import blockwise
+from ptuning.model.quantization.blockwise import (
     block_bytes,
     columns_per_block,
     rows_per_block,
     transposed_by_columns,
 )
-from ptuning.model.quantization.backends.torch_backend import Dequantizer, TorchBackend
 from ptuning.model.quantization.reference import QuantizedWeight
+from ptuning.model.quantization.torch_backend import Dequantizer, TorchBackend
 from tests.model.quantization.conftest import exact_product, product_tolerance
 
 NUM_OUT, NUM_IN = 45, 64

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptuning.model.quantization.backends import triton_backend, triton_kernels
-from ptuning.model.quantization.backends.triton_backend import TritonBackend, fits_fused, fused_tile
+from ptuning.model.quantization import triton_backend, triton_kernels
+from ptuning.model.quantization.triton_backend import TritonBackend, fits_fused, fused_tile
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from triton.runtime import interpreter
 
-from ptuning.model.quantization.backends import blockwise
-from ptuning.model.quantization.backends.blockwise import transposed_by_columns
-from ptuning.model.quantization.backends.triton_backend import (
+from ptuning.model.quantization import blockwise
+from ptuning.model.quantization.blockwise import transposed_by_columns
+from ptuning.model.quantization.reference import quantize_weight
+from ptuning.model.quantization.triton_backend import (
     MAX_MATVEC_ROWS,
     TritonBackend,
     dequantize,
     fits_fused,
 )
-from ptuning.model.quantization.reference import quantize_weight
 from tests.model.quantization.conftest import exact_product, product_tolerance
 
 NUM_OUT, NUM_IN = 72, 96  # neither divides into whole tiles

@@ -9,11 +9,11 @@ Shapes: M rows of activations, num_out x num_in the weight.
 import torch
 from torch import Tensor
 
-from ptuning.model.quantization.backends.blockwise import (
+from ptuning.model.quantization.blockwise import (
     blockwise_matmul,
     blockwise_matmul_transposed,
 )
-from ptuning.model.quantization.backends.interface import dtype_reason
+from ptuning.model.quantization.interface import dtype_reason
 
 
 def evens_then_odds(x: Tensor) -> Tensor:

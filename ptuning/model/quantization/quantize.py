@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ptuning.model.checkpoint.layout import LAYER_LINEARS, TIED_SCALE
 from ptuning.model.quantization.embedding import QuantizedEmbedding
-from ptuning.model.quantization.linear import QuantizedLinear
+from ptuning.model.quantization.layers import QuantizedLinear
 from ptuning.model.quantization.reference import check_bits
 from ptuning.model.quantization.selection import AUTO, check_backend_name
 

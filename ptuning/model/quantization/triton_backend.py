@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptuning.model.quantization.backends.blockwise import (
+from ptuning.model.quantization.blockwise import (
     blockwise_matmul,
     blockwise_matmul_transposed,
 )
-from ptuning.model.quantization.backends.interface import dtype_reason
+from ptuning.model.quantization.interface import dtype_reason
 
 MAX_MATVEC_ROWS = 4
 MAX_FUSED_ROWS = 256
@@ -162,7 +162,7 @@ class TritonBackend:
     @staticmethod
     def _fused(x: Tensor, packed: Tensor, scale: Tensor, bits: int, *, transposed: bool) -> Tensor:
         """Return the product (M, its width): a program per BLOCK_M rows and tile of the width."""
-        from ptuning.model.quantization.backends import triton_kernels
+        from ptuning.model.quantization import triton_kernels
 
         num_rows, (num_out, width) = x.shape[0], packed.shape
         product = x.new_empty(num_rows, width * (8 // bits) if transposed else num_out)
@@ -180,7 +180,7 @@ class TritonBackend:
 
     @staticmethod
     def _matvec(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-        from ptuning.model.quantization.backends.triton_kernels import matvec_kernel
+        from ptuning.model.quantization.triton_kernels import matvec_kernel
 
         num_out, width = packed.shape
         product = x.new_empty(x.shape[0], num_out)
@@ -193,7 +193,7 @@ class TritonBackend:
 
 def dequantize(packed: Tensor, scale: Tensor, block: Tensor) -> None:
     """Fill block (rows, columns) with the float weight; see `blockwise.Dequantize`."""
-    from ptuning.model.quantization.backends.triton_kernels import dequantize_kernel
+    from ptuning.model.quantization.triton_kernels import dequantize_kernel
 
     (num_rows, num_columns), width = block.shape, packed.shape[1]
     block_n, block_k = DEQUANTIZE_TILE

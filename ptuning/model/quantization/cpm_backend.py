@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptuning.model.quantization.backends import nvrtc
-from ptuning.model.quantization.backends.blockwise import (
+from ptuning.model.quantization import nvrtc
+from ptuning.model.quantization.blockwise import (
     Dequantize,
     blockwise_matmul,
     blockwise_matmul_transposed,
 )
-from ptuning.model.quantization.backends.interface import ACTIVATION_DTYPES, dtype_reason
+from ptuning.model.quantization.interface import ACTIVATION_DTYPES, dtype_reason
 
 KERNEL_SOURCE = Path(__file__).with_name("kernels.cu")
 THREADS_PER_BLOCK = 256
