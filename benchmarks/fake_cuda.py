@@ -25,13 +25,13 @@ from benchmarks.setting import json_file, make_model, write_json
 from benchmarks.traffic import Tracker
 from ptuning.data.collation import pad_right
 from ptuning.data.tokenization import IGNORED_LABEL
+from ptuning.engine.prefixes import SeenPrefixes
+from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
+from ptuning.engine.slots import Slots
+from ptuning.engine.step import run_step
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.engine_slots import Slots
-from ptuning.model.engine_step import run_step
-from ptuning.model.prefix_rows import SeenPrefixes
 from ptuning.model.quantization.quantize import prepare_quantized_
-from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.train.memory.estimate import Batch, size_of, training_memory
 from ptuning.train.memory.fit import checkpoint_layers
 

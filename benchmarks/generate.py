@@ -35,12 +35,12 @@ from benchmarks.setting import (
     write_json,
 )
 from ptuning.data.collation import pad_left
+from ptuning.engine.decoding import PUBLISHED_SAMPLING
+from ptuning.engine.engine import Engine
+from ptuning.engine.request import Request, Row
+from ptuning.engine.shared_prefix import SharedPrefix, Shares, mix_prefixes
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import pack_where_roomy
-from ptuning.model.decoding import PUBLISHED_SAMPLING
-from ptuning.model.engine import Engine
-from ptuning.model.engine_row import Request, Row
-from ptuning.model.shared_prefix import SharedPrefix, Shares, mix_prefixes
 
 NO_END: frozenset[int] = frozenset()  # every row goes to its budget
 # Of the tensor that is read to measure the device: far above any cache, and on CUDA long enough

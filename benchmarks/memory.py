@@ -38,9 +38,9 @@ from benchmarks.setting import (
     write_json,
 )
 from ptuning.data.collation import pad_right
+from ptuning.engine.engine import GreedyEngine
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import pack_where_roomy
-from ptuning.model.engine import GreedyEngine
 from ptuning.train.memory.estimate import (
     Batch,
     answering_memory,

@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ptuning.data.collation import pad_left
 from ptuning.data.dataset import GenerationDataset
 from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.engine.decoding import PUBLISHED_SAMPLING, Decoding, generate_answers
 from ptuning.evaluate.loss_history import load_log_history
 from ptuning.evaluate.metrics import (
     CorpusScores,
@@ -40,7 +41,6 @@ from ptuning.evaluate.predictions import (
 from ptuning.evaluate.report import METHODS, ReportData, ReportRow, write_report
 from ptuning.evaluate.retention import Retention
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.decoding import PUBLISHED_SAMPLING, Decoding, generate_answers
 from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.tuned import PTUNING, read_tuned_info
 from ptuning.output import Progress

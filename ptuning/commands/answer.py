@@ -17,8 +17,8 @@ from ptuning.data.formatting import Example
 from ptuning.data.general import read_general_prompts
 from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.output import Progress
 from ptuning.train.base_model import choose_dtype, find_base, load_base, load_tokenizer
 

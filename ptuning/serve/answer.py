@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Self
 
-from ptuning.model.engine_row import FinishReason
-from ptuning.model.sampling import TokenLogprob
+from ptuning.engine.request import FinishReason
+from ptuning.engine.sampling import TokenLogprob
 from ptuning.serve.scheduler import Ticket
 from ptuning.serve.text_stream import TextStream
 

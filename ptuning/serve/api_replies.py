@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.data.vocabulary import restore_whitespace
-from ptuning.model.sampling import TokenLogprob
+from ptuning.engine.sampling import TokenLogprob
 from ptuning.serve.answer import Answer, Usage
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")

@@ -4,9 +4,9 @@ import logging
 import threading
 from collections.abc import Callable
 
-from ptuning.model.engine import Engine
-from ptuning.model.engine_row import FinishReason, Request, Row
-from ptuning.model.sampling import TokenLogprob
+from ptuning.engine.engine import Engine
+from ptuning.engine.request import FinishReason, Request, Row
+from ptuning.engine.sampling import TokenLogprob
 
 logger = logging.getLogger(__name__)
 

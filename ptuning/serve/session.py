@@ -13,14 +13,14 @@ from typing import Self
 import torch
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.engine.engine import Engine
+from ptuning.engine.request import Request
+from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.model.adapter import load_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import pack_where_roomy
 from ptuning.model.cpu.threads import limit_threads, release_helper_threads
-from ptuning.model.engine import Engine
-from ptuning.model.engine_row import Request
 from ptuning.model.prefix_artefact import load_prefix
-from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.model.tuned import TunedInfo
 from ptuning.serve.scheduler import Scheduler, Ticket
 from ptuning.serve.session_front import Load, NamedPrefix, SessionFront, Weighted

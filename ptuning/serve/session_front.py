@@ -14,9 +14,9 @@ from typing import Any, Generic, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
 from ptuning.data.formatting import SHORTEST
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.model.engine_row import Request
-from ptuning.model.sampling import Sampling
-from ptuning.model.shared_prefix import check_weight
+from ptuning.engine.request import Request
+from ptuning.engine.sampling import Sampling
+from ptuning.engine.shared_prefix import check_weight
 from ptuning.model.tuned import LORA, PrefixInfo, TunedInfo
 from ptuning.serve.answer import Answer
 from ptuning.serve.chat_prompt import build_chat_prompt
@@ -38,7 +38,7 @@ class UnknownPrefixError(KeyError):
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How tokens are chosen; see `ptuning.model.sampling.Sampling`. None of them: greedy."""
+    """How tokens are chosen; see `ptuning.engine.sampling.Sampling`. None of them: greedy."""
 
     temperature: float
     top_p: float

@@ -4,8 +4,8 @@ import pickle
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ptuning.model.engine_row import FinishReason, Request
-from ptuning.model.sampling import TokenLogprob
+from ptuning.engine.request import FinishReason, Request
+from ptuning.engine.sampling import TokenLogprob
 from ptuning.model.tuned import TunedInfo
 from ptuning.serve.session_front import Load, Weighted
 

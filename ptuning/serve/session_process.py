@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.model.engine_row import Request, Row
+from ptuning.engine.request import Request, Row
 from ptuning.serve.scheduler import SessionClosedError, Ticket, check_queue
 from ptuning.serve.session_child import LOADING, run
 from ptuning.serve.session_front import Load, NamedPrefix, SessionFront, Weighted

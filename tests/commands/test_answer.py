@@ -9,7 +9,7 @@ from ptuning import __main__ as program
 from ptuning.commands.answer import answer
 from ptuning.data.formatting import RowFormat
 from ptuning.data.reading import read_rows
-from ptuning.model.decoding import Decoding
+from ptuning.engine.decoding import Decoding
 from ptuning.nano.paths import NANO_DIR
 from ptuning.train.base_model import load_base, load_tokenizer
 

@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from ptuning.model import engine_graph
+from ptuning.engine import graph as engine_graph
+from ptuning.engine.engine import Engine
+from ptuning.engine.request import Request, Row
+from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
+from ptuning.engine.step import run_step, step_numbers
 from ptuning.model.adapter import adapter_parameters, add_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.engine import Engine
-from ptuning.model.engine_row import Request, Row
-from ptuning.model.engine_step import run_step, step_numbers
 from ptuning.model.quantization.quantize import quantize_embeddings_, quantize_model_
-from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 
 pytestmark = pytest.mark.gpu
 NEVER: frozenset[int] = frozenset({1})

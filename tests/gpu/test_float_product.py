@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptuning.model.prefix_rows import float_product
+from ptuning.engine.prefixes import float_product
 
 pytestmark = pytest.mark.gpu
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
+from ptuning.engine.engine import GreedyEngine
 from ptuning.model.adapter import (
     adapter_parameters,
     add_adapter,
@@ -19,12 +20,11 @@ from ptuning.model.adapter import (
     without_adapter,
 )
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.engine import GreedyEngine
 from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.quantization.layers import QuantizedLinear
 from ptuning.model.quantization.quantize import quantize_model_
 from ptuning.model.tuned import LORA, TunedInfo
-from tests.model.conftest import EOP, GMASK, SOP
+from tests.conftest import EOP, GMASK, SOP
 from tests.model.test_full_gradient import ROWS, batch
 
 peft = pytest.importorskip("peft", reason="needs the peft library (pip install peft)")

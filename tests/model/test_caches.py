@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.positions import position_ids
-from tests.model.conftest import GMASK, PAD, SOP
+from tests.conftest import GMASK, PAD, SOP
 
 Model = ChatGLMForConditionalGeneration
 pytestmark = pytest.mark.usefixtures("no_gradients")

@@ -15,7 +15,7 @@ from transformers import (
 
 from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from tests.model.conftest import EOP, GMASK, PAD, SOP
+from tests.conftest import EOP, GMASK, PAD, SOP
 
 Model = ChatGLMForConditionalGeneration
 

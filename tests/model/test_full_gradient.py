@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.model.conftest import EOP, GMASK, PAD, SOP
+from tests.conftest import EOP, GMASK, PAD, SOP
 
 ROWS = [
     [7, 8, 9, GMASK, SOP, 11, 12, EOP],

@@ -11,7 +11,7 @@ from transformers import TextIteratorStreamer, TextStreamer, set_seed
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from tests.model.conftest import GMASK, PAD, SOP
+from tests.conftest import GMASK, PAD, SOP
 
 Model = ChatGLMForConditionalGeneration
 NEW = 12  # tokens generated in most tests

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from tests.model.conftest import GMASK
+from tests.conftest import GMASK
 
 Model = ChatGLMForConditionalGeneration
 

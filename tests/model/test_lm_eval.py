@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.model.conftest import NANO
+from tests.conftest import NANO
 
 instance = pytest.importorskip(
     "lm_eval.api.instance", reason="needs lm_eval, which this project does not depend on"

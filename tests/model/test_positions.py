@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.positions import Context, find_context, position_ids, visible_keys
-from tests.model.conftest import GMASK, MASK, PAD, SOP
+from tests.conftest import GMASK, MASK, PAD, SOP
 
 
 def context_of(rows: list[list[int]], attention_mask: list[list[int]] | None = None) -> Context:

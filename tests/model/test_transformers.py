@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from tests.model.conftest import EOP, NANO
+from tests.conftest import EOP, NANO
 
 Model = ChatGLMForConditionalGeneration
 QUESTION = "类型#裤*版型#宽松*颜色#白色"

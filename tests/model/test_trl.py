@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.model.conftest import NANO
+from tests.conftest import NANO
 
 trl = pytest.importorskip("trl", reason="needs trl, which this project does not depend on")
 datasets = pytest.importorskip("datasets", reason="needs datasets, which trl brings")

@@ -9,8 +9,8 @@ import torch
 
 import ptuning
 from ptuning.data.formatting import RowFormat, TextRow, to_example
+from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.decoding import Decoding, generate_answers
 from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.scheduler import QueueFullError
 from ptuning.serve.session import Session

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from ptuning.model.engine_row import Request
+from ptuning.engine.request import Request
 from ptuning.model.tuned import PREFIX_CONFIG_NAME
 from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.scheduler import EngineError, QueueFullError, SessionClosedError

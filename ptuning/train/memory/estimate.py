@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ptuning.engine.engine import MOST_CELLS, MOST_CELLS_CPU
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.varlen_attention import group_rows, round_up_keys
-from ptuning.model.engine import MOST_CELLS, MOST_CELLS_CPU
 from ptuning.model.loss import chunk_tokens_on
 from ptuning.model.quantization.blockwise import MOST_DEVICE_BLOCK_BYTES
 from ptuning.model.quantization.triton_backend import MAX_FUSED_ROWS

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptuning.model.prefix_rows import float_product
+from ptuning.engine.prefixes import float_product
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(7, 1, 16, 5), (7, 3, 16, 5), (2, 3, 4, 16, 5), (2, 3, 1, 64, 1)]  # (..., N, D, M)

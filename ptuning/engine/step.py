@@ -12,11 +12,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ptuning.engine.prefixes import PrefixRows, float_product
+from ptuning.engine.request import Row
+from ptuning.engine.slots import Slots, round_up
 from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.engine_row import Row
-from ptuning.model.engine_slots import Slots, round_up
 from ptuning.model.layers import SKIP_SCALE, Layer
-from ptuning.model.prefix_rows import PrefixRows, float_product
 from ptuning.model.rotary import Rotation, rotate, rotation_at
 
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
-from ptuning.model import engine_slots
-from ptuning.model.engine_slots import Slots
+from ptuning.engine import slots as engine_slots
+from ptuning.engine.slots import Slots
 
 
 @pytest.fixture(scope="module")

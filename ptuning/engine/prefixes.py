@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptuning.model.shared_prefix import SharedPrefix, Shares
+from ptuning.engine.shared_prefix import SharedPrefix, Shares
 
 MOST_IDLE = 2  # a stack is kept while it holds at most so many times the prefixes in use
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from ptuning.model.sampling import GREEDY, Sampling, TokenLogprob
-from ptuning.model.shared_prefix import Shares
+from ptuning.engine.sampling import GREEDY, Sampling, TokenLogprob
+from ptuning.engine.shared_prefix import Shares
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

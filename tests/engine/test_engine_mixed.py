@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
+from ptuning.engine.engine import Engine
+from ptuning.engine.request import Request
+from ptuning.engine.sampling import Sampling
+from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
+from ptuning.engine.slots import round_up
 from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.engine import Engine
-from ptuning.model.engine_row import Request
-from ptuning.model.engine_slots import round_up
-from ptuning.model.sampling import Sampling
-from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
 
 NEVER = frozenset({1023})
 

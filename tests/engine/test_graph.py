@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
-from ptuning.model import engine_graph
-from ptuning.model.engine import Engine, GreedyEngine
-from ptuning.model.engine_graph import CudaCapture, GraphedSteps, padded_rows
-from ptuning.model.engine_row import Request
-from ptuning.model.engine_slots import Slots
-from ptuning.model.engine_step import step_numbers
-from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
+from ptuning.engine import graph as engine_graph
+from ptuning.engine.engine import Engine, GreedyEngine
+from ptuning.engine.graph import CudaCapture, GraphedSteps, padded_rows
+from ptuning.engine.request import Request
+from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
+from ptuning.engine.slots import Slots
+from ptuning.engine.step import step_numbers
 
 NEVER = frozenset({1023})
 
@@ -125,7 +125,7 @@ def test_rows_of_all_kinds_that_join_and_leave_answer_as_in_eager_steps(model, m
 
 def test_slots_that_move_in_memory_invalidate_the_graphs(model, capture, monkeypatch):
     """A replay writes to the addresses of its capture."""
-    monkeypatch.setattr("ptuning.model.engine_slots.SMALL_BYTES", 0)
+    monkeypatch.setattr("ptuning.engine.slots.SMALL_BYTES", 0)
     monkeypatch.setattr(engine_graph, "COLUMNS_STEP", 512)  # so that no other reason is left
     ends = [model.config.gmask_token_id, model.config.bos_token_id]
     engine = graphed(Engine(model, max_rows=1), capture)
@@ -166,7 +166,7 @@ def test_the_next_request_reuses_the_graphs_of_the_last(model, capture):
 
 
 def test_large_slots_are_freed_when_idle_and_their_graphs_with_them(model, capture, monkeypatch):
-    monkeypatch.setattr("ptuning.model.engine_slots.SMALL_BYTES", 0)
+    monkeypatch.setattr("ptuning.engine.slots.SMALL_BYTES", 0)
     engine = graphed(Engine(model, max_rows=1), capture)
     answer(engine, requests(model, 2)[1])
     assert capture.replayed

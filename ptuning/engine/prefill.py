@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from ptuning.engine.prefixes import PrefixRows
 from ptuning.model.attention import LayerInputs, additive_mask
 from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.cpu.packing import pack, pack_positions, pack_prompts
 from ptuning.model.cpu.varlen_attention import find_rows
 from ptuning.model.positions import Context, position_ids, visible_keys
-from ptuning.model.prefix_rows import PrefixRows
 from ptuning.model.rotary import rotation_at
 
 

@@ -6,11 +6,11 @@ import weakref
 import pytest
 import torch
 
-from ptuning.model import prefix_rows
-from ptuning.model.engine import Engine
-from ptuning.model.engine_row import Request
-from ptuning.model.prefix_rows import MOST_IDLE, PrefixStack, SeenPrefixes
-from ptuning.model.shared_prefix import SharedPrefix, mix_prefixes
+from ptuning.engine import prefixes as prefix_rows
+from ptuning.engine.engine import Engine
+from ptuning.engine.prefixes import MOST_IDLE, PrefixStack, SeenPrefixes
+from ptuning.engine.request import Request
+from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
 
 CPU = torch.device("cpu")
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 3, 8

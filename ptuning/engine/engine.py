@@ -13,15 +13,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ptuning.engine.graph import GraphedSteps
+from ptuning.engine.prefill import read_prompts
+from ptuning.engine.prefixes import PrefixRows, SeenPrefixes
+from ptuning.engine.request import Request, Row, split_by_size
+from ptuning.engine.sampling import choose_tokens, logprobs_of
+from ptuning.engine.shared_prefix import SharedPrefix, Shares, mix_prefixes
+from ptuning.engine.slots import Slots
+from ptuning.engine.step import decode_step
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.engine_graph import GraphedSteps
-from ptuning.model.engine_prefill import read_prompts
-from ptuning.model.engine_row import Request, Row, split_by_size
-from ptuning.model.engine_slots import Slots
-from ptuning.model.engine_step import decode_step
-from ptuning.model.prefix_rows import PrefixRows, SeenPrefixes
-from ptuning.model.sampling import choose_tokens, logprobs_of
-from ptuning.model.shared_prefix import SharedPrefix, Shares, mix_prefixes
 
 JOIN_SHARE = 4  # rows join when a quarter as many as decode can: prompts are read together
 MOST_CELLS = 16384  # padded tokens in one pass over prompts: 8 rows of ChatGLM-6B's full context

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ptuning.engine.engine import GreedyEngine
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.engine import GreedyEngine
 
 # Prompts are sorted by length inside so many batches, so results stay near their order.
 WINDOW_BATCHES = 8

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ptuning.model.sampling import Sampling, choose_tokens
+from ptuning.engine.sampling import Sampling, choose_tokens
 
 
 def row(seed=0, tokens=(), **options):

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
-from ptuning.model.decoding import Decoding, generate_answers
-from ptuning.model.engine import GreedyEngine
-from ptuning.model.engine_slots import round_up
+from ptuning.engine.decoding import Decoding, generate_answers
+from ptuning.engine.engine import GreedyEngine
+from ptuning.engine.slots import round_up
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ptuning.engine.prefixes import PrefixRows, SeenPrefixes
+from ptuning.engine.request import Row
+from ptuning.engine.shared_prefix import Shares
+from ptuning.engine.slots import Slots
+from ptuning.engine.step import decode_step, run_step, step_numbers
 from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.engine_row import Row
-from ptuning.model.engine_slots import Slots
-from ptuning.model.engine_step import decode_step, run_step, step_numbers
-from ptuning.model.prefix_rows import PrefixRows, SeenPrefixes
-from ptuning.model.shared_prefix import Shares
 
 ROWS_STEP = 8  # row counts above 8 are padded to a multiple of it, smaller ones to a power of 2
 COLUMNS_STEP = 64

@@ -1,0 +1,1 @@
+"""Continuous batching: sequences join and leave one batch at any step, each with its prefix."""
