@@ -49,7 +49,6 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         from ptuning.data.collation import pad_right
         from ptuning.model.cpu.threads import limit_threads
         from ptuning.prediction import score
-        from ptuning.train.base_model import load_tokenizer
         from ptuning.train.compiling import compile_layers
         from ptuning.train.memory.fit import apply_fit, fit_to_memory, workload_of
         from ptuning.train.memory.memory_errors import memory_explained
@@ -61,7 +60,8 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         from ptuning.train.reporting import check_run
         from ptuning.train.resume.run_directory import RunDirectory, fingerprint_rows
         from ptuning.train.rows import check_files, load_rows
-        from ptuning.train.tunings.tuning import load_model, open_tuning
+        from ptuning.tunings.loading import load_tokenizer
+        from ptuning.tunings.tuning import load_model, open_tuning
         from trainer_seq2seq import Seq2SeqTrainer
 
     started = time.monotonic()

@@ -67,7 +67,7 @@ from ptuning.train.resume.run_state import (
     set_epoch,
 )
 from ptuning.train.resume.signals import Stopped, StopRequest
-from ptuning.train.tunings.tuning import TrainedState, Tuning, newest_metrics
+from ptuning.tunings.tuning import TrainedState, Tuning, newest_metrics
 
 # Schedules whose learning rate does not depend on the number of steps.
 STEADY_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")

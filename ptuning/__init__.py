@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ptuning.versions import check_versions
 
 if TYPE_CHECKING:
-    from ptuning.model.prefix_artefact import load_prefix, save_prefix
+    from ptuning.tunings.prefix import load_prefix, save_prefix
 
 __all__ = ["load_prefix", "save_prefix"]
 
@@ -28,7 +28,7 @@ __all__ = ["load_prefix", "save_prefix"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ptuning.model import prefix_artefact
+    from ptuning.tunings import prefix as prefix_artefact
 
     return getattr(prefix_artefact, name)
 

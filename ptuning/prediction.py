@@ -41,11 +41,8 @@ from ptuning.evaluate.predictions import (
 from ptuning.evaluate.report import METHODS, ReportData, ReportRow, write_report
 from ptuning.evaluate.retention import Retention
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import base_fingerprint
-from ptuning.model.tuned import PTUNING, read_tuned_info
 from ptuning.output import Progress
 from ptuning.retention import RetentionRun
-from ptuning.train.base_model import choose_dtype
 from ptuning.train.config import RunConfig
 from ptuning.train.processes.launch import (
     gather,
@@ -55,7 +52,10 @@ from ptuning.train.processes.launch import (
     process_index,
 )
 from ptuning.train.rows import Rows
-from ptuning.train.tunings.tuning import Tuning
+from ptuning.tunings.artefact import PTUNING, read_tuned_info
+from ptuning.tunings.loading import choose_dtype
+from ptuning.tunings.prefix import base_fingerprint
+from ptuning.tunings.tuning import Tuning
 
 REPORT_NAME = "report.html"
 BASE_PREDICTIONS_NAME = "generated_predictions_base.txt"

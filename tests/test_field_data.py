@@ -8,9 +8,9 @@ import pytest
 from main import main
 from ptuning import __main__ as program
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.model.tuned import read_tuned_info
 from ptuning.train.config import parse_arguments
 from ptuning.train.rows import load_rows
+from ptuning.tunings.artefact import read_tuned_info
 from tests.test_main import base, files, train_flags  # noqa: F401
 from tests.tiny import rows, write_rows
 

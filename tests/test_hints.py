@@ -16,7 +16,7 @@ import torch
 
 from ptuning import __main__ as program
 from ptuning.commands.registry import COMMANDS
-from ptuning.nano.paths import NANO_DIR
+from ptuning.tunings.bundled import NANO_DIR
 
 MODEL_COMMANDS = ("chat", "serve", "web")
 
@@ -91,7 +91,7 @@ HINTS = [
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefixes of the nano model: ours, one whose base was moved, and published ones."""
     import ptuning
-    from ptuning.train.base_model import load_base
+    from ptuning.tunings.loading import load_base
 
     root = tmp_path_factory.mktemp("hints")
     model = copy.deepcopy(load_base(str(NANO_DIR), dtype=torch.float32))

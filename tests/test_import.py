@@ -19,9 +19,9 @@ LIGHT = [
     "ptuning.__main__",
     "ptuning.commands.registry",
     "ptuning.data.mixing",
-    "ptuning.model.tuned",
+    "ptuning.tunings.artefact",
     "ptuning.serve.defaults",
-    "ptuning.train.base_model",
+    "ptuning.tunings.loading",
 ]
 SHOW = """
 folder = "ptuning/nano/weights"

@@ -28,14 +28,18 @@ ALLOWED = {
     "ptuning.data": set(),
     "ptuning.model": set(),
     "ptuning.evaluate": set(),
-    "ptuning.train": {"ptuning.data", "ptuning.model", "ptuning.nano.paths"},  # "nano" as a name
+    "ptuning.train": {
+        "ptuning.data",
+        "ptuning.model",
+        "ptuning.tunings.bundled",
+    },  # "nano" as a name
     # A base is loaded by the same code as in training; the nano model, which is served where no
     # other is named, lends its folder alone.
     "ptuning.serve": {
         "ptuning.data",
         "ptuning.model",
-        "ptuning.train.base_model",
-        "ptuning.nano.paths",
+        "ptuning.tunings.loading",
+        "ptuning.tunings.bundled",
     },
     "ptuning.nano": {"ptuning.data", "ptuning.model"},
     "ptuning.commands": {
@@ -44,7 +48,7 @@ ALLOWED = {
         "ptuning.evaluate",
         "ptuning.train",
         "ptuning.serve",
-        "ptuning.nano.paths",  # whose tokenizer counts where no other is named
+        "ptuning.tunings.bundled",  # whose tokenizer counts where no other is named
     },
     "ptuning.__main__": {"ptuning.commands", "ptuning.train.config"},  # plan takes main.py's flags
     "arguments": {"ptuning.train"},
@@ -140,7 +144,7 @@ def test_imports_go_one_way(file: Path) -> None:
         ("ptuning.train.memory.fit", "from ptuning.train.faults import guards\nfrom ptuning.model.config import C", []),
         ("trainer_seq2seq", "from ptuning.data import reading", ["ptuning.data.reading"]),
         ("main", "import arguments, trainer_seq2seq\nfrom ptuning.serve import session", []),
-        ("ptuning.serve.session", "from ptuning.train.base_model import x", []),
+        ("ptuning.serve.session", "from ptuning.tunings.loading import x", []),
         ("ptuning.serve.session", "from ptuning.evaluate import report", ["ptuning.evaluate.report"]),
         ("ptuning.serve.session", "from ptuning.train.base_models import x", ["ptuning.train.base_models.x"]),
         ("scripts.environment", "import main", []),

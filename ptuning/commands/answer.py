@@ -20,7 +20,7 @@ from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.output import Progress
-from ptuning.train.base_model import choose_dtype, find_base, load_base, load_tokenizer
+from ptuning.tunings.loading import choose_dtype, find_base, load_base, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import logging
 
 from ptuning.model.checkpoint.convert import convert_checkpoint
 from ptuning.model.checkpoint.hub import find_directory
-from ptuning.train.base_model import find_base
+from ptuning.tunings.loading import find_base
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from ptuning.evaluate.pictures import (
     check_picture_name,
     draw_length_histogram,
 )
-from ptuning.nano.paths import NANO_DIR
-from ptuning.train.base_model import find_base, load_tokenizer
+from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import find_base, load_tokenizer
 
 if TYPE_CHECKING:
     from ptuning.data.checking.check_report import Report

@@ -36,9 +36,9 @@ from ptuning.data.mixing import MixSource
 from ptuning.data.parsing import write_json
 from ptuning.data.reading import as_places, find_files
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.nano.paths import NANO_DIR
 from ptuning.output import Progress
-from ptuning.train.base_model import load_tokenizer
+from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import load_tokenizer
 
 CHUNK_ROWS = 1000  # rows encoded between two steps of the progress bar
 OUT_SUFFIXES = (".jsonl", ".json")

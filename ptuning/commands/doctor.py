@@ -30,7 +30,7 @@ from ptuning.model.quantization.selection import (
     pick_backend,
     report_backends,
 )
-from ptuning.train.base_model import choose_dtype
+from ptuning.tunings.loading import choose_dtype
 
 DISTRIBUTION = "chatglm-ptuning"
 PROJECT_FILE = Path(__file__).resolve().parents[2] / "pyproject.toml"

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 
 from ptuning.model.checkpoint.layout import read_config
-from ptuning.model.prefix_artefact import export_prefix
-from ptuning.train.base_model import find_base
+from ptuning.tunings.loading import find_base
+from ptuning.tunings.prefix import export_prefix
 
 logger = logging.getLogger(__name__)
 

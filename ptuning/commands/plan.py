@@ -25,9 +25,6 @@ from ptuning.model.checkpoint.hub import CONFIG_FILE
 from ptuning.model.checkpoint.layout import read_config
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, pack_weights_
-from ptuning.model.prefix_artefact import prefix_shape, read_prefix_tensors
-from ptuning.model.tuned import FULL, PTUNING
-from ptuning.train.base_model import choose_dtype, load_tokenizer
 from ptuning.train.config import RunConfig
 from ptuning.train.memory.estimate import (
     Memory,
@@ -50,6 +47,9 @@ from ptuning.train.memory.fit import (
 )
 from ptuning.train.processes.launch import trainer_arguments
 from ptuning.train.rows import Rows, check_files, load_rows, too_long
+from ptuning.tunings.artefact import FULL, PTUNING
+from ptuning.tunings.loading import choose_dtype, load_tokenizer
+from ptuning.tunings.prefix import prefix_shape, read_prefix_tensors
 
 NOT_FITTING = 3  # exit status
 NO_TIME = "unknown: the GPU is not in this machine, so nothing was measured"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from ptuning.model.tuned import EXPORT_FORMATS
+from ptuning.tunings.artefact import EXPORT_FORMATS
 
 DEFAULT_PICTURE = Path("output/data-check.png")
 NO_PICTURE = "none"

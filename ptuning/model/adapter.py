@@ -22,9 +22,8 @@ from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.files import map_bin, open_safetensors
 from ptuning.model.checkpoint.layout import EMBEDDING
-from ptuning.model.prefix_artefact import base_fingerprint, check_finite
 from ptuning.model.quantization.layers import QuantizedLinear
-from ptuning.model.tuned import (
+from ptuning.tunings.artefact import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILES,
     ADAPTER_WEIGHTS_NAME,
@@ -36,6 +35,7 @@ from ptuning.model.tuned import (
     read_tuned_info,
     write_tuned_info,
 )
+from ptuning.tunings.prefix import base_fingerprint, check_finite
 
 ADAPTER = "default"  # the name inside the model; it is not stored
 PEFT_PREFIX = "base_model.model."  # of stored names: peft wraps a model twice

@@ -52,7 +52,7 @@ from ptuning.nano.corpus import (
     sample_rows,
 )
 from ptuning.nano.grammar import shuffled
-from ptuning.nano.paths import NANO_DIR, SAMPLE_DIR
+from ptuning.tunings.bundled import NANO_DIR, SAMPLE_DIR
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from ptuning.model.adapter import load_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import pack_where_roomy
 from ptuning.model.cpu.threads import limit_threads, release_helper_threads
-from ptuning.model.prefix_artefact import load_prefix
-from ptuning.model.tuned import TunedInfo
 from ptuning.serve.scheduler import Scheduler, Ticket
 from ptuning.serve.session_front import Load, NamedPrefix, SessionFront, Weighted
-from ptuning.serve.tuned_model import find_model
-from ptuning.train.base_model import choose_dtype, load_base, load_tokenizer
+from ptuning.tunings.artefact import TunedInfo
+from ptuning.tunings.loading import choose_dtype, load_base, load_tokenizer
+from ptuning.tunings.prefix import load_prefix
+from ptuning.tunings.tuned_model import find_model
 
 MAX_ROWS = 32  # decoded together; more wait
 JOIN_PATIENCE = 3  # steps that a request may wait for others to be read together with

@@ -17,12 +17,12 @@ from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.request import Request
 from ptuning.engine.sampling import Sampling
 from ptuning.engine.shared_prefix import check_weight
-from ptuning.model.tuned import LORA, PrefixInfo, TunedInfo
 from ptuning.serve.answer import Answer
 from ptuning.serve.chat_prompt import build_chat_prompt
 from ptuning.serve.scheduler import Ticket
 from ptuning.serve.text_stream import TextStream
-from ptuning.serve.tuned_model import refuse_other_kinds
+from ptuning.tunings.artefact import LORA, PrefixInfo, TunedInfo
+from ptuning.tunings.tuned_model import refuse_other_kinds
 
 BASE_NAME = "base"  # the model without a prefix, where a name is asked for
 PREFIX_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

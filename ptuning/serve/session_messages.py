@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from ptuning.engine.request import FinishReason, Request
 from ptuning.engine.sampling import TokenLogprob
-from ptuning.model.tuned import TunedInfo
 from ptuning.serve.session_front import Load, Weighted
+from ptuning.tunings.artefact import TunedInfo
 
 # From the front
 

@@ -40,8 +40,8 @@ from ptuning.serve.session_messages import (
     Start,
     Stop,
 )
-from ptuning.serve.tuned_model import find_model
-from ptuning.train.base_model import load_tokenizer
+from ptuning.tunings.loading import load_tokenizer
+from ptuning.tunings.tuned_model import find_model
 
 END_S = 10.0  # how long a decoding step may still take when the session is closed
 

@@ -15,17 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ptuning.data.formatting import SHORTEST, RowFormat
 from ptuning.data.mixing import parse_mix
 from ptuning.data.reading import find_files
-from ptuning.model.tuned import (
-    FULL,
-    INFO_NAME,
-    LORA,
-    PTUNING,
-    TUNINGS,
-    check_targets,
-    kind_of,
-    read_tuned_info,
-)
-from ptuning.train.base_model import WORDS_OF_MAIN, find_base
 from ptuning.train.flags import (
     GROUPS,
     DataArguments,
@@ -36,6 +25,17 @@ from ptuning.train.flags import (
 )
 from ptuning.train.legacy_flags import FALSE_WORDS, TRUE_WORDS
 from ptuning.train.parser import parse
+from ptuning.tunings.artefact import (
+    FULL,
+    INFO_NAME,
+    LORA,
+    PTUNING,
+    TUNINGS,
+    check_targets,
+    kind_of,
+    read_tuned_info,
+)
+from ptuning.tunings.loading import WORDS_OF_MAIN, find_base
 
 if TYPE_CHECKING:
     import numpy as np

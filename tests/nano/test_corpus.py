@@ -26,8 +26,8 @@ from ptuning.nano.grammar import (
     write_listing,
     write_sample_summary,
 )
-from ptuning.nano.paths import SAMPLE_DIR
 from ptuning.nano.words import KINDS, SHARED_KEYS, SPOKEN_KEYS, VALUES
+from ptuning.tunings.bundled import SAMPLE_DIR
 
 CONTENT = re.compile(r"类型#(上衣|裤|裙)(\*[^#*]+#[^#*]+){2,5}")
 SAMPLE_SENTENCES = [

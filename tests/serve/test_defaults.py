@@ -6,10 +6,10 @@ import socket
 
 import pytest
 
-from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.addresses import is_loopback
 from ptuning.serve.defaults import choose_served, find_newest
 from ptuning.serve.server import check_address
+from ptuning.tunings.bundled import NANO_DIR
 
 
 def test_the_newest_prefix_is_found_as_evaluate_sh_does(tmp_path, prefix_dirs):

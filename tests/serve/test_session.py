@@ -11,11 +11,11 @@ import ptuning
 from ptuning.data.formatting import RowFormat, TextRow, to_example
 from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.scheduler import QueueFullError
 from ptuning.serve.session import Session
 from ptuning.serve.session_front import UnknownPrefixError
 from ptuning.serve.text_stream import clean_response
+from ptuning.tunings.bundled import NANO_DIR
 from tests.data.one_row import to_generation_prompt
 
 QUESTIONS = [

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ptuning.model.cpu.linear import Linear, has_onednn
-from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.session import Session
+from ptuning.tunings.bundled import NANO_DIR
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this PyTorch was built without oneDNN")

@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from ptuning.engine.request import Request
-from ptuning.model.tuned import PREFIX_CONFIG_NAME
-from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.scheduler import EngineError, QueueFullError, SessionClosedError
 from ptuning.serve.session import Session
 from ptuning.serve.session_front import Load, UnknownPrefixError
 from ptuning.serve.session_messages import portable
 from ptuning.serve.session_process import EndedProcessError, SessionProcess
+from ptuning.tunings.artefact import PREFIX_CONFIG_NAME
+from ptuning.tunings.bundled import NANO_DIR
 
 QUESTION = "类型#裤*版型#宽松"
 LONG = {"temperature": 5.0, "seed": 1, "max_new_tokens": 1500}

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.text_stream import TextStream, clean_response
+from ptuning.tunings.bundled import NANO_DIR
 
 TEXTS = [
     "你好,world! 我的知识截至[[训练时间]]; ok?",

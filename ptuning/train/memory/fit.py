@@ -27,7 +27,6 @@ from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import PACKING_SHARE, can_pack, pack_weights_
 from ptuning.model.layers import Layer
 from ptuning.model.quantization.blockwise import block_bytes, device_block_bytes
-from ptuning.model.tuned import FULL, PTUNING
 from ptuning.train.config import RunConfig
 from ptuning.train.flags import LEAST_ROWS, MOST_ROWS
 from ptuning.train.memory.estimate import (
@@ -44,7 +43,8 @@ from ptuning.train.memory.estimate import (
     validation_bytes,
 )
 from ptuning.train.processes.launch import gather
-from ptuning.train.tunings.lora import RANK
+from ptuning.tunings.artefact import FULL, PTUNING
+from ptuning.tunings.lora import RANK
 
 FREE_SHARE = 0.9  # of free memory is planned with; allocators lose the rest to fragmentation
 # Tokens per chunk of the loss on a GPU where memory is short. Every chunk reads the output head in

@@ -25,7 +25,6 @@ from typing import Any, Self
 
 from ptuning.atomic_file import write_atomically
 from ptuning.data.dataset import TokenDataset
-from ptuning.model.tuned import INFO_NAME, MARKS
 from ptuning.train.processes.launch import check_shared_folder, in_main_process, is_main_process
 from ptuning.train.resume.checkpoints import (
     REMOVED,
@@ -36,6 +35,7 @@ from ptuning.train.resume.checkpoints import (
     read_facts,
     why_not_resumable,
 )
+from ptuning.tunings.artefact import INFO_NAME, MARKS
 
 RECORD_NAME = "run.json"
 # Settings that a checkpoint's optimizer state holds, whatever is typed.

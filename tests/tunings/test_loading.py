@@ -5,11 +5,11 @@ import torch
 
 from ptuning import save_prefix
 from ptuning.model.adapter import adapter_parameters, add_adapter, save_adapter
-from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.quantization.layers import QuantizedLinear
-from ptuning.model.tuned import LORA, TunedInfo
-from ptuning.nano.paths import NANO_DIR
-from ptuning.train.base_model import BaseModelError, find_base, load_base, load_tokenizer
+from ptuning.tunings.artefact import LORA, TunedInfo
+from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import BaseModelError, find_base, load_base, load_tokenizer
+from ptuning.tunings.prefix import base_fingerprint
 
 LOADS = {
     "float32": {"dtype": torch.float32},

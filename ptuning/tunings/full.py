@@ -20,8 +20,9 @@ from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.files import BIN_INDEX, INDEX_OF, SAFETENSORS_INDEX, CheckpointReader
 from ptuning.model.checkpoint.layout import read_checkpoint
-from ptuning.model.prefix_artefact import base_fingerprint
-from ptuning.model.tuned import (
+from ptuning.output import bars_for
+from ptuning.train.config import RunConfig, UsageError
+from ptuning.tunings.artefact import (
     FULL,
     INFO_NAME,
     TunedInfo,
@@ -29,10 +30,9 @@ from ptuning.model.tuned import (
     read_tuned_info,
     write_tuned_info,
 )
-from ptuning.output import bars_for
-from ptuning.train.base_model import load_base, load_tokenizer
-from ptuning.train.config import RunConfig, UsageError
-from ptuning.train.tunings.tuning import TrainedState
+from ptuning.tunings.loading import load_base, load_tokenizer
+from ptuning.tunings.prefix import base_fingerprint
+from ptuning.tunings.tuning import TrainedState
 
 UNFINISHED = ".unfinished"  # the folder inside an artefact's that is being filled
 

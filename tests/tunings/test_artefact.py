@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from ptuning.model.prefix_artefact import save_prefix
-from ptuning.model.tuned import (
+from ptuning.tunings.artefact import (
     FULL,
     LORA,
     PTUNING,
@@ -16,6 +15,7 @@ from ptuning.model.tuned import (
     read_tuned_info,
     write_tuned_info,
 )
+from ptuning.tunings.prefix import save_prefix
 
 
 @pytest.fixture

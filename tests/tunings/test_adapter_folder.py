@@ -11,14 +11,14 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.model.test_adapter import give_adapter
+from tests.model.test_checkpoint_hub import COMMIT
 from transformers import AutoModelForCausalLM
 
 from ptuning.model.adapter import add_adapter, save_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import base_fingerprint
-from ptuning.model.tuned import FULL, INFO_NAME, LORA, TunedInfo, find_prefix_weights
-from tests.model.test_adapter import give_adapter
-from tests.model.test_checkpoint_hub import COMMIT
+from ptuning.tunings.artefact import FULL, INFO_NAME, LORA, TunedInfo, find_prefix_weights
+from ptuning.tunings.prefix import base_fingerprint
 from tests.model.test_full_gradient import ROWS
 
 peft = pytest.importorskip("peft", reason="needs the peft library (pip install peft)")

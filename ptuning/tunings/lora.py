@@ -24,10 +24,10 @@ from ptuning.model.adapter import (
     without_adapter,
 )
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import base_fingerprint
-from ptuning.model.tuned import LORA, TunedInfo, kind_of
 from ptuning.train.config import RunConfig, UsageError
-from ptuning.train.tunings.tuning import TrainedState, checkpoint_explained, frozen_base
+from ptuning.tunings.artefact import LORA, TunedInfo, kind_of
+from ptuning.tunings.prefix import base_fingerprint
+from ptuning.tunings.tuning import TrainedState, checkpoint_explained, frozen_base
 
 RANK, ALPHA, DROPOUT = 8, 16.0, 0.1  # what unset flags mean; flags.py says so
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.layout import PREFIX_KEYS
-from ptuning.model.tuned import (
+from ptuning.tunings.artefact import (
     FORMAT_VERSION,
     PREFIX_CONFIG_NAME,
     PREFIX_WEIGHTS_NAME,

@@ -7,7 +7,7 @@ loads the base that it names and puts the adapter on it, for every answer.
 from pathlib import Path
 from typing import NamedTuple
 
-from ptuning.model.tuned import (
+from ptuning.tunings.artefact import (
     ADAPTER_CONFIG_NAME,
     INFO_NAME,
     LORA,
@@ -17,8 +17,8 @@ from ptuning.model.tuned import (
     kind_of,
     read_tuned_info,
 )
-from ptuning.nano.paths import NANO_DIR
-from ptuning.train.base_model import BaseModelError, find_base
+from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import BaseModelError, find_base
 
 
 class NamedModel(NamedTuple):

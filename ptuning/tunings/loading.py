@@ -8,8 +8,14 @@ once. The loading functions take main.py's words; a command whose flags have oth
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptuning.model.tuned import LORA, PREFIX_CONFIG_NAME, PUBLISHED_NAME, kind_of, read_tuned_info
-from ptuning.nano.paths import NANO_DIR
+from ptuning.tunings.artefact import (
+    LORA,
+    PREFIX_CONFIG_NAME,
+    PUBLISHED_NAME,
+    kind_of,
+    read_tuned_info,
+)
+from ptuning.tunings.bundled import NANO_DIR
 
 if TYPE_CHECKING:
     import torch

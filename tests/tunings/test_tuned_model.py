@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from ptuning.model.adapter import adapter_parameters, add_adapter, save_adapter
-from ptuning.model.prefix_artefact import base_fingerprint
-from ptuning.model.tuned import FULL, LORA, TunedInfo, write_tuned_info
-from ptuning.nano.paths import NANO_DIR
 from ptuning.serve.defaults import choose_served
 from ptuning.serve.session import Session
-from ptuning.serve.tuned_model import find_model
 from ptuning.serve.web_talk import WebTalk
+from ptuning.tunings.artefact import FULL, LORA, TunedInfo, write_tuned_info
+from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.prefix import base_fingerprint
+from ptuning.tunings.tuned_model import find_model
 from tests.serve.conftest import ADGEN
 
 QUESTION = "类型#裤*版型#宽松"

@@ -20,10 +20,10 @@ from ptuning.model.adapter import (
     without_adapter,
 )
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import base_fingerprint
 from ptuning.model.quantization.layers import QuantizedLinear
 from ptuning.model.quantization.quantize import quantize_model_
-from ptuning.model.tuned import LORA, TunedInfo
+from ptuning.tunings.artefact import LORA, TunedInfo
+from ptuning.tunings.prefix import base_fingerprint
 from tests.conftest import EOP, GMASK, SOP
 from tests.model.test_full_gradient import ROWS, batch
 

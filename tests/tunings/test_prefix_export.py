@@ -13,7 +13,7 @@ from transformers import AutoModel
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.prefix_artefact import export_prefix, flat_table, read_encoder
+from ptuning.tunings.prefix import export_prefix, flat_table, read_encoder
 from tests.model.published import golden_config, make_safetensors
 
 KINDS = ["prefix", "prefix_projection"]

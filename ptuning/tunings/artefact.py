@@ -3,7 +3,7 @@
 `kind_of` tells them apart. A prefix describes itself in prefix_config.json, an adapter and a whole
 model in tuning_config.json; either file is written last. Importing this module loads no torch, so
 that a command line is checked before anything heavy is; the tensors are read by
-`ptuning.model.prefix_artefact` and `ptuning.model.adapter`.
+`ptuning.tunings.prefix` and `ptuning.model.adapter`.
 """
 
 import json

@@ -15,17 +15,17 @@ from torch import Tensor
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.prefix_artefact import (
+from ptuning.model.quantization.layers import QuantizedLinear
+from ptuning.train.config import RunConfig, UsageError
+from ptuning.train.processes.launch import shards_weights
+from ptuning.tunings.artefact import FULL, LORA, PTUNING, remove_other_marks
+from ptuning.tunings.loading import check_weights, choose_dtype, load_base
+from ptuning.tunings.prefix import (
     load_prefix,
     prefix_shape,
     read_prefix_tensors,
     save_prefix,
 )
-from ptuning.model.quantization.layers import QuantizedLinear
-from ptuning.model.tuned import FULL, LORA, PTUNING, remove_other_marks
-from ptuning.train.base_model import check_weights, choose_dtype, load_base
-from ptuning.train.config import RunConfig, UsageError
-from ptuning.train.processes.launch import shards_weights
 
 logger = logging.getLogger("main")
 
@@ -178,11 +178,11 @@ def open_tuning(config: RunConfig) -> Tuning:
     """Return the kind of tuning that a run asks for; its checkpoint is sound, no base is loaded."""
     check_weights(config.model_name_or_path)
     if config.tuning == LORA:
-        from ptuning.train.tunings.lora import LoraTuning
+        from ptuning.tunings.lora import LoraTuning
 
         return LoraTuning(config)
     if config.tuning == FULL:
-        from ptuning.train.tunings.full import FullTuning
+        from ptuning.tunings.full import FullTuning
 
         return FullTuning(config)
     return PrefixTuning(config)

@@ -24,7 +24,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.layout import PREFIX_KEYS, prefix_shapes
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.prefix_encoder import PrefixEncoder
-from ptuning.model.tuned import (
+from ptuning.tunings.artefact import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     EXPORT_FORMATS,

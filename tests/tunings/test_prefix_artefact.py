@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.layout import PREFIX_KEYS
-from ptuning.model.prefix_artefact import base_fingerprint
-from ptuning.model.tuned import (
+from ptuning.tunings.artefact import (
     FORMAT_VERSION,
     PREFIX_CONFIG_NAME,
     PREFIX_WEIGHTS_NAME,
     PUBLISHED_NAME,
     PrefixInfo,
 )
+from ptuning.tunings.prefix import base_fingerprint
 
 Model = ChatGLMForConditionalGeneration
 Build = Callable[..., Model]

@@ -1,0 +1,1 @@
+"""What tuning attaches to a base, writes to disk and reads back: prefix, LoRA, whole model."""
