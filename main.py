@@ -2,7 +2,7 @@
 
 Order: flags, output directory, rows, then the model, so that a mistake is reported before anything
 heavy happens. torch and transformers are imported once the flags are known to be good, hence the
-imports inside functions. Exit codes: `ptuning.train.faults.endings`.
+imports inside functions. Exit codes: `ptuning.train.endings`.
 """
 
 import logging
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from arguments import RunConfig, UsageError, parse_arguments
 from ptuning.output import duration, start_logging, use_bars
-from ptuning.train.resume.signals import StopRequest
+from ptuning.train.signals import StopRequest
 
 logger = logging.getLogger("main")
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
             run(config, stop)
         except (Exception, KeyboardInterrupt) as error:
             stop.ignore()  # torchrun ends the other processes when one fails: each says why first
-            from ptuning.train.faults.endings import ending_of
+            from ptuning.train.endings import ending_of
 
             ending = ending_of(error, config)
             if ending is None:
@@ -50,16 +50,16 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         from ptuning.model.cpu.threads import limit_threads
         from ptuning.prediction import score
         from ptuning.train.compiling import compile_layers
-        from ptuning.train.memory.fit import apply_fit, fit_to_memory, workload_of
-        from ptuning.train.memory.memory_errors import memory_explained
-        from ptuning.train.processes.launch import (
+        from ptuning.train.fit import apply_fit, fit_to_memory, workload_of
+        from ptuning.train.memory_errors import memory_explained
+        from ptuning.train.processes import (
             check_gpu_is_here,
             launch_notices,
             trainer_arguments,
         )
         from ptuning.train.reporting import check_run
-        from ptuning.train.resume.run_directory import RunDirectory, fingerprint_rows
         from ptuning.train.rows import check_files, load_rows
+        from ptuning.train.run_directory import RunDirectory, fingerprint_rows
         from ptuning.tunings.loading import load_tokenizer
         from ptuning.tunings.tuning import load_model, open_tuning
         from trainer_seq2seq import Seq2SeqTrainer

@@ -35,21 +35,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ptuning.atomic_file import write_atomically
 from ptuning.evaluate.pictures import draw_loss_curve
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
-from ptuning.train.faults.endings import DiskError, explain_disk_error, is_disk_error
-from ptuning.train.faults.guards import (
-    BAD_BATCH_NAME,
-    BadStepsError,
-    StepGuard,
-    correct_mean,
-    fault_in,
-    gather_evidence,
-)
-from ptuning.train.memory.fit import Workload
-from ptuning.train.memory.memory_errors import memory_explained
-from ptuning.train.processes.launch import leave_frozen_alone
-from ptuning.train.processes.sharding import sharded_loader
-from ptuning.train.progress import CURVE_NAME, CurveCallback, ProgressLines
-from ptuning.train.resume.checkpoints import (
+from ptuning.train.checkpoints import (
     CheckpointFacts,
     fault_of,
     finish_checkpoint,
@@ -57,8 +43,21 @@ from ptuning.train.resume.checkpoints import (
     staging_path,
     start_checkpoint,
 )
-from ptuning.train.resume.run_directory import RunDirectory
-from ptuning.train.resume.run_state import (
+from ptuning.train.endings import DiskError, explain_disk_error, is_disk_error
+from ptuning.train.fit import Workload
+from ptuning.train.guards import (
+    BAD_BATCH_NAME,
+    BadStepsError,
+    StepGuard,
+    correct_mean,
+    fault_in,
+    gather_evidence,
+)
+from ptuning.train.memory_errors import memory_explained
+from ptuning.train.processes import leave_frozen_alone
+from ptuning.train.progress import CURVE_NAME, CurveCallback, ProgressLines
+from ptuning.train.run_directory import RunDirectory
+from ptuning.train.run_state import (
     RunState,
     capture_random_state,
     load_run_state,
@@ -66,7 +65,8 @@ from ptuning.train.resume.run_state import (
     save_run_state,
     set_epoch,
 )
-from ptuning.train.resume.signals import Stopped, StopRequest
+from ptuning.train.sharding import sharded_loader
+from ptuning.train.signals import Stopped, StopRequest
 from ptuning.tunings.tuning import TrainedState, Tuning, newest_metrics
 
 # Schedules whose learning rate does not depend on the number of steps.

@@ -32,8 +32,8 @@ from ptuning.engine.step import run_step
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.quantize import prepare_quantized_
-from ptuning.train.memory.estimate import Batch, size_of, training_memory
-from ptuning.train.memory.fit import checkpoint_layers
+from ptuning.train.fit import checkpoint_layers
+from ptuning.train.memory import Batch, size_of, training_memory
 
 DTYPE = torch.bfloat16
 PREFIX_LENGTH = 128

@@ -30,7 +30,7 @@ from benchmarks.row_lengths import MAX_LENGTH
 from benchmarks.setting import SIZES, device_name, json_file, machine, synchronise, write_json
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.layout import check_checkpoint
-from ptuning.train.memory.fit import checkpoint_layers, keep_freed_memory
+from ptuning.train.fit import checkpoint_layers, keep_freed_memory
 from ptuning.tunings.loading import load_base
 
 LEARNING_RATE = 2e-2  # the published one

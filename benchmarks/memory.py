@@ -41,13 +41,13 @@ from ptuning.data.collation import pad_right
 from ptuning.engine.engine import GreedyEngine
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import pack_where_roomy
-from ptuning.train.memory.estimate import (
+from ptuning.train.fit import checkpoint_layers, gpu_terms, keep_freed_memory
+from ptuning.train.memory import (
     Batch,
     answering_memory,
     size_of,
     training_memory,
 )
-from ptuning.train.memory.fit import checkpoint_layers, gpu_terms, keep_freed_memory
 
 MORE_SIZES = {  # name -> layers, hidden size, heads, vocabulary
     "nano": (4, 192, 4, 1700),

@@ -37,7 +37,7 @@ from benchmarks.setting import (
 from ptuning.data.collation import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import pack_where_roomy, plain_torch
-from ptuning.train.memory.fit import keep_freed_memory
+from ptuning.train.fit import keep_freed_memory
 
 ROWS_PER_STEP = 16  # as published: one row at a time, accumulated over 16
 WARM_UP_STEPS = 2  # the first allocate, and have oneDNN and Triton write their kernels

@@ -44,7 +44,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.output import Progress
 from ptuning.retention import RetentionRun
 from ptuning.train.config import RunConfig
-from ptuning.train.processes.launch import (
+from ptuning.train.processes import (
     gather,
     in_main_process,
     is_main_process,

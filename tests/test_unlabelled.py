@@ -11,7 +11,7 @@ from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.prediction import score
 from ptuning.train.config import parse_arguments
-from ptuning.train.processes.launch import trainer_arguments
+from ptuning.train.processes import trainer_arguments
 from ptuning.train.rows import Rows
 from ptuning.tunings.tuning import load_model, open_tuning
 from tests.tiny import rows, write_rows

@@ -26,16 +26,7 @@ from ptuning.model.checkpoint.layout import read_config
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, pack_weights_
 from ptuning.train.config import RunConfig
-from ptuning.train.memory.estimate import (
-    Memory,
-    ModelSize,
-    answering_memory,
-    largest_batch,
-    trained_bytes,
-    training_memory,
-    weight_bytes,
-)
-from ptuning.train.memory.fit import (
+from ptuning.train.fit import (
     FREE_SHARE,
     Fit,
     Workload,
@@ -45,7 +36,16 @@ from ptuning.train.memory.fit import (
     workload_of,
     workload_size,
 )
-from ptuning.train.processes.launch import trainer_arguments
+from ptuning.train.memory import (
+    Memory,
+    ModelSize,
+    answering_memory,
+    largest_batch,
+    trained_bytes,
+    training_memory,
+    weight_bytes,
+)
+from ptuning.train.processes import trainer_arguments
 from ptuning.train.rows import Rows, check_files, load_rows, too_long
 from ptuning.tunings.artefact import FULL, PTUNING
 from ptuning.tunings.loading import choose_dtype, load_tokenizer

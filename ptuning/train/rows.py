@@ -27,7 +27,7 @@ from ptuning.data.raw_row import DataError
 from ptuning.data.reading import LeftOut
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.train.config import RunConfig, UsageError
-from ptuning.train.processes.launch import num_processes
+from ptuning.train.processes import num_processes
 
 logger = logging.getLogger("main")
 

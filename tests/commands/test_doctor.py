@@ -12,7 +12,7 @@ from arguments import parse_arguments
 from ptuning.__main__ import main
 from ptuning.commands import doctor
 from ptuning.model.quantization.selection import BACKEND_NAMES, get_backend
-from ptuning.train.processes.launch import trainer_arguments
+from ptuning.train.processes import trainer_arguments
 from ptuning.tunings.loading import choose_dtype
 from tests.model.published import make_safetensors
 

@@ -13,8 +13,8 @@ from ptuning.__main__ import main
 from ptuning.commands import plan
 from ptuning.model.config import ChatGLMConfig
 from ptuning.train.config import parse_arguments
-from ptuning.train.memory.estimate import Batch, size_of
-from ptuning.train.memory.fit import Fit, Workload
+from ptuning.train.fit import Fit, Workload
+from ptuning.train.memory import Batch, size_of
 from ptuning.train.rows import Rows
 from ptuning.tunings.bundled import NANO_DIR
 from tests.train.memory_rows import prompts, training_rows

@@ -14,23 +14,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import ptuning.train.resume.run_directory as run_directory
-from ptuning.train.memory.fit import Workload
-from ptuning.train.memory.memory_errors import (
+import ptuning.train.run_directory as run_directory
+from ptuning.train.checkpoints import fault_of
+from ptuning.train.fit import Workload
+from ptuning.train.memory_errors import (
     OutOfMemoryStop,
     advice_for,
     explain_out_of_memory,
     is_out_of_memory,
     memory_explained,
 )
-from ptuning.train.resume.checkpoints import fault_of
-from ptuning.train.resume.run_directory import (
+from ptuning.train.run_directory import (
     LOCK_NAME,
     OutputDirectoryError,
     RunDirectory,
     run_lock,
 )
-from ptuning.train.resume.run_state import capture_random_state, restore_random_state
+from ptuning.train.run_state import capture_random_state, restore_random_state
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
 
@@ -112,7 +112,7 @@ def hold(folder, seconds=30):
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from ptuning.train.resume.run_directory import RunDirectory\n"
+        "from ptuning.train.run_directory import RunDirectory\n"
         f"with RunDirectory(Path({str(folder)!r})):\n"
         f"    print('held', flush=True)\n    time.sleep({seconds})\n"
     )
@@ -375,7 +375,7 @@ def test_the_trainers_explanation_is_not_explained_again():
 
 
 def test_a_safetensors_error_on_a_full_disk_is_known():
-    from ptuning.train.faults.endings import is_disk_error
+    from ptuning.train.endings import is_disk_error
 
     with pytest.raises(Exception, match="No such file") as found:
         save_file({"a": torch.ones(1)}, "/nowhere/at/all/a.safetensors")

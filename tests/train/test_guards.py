@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptuning.train.faults.guards import Evidence, fault_in, likely_cause
+from ptuning.train.guards import Evidence, fault_in, likely_cause
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.train.config import parse_arguments
-from ptuning.train.faults.endings import how_to_resume
-from ptuning.train.resume.checkpoints import (
+from ptuning.train.checkpoints import (
     MANIFEST_NAME,
     fault_of,
     finish_checkpoint,
     staging_path,
     start_checkpoint,
 )
-from ptuning.train.resume.run_directory import (
+from ptuning.train.config import parse_arguments
+from ptuning.train.endings import how_to_resume
+from ptuning.train.run_directory import (
     LOCK_NAME,
     RECORD_NAME,
     OutputDirectoryError,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ptuning.train.processes.sharding import EpochOrder, MaskableRows, ShardedBatches
+from ptuning.train.sharding import EpochOrder, MaskableRows, ShardedBatches
 
 
 def parts(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.train.faults import endings
-from ptuning.train.resume.signals import Stopped, StopRequest
+from ptuning.train import endings
+from ptuning.train.signals import Stopped, StopRequest
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
 

@@ -15,17 +15,9 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, can_pack
 from ptuning.model.layers import Layer
+from ptuning.train import fit
 from ptuning.train.config import parse_arguments
-from ptuning.train.flags import UsageError
-from ptuning.train.memory import fit
-from ptuning.train.memory.estimate import (
-    ModelSize,
-    largest_batch,
-    packed_bytes,
-    size_of,
-    training_memory,
-)
-from ptuning.train.memory.fit import (
+from ptuning.train.fit import (
     FREE_SHARE,
     Fit,
     Workload,
@@ -37,6 +29,14 @@ from ptuning.train.memory.fit import (
     gpu_terms,
     memory_savers,
     workload_of,
+)
+from ptuning.train.flags import UsageError
+from ptuning.train.memory import (
+    ModelSize,
+    largest_batch,
+    packed_bytes,
+    size_of,
+    training_memory,
 )
 from tests.train.memory_rows import prompts, training_rows
 
@@ -349,7 +349,7 @@ def test_a_memory_target_means_a_gpu_here_or_not() -> None:
 
 FAULTS = """
 import resource, sys, torch
-from ptuning.train.memory.fit import keep_freed_memory
+from ptuning.train.fit import keep_freed_memory
 
 def faults_of_a_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

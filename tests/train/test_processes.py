@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers.training_args import ParallelMode
 
+from ptuning.train import processes as launch
 from ptuning.train.config import parse_arguments
 from ptuning.train.flags import UsageError
-from ptuning.train.processes import launch
-from ptuning.train.processes.launch import (
+from ptuning.train.processes import (
     check_gpu_is_here,
     how_to_use_all,
     launch_notices,

@@ -25,8 +25,7 @@ from typing import Any, Self
 
 from ptuning.atomic_file import write_atomically
 from ptuning.data.dataset import TokenDataset
-from ptuning.train.processes.launch import check_shared_folder, in_main_process, is_main_process
-from ptuning.train.resume.checkpoints import (
+from ptuning.train.checkpoints import (
     REMOVED,
     UNFINISHED,
     delete_checkpoint,
@@ -35,6 +34,7 @@ from ptuning.train.resume.checkpoints import (
     read_facts,
     why_not_resumable,
 )
+from ptuning.train.processes import check_shared_folder, in_main_process, is_main_process
 from ptuning.tunings.artefact import INFO_NAME, MARKS
 
 RECORD_NAME = "run.json"

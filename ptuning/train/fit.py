@@ -29,7 +29,7 @@ from ptuning.model.layers import Layer
 from ptuning.model.quantization.blockwise import block_bytes, device_block_bytes
 from ptuning.train.config import RunConfig
 from ptuning.train.flags import LEAST_ROWS, MOST_ROWS
-from ptuning.train.memory.estimate import (
+from ptuning.train.memory import (
     ADAM_BYTES,
     FLOAT32,
     HEAP_BLOCK,
@@ -42,7 +42,7 @@ from ptuning.train.memory.estimate import (
     training_memory,
     validation_bytes,
 )
-from ptuning.train.processes.launch import gather
+from ptuning.train.processes import gather
 from ptuning.tunings.artefact import FULL, PTUNING
 from ptuning.tunings.lora import RANK
 

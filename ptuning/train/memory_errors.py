@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from ptuning.train.memory.fit import Workload, free_bytes, memory_savers
+from ptuning.train.fit import Workload, free_bytes, memory_savers
 
 GIB = 2**30
 # torch's CPU allocator raises a plain RuntimeError with these words.

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from ptuning.data.raw_row import DataError
 from ptuning.train.config import RunConfig, UsageError
-from ptuning.train.faults.guards import BadStepsError
-from ptuning.train.memory.memory_errors import OutOfMemoryStop
-from ptuning.train.processes.launch import is_lost_peer, num_launched, process_name
-from ptuning.train.resume.run_directory import OutputDirectoryError, RunDirectory
-from ptuning.train.resume.signals import Stopped
+from ptuning.train.guards import BadStepsError
+from ptuning.train.memory_errors import OutOfMemoryStop
+from ptuning.train.processes import is_lost_peer, num_launched, process_name
+from ptuning.train.run_directory import OutputDirectoryError, RunDirectory
+from ptuning.train.signals import Stopped
 from ptuning.tunings.loading import BaseModelError
 
 CANNOT_START, BAD_STEPS, OUT_OF_MEMORY, DISK, LOST_PEER, CTRL_C = 2, 3, 4, 5, 6, 130

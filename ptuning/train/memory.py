@@ -51,7 +51,7 @@ class ModelSize:
     embedding_bits: int = 0
     prepacked: bool = False  # frozen float weights have a second, prepacked copy
     # What products need on a GPU: the largest block of a weight dequantised at once, and cuBLAS's
-    # workspace (`ptuning.train.memory.fit.gpu_terms`).
+    # workspace (`ptuning.train.fit.gpu_terms`).
     block_bytes: int = MOST_DEVICE_BLOCK_BYTES
     workspace_bytes: int = 0
     prefix_length: int = 0

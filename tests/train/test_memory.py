@@ -12,7 +12,8 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import can_pack, pack_weights_, pack_where_roomy
 from ptuning.model.quantization.quantize import quantize_model_
-from ptuning.train.memory.estimate import (
+from ptuning.train.fit import Fit, Workload, choose_fit
+from ptuning.train.memory import (
     Batch,
     ModelSize,
     activation_bytes,
@@ -23,7 +24,6 @@ from ptuning.train.memory.estimate import (
     training_memory,
     weight_bytes,
 )
-from ptuning.train.memory.fit import Fit, Workload, choose_fit
 from tests.train.memory_rows import training_rows
 
 PROMPTS, ANSWERS = (30, 21, 9), (40, 33, 50)

@@ -1,1 +1,0 @@
-"""Steps and runs that go wrong: guards, and how each end is told."""

@@ -1,1 +1,0 @@
-"""The memory of a step: predicted, planned, saved by recomputing, explained when it is short."""

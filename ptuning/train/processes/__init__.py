@@ -1,1 +1,0 @@
-"""Several processes doing what one does: launch, shares of rows, agreement."""
