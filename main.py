@@ -48,7 +48,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
     with stop.deferred(notice=""):  # an interrupted import leaves modules half loaded
         from ptuning.data.collation import pad_right
         from ptuning.model.cpu.threads import limit_threads
-        from ptuning.prediction import score
+        from ptuning.scoring.answering import score
         from ptuning.train.compiling import compile_layers
         from ptuning.train.fit import apply_fit, fit_to_memory, workload_of
         from ptuning.train.memory_errors import memory_explained

@@ -33,8 +33,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 from ptuning.atomic_file import write_atomically
-from ptuning.evaluate.pictures import draw_loss_curve
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
+from ptuning.scoring.pictures import draw_loss_curve
 from ptuning.train.checkpoints import (
     CheckpointFacts,
     fault_of,

@@ -17,14 +17,14 @@ ALLOWED = {
     "ptuning.output": set(),  # and show progress
     "ptuning": {"ptuning.data", "ptuning.model"},  # registers config, model and tokenizer
     # Where data, model and scores meet, for the run that RunConfig describes.
-    "ptuning.prediction": {
+    "ptuning.scoring.answering": {
         "ptuning.data",
         "ptuning.model",
         "ptuning.evaluate",
-        "ptuning.retention",
+        "ptuning.scoring.retention",
         "ptuning.train",
     },
-    "ptuning.retention": {"ptuning.data", "ptuning.model", "ptuning.evaluate"},  # and here
+    "ptuning.scoring.retention": {"ptuning.data", "ptuning.model", "ptuning.evaluate"},  # and here
     "ptuning.data": set(),
     "ptuning.model": set(),
     "ptuning.evaluate": set(),
@@ -139,13 +139,13 @@ def test_imports_go_one_way(file: Path) -> None:
     [
         ("ptuning.data.reading", "import ptuning.model.config", ["ptuning.model.config"]),
         ("ptuning.model.chatglm", "def f():\n    from ptuning.data import tokenizer", ["ptuning.data.tokenizer"]),
-        ("ptuning.evaluate.report", "from ptuning import load_prefix", ["ptuning.load_prefix"]),
+        ("ptuning.scoring.report", "from ptuning import load_prefix", ["ptuning.load_prefix"]),
         ("ptuning.train.fit", "from main import main", ["main.main"]),
         ("ptuning.train.fit", "from ptuning.train.faults import guards\nfrom ptuning.model.config import C", []),
         ("trainer_seq2seq", "from ptuning.data import reading", ["ptuning.data.reading"]),
         ("main", "import arguments, trainer_seq2seq\nfrom ptuning.serve import session", []),
         ("ptuning.serve.session", "from ptuning.tunings.loading import x", []),
-        ("ptuning.serve.session", "from ptuning.evaluate import report", ["ptuning.evaluate.report"]),
+        ("ptuning.serve.session", "from ptuning.evaluate import report", ["ptuning.scoring.report"]),
         ("ptuning.serve.session", "from ptuning.train.base_models import x", ["ptuning.train.base_models.x"]),
         ("scripts.environment", "import main", []),
     ],

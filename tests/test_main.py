@@ -263,7 +263,7 @@ def test_an_interrupted_prediction_goes_on_where_it_stopped(base, files, monkeyp
     whole = (files / "scores" / "generated_predictions.txt").read_bytes()
     shutil.rmtree(files / "scores")
 
-    import ptuning.prediction as prediction
+    import ptuning.scoring.answering as prediction
 
     real = prediction.generate_answers
     answered = []
@@ -475,7 +475,7 @@ def test_answers_of_the_tuned_model_are_kept_while_the_base_answers(base, files,
     flags = ["--do_predict", "--test_file", str(files / "dev.json"), "--compare_base"]
     flags += ["--model_name_or_path", str(base), "--output_dir", str(files / "scores")]
     flags += ["--ptuning_checkpoint", str(files / "out"), "--measure_retention", "false"]
-    import ptuning.prediction as prediction
+    import ptuning.scoring.answering as prediction
 
     real, answered = prediction.generate_answers, []
 

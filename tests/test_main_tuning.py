@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from main import main
-from ptuning.evaluate.report import METHODS
 from ptuning.model.checkpoint.convert import convert_checkpoint
+from ptuning.scoring.report import METHODS
 from tests.test_main import base, files, log_of, same, train_flags  # noqa: F401  (fixtures)
 from tests.tiny import make_base
 

@@ -19,7 +19,7 @@ from ptuning.commands.registry import DEFAULT_PICTURE, NO_PICTURE
 from ptuning.data.checking.length_table import number_of
 from ptuning.data.formatting import SHORTEST, RowFormat
 from ptuning.data.reading import find_files
-from ptuning.evaluate.pictures import (
+from ptuning.scoring.pictures import (
     Lengths,
     Limit,
     check_picture_name,

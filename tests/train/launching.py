@@ -143,7 +143,7 @@ def leave_dropout_out() -> None:
 
 def fail_at(where: dict[str, int]) -> None:
     """Raise in that optimiser step, or at the row after so many answered ones."""
-    from ptuning.evaluate.predictions import PredictionFile
+    from ptuning.scoring.predictions import PredictionFile
     from trainer_seq2seq import Seq2SeqTrainer
 
     training_step, add = Seq2SeqTrainer.training_step, PredictionFile.add

@@ -20,10 +20,10 @@ from ptuning.data.general import GeneralPrompts
 from ptuning.data.tokenization import IGNORED_LABEL, to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import Decoding, generate_answers
-from ptuning.evaluate.retention import Retention, RetentionRow
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.packing import Packing
 from ptuning.output import Progress
+from ptuning.scoring.forgetting import Retention, RetentionRow
 
 MAX_SOURCE_LENGTH = 512  # tokens of a general prompt
 MAX_NEW_TOKENS = 64

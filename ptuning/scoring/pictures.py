@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ptuning.atomic_file import write_atomically
-from ptuning.evaluate.loss_history import LossHistory, Point, read_log_history, smooth
+from ptuning.scoring.loss_history import LossHistory, Point, read_log_history, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

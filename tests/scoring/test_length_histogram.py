@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ptuning.evaluate.pictures import COLOURS, Lengths, Limit, draw_length_histogram
+from ptuning.scoring.pictures import COLOURS, Lengths, Limit, draw_length_histogram
 
 SOURCE, TARGET = Limit("--max_source_length", 64, 63), Limit("--max_target_length", 64, 62)
 

@@ -23,26 +23,26 @@ from ptuning.data.collation import pad_left
 from ptuning.data.dataset import GenerationDataset
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import PUBLISHED_SAMPLING, Decoding, generate_answers
-from ptuning.evaluate.loss_history import load_log_history
-from ptuning.evaluate.metrics import (
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.output import Progress
+from ptuning.scoring.forgetting import Retention
+from ptuning.scoring.loss_history import load_log_history
+from ptuning.scoring.metrics import (
     CorpusScores,
     PairScores,
     format_scores_table,
     mean_scores,
     score_pair,
 )
-from ptuning.evaluate.predictions import (
+from ptuning.scoring.predictions import (
     PREDICTIONS_NAME,
     RESULTS_NAME,
     Prediction,
     PredictionFile,
     write_results,
 )
-from ptuning.evaluate.report import METHODS, ReportData, ReportRow, write_report
-from ptuning.evaluate.retention import Retention
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.output import Progress
-from ptuning.retention import RetentionRun
+from ptuning.scoring.report import METHODS, ReportData, ReportRow, write_report
+from ptuning.scoring.retention import RetentionRun
 from ptuning.train.config import RunConfig
 from ptuning.train.processes import (
     gather,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptuning.evaluate import metrics
-from ptuning.evaluate.metrics import (
+from ptuning.scoring import metrics
+from ptuning.scoring.metrics import (
     NO_MATCH,
     CorpusScores,
     PairScores,

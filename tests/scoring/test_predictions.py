@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.evaluate.predictions import (
+from ptuning.scoring.predictions import (
     Prediction,
     PredictionFile,
     write_results,

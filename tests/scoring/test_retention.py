@@ -12,7 +12,7 @@ from main import main
 from ptuning.data.general import GeneralPrompts
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.retention import MAX_NEW_TOKENS, RetentionRun, TokenScores, divergence
+from ptuning.scoring.retention import MAX_NEW_TOKENS, RetentionRun, TokenScores, divergence
 from ptuning.train.config import parse_arguments
 from ptuning.train.rows import load_rows
 from tests.test_main import base, files, prefix_of, same, train_flags  # noqa: F401

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from ptuning import prediction
 from ptuning.data.dataset import GenerationDataset, GenerationRow
 from ptuning.data.formatting import Example
 from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.prediction import score
+from ptuning.scoring import answering as prediction
+from ptuning.scoring.answering import score
 from ptuning.train.config import parse_arguments
 from ptuning.train.processes import trainer_arguments
 from ptuning.train.rows import Rows

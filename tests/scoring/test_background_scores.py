@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from ptuning import prediction
-from ptuning.evaluate.metrics import PairScores, score_pair
-from ptuning.prediction import BackgroundScores
+from ptuning.scoring import answering as prediction
+from ptuning.scoring.answering import BackgroundScores
+from ptuning.scoring.metrics import PairScores, score_pair
 
 
 def test_scores_come_in_row_order_whatever_order_rows_finish_in() -> None:

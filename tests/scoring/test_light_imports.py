@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOM = Path(__file__).resolve().parents[2] / "ptuning" / "evaluate"
+ROOM = Path(__file__).resolve().parents[2] / "ptuning" / "scoring"
 HEAVY = {"torch", "transformers", "matplotlib", "jieba", "nltk", "rouge_chinese", "numpy"}
 
 
@@ -27,5 +27,5 @@ def test_nothing_heavy_or_foreign_is_imported_at_the_top(path: Path) -> None:
     anywhere = imported_names([node for node in ast.walk(tree) if isinstance(node, ast.stmt)])
     own = {name for name in anywhere if name.split(".")[0] == "ptuning"}
     own -= {"ptuning.atomic_file", "ptuning.output"}
-    assert all(name.startswith("ptuning.evaluate.") for name in own)
+    assert all(name.startswith("ptuning.scoring.") for name in own)
     assert not {name.split(".")[0] for name in anywhere} & {"torch", "transformers"}
