@@ -32,9 +32,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
-from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
 from ptuning.scoring.pictures import draw_loss_curve
+from ptuning.storage import write_atomically
 from ptuning.train.checkpoints import (
     CheckpointFacts,
     fault_of,

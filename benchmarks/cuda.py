@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.cuda_stages import STAGES, Figure, Stage, Target
 from benchmarks.setting import ROOT, SIZES
-from ptuning.atomic_file import write_atomically
+from ptuning.storage import write_atomically
 
 MARK = "FIGURE "  # begins a line of a stage's output that holds a figure as JSON
 LEAST_S = 10  # a stage with less time left is not started

@@ -23,7 +23,7 @@ from ptuning.data.dataset import load_training_dataset
 from ptuning.data.formatting import RowFormat
 from ptuning.data.reading import read_rows
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 PROMPT, RESPONSE = "content", "summary"
 ROW_FORMAT = RowFormat(

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.setting import json_file, machine, write_json
-from ptuning.atomic_file import write_atomically
 from ptuning.data.general import FILE_NAME, read_general_prompts
 from ptuning.nano.corpus import general_text, sample_general_prompts
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.storage import write_atomically
+from ptuning.tunings.loading import NANO_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "AdvertiseGen" / "sample"

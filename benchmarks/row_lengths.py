@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ptuning.data.dataset import load_training_dataset
 from ptuning.data.formatting import RowFormat
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 MAX_LENGTH = 64  # tokens of prompt and of answer, as published
 PER_LINE = 18

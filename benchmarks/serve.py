@@ -23,7 +23,7 @@ import torch
 import ptuning
 from benchmarks.setting import ROOT, json_file, machine, write_json
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 from scripts.local_server import free_port, running
 
 NUM_PREFIXES = 4

@@ -23,7 +23,7 @@ from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, pack_weights_
 from ptuning.model.quantization.quantize import quantize_model_
 from ptuning.model.quantization.reference import SUPPORTED_BITS
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # name -> layers, hidden size, heads, vocabulary

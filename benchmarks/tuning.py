@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from benchmarks.setting import json_file, machine, write_json
 from ptuning.model.checkpoint.files import open_safetensors
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "AdvertiseGen" / "sample"

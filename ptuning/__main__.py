@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ptuning.commands.registry import COMMANDS
 from ptuning.output import start_logging
-from ptuning.train.config import parse_arguments
+from ptuning.train.run_config import parse_arguments
 
 WHAT = "Tools for ChatGLM-6B checkpoints, prefixes and data."
 

@@ -8,8 +8,8 @@ import pytest
 from main import main
 from ptuning import __main__ as program
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.train.config import parse_arguments
 from ptuning.train.rows import load_rows
+from ptuning.train.run_config import parse_arguments
 from ptuning.tunings.artefact import read_tuned_info
 from tests.test_main import base, files, train_flags  # noqa: F401
 from tests.tiny import rows, write_rows

@@ -16,7 +16,7 @@ import torch
 
 from ptuning import __main__ as program
 from ptuning.commands.registry import COMMANDS
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 MODEL_COMMANDS = ("chat", "serve", "web")
 

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 
-from ptuning.atomic_file import write_atomically
 from ptuning.data.collation import pad_left
 from ptuning.data.formatting import Example
 from ptuning.data.general import read_general_prompts
@@ -20,6 +19,7 @@ from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.output import Progress
+from ptuning.storage import write_atomically
 from ptuning.tunings.loading import choose_dtype, find_base, load_base, load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptuning.atomic_file import write_atomically
 from ptuning.commands.registry import DEFAULT_PICTURE, NO_PICTURE
 from ptuning.data.checking.length_table import number_of
 from ptuning.data.formatting import SHORTEST, RowFormat
@@ -25,8 +24,8 @@ from ptuning.scoring.pictures import (
     check_picture_name,
     draw_length_histogram,
 )
-from ptuning.tunings.bundled import NANO_DIR
-from ptuning.tunings.loading import find_base, load_tokenizer
+from ptuning.storage import write_atomically
+from ptuning.tunings.loading import NANO_DIR, find_base, load_tokenizer
 
 if TYPE_CHECKING:
     from ptuning.data.checking.check_report import Report

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ptuning.atomic_file import write_atomically
 from ptuning.commands.data import named_models, row_format_of
 from ptuning.data.checking.length_table import (
     ANSWER_RESERVE,
@@ -37,8 +36,8 @@ from ptuning.data.parsing import write_json
 from ptuning.data.reading import as_places, find_files
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.output import Progress
-from ptuning.tunings.bundled import NANO_DIR
-from ptuning.tunings.loading import load_tokenizer
+from ptuning.storage import write_atomically
+from ptuning.tunings.loading import NANO_DIR, load_tokenizer
 
 CHUNK_ROWS = 1000  # rows encoded between two steps of the progress bar
 OUT_SUFFIXES = (".jsonl", ".json")

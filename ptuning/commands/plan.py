@@ -25,7 +25,6 @@ from ptuning.model.checkpoint.hub import CONFIG_FILE
 from ptuning.model.checkpoint.layout import read_config
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, pack_weights_
-from ptuning.train.config import RunConfig
 from ptuning.train.fit import (
     FREE_SHARE,
     Fit,
@@ -47,6 +46,7 @@ from ptuning.train.memory import (
 )
 from ptuning.train.processes import trainer_arguments
 from ptuning.train.rows import Rows, check_files, load_rows, too_long
+from ptuning.train.run_config import RunConfig
 from ptuning.tunings.artefact import FULL, PTUNING
 from ptuning.tunings.loading import choose_dtype, load_tokenizer
 from ptuning.tunings.prefix import prefix_shape, read_prefix_tensors

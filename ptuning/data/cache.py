@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ptuning.atomic_file import write_atomically
+from ptuning.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 

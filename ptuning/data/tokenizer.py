@@ -18,7 +18,6 @@ from typing import Any
 from transformers import AddedToken, PreTrainedConfig, PreTrainedTokenizer
 from transformers.models.auto.tokenization_auto import AutoTokenizer  # see ptuning/__init__.py
 
-from ptuning.atomic_file import write_atomically
 from ptuning.data.formatting import CHAT_TEMPLATE, check_contents, ends_in_answer, split_answers
 from ptuning.data.vocabulary import (
     END_PIECE,
@@ -38,6 +37,7 @@ from ptuning.data.vocabulary import (
     restore_whitespace,
     warn_about_added_tokens,
 )
+from ptuning.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 

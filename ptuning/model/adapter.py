@@ -18,15 +18,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.files import map_bin, open_safetensors
 from ptuning.model.checkpoint.layout import EMBEDDING
 from ptuning.model.quantization.layers import QuantizedLinear
-from ptuning.tunings.artefact import (
+from ptuning.storage import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILES,
     ADAPTER_WEIGHTS_NAME,
+    write_atomically,
+)
+from ptuning.tunings.artefact import (
     DEFAULT_TARGETS,
     LORA,
     TunedInfo,

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ptuning.atomic_file import write_atomically
 from ptuning.data.general import FILE_NAME as GENERAL_FILE
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.data.vocabulary import (
@@ -52,7 +51,8 @@ from ptuning.nano.corpus import (
     sample_rows,
 )
 from ptuning.nano.grammar import shuffled
-from ptuning.tunings.bundled import NANO_DIR, SAMPLE_DIR
+from ptuning.storage import write_atomically
+from ptuning.tunings.loading import NANO_DIR, SAMPLE_DIR
 
 logger = logging.getLogger(__name__)
 

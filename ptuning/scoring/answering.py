@@ -43,7 +43,6 @@ from ptuning.scoring.predictions import (
 )
 from ptuning.scoring.report import METHODS, ReportData, ReportRow, write_report
 from ptuning.scoring.retention import RetentionRun
-from ptuning.train.config import RunConfig
 from ptuning.train.processes import (
     gather,
     in_main_process,
@@ -52,6 +51,7 @@ from ptuning.train.processes import (
     process_index,
 )
 from ptuning.train.rows import Rows
+from ptuning.train.run_config import RunConfig
 from ptuning.tunings.artefact import PTUNING, read_tuned_info
 from ptuning.tunings.loading import choose_dtype
 from ptuning.tunings.prefix import base_fingerprint

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ptuning.atomic_file import write_atomically
 from ptuning.scoring.loss_history import LossHistory, Point, read_log_history, smooth
+from ptuning.storage import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ptuning.atomic_file import write_atomically
+from ptuning.storage import write_atomically
 
 PREDICTIONS_NAME = "generated_predictions.txt"
 RESULTS_NAME = "predict_results.json"

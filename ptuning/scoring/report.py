@@ -17,11 +17,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from ptuning.atomic_file import write_atomically
 from ptuning.output import signed
 from ptuning.scoring.forgetting import Retention
 from ptuning.scoring.loss_history import LossHistory, Point, read_log_history, smooth
 from ptuning.scoring.metrics import CorpusScores, compare_scores
+from ptuning.storage import write_atomically
 
 DEFAULT_MAX_ROWS = 200
 TEXT_BUDGET_BYTES = 360_000  # of all texts; with 200 rows' markup the page stays under 500 kB

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptuning.tunings.artefact import INFO_NAME, PREFIX_CONFIG_NAME
-from ptuning.tunings.bundled import NANO_DIR
-from ptuning.tunings.tuned_model import base_of, find_model
+from ptuning.storage import INFO_NAME
+from ptuning.tunings.artefact import PREFIX_CONFIG_NAME
+from ptuning.tunings.loading import NANO_DIR, base_of, find_model
 
 NEWEST_NAME = "newest"
 

@@ -23,9 +23,8 @@ from ptuning.model.cpu.threads import limit_threads, release_helper_threads
 from ptuning.serve.scheduler import Scheduler, Ticket
 from ptuning.serve.session_front import Load, NamedPrefix, SessionFront, Weighted
 from ptuning.tunings.artefact import TunedInfo
-from ptuning.tunings.loading import choose_dtype, load_base, load_tokenizer
+from ptuning.tunings.loading import choose_dtype, find_model, load_base, load_tokenizer
 from ptuning.tunings.prefix import load_prefix
-from ptuning.tunings.tuned_model import find_model
 
 MAX_ROWS = 32  # decoded together; more wait
 JOIN_PATIENCE = 3  # steps that a request may wait for others to be read together with

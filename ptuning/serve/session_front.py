@@ -22,7 +22,7 @@ from ptuning.serve.chat_prompt import build_chat_prompt
 from ptuning.serve.scheduler import Ticket
 from ptuning.serve.text_stream import TextStream
 from ptuning.tunings.artefact import LORA, PrefixInfo, TunedInfo
-from ptuning.tunings.tuned_model import refuse_other_kinds
+from ptuning.tunings.loading import refuse_other_kinds
 
 BASE_NAME = "base"  # the model without a prefix, where a name is asked for
 PREFIX_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

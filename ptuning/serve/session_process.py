@@ -40,8 +40,7 @@ from ptuning.serve.session_messages import (
     Start,
     Stop,
 )
-from ptuning.tunings.loading import load_tokenizer
-from ptuning.tunings.tuned_model import find_model
+from ptuning.tunings.loading import find_model, load_tokenizer
 
 END_S = 10.0  # how long a decoding step may still take when the session is closed
 

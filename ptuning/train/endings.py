@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ptuning.data.raw_row import DataError
-from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.guards import BadStepsError
 from ptuning.train.memory_errors import OutOfMemoryStop
 from ptuning.train.processes import is_lost_peer, num_launched, process_name
+from ptuning.train.run_config import RunConfig, UsageError
 from ptuning.train.run_directory import OutputDirectoryError, RunDirectory
 from ptuning.train.signals import Stopped
 from ptuning.tunings.loading import BaseModelError

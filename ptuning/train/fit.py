@@ -27,7 +27,6 @@ from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import PACKING_SHARE, can_pack, pack_weights_
 from ptuning.model.layers import Layer
 from ptuning.model.quantization.blockwise import block_bytes, device_block_bytes
-from ptuning.train.config import RunConfig
 from ptuning.train.flags import LEAST_ROWS, MOST_ROWS
 from ptuning.train.memory import (
     ADAM_BYTES,
@@ -43,6 +42,7 @@ from ptuning.train.memory import (
     validation_bytes,
 )
 from ptuning.train.processes import gather
+from ptuning.train.run_config import RunConfig
 from ptuning.tunings.artefact import FULL, PTUNING
 from ptuning.tunings.lora import RANK
 

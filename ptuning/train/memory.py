@@ -1,7 +1,7 @@
 """Peak memory of training and answering, computed from sizes alone: no tensor is allocated.
 
 The terms of a layer are the tensors that its backward pass needs, so they follow
-`ptuning.model.layers`, `attention` and `packed_attention`. tests/train/test_memory_estimate.py
+`ptuning.model.layers`, `attention` and `packed_attention`. tests/train/test_memory.py
 counts them in a real pass and compares CUDA's peaks with steps on fake tensors. All figures are
 bytes.
 Letters: B rows, S tokens of the longest row, T tokens of all rows, N answer tokens, P prefix, L

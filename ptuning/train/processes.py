@@ -17,8 +17,8 @@ import torch
 from torch import distributed, nn
 from transformers import Seq2SeqTrainingArguments
 
-from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.legacy_flags import TRUE_WORDS
+from ptuning.train.run_config import RunConfig, UsageError
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.processes import in_main_process
+from ptuning.train.run_config import RunConfig, UsageError
 
 # --report_to: packages of which one is needed, by the names they are imported and installed under.
 # Source: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/integration_utils.py

@@ -26,8 +26,8 @@ from ptuning.data.mixing import FORM, join_rows, mix_rows, parse_mix
 from ptuning.data.raw_row import DataError
 from ptuning.data.reading import LeftOut
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.processes import num_processes
+from ptuning.train.run_config import RunConfig, UsageError
 
 logger = logging.getLogger("main")
 

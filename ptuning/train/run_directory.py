@@ -23,8 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from ptuning.atomic_file import write_atomically
 from ptuning.data.dataset import TokenDataset
+from ptuning.storage import INFO_NAME, write_atomically
 from ptuning.train.checkpoints import (
     REMOVED,
     UNFINISHED,
@@ -35,7 +35,7 @@ from ptuning.train.checkpoints import (
     why_not_resumable,
 )
 from ptuning.train.processes import check_shared_folder, in_main_process, is_main_process
-from ptuning.tunings.artefact import INFO_NAME, MARKS
+from ptuning.tunings.artefact import MARKS
 
 RECORD_NAME = "run.json"
 # Settings that a checkpoint's optimizer state holds, whatever is typed.

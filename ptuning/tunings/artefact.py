@@ -12,19 +12,21 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ptuning.atomic_file import write_atomically
+from ptuning.storage import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    INFO_NAME,
+    read_json,
+    write_atomically,
+)
 
 PTUNING, LORA, FULL = "ptuning", "lora", "full"
 TUNINGS = (PTUNING, LORA, FULL)
 FORMAT_VERSION = 1
-INFO_NAME = "tuning_config.json"
 PREFIX_CONFIG_NAME = "prefix_config.json"
 PREFIX_WEIGHTS_NAME = "prefix.safetensors"
 PUBLISHED_NAME = "pytorch_model.bin"
 EXPORT_FORMATS = ("published", "peft", "kv")
-ADAPTER_CONFIG_NAME = "adapter_config.json"  # peft's names
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
-ADAPTER_FILES = (ADAPTER_WEIGHTS_NAME, "adapter_model.bin")
 # What names the kind of a directory; a run that writes one kind takes the others' away.
 MARKS = {
     PTUNING: (PREFIX_CONFIG_NAME, PREFIX_WEIGHTS_NAME),
@@ -167,20 +169,6 @@ def _read_info(file: Path, kind: type[Info]) -> Info:
         return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
     except TypeError as error:
         raise ValueError(f"{file} is incomplete ({error}); restore it from the run.") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; ValueError names the file when there is none in it."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or broken UTF-8
-        raise ValueError(f"{file} is not JSON ({error}); copy or download it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{file} contains a JSON {type(values).__name__} instead of an object; copy or "
-            "download it again."
-        )
-    return values
 
 
 def write_tuned_info(directory: Path, info: TunedInfo) -> None:

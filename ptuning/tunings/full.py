@@ -21,15 +21,9 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.files import BIN_INDEX, INDEX_OF, SAFETENSORS_INDEX, CheckpointReader
 from ptuning.model.checkpoint.layout import read_checkpoint
 from ptuning.output import bars_for
-from ptuning.train.config import RunConfig, UsageError
-from ptuning.tunings.artefact import (
-    FULL,
-    INFO_NAME,
-    TunedInfo,
-    kind_of,
-    read_tuned_info,
-    write_tuned_info,
-)
+from ptuning.storage import INFO_NAME
+from ptuning.train.run_config import RunConfig, UsageError
+from ptuning.tunings.artefact import FULL, TunedInfo, kind_of, read_tuned_info, write_tuned_info
 from ptuning.tunings.loading import load_base, load_tokenizer
 from ptuning.tunings.prefix import base_fingerprint
 from ptuning.tunings.tuning import TrainedState

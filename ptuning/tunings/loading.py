@@ -1,4 +1,7 @@
-"""The frozen base of a run: its tokenizer, its dtype, its weights; errors in one line.
+"""From the name of a model to its files, tokenizer and frozen weights; errors in one line.
+
+A name stands for a base, for a whole model that was tuned, or for a LoRA adapter, which names its
+base. `nano` is the embedded model.
 
 Importing this module loads neither torch nor transformers: `find_base` refuses a wrong name at
 once. The loading functions take main.py's words; a command whose flags have other names calls
@@ -6,16 +9,18 @@ once. The loading functions take main.py's words; a command whose flags have oth
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ptuning.storage import ADAPTER_CONFIG_NAME, INFO_NAME
 from ptuning.tunings.artefact import (
     LORA,
     PREFIX_CONFIG_NAME,
+    PTUNING,
     PUBLISHED_NAME,
+    TunedInfo,
     kind_of,
     read_tuned_info,
 )
-from ptuning.tunings.bundled import NANO_DIR
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
     from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 
 
+NANO_DIR = Path(__file__).resolve().parents[1] / "nano" / "weights"
+SAMPLE_DIR = Path(__file__).resolve().parents[2] / "AdvertiseGen" / "sample"  # in a checkout
 WORDS_OF_MAIN = {"flag": "--model_name_or_path", "tuned_flag": "--ptuning_checkpoint"}
 
 
@@ -187,3 +194,63 @@ def _explain(what: str, name_or_path: str, error: Exception) -> str:
         else " To work offline, download it once and give its folder."
     )
     return f"the {what} of {name_or_path} cannot be loaded: {first_line}{needed}"
+
+
+class NamedModel(NamedTuple):
+    """Where the weights lie (directory or hub id), the adapter on them, and how it was tuned."""
+
+    weights: str
+    adapter: Path | None
+    info: TunedInfo | None
+
+
+def find_model(name_or_path: str) -> NamedModel:
+    """Return what a model's name stands for; nothing of it is loaded.
+
+    ValueError for a prefix, which needs a base, and for an adapter without one that is there.
+    """
+    path = Path(name_or_path)
+    if (path / ADAPTER_CONFIG_NAME).is_file() and kind_of(path) == LORA:
+        info = read_tuned_info(path)
+        assert isinstance(info, TunedInfo), "an adapter describes itself, or peft did"
+        return NamedModel(base_of(path), path, info)
+    weights = find_base(name_or_path, flag="--model", tuned_flag="--prefix")
+    info = read_tuned_info(path) if (path / INFO_NAME).is_file() else None
+    return NamedModel(weights, None, info if isinstance(info, TunedInfo) else None)
+
+
+def base_of(tuned: Path) -> str:
+    """Return the base that a prefix or an adapter says it was trained on; ValueError without it."""
+    remedy = "give it with --model"
+    if (tuned / ADAPTER_CONFIG_NAME).is_file():
+        file = INFO_NAME if (tuned / INFO_NAME).is_file() else ADAPTER_CONFIG_NAME
+        remedy = f"write it as base_model_name_or_path into {tuned / file}"
+    info = read_tuned_info(tuned)
+    if info is None or not info.base_model_name_or_path:
+        raise ValueError(
+            f"{tuned} does not name the base it was trained on ({PREFIX_CONFIG_NAME} or "
+            f"{INFO_NAME} would); {remedy}."
+        )
+    base = info.base_model_name_or_path
+    checkout = NANO_DIR.parents[2]
+    if not Path(base).is_dir() and (checkout / base / "config.json").is_file():
+        return str(checkout / base)  # trained by train.sh, which runs in the checkout
+    try:
+        return find_base(base, flag="--model")
+    except BaseModelError as error:
+        raise ValueError(
+            f"{tuned} was trained on {base}, and no model is there; where it is now, {remedy}."
+        ) from error
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Refuse an adapter or a whole model where a prefix is wanted (ValueError)."""
+    if not any((path / mark).is_file() for mark in (INFO_NAME, ADAPTER_CONFIG_NAME)):
+        return
+    kind = kind_of(path)
+    if kind != PTUNING:
+        what = "a LoRA adapter" if kind == LORA else "a whole model"
+        raise ValueError(
+            f"{path} holds {what}, which changes every answer and not one row's as a prefix does; "
+            f"start with it as the model: --model {path}"
+        )

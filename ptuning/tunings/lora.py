@@ -24,7 +24,7 @@ from ptuning.model.adapter import (
     without_adapter,
 )
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.train.config import RunConfig, UsageError
+from ptuning.train.run_config import RunConfig, UsageError
 from ptuning.tunings.artefact import LORA, TunedInfo, kind_of
 from ptuning.tunings.prefix import base_fingerprint
 from ptuning.tunings.tuning import TrainedState, checkpoint_explained, frozen_base

@@ -19,14 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ptuning.atomic_file import write_atomically
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.layout import PREFIX_KEYS, prefix_shapes
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.prefix_encoder import PrefixEncoder
+from ptuning.storage import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, write_atomically
 from ptuning.tunings.artefact import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_WEIGHTS_NAME,
     EXPORT_FORMATS,
     PREFIX_CONFIG_NAME,
     PREFIX_WEIGHTS_NAME,

@@ -16,8 +16,8 @@ from transformers import Seq2SeqTrainingArguments, set_seed
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.quantization.layers import QuantizedLinear
-from ptuning.train.config import RunConfig, UsageError
 from ptuning.train.processes import shards_weights
+from ptuning.train.run_config import RunConfig, UsageError
 from ptuning.tunings.artefact import FULL, LORA, PTUNING, remove_other_marks
 from ptuning.tunings.loading import check_weights, choose_dtype, load_base
 from ptuning.tunings.prefix import (

@@ -10,8 +10,7 @@ from ptuning.commands.answer import answer
 from ptuning.data.formatting import RowFormat
 from ptuning.data.reading import read_rows
 from ptuning.engine.decoding import Decoding
-from ptuning.tunings.bundled import NANO_DIR
-from ptuning.tunings.loading import load_base, load_tokenizer
+from ptuning.tunings.loading import NANO_DIR, load_base, load_tokenizer
 
 
 def test_nanos_answers_become_rows_and_cut_ones_are_left_out(tmp_path, caplog):

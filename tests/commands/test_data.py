@@ -11,7 +11,7 @@ import pytest
 from ptuning.__main__ import main
 from ptuning.commands.registry import DEFAULT_PICTURE
 from ptuning.data.checking.findings import NOTICES, PROBLEMS
-from ptuning.tunings.bundled import NANO_DIR, SAMPLE_DIR
+from ptuning.tunings.loading import NANO_DIR, SAMPLE_DIR
 
 CLEAN = [{"content": f"类型#裙*颜色#{c}色", "summary": f"姐妹们快看{c}色"} for c in "白黑红绿蓝"]
 

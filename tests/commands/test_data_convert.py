@@ -124,8 +124,7 @@ def test_the_lengths_of_adgen_are_the_measured_ones(shared, capsys) -> None:
 
 def test_the_truncated_rows_are_counted_as_training_cuts_them(capsys, tmp_path) -> None:
     from ptuning.data.dataset import load_training_dataset
-    from ptuning.tunings.bundled import NANO_DIR
-    from ptuning.tunings.loading import load_tokenizer
+    from ptuning.tunings.loading import NANO_DIR, load_tokenizer
 
     turns = [["你好" * n, "再见" * n] for n in (1, 4, 30)]
     rows = [{"history": turns[: n + 1]} for n in range(3)]

@@ -12,11 +12,11 @@ import torch
 from ptuning.__main__ import main
 from ptuning.commands import plan
 from ptuning.model.config import ChatGLMConfig
-from ptuning.train.config import parse_arguments
 from ptuning.train.fit import Fit, Workload
 from ptuning.train.memory import Batch, size_of
 from ptuning.train.rows import Rows
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.train.run_config import parse_arguments
+from ptuning.tunings.loading import NANO_DIR
 from tests.train.memory_rows import prompts, training_rows
 
 NUM_ROWS = 40

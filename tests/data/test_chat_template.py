@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ptuning.data.formatting import CHAT_TEMPLATE, build_rounds
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 
 def to_messages(query: str, history: list[tuple[str, str]]) -> list[dict[str, str]]:

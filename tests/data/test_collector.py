@@ -11,7 +11,7 @@ from ptuning.data.dataset import collector_paused, load_generation_dataset, load
 from ptuning.data.formatting import Example, RowFormat, to_example
 from ptuning.data.raw_row import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 
 def test_it_rests_inside_and_works_again_after() -> None:

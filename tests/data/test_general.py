@@ -12,7 +12,7 @@ from ptuning.data.general import (
 )
 from ptuning.data.raw_row import DataError
 from ptuning.nano.corpus import general_text, sample_general_prompts
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 
 def test_the_set_of_the_package_is_half_chinese_half_english():

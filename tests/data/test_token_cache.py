@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def run_out(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ptuning.atomic_file.os.fsync", run_out)
+    monkeypatch.setattr("ptuning.storage.os.fsync", run_out)
     assert not save_tokens(tmp_path / "tokens.safetensors", ARRAYS, NOTES)
     assert list(tmp_path.iterdir()) == []
     assert "No space left" in caplog.text

@@ -18,7 +18,7 @@ from ptuning.nano.build import (
     tokenise,
 )
 from ptuning.nano.corpus import Example, sample_corpus
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 TINY = replace(
     NanoSettings(),

@@ -27,7 +27,7 @@ from ptuning.nano.grammar import (
     write_sample_summary,
 )
 from ptuning.nano.words import KINDS, SHARED_KEYS, SPOKEN_KEYS, VALUES
-from ptuning.tunings.bundled import SAMPLE_DIR
+from ptuning.tunings.loading import SAMPLE_DIR
 
 CONTENT = re.compile(r"类型#(上衣|裤|裙)(\*[^#*]+#[^#*]+){2,5}")
 SAMPLE_SENTENCES = [

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ptuning  # noqa: F401  (registers the model with the Auto classes)
 from ptuning.nano.build import MAX_WEIGHTS_BYTES, NanoSettings
 from ptuning.nano.corpus import sample_rows
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,6 @@ def test_nothing_heavy_or_foreign_is_imported_at_the_top(path: Path) -> None:
     assert not {name.split(".")[0] for name in at_top} & HEAVY
     anywhere = imported_names([node for node in ast.walk(tree) if isinstance(node, ast.stmt)])
     own = {name for name in anywhere if name.split(".")[0] == "ptuning"}
-    own -= {"ptuning.atomic_file", "ptuning.output"}
+    own -= {"ptuning.storage", "ptuning.output"}
     assert all(name.startswith("ptuning.scoring.") for name in own)
     assert not {name.split(".")[0] for name in anywhere} & {"torch", "transformers"}

@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from tests.evaluate.test_report import report
 
 from ptuning.scoring.loss_history import Point, load_log_history, read_log_history, smooth
 from ptuning.scoring.pictures import draw_loss_curve
 from ptuning.scoring.report import MOST_POINTS, render_report
+from tests.scoring.test_report import report
 
 
 def log_of(steps: int, *, validation: bool = True) -> list[dict[str, Any]]:

@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-from tests.evaluate.test_report import HOSTILE, Page, report
 
 from ptuning.scoring.forgetting import Retention, RetentionRow
 from ptuning.scoring.report import RETENTION_MAX_ROWS, render_report
+from tests.scoring.test_report import HOSTILE, Page, report
 
 SAME = RetentionRow("你好", "你好！", "你好！", 4, base_loss=0.4, tuned_loss=0.8, divergence=0.2)
 LOST = RetentionRow("1+1", "等于二", "裤子", 1, base_loss=0.1, tuned_loss=5.1, divergence=4.8)

@@ -13,8 +13,8 @@ from ptuning.data.general import GeneralPrompts
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.scoring.retention import MAX_NEW_TOKENS, RetentionRun, TokenScores, divergence
-from ptuning.train.config import parse_arguments
 from ptuning.train.rows import load_rows
+from ptuning.train.run_config import parse_arguments
 from tests.test_main import base, files, prefix_of, same, train_flags  # noqa: F401
 from tests.tiny import rows, write_rows
 

@@ -9,7 +9,7 @@ import torch
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.serve.session import Session
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 from tests.serve.live_server import KEY, Command, command, wait_until_gone
 
 ADGEN = {"max_source_length": 64, "max_target_length": 24, "source_prefix": ""}

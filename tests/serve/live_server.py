@@ -17,7 +17,7 @@ from openai import OpenAI
 from ptuning.serve.api import build_app
 from ptuning.serve.server import make_server
 from ptuning.serve.session import Session
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 from scripts.local_server import free_port
 
 KEY = "a key for tests"

@@ -3,7 +3,7 @@
 import json
 
 from main import main
-from ptuning.tunings.bundled import NANO_DIR, SAMPLE_DIR
+from ptuning.tunings.loading import NANO_DIR, SAMPLE_DIR
 from tests.serve.live_server import client, running
 
 ROWS = 12

@@ -5,7 +5,7 @@ import pytest
 from ptuning.data.formatting import RowFormat, TextRow, to_example
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.serve.chat_prompt import build_chat_prompt
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 from tests.data.one_row import to_generation_prompt
 
 HISTORY = [(f"类型#裤*版型#宽松{i}", f"这款裤子是宽松的版型，穿着舒适{i}。") for i in range(4)]

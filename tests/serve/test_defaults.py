@@ -9,7 +9,7 @@ import pytest
 from ptuning.serve.addresses import is_loopback
 from ptuning.serve.defaults import choose_served, find_newest
 from ptuning.serve.server import check_address
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 
 def test_the_newest_prefix_is_found_as_evaluate_sh_does(tmp_path, prefix_dirs):

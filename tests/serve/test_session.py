@@ -15,7 +15,7 @@ from ptuning.serve.scheduler import QueueFullError
 from ptuning.serve.session import Session
 from ptuning.serve.session_front import UnknownPrefixError
 from ptuning.serve.text_stream import clean_response
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 from tests.data.one_row import to_generation_prompt
 
 QUESTIONS = [

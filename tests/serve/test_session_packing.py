@@ -5,7 +5,7 @@ import torch
 
 from ptuning.model.cpu.linear import Linear, has_onednn
 from ptuning.serve.session import Session
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this PyTorch was built without oneDNN")

@@ -21,7 +21,7 @@ from ptuning.serve.session_front import Load, UnknownPrefixError
 from ptuning.serve.session_messages import portable
 from ptuning.serve.session_process import EndedProcessError, SessionProcess
 from ptuning.tunings.artefact import PREFIX_CONFIG_NAME
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 QUESTION = "类型#裤*版型#宽松"
 LONG = {"temperature": 5.0, "seed": 1, "max_new_tokens": 1500}

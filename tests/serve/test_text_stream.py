@@ -6,7 +6,7 @@ import pytest
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.serve.text_stream import TextStream, clean_response
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR
 
 TEXTS = [
     "你好,world! 我的知识截至[[训练时间]]; ok?",

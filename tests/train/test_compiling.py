@@ -13,8 +13,8 @@ import ptuning  # noqa: F401
 from ptuning.model.attention import CUDA_ATTENTION
 from ptuning.model.quantization.quantize import quantize_model_
 from ptuning.train.compiling import TOKENS_TO_AMORTISE, compile_layers, pays
-from ptuning.train.config import parse_arguments
 from ptuning.train.processes import trainer_arguments
+from ptuning.train.run_config import parse_arguments
 from tests.tiny import make_base
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers.integrations import deepspeed
 
 from ptuning.model.layers import Layer
-from ptuning.train.config import parse_arguments
 from ptuning.train.flags import UsageError
 from ptuning.train.processes import trainer_arguments
+from ptuning.train.run_config import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "deepspeed.json"

@@ -16,7 +16,6 @@ from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, can_pack
 from ptuning.model.layers import Layer
 from ptuning.train import fit
-from ptuning.train.config import parse_arguments
 from ptuning.train.fit import (
     FREE_SHARE,
     Fit,
@@ -38,6 +37,7 @@ from ptuning.train.memory import (
     size_of,
     training_memory,
 )
+from ptuning.train.run_config import parse_arguments
 from tests.train.memory_rows import prompts, training_rows
 
 NUM_LAYERS = 4

@@ -6,9 +6,9 @@ from dataclasses import fields
 import pytest
 
 from ptuning.train import parser
-from ptuning.train.config import parse_arguments
 from ptuning.train.flags import GROUPS
 from ptuning.train.legacy_flags import IGNORED, REFUSED, RENAMED, REPLACED
+from ptuning.train.run_config import parse_arguments
 
 NEEDED = [
     *("--do_train", "--train_file", "rows.json", "--model_name_or_path", "my/base"),

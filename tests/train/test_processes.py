@@ -7,7 +7,6 @@ import torch
 from transformers.training_args import ParallelMode
 
 from ptuning.train import processes as launch
-from ptuning.train.config import parse_arguments
 from ptuning.train.flags import UsageError
 from ptuning.train.processes import (
     check_gpu_is_here,
@@ -16,6 +15,7 @@ from ptuning.train.processes import (
     process_values,
     trainer_arguments,
 )
+from ptuning.train.run_config import parse_arguments
 
 FLAGS = [
     *("--do_train", "--train_file", "my rows.json", "--model_name_or_path", "THUDM/chatglm-6b"),

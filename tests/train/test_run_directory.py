@@ -16,8 +16,8 @@ from ptuning.train.checkpoints import (
     staging_path,
     start_checkpoint,
 )
-from ptuning.train.config import parse_arguments
 from ptuning.train.endings import how_to_resume
+from ptuning.train.run_config import parse_arguments
 from ptuning.train.run_directory import (
     LOCK_NAME,
     RECORD_NAME,

@@ -11,15 +11,16 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.model.test_adapter import give_adapter
-from tests.model.test_checkpoint_hub import COMMIT
 from transformers import AutoModelForCausalLM
 
 from ptuning.model.adapter import add_adapter, save_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.tunings.artefact import FULL, INFO_NAME, LORA, TunedInfo, find_prefix_weights
+from ptuning.storage import INFO_NAME
+from ptuning.tunings.artefact import FULL, LORA, TunedInfo, find_prefix_weights
 from ptuning.tunings.prefix import base_fingerprint
+from tests.model.checkpoint.test_checkpoint_hub import COMMIT
 from tests.model.test_full_gradient import ROWS
+from tests.tunings.test_adapter import give_adapter
 
 peft = pytest.importorskip("peft", reason="needs the peft library (pip install peft)")
 

@@ -7,8 +7,7 @@ from ptuning import save_prefix
 from ptuning.model.adapter import adapter_parameters, add_adapter, save_adapter
 from ptuning.model.quantization.layers import QuantizedLinear
 from ptuning.tunings.artefact import LORA, TunedInfo
-from ptuning.tunings.bundled import NANO_DIR
-from ptuning.tunings.loading import BaseModelError, find_base, load_base, load_tokenizer
+from ptuning.tunings.loading import NANO_DIR, BaseModelError, find_base, load_base, load_tokenizer
 from ptuning.tunings.prefix import base_fingerprint
 
 LOADS = {

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from ptuning.model.checkpoint.files import ACCEPTED, INDEX_OF
-from ptuning.tunings.artefact import ADAPTER_CONFIG_NAME, ADAPTER_FILES, INFO_NAME
+from ptuning.storage import ADAPTER_CONFIG_NAME, ADAPTER_FILES, INFO_NAME
 
 CONFIG_FILE = "config.json"
 COMPANION_FILES = ("tokenizer_config.json", "generation_config.json", "ice_text.model")

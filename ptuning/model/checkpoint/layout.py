@@ -22,7 +22,7 @@ from ptuning.model.checkpoint.files import (
 )
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.reference import check_bits, packed_columns
-from ptuning.tunings.artefact import read_json
+from ptuning.storage import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from ptuning.model.checkpoint.layout import (
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.reference import packed_columns, quantize_in_blocks
 from ptuning.output import bars_for
-from ptuning.tunings.artefact import ADAPTER_CONFIG_NAME, read_json
+from ptuning.storage import ADAPTER_CONFIG_NAME, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from ptuning.model.checkpoint import convert as checkpoint_convert
 from ptuning.model.checkpoint.convert import convert_checkpoint, split_into_shards
 from ptuning.model.checkpoint.files import StoredTensor
 from ptuning.model.checkpoint.layout import check_checkpoint
-from ptuning.model.checkpoint.layout import convert as checkpoint_convert
 from tests.model.published import (
     golden_config,
     golden_tensors,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ptuning.model.checkpoint import files as checkpoint_files
 from ptuning.model.checkpoint.files import (
     CheckpointReader,
     StoredTensor,
@@ -11,7 +12,6 @@ from ptuning.model.checkpoint.files import (
     read_headers,
     same_values,
 )
-from ptuning.model.checkpoint.layout import files as checkpoint_files
 
 ROWS = 2**19  # times 4 bytes is 2 MiB: large enough to be mapped
 

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.checkpoint import files as checkpoint_files
 from ptuning.model.checkpoint.layout import check_checkpoint, float_shapes, prefix_shapes
-from ptuning.model.checkpoint.layout import files as checkpoint_files
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.quantize import quantize_embeddings_
 from tests.model.published import (

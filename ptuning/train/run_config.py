@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ptuning.data.formatting import SHORTEST, RowFormat
 from ptuning.data.mixing import parse_mix
 from ptuning.data.reading import find_files
+from ptuning.storage import INFO_NAME
 from ptuning.train.flags import (
     GROUPS,
     DataArguments,
@@ -27,7 +28,6 @@ from ptuning.train.legacy_flags import FALSE_WORDS, TRUE_WORDS
 from ptuning.train.parser import parse
 from ptuning.tunings.artefact import (
     FULL,
-    INFO_NAME,
     LORA,
     PTUNING,
     TUNINGS,

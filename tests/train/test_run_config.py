@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.train.config import RunConfig, find_tuning, parse_arguments, preset_values
 from ptuning.train.flags import UsageError
 from ptuning.train.parser import make_parser, transformers_flags
+from ptuning.train.run_config import RunConfig, find_tuning, parse_arguments, preset_values
 from ptuning.tunings.artefact import TunedInfo, write_tuned_info
 
 ROOT = Path(__file__).resolve().parents[2]

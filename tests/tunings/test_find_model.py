@@ -10,9 +10,8 @@ from ptuning.serve.defaults import choose_served
 from ptuning.serve.session import Session
 from ptuning.serve.web_talk import WebTalk
 from ptuning.tunings.artefact import FULL, LORA, TunedInfo, write_tuned_info
-from ptuning.tunings.bundled import NANO_DIR
+from ptuning.tunings.loading import NANO_DIR, find_model
 from ptuning.tunings.prefix import base_fingerprint
-from ptuning.tunings.tuned_model import find_model
 from tests.serve.conftest import ADGEN
 
 QUESTION = "类型#裤*版型#宽松"

@@ -1,0 +1,39 @@
+"""Files written whole or not at all, JSON objects read back, names of an adapter's files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+INFO_NAME = "tuning_config.json"  # how an adapter or a whole model was tuned
+ADAPTER_CONFIG_NAME = "adapter_config.json"  # peft's names
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_WEIGHTS_NAME, "adapter_model.bin")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write content to a temporary file next to path, flush it to disk, then rename it to path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # still there only if writing or renaming failed
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; ValueError names the file when there is none in it."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise ValueError(f"{file} is not JSON ({error}); copy or download it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{file} contains a JSON {type(values).__name__} instead of an object; copy or "
+            "download it again."
+        )
+    return values
