@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.row_lengths import MAX_LENGTH
 from benchmarks.setting import ROOT, json_file, machine, refuse_below_one, write_json
 from ptuning.data.dataset import load_training_dataset
-from ptuning.data.formatting import RowFormat
+from ptuning.data.prompts import RowFormat
 from ptuning.data.reading import read_rows
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.tunings.loading import NANO_DIR

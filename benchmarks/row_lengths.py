@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ptuning.data.dataset import load_training_dataset
-from ptuning.data.formatting import RowFormat
+from ptuning.data.prompts import RowFormat
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.tunings.loading import NANO_DIR
 

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from ptuning.data.formatting import FormatName, RowFormat
+from ptuning.data.prompts import FormatName, RowFormat
 from ptuning.data.reading import read_rows
 from scripts.readme_flags import BEGIN, END, default_text, own_flags, with_table
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.commands.registry import DEFAULT_PICTURE, NO_PICTURE
-from ptuning.data.checking.length_table import number_of
-from ptuning.data.formatting import SHORTEST, RowFormat
+from ptuning.data.checking.lengths import number_of
+from ptuning.data.prompts import SHORTEST, RowFormat
 from ptuning.data.reading import find_files
 from ptuning.scoring.pictures import (
     Lengths,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ptuning.commands.data import named_models, row_format_of
-from ptuning.data.checking.length_table import (
+from ptuning.data.checking.lengths import (
     ANSWER_RESERVE,
     PROMPT_RESERVE,
     as_percent,
@@ -30,9 +30,9 @@ from ptuning.data.conversion import (
     parse_shares,
 )
 from ptuning.data.formats import NoAnswers
-from ptuning.data.formatting import RowFormat, TextRow, to_example
 from ptuning.data.mixing import MixSource
 from ptuning.data.parsing import write_json
+from ptuning.data.prompts import RowFormat, TextRow, to_example
 from ptuning.data.reading import as_places, find_files
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.output import Progress

@@ -161,7 +161,7 @@ def _data_convert(actions: Any) -> None:
 
 def _add_row_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of main.py that say what rows look like and how they become tokens."""
-    from ptuning.data.formatting import FormatName, Turns
+    from ptuning.data.prompts import FormatName, Turns
 
     parser.add_argument(
         "--format",

@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 from ptuning.data.checking.odd_words import find_placeholders
 from ptuning.data.formats import Layout, to_text_rows
-from ptuning.data.formatting import RowFormat, TextRow, build_rounds
 from ptuning.data.mixing import MixSource, draw_rows, parse_mix
+from ptuning.data.prompts import RowFormat, TextRow, build_rounds
 from ptuning.data.raw_row import Row
 from ptuning.data.reading import ORIGIN, Rows, is_contract, read_rows
 from ptuning.output import Progress

@@ -27,7 +27,7 @@ from ptuning.data.cache import (
     save_tokens,
 )
 from ptuning.data.container import unreadable
-from ptuning.data.formatting import Example, RowFormat, to_example
+from ptuning.data.prompts import Example, RowFormat, to_example
 from ptuning.data.raw_row import DataError
 from ptuning.data.reading import Rows, read_rows
 from ptuning.data.tokenization import (

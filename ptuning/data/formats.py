@@ -15,8 +15,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from ptuning.data.formatting import RowFormat, TextRow, Turns
 from ptuning.data.parsing import kind_of, parse_json, write_json
+from ptuning.data.prompts import RowFormat, TextRow, Turns
 from ptuning.data.raw_row import (
     CONVERSATION_NAMES,
     DIALOGUE_NAMES,

@@ -8,7 +8,7 @@ the world.
 from pathlib import Path
 from typing import NamedTuple
 
-from ptuning.data.formatting import RowFormat
+from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_row import DataError
 from ptuning.data.reading import read_rows
 

@@ -22,8 +22,8 @@ from ptuning.data.formats import (
     find_layout,
     to_text_rows,
 )
-from ptuning.data.formatting import RowFormat, TextRow
 from ptuning.data.parsing import DataFile, encoding_fault, open_data, parse_json
+from ptuning.data.prompts import RowFormat, TextRow
 from ptuning.data.raw_row import (
     HISTORY,
     INPUT_NAMES,

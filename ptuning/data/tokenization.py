@@ -8,7 +8,7 @@ ends only whole answers so, and cuts rounds from the oldest: the question and `ç
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ptuning.data.formatting import SHORTEST, Example, Recipe, build_rounds, check_recipe
+from ptuning.data.prompts import SHORTEST, Example, Recipe, build_rounds, check_recipe
 from ptuning.data.tokenizer import ChatGLMTokenizer
 
 IGNORED_LABEL = -100  # what PyTorch's cross entropy leaves out

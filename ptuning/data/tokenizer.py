@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AddedToken, PreTrainedConfig, PreTrainedTokenizer
 from transformers.models.auto.tokenization_auto import AutoTokenizer  # see ptuning/__init__.py
 
-from ptuning.data.formatting import CHAT_TEMPLATE, check_contents, ends_in_answer, split_answers
+from ptuning.data.prompts import CHAT_TEMPLATE, check_contents, ends_in_answer, split_answers
 from ptuning.data.vocabulary import (
     END_PIECE,
     EOP_PIECE,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from random import Random
 from typing import NamedTuple
 
-from ptuning.data.formatting import build_rounds
+from ptuning.data.prompts import build_rounds
 from ptuning.nano.grammar import (
     TONES,
     Product,

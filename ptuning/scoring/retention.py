@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ptuning.data.collation import pad_left, pad_right
-from ptuning.data.formatting import Example
 from ptuning.data.general import GeneralPrompts
+from ptuning.data.prompts import Example
 from ptuning.data.tokenization import IGNORED_LABEL, to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import Decoding, generate_answers

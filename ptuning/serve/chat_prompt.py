@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ptuning.data.formatting import Example, RowFormat, TextRow, build_rounds, to_example
+from ptuning.data.prompts import Example, RowFormat, TextRow, build_rounds, to_example
 from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
-from ptuning.data.formatting import SHORTEST
+from ptuning.data.prompts import SHORTEST
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.request import Request
 from ptuning.engine.sampling import Sampling

@@ -20,9 +20,9 @@ from ptuning.data.dataset import (
     load_training_dataset,
 )
 from ptuning.data.formats import UnknownColumns
-from ptuning.data.formatting import RowFormat
 from ptuning.data.general import GeneralPrompts, find_general_prompts, read_general_prompts
 from ptuning.data.mixing import FORM, join_rows, mix_rows, parse_mix
+from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_row import DataError
 from ptuning.data.reading import LeftOut
 from ptuning.data.tokenizer import ChatGLMTokenizer

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptuning.data.formatting import SHORTEST, RowFormat
 from ptuning.data.mixing import parse_mix
+from ptuning.data.prompts import SHORTEST, RowFormat
 from ptuning.data.reading import find_files
 from ptuning.storage import INFO_NAME
 from ptuning.train.flags import (

@@ -7,7 +7,7 @@ import torch
 
 from ptuning import __main__ as program
 from ptuning.commands.answer import answer
-from ptuning.data.formatting import RowFormat
+from ptuning.data.prompts import RowFormat
 from ptuning.data.reading import read_rows
 from ptuning.engine.decoding import Decoding
 from ptuning.tunings.loading import NANO_DIR, load_base, load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 from ptuning.__main__ import main
 from ptuning.commands import data_convert
-from ptuning.data.formatting import RowFormat
+from ptuning.data.prompts import RowFormat
 from ptuning.data.reading import read_rows
 
 ROWS = [

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ptuning.data.formatting import Example
+from ptuning.data.prompts import Example
 from ptuning.data.tokenization import (
     IGNORED_LABEL,
     TokenizedExample,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import pipeline
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ptuning.data.formatting import CHAT_TEMPLATE, build_rounds
+from ptuning.data.prompts import CHAT_TEMPLATE, build_rounds
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.tunings.loading import NANO_DIR
 

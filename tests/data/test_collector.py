@@ -8,7 +8,7 @@ import pytest
 
 from ptuning.data import dataset
 from ptuning.data.dataset import collector_paused, load_generation_dataset, load_training_dataset
-from ptuning.data.formatting import Example, RowFormat, to_example
+from ptuning.data.prompts import Example, RowFormat, to_example
 from ptuning.data.raw_row import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.tunings.loading import NANO_DIR

@@ -18,8 +18,8 @@ from ptuning.data.conversion import (
     parse_shares,
     share_out,
 )
-from ptuning.data.formatting import RowFormat, TextRow, build_rounds
 from ptuning.data.parsing import write_json
+from ptuning.data.prompts import RowFormat, TextRow, build_rounds
 from ptuning.data.raw_row import DataError
 from ptuning.data.reading import read_rows
 

@@ -16,7 +16,7 @@ from ptuning.data.dataset import (
     load_generation_dataset,
     load_training_dataset,
 )
-from ptuning.data.formatting import RowFormat, TextRow, to_example
+from ptuning.data.prompts import RowFormat, TextRow, to_example
 from ptuning.data.raw_row import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptuning.data.formats import Layout, UnknownColumns
-from ptuning.data.formatting import RowFormat
+from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_row import DataError
 from ptuning.data.reading import Rows, as_places, find_files, read_rows
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptuning.data.dataset import DataSummary, TokenDataset, load_training_dataset
-from ptuning.data.formatting import RowFormat, TextRow, to_example
+from ptuning.data.prompts import RowFormat, TextRow, to_example
 from ptuning.data.reading import read_rows
 from ptuning.data.tokenization import IGNORED_LABEL
 from ptuning.data.tokenizer import ChatGLMTokenizer

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from ptuning.data.conversion import convert_file
-from ptuning.data.formatting import RowFormat
 from ptuning.data.parsing import DataFile, encoding_fault, open_data
+from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_row import DataError, Row
 from ptuning.data.reading import read_rows
 

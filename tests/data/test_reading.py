@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ptuning.data.formatting import RowFormat
 from ptuning.data.parsing import open_data
+from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_row import DataError
 from ptuning.data.reading import Rows, read_rows
 

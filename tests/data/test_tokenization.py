@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.data.collation import pad_left
-from ptuning.data.formatting import Example, RowFormat, TextRow, build_rounds, to_example
+from ptuning.data.prompts import Example, RowFormat, TextRow, build_rounds, to_example
 from ptuning.data.tokenization import to_generation_batch, to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ptuning.data.dataset import GenerationDataset, GenerationRow
-from ptuning.data.formatting import Example
+from ptuning.data.prompts import Example
 from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.scoring import answering as prediction

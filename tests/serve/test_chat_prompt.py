@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptuning.data.formatting import RowFormat, TextRow, to_example
+from ptuning.data.prompts import RowFormat, TextRow, to_example
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.serve.chat_prompt import build_chat_prompt
 from ptuning.tunings.loading import NANO_DIR

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ptuning
-from ptuning.data.formatting import RowFormat, TextRow, to_example
+from ptuning.data.prompts import RowFormat, TextRow, to_example
 from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.serve.scheduler import QueueFullError

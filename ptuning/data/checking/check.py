@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ptuning.data.checking.findings import MOST_EXAMPLES
-from ptuning.data.checking.length_table import Side, sides_of
+from ptuning.data.checking.lengths import Side, sides_of
 from ptuning.data.checking.odd_words import (
     MISSING_WORDS,
     REPLACEMENT,
@@ -29,8 +29,8 @@ from ptuning.data.checking.odd_words import (
 from ptuning.data.dataset import CHUNK_ROWS, collector_paused
 from ptuning.data.encoding import DecodedText, say_encoding_fault
 from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
-from ptuning.data.formatting import Example, RowFormat, TextRow, to_example
 from ptuning.data.parsing import DataError, DataFile, Row, open_data
+from ptuning.data.prompts import Example, RowFormat, TextRow, to_example
 from ptuning.data.reading import LeftOut, count_unused, find_left_out
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.data.vocabulary import is_byte_piece

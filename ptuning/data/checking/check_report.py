@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from ptuning.data.checking.check import FileCounts
 from ptuning.data.checking.findings import Finding, shown_name
-from ptuning.data.checking.length_table import (
+from ptuning.data.checking.lengths import (
     histogram_lines,
     length_values,
     number_of,
     table_lines,
 )
-from ptuning.data.formatting import RowFormat
+from ptuning.data.prompts import RowFormat
 from ptuning.data.reading import as_places
 
 MOST_COLUMNS = 8  # of the data that are named

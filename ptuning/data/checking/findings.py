@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from ptuning.data.checking.length_table import as_percent, cut_share, number_of, sufficient_limit
+from ptuning.data.checking.lengths import as_percent, cut_share, number_of, sufficient_limit
 from ptuning.data.formats import suggest_flags
 
 if TYPE_CHECKING:  # check.py imports the tokenizer, which --help does not need

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from ptuning.data.checking.check import CHUNK_ROWS, Encoder, FileCounts, check_file
 from ptuning.data.checking.check_report import Report, as_text, as_values
 from ptuning.data.checking.findings import NOTICES, PROBLEMS, Finding, find_between, find_in_file
-from ptuning.data.checking.length_table import (
+from ptuning.data.checking.lengths import (
     ANSWER_RESERVE,
     PROMPT_RESERVE,
     cut_share,
     sufficient_limit,
 )
 from ptuning.data.checking.odd_words import find_placeholders, is_fake_input
-from ptuning.data.formatting import Example, RowFormat
 from ptuning.data.parsing import DataError, open_data
+from ptuning.data.prompts import Example, RowFormat
 from ptuning.data.reading import read_rows
 from ptuning.data.tokenization import to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptuning.data.formatting import RowFormat
+from ptuning.data.prompts import RowFormat
 
 TABLE_LENGTHS = (64, 128, 256, 512, 1024)
 PROMPT_RESERVE = 1  # of --max_source_length: [gMASK]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptuning.data.formatting import RowFormat, TextRow, build_rounds, check_recipe, to_example
+from ptuning.data.prompts import RowFormat, TextRow, build_rounds, check_recipe, to_example
 
 ROW = TextRow(1, "天气怎么样？", "晴")
 CHAT = ROW._replace(history=(("你好", "你好！"),))
