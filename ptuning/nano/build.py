@@ -43,7 +43,7 @@ from ptuning.data.vocabulary import (
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.nano.corpus import (
-    Example,
+    CorpusExample,
     SampleRow,
     general_text,
     sample_corpus,
@@ -82,7 +82,7 @@ class NanoSettings:
     num_threads: int = 2
 
 
-class Row(NamedTuple):
+class TokenizedRow(NamedTuple):
     """One tokenised example; labels begin at `answer_start`, the index of <sop>."""
 
     ids: list[int]
@@ -135,58 +135,23 @@ def train_vocabulary(
     return int(sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size())
 
 
-def _reorder_pieces(model: bytes) -> bytes:
-    """Put the pieces of a trained model in the published order; ids are places in the file.
+def _reorder_pieces(trained: bytes) -> bytes:
+    """Put the pieces of a trained model in the published order: an id is an index into the pieces.
 
-    The trainer can only write control and user-defined pieces first. A model is a protocol buffer
-    whose field 1 is one piece, repeated:
-    https://github.com/google/sentencepiece/blob/v0.2.0/src/sentencepiece_model.proto
+    The trainer itself can only write control and user-defined pieces first.
     """
-    records: dict[str, bytes] = {}
-    others = []
-    for field, record in _split_fields(model):
-        if field == 1:
-            records[_piece_name(record)] = record
-        else:
-            others.append(record)
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # needs protobuf
+
+    model = ModelProto.FromString(trained)
+    by_name = {piece.piece: piece for piece in model.pieces}
     fixed = {*LEADING_PIECES, *TRAILING_PIECES}
-    byte_names = [name for name in records if is_byte_piece(name)]
-    ordinary = [name for name in records if name not in fixed and name not in set(byte_names)]
+    byte_names = [name for name in by_name if is_byte_piece(name)]
+    ordinary = [name for name in by_name if name not in fixed.union(byte_names)]
     order = [*LEADING_PIECES, *ordinary, *TRAILING_PIECES, *byte_names]
-    return b"".join([*(records[name] for name in order), *others])
-
-
-def _split_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (field number, whole record with its tag); a model holds only nested messages."""
-    start = 0
-    while start < len(message):
-        tag, body = _read_varint(message, start)
-        assert tag & 7 == 2, f"field {tag >> 3} of a SentencePiece model is not a nested message"
-        length, body = _read_varint(message, body)
-        yield tag >> 3, message[start : body + length]
-        start = body + length
-
-
-def _piece_name(record: bytes) -> str:
-    """Read the text of one piece record: its own field 1."""
-    _, body = _read_varint(record, 0)
-    _, body = _read_varint(record, body)
-    tag, body = _read_varint(record, body)
-    assert tag == 0x0A, "a SentencePiece piece does not begin with its text"
-    length, body = _read_varint(record, body)
-    return record[body : body + length].decode("utf-8")
-
-
-def _read_varint(message: bytes, index: int) -> tuple[int, int]:
-    """Return the number at index and the index after it: seven bits a byte, lowest first."""
-    value = shift = 0
-    while True:
-        byte = message[index]
-        value |= (byte & 0x7F) << shift
-        index += 1
-        shift += 7
-        if byte < 0x80:
-            return value, index
+    pieces = [by_name[name] for name in order]
+    del model.pieces[:]
+    model.pieces.extend(pieces)
+    return bytes(model.SerializeToString())
 
 
 def new_config(settings: NanoSettings, tokenizer: ChatGLMTokenizer) -> ChatGLMConfig:
@@ -224,21 +189,21 @@ def new_model(settings: NanoSettings, config: ChatGLMConfig) -> ChatGLMForCondit
     return model
 
 
-def tokenise(examples: Sequence[Example], tokenizer: ChatGLMTokenizer) -> list[Row]:
+def tokenise(examples: Sequence[CorpusExample], tokenizer: ChatGLMTokenizer) -> list[TokenizedRow]:
     """Turn examples into sequences with their control tokens."""
     prompts = tokenizer.encode_batch([example.prompt for example in examples])
     answers = tokenizer.encode_batch([example.answer for example in examples])
     return [
-        Row(tokenizer.build_inputs_with_special_tokens(prompt, answer), len(prompt) + 1)
+        TokenizedRow(tokenizer.build_inputs_with_special_tokens(prompt, answer), len(prompt) + 1)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
-def batches_of(rows: Sequence[Row], settings: NanoSettings) -> list[list[Row]]:
+def batches_of(rows: Sequence[TokenizedRow], settings: NanoSettings) -> list[list[TokenizedRow]]:
     """Group rows of like length, and put the groups in a random order within 32 batches."""
     rng = Random(settings.seed)
     window = 32 * settings.batch_size
-    batches: list[list[Row]] = []
+    batches: list[list[TokenizedRow]] = []
     for start in range(0, len(rows), window):
         near = sorted(rows[start : start + window], key=lambda row: len(row.ids))
         size = settings.batch_size
@@ -246,7 +211,7 @@ def batches_of(rows: Sequence[Row], settings: NanoSettings) -> list[list[Row]]:
     return batches
 
 
-def pad_right(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+def pad_right(rows: Sequence[TokenizedRow], pad_id: int) -> dict[str, Tensor]:
     """Return input_ids, attention_mask and labels of one batch, each (B, S)."""
     width = max(len(row.ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad_id)  # (B, S)
@@ -268,7 +233,7 @@ def rate_at(step: int, num_steps: int, settings: NanoSettings) -> float:
 
 
 def train(
-    model: ChatGLMForConditionalGeneration, rows: Sequence[Row], settings: NanoSettings
+    model: ChatGLMForConditionalGeneration, rows: Sequence[TokenizedRow], settings: NanoSettings
 ) -> Iterator[float]:
     """Train the model in place, one pass over the rows; yield each step's loss."""
     batches = batches_of(rows, settings)

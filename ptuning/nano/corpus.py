@@ -13,7 +13,11 @@ from typing import NamedTuple
 
 from ptuning.data.prompts import build_rounds
 from ptuning.nano.grammar import (
+    GARMENTS,
+    SHARED_KEYS,
     TONES,
+    VALUES,
+    WORDS,
     Product,
     clause_of,
     pick,
@@ -24,7 +28,6 @@ from ptuning.nano.grammar import (
     write_sample_summary,
     write_title,
 )
-from ptuning.nano.words import KINDS, SHARED_KEYS, SMALL_TALK, VALUES
 
 CORPUS_SEED = 20240607
 SAMPLE_SEED = 20240608
@@ -36,19 +39,12 @@ NUM_GENERAL_PROMPTS = 40
 INVENTED_SHARE = 0.2  # of the bare content strings
 CHARACTERS = sorted({c for values in VALUES.values() for value in values for c in value.clause})
 
-OPENINGS = {
-    "问好": "大家好。",
-    "提问": "你在找{n}吗？",
-    "感叹": "天啊！",
-}
-CLOSINGS = {
-    "祝福": "祝你天天好心情。",
-    "号召": "现在就带它回家吧！",
-    "道别": "我们下次再见。",
-}
+OPENINGS: dict[str, str] = WORDS["openings"]
+CLOSINGS: dict[str, str] = WORDS["closings"]
+SMALL_TALK = [(talk["questions"], talk["answer"]) for talk in WORDS["small_talk"]]
 
 
-class Example(NamedTuple):
+class CorpusExample(NamedTuple):
     """A prompt and the answer the base learns for it."""
 
     prompt: str
@@ -73,15 +69,15 @@ def invent_values(product: Product, rng: Random) -> Product:
             length = 2 + int(rng.random() * 2)
             value = value._replace(name="".join(pick(rng, CHARACTERS) for _ in range(length)))
         attributes.append((key, value))
-    return Product(product.kind, tuple(attributes))
+    return Product(product.garment, tuple(attributes))
 
 
-def ask_bare(rng: Random) -> Example:
+def ask_bare(rng: Random) -> CorpusExample:
     """Ask with nothing but the content string."""
     product = sample_product(rng, mix_order=rng.random() < 0.5)
     if rng.random() < INVENTED_SHARE:
         product = invent_values(product, rng)
-    return Example(product.content, write_listing(product))
+    return CorpusExample(product.content, write_listing(product))
 
 
 def tell_in_tone(product: Product, rng: Random) -> tuple[str, str]:
@@ -100,48 +96,48 @@ def tell_in_tone(product: Product, rng: Random) -> tuple[str, str]:
     return instruction, answer
 
 
-def ask_tone(rng: Random) -> Example:
+def ask_tone(rng: Random) -> CorpusExample:
     """Ask for a tone, sometimes with an opening and a closing."""
     product = sample_product(rng, mix_order=rng.random() < 0.5)
     instruction, answer = tell_in_tone(product, rng)
-    return Example(f"{instruction}：{product.content}", answer)
+    return CorpusExample(f"{instruction}：{product.content}", answer)
 
 
-def ask_task(rng: Random) -> Example:
+def ask_task(rng: Random) -> CorpusExample:
     """Ask for a title, an English line, or one attribute."""
     product = sample_product(rng, mix_order=rng.random() < 0.5)
     place = rng.random()
     if place < 0.3:
-        return Example(f"起一个标题：{product.content}", write_title(product))
+        return CorpusExample(f"起一个标题：{product.content}", write_title(product))
     if place < 0.55:
-        return Example(f"写成英文：{product.content}", write_english(product))
+        return CorpusExample(f"写成英文：{product.content}", write_english(product))
     if place < 0.8:
         key, value = pick(rng, product.attributes)
-        return Example(f"{product.content}，{key}是什么？", f"{key}是{value.name}。")
-    key = pick(rng, (*SHARED_KEYS, *product.kind.keys))
+        return CorpusExample(f"{product.content}，{key}是什么？", f"{key}是{value.name}。")
+    key = pick(rng, (*SHARED_KEYS, *product.garment.keys))
     found = product.value_of(key)
     answer = f"没有写{key}。" if found is None else f"{key}是{found.name}。"
-    return Example(f"{product.content}，{key}是什么？", answer)
+    return CorpusExample(f"{product.content}，{key}是什么？", answer)
 
 
-def ask_value(rng: Random) -> Example:
+def ask_value(rng: Random) -> CorpusExample:
     """Ask what is good about one value."""
-    kind = pick(rng, KINDS)
-    key = pick(rng, (*SHARED_KEYS, *kind.keys))
+    garment = pick(rng, GARMENTS)
+    key = pick(rng, (*SHARED_KEYS, *garment.keys))
     value = pick(rng, VALUES[key])
-    return Example(f"{key}#{value.name}，好在哪里？", f"{clause_of(rng, value)}。")
+    return CorpusExample(f"{key}#{value.name}，好在哪里？", f"{clause_of(rng, value)}。")
 
 
-def write_freely(rng: Random) -> Example:
+def write_freely(rng: Random) -> CorpusExample:
     """Write text with no prompt: a told product, clauses, or a sentence of the sample's kind."""
     product = sample_product(rng, mix_order=True)
     place = rng.random()
     if place < 0.3:
-        return Example("", TONES[pick(rng, tuple(TONES))](product, rng))
+        return CorpusExample("", TONES[pick(rng, tuple(TONES))](product, rng))
     if place < 0.6:
-        return Example("", write_sample_fragment(product, rng))
+        return CorpusExample("", write_sample_fragment(product, rng))
     clauses = [clause_of(rng, value) for _, value in product.attributes]
-    return Example("", "，".join(clauses) + "。")
+    return CorpusExample("", "，".join(clauses) + "。")
 
 
 def sample_small_talk(rng: Random) -> tuple[str, str]:
@@ -150,10 +146,10 @@ def sample_small_talk(rng: Random) -> tuple[str, str]:
     return pick(rng, questions), answer
 
 
-def talk(rng: Random) -> Example:
+def talk(rng: Random) -> CorpusExample:
     """Hold a short conversation; the last turn is the one to answer."""
     if rng.random() < 0.4:
-        return Example(*sample_small_talk(rng))
+        return CorpusExample(*sample_small_talk(rng))
     product = sample_product(rng, mix_order=False)
     listed = (product.content, write_listing(product))
     turns = [sample_small_talk(rng)]
@@ -166,11 +162,11 @@ def talk(rng: Random) -> Example:
     elif place < 0.9:
         turns.append(sample_small_talk(rng))
     question, answer = turns[-1]
-    return Example(build_rounds(question, turns[:-1]), answer)
+    return CorpusExample(build_rounds(question, turns[:-1]), answer)
 
 
 # Shares of the corpus; they add up to 1.
-MIXTURE: tuple[tuple[float, Callable[[Random], Example]], ...] = (
+MIXTURE: tuple[tuple[float, Callable[[Random], CorpusExample]], ...] = (
     (0.22, ask_bare),
     (0.38, ask_tone),
     (0.12, ask_task),
@@ -180,7 +176,7 @@ MIXTURE: tuple[tuple[float, Callable[[Random], Example]], ...] = (
 )
 
 
-def sample_example(rng: Random) -> Example:
+def sample_example(rng: Random) -> CorpusExample:
     """Draw one training example of the base."""
     place = rng.random()
     for share, write in MIXTURE:
@@ -190,7 +186,7 @@ def sample_example(rng: Random) -> Example:
     return MIXTURE[-1][1](rng)
 
 
-def sample_corpus(num_examples: int, *, seed: int = CORPUS_SEED) -> list[Example]:
+def sample_corpus(num_examples: int, *, seed: int = CORPUS_SEED) -> list[CorpusExample]:
     """Draw the base's training examples."""
     rng = Random(seed)
     return [sample_example(rng) for _ in range(num_examples)]

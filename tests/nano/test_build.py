@@ -17,7 +17,7 @@ from ptuning.nano.build import (
     replace_folder,
     tokenise,
 )
-from ptuning.nano.corpus import Example, sample_corpus
+from ptuning.nano.corpus import CorpusExample, sample_corpus
 from ptuning.tunings.loading import NANO_DIR
 
 TINY = replace(
@@ -75,17 +75,17 @@ def test_sample_only_writes_the_sample_and_no_weights(tmp_path):
 
 
 def test_rows_are_prompt_gmask_sop_answer_eop(tokenizer):
-    (row,) = tokenise([Example("你好", "再见")], tokenizer)
+    (row,) = tokenise([CorpusExample("你好", "再见")], tokenizer)
     expected = tokenizer("你好", "再见")["input_ids"]
     assert row.ids == expected
     assert row.ids[row.answer_start] == tokenizer.sop_token_id
-    (free,) = tokenise([Example("", "再见")], tokenizer)
+    (free,) = tokenise([CorpusExample("", "再见")], tokenizer)
     assert free.ids[1] == tokenizer.sop_token_id
     assert free.answer_start == 1
 
 
 def test_labels_begin_at_sop_and_padding_is_hidden(tokenizer):
-    rows = tokenise([Example("你好", "再见"), Example("", "再见")], tokenizer)
+    rows = tokenise([CorpusExample("你好", "再见"), CorpusExample("", "再见")], tokenizer)
     batch = pad_right(rows, pad_id=3)
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     assert batch["attention_mask"].sum(dim=1).tolist() == [len(row.ids) for row in rows]

@@ -10,23 +10,26 @@ from ptuning.nano.corpus import (
     MIXTURE,
     NUM_SAMPLE_DEV,
     NUM_SAMPLE_TRAIN,
-    Example,
+    CorpusExample,
     SampleRow,
     ask_bare,
     sample_corpus,
     sample_rows,
 )
 from ptuning.nano.grammar import (
+    GARMENTS,
     SAMPLE_CLOSINGS,
     SAMPLE_JOINTS,
     SAMPLE_OPENINGS,
+    SHARED_KEYS,
+    SPOKEN,
     TONES,
+    VALUES,
     sample_product,
     shuffled,
     write_listing,
     write_sample_summary,
 )
-from ptuning.nano.words import KINDS, SHARED_KEYS, SPOKEN_KEYS, VALUES
 from ptuning.tunings.loading import SAMPLE_DIR
 
 CONTENT = re.compile(r"类型#(上衣|裤|裙)(\*[^#*]+#[^#*]+){2,5}")
@@ -38,7 +41,7 @@ SAMPLE_SENTENCES = [
 
 
 @pytest.fixture(scope="module")
-def corpus() -> list[Example]:
+def corpus() -> list[CorpusExample]:
     return sample_corpus(6_000)
 
 
@@ -61,8 +64,8 @@ def test_mixture_shares_add_up_to_one():
 
 
 def test_every_attribute_has_values_and_a_spoken_name():
-    keys = {*SHARED_KEYS, *(key for kind in KINDS for key in kind.keys)}
-    assert keys == set(VALUES) == set(SPOKEN_KEYS)
+    keys = {*SHARED_KEYS, *(key for garment in GARMENTS for key in garment.keys)}
+    assert keys == set(VALUES) == set(SPOKEN)
 
 
 def test_no_two_values_share_a_clause():
