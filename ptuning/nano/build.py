@@ -140,7 +140,7 @@ def _reorder_pieces(trained: bytes) -> bytes:
 
     The trainer itself can only write control and user-defined pieces first.
     """
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # needs protobuf
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     model = ModelProto.FromString(trained)
     by_name = {piece.piece: piece for piece in model.pieces}
