@@ -37,9 +37,15 @@ from ptuning.scoring.pictures import draw_loss_curve
 from ptuning.storage import write_atomically
 from ptuning.train.checkpoints import (
     CheckpointFacts,
+    RunState,
+    capture_random_state,
     fault_of,
     finish_checkpoint,
+    load_run_state,
     read_facts,
+    restore_random_state,
+    save_run_state,
+    set_epoch,
     staging_path,
     start_checkpoint,
 )
@@ -54,18 +60,9 @@ from ptuning.train.guards import (
     gather_evidence,
 )
 from ptuning.train.memory_errors import memory_explained
-from ptuning.train.processes import leave_frozen_alone
+from ptuning.train.processes import leave_frozen_alone, sharded_loader
 from ptuning.train.progress import CURVE_NAME, CurveCallback, ProgressLines
 from ptuning.train.run_directory import RunDirectory
-from ptuning.train.run_state import (
-    RunState,
-    capture_random_state,
-    load_run_state,
-    restore_random_state,
-    save_run_state,
-    set_epoch,
-)
-from ptuning.train.sharding import sharded_loader
 from ptuning.train.signals import Stopped, StopRequest
 from ptuning.tunings.tuning import TrainedState, Tuning, newest_metrics
 

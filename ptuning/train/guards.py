@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
 from ptuning.storage import write_atomically
-from ptuning.train.run_state import RunState
+from ptuning.train.checkpoints import RunState
 
 BAD_BATCH_NAME = "bad_batch{rank}.txt"  # rank: "" for one process, else _0, _1, ...
 RISING = 1.5  # a logged loss this many times the lowest one has got away

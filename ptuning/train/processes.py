@@ -1,28 +1,38 @@
-"""The processes of a run: how many, on which device each, and how they exchange Python objects.
+"""The processes of a run: how many, on which device each, what they exchange, and their rows.
 
 A launcher (torchrun, accelerate, srun) sets WORLD_SIZE. Without one a run uses one device;
-nn.DataParallel, which transformers chooses by itself when it sees several, is never used. All
-processes must call the functions that communicate, in the same order; accelerate sends tensors.
+nn.DataParallel, which transformers chooses when it sees several, is never used. All processes must
+call the functions that communicate, in the same order; accelerate sends the tensors.
+
+Each step has the same rows as in one process: a global batch is num_processes x batch_size rows in
+the order that one process would see, and every process takes its part. accelerate would repeat rows
+at the end of an epoch, which then count twice.
 """
 
 import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed, nn
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, distributed, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from transformers import Seq2SeqTrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import seed_worker
 
+from ptuning.data.tokenization import IGNORED_LABEL
 from ptuning.train.legacy_flags import TRUE_WORDS
 from ptuning.train.run_config import RunConfig, UsageError
 
 T = TypeVar("T")
 
-# What a process sees when another one has ended: gloo's, NCCL's and the rendezvous store's words.
+# The messages of gloo, NCCL and the rendezvous store about a process that has ended.
 LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
 
 
@@ -38,19 +48,6 @@ def process_name() -> str:
     ''
     """
     return f"process {os.environ.get('RANK') or 0}: " if num_launched() > 1 else ""
-
-
-def process_values(config: RunConfig) -> dict[str, Any]:
-    """Return the keywords of transformers' training arguments, set for the processes of the run."""
-    values = config.trainer_values()
-    if num_launched() > 1:
-        if not torch.accelerator.is_available():
-            values["use_cpu"] = True  # else every process would take itself for the only one
-        if values["use_cpu"]:
-            values["ddp_backend"] = values.get("ddp_backend") or "gloo"
-    # Every trained parameter has a gradient in every step, so DDP need not look for others.
-    values.setdefault("ddp_find_unused_parameters", False)
-    return values
 
 
 def trainer_arguments(config: RunConfig) -> Seq2SeqTrainingArguments:
@@ -87,6 +84,19 @@ def trainer_arguments(config: RunConfig) -> Seq2SeqTrainingArguments:
     return arguments
 
 
+def process_values(config: RunConfig) -> dict[str, Any]:
+    """Return the keywords of transformers' training arguments, set for the processes of the run."""
+    values = config.trainer_values()
+    if num_launched() > 1:
+        if not torch.accelerator.is_available():
+            values["use_cpu"] = True  # otherwise the processes do not join
+        if values["use_cpu"]:
+            values["ddp_backend"] = values.get("ddp_backend") or "gloo"
+    # Every trained parameter has a gradient in every step, so DDP need not look for others.
+    values.setdefault("ddp_find_unused_parameters", False)
+    return values
+
+
 def shards_weights(arguments: Seq2SeqTrainingArguments) -> bool:
     """Tell whether an engine (FSDP, ZeRO stage 3) leaves each process a part of the weights."""
     zero = getattr(arguments, "hf_deepspeed_config", None)
@@ -105,7 +115,7 @@ def check_gpu_is_here(config: RunConfig, device: torch.device) -> None:
 
 
 def launch_notices(config: RunConfig, device: torch.device, num_processes: int) -> list[str]:
-    """Say which devices are left unused, and how several processes on a CPU share its cores."""
+    """Say which devices are unused, and how several processes on a CPU share its cores."""
     if num_processes > 1 and device.type == "cpu":
         return [
             f"No CUDA device: {num_processes} processes on the CPU, {torch.get_num_threads()} "
@@ -142,17 +152,17 @@ def num_processes() -> int:
 
 
 def process_index() -> int:
-    """Return the rank of this process, from 0."""
+    """Return the rank of this process."""
     return distributed.get_rank() if num_processes() > 1 else 0
 
 
 def is_main_process() -> bool:
-    """Tell whether this is the process that writes what the processes share."""
+    """Tell whether this is rank 0, which writes the shared files."""
     return process_index() == 0
 
 
 def gather(value: Any) -> list[Any]:
-    """Return one value per process, in rank order."""
+    """Return one value per rank, in rank order."""
     if num_processes() == 1:
         return [value]
     values: list[Any] = [None] * num_processes()
@@ -163,7 +173,7 @@ def gather(value: Any) -> list[Any]:
 def in_main_process(decide: Callable[[], T]) -> T:
     """Call decide in the main process; return its result, or raise its error, in all of them.
 
-    An error that is neither a ValueError nor an OSError stays with the main process.
+    An error that is neither a ValueError nor an OSError stays in the main process.
     """
     outcome: tuple[Any, Exception | None] = None, None
     if is_main_process():
@@ -188,9 +198,9 @@ def check_shared_folder(folder: Path, mark: str) -> None:
 
 
 def leave_frozen_alone(model: nn.Module) -> None:
-    """Exclude frozen weights and buffers from DistributedDataParallel's communication.
+    """Exclude frozen weights and buffers from DistributedDataParallel's broadcasts.
 
-    Every process read the same files, and what is not trained does not change.
+    All ranks read them from the same files, and they do not change.
     """
     frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
     ignored: Any = [*frozen, *(name for name, _ in model.named_buffers())]
@@ -202,3 +212,115 @@ def is_lost_peer(error: BaseException) -> bool:
     if isinstance(error, distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_PEER_WORDS)
+
+
+# ---- Rows ----
+
+
+class ShardedBatches(BatchSampler):
+    """One rank's part of every global batch, as row numbers; ~i stands for row i, masked.
+
+    A rank without rows in the last batch computes one row with every label masked: it adds nothing
+    to loss and gradient, and all ranks take part in every step.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler[int],
+        *,
+        batch_size: int,
+        num_processes: int,
+        process_index: int,
+        drop_last: bool = False,
+    ) -> None:
+        """Take the order of all rows, and the rows of one rank in a full batch."""
+        super().__init__(sampler, batch_size * num_processes, drop_last)
+        self.num_processes, self.process_index = num_processes, process_index
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield contiguous rows of each global batch; ranks differ by one row at most."""
+        for batch in super().__iter__():
+            start = len(batch) * self.process_index // self.num_processes
+            end = len(batch) * (self.process_index + 1) // self.num_processes
+            yield batch[start:end] or [~batch[0]]
+
+
+class MaskableRows(Dataset[dict[str, Tensor]]):
+    """Rows by their numbers; ~i is row i with every label masked."""
+
+    def __init__(self, rows: Dataset[dict[str, Tensor]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)  # type: ignore[arg-type]  # map-style
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return a row, or a masked one."""
+        if index >= 0:
+            return self.rows[index]
+        row = self.rows[~index]
+        return {**row, "labels": torch.full_like(row["labels"], IGNORED_LABEL)}
+
+
+class EpochOrder(Sampler[int]):
+    """An order drawn from the seed and the epoch alone, so that all ranks have the same."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is drawn next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the row numbers in their order."""
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+
+def sharded_loader(
+    rows: Dataset[dict[str, Tensor]],
+    order: Sampler[int],
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    args: Any,
+    *,
+    batch_size: int,
+    trains: bool,
+) -> DataLoader[Any]:
+    """Return the loader of this rank's part; args are transformers' training arguments."""
+    if isinstance(order, LengthGroupedSampler):
+        order.batch_size *= args.world_size  # rows of similar length share a global batch
+        order = EpochOrder(order, args.seed)
+    batches = ShardedBatches(
+        order,
+        batch_size=batch_size,
+        num_processes=args.world_size,
+        process_index=args.process_index,
+        drop_last=trains and args.dataloader_drop_last,
+    )
+    workers = args.dataloader_num_workers
+    seeds = partial(seed_worker, num_workers=workers, rank=args.process_index)
+    loader = DataLoader(
+        MaskableRows(rows),
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        worker_init_fn=seeds if trains else None,
+        persistent_workers=trains and args.dataloader_persistent_workers,
+    )
+    return prepare_data_loader(
+        loader,
+        args.device,
+        num_processes=1,  # it is sharded already
+        process_index=0,
+        put_on_device=True,
+        use_seedable_sampler=args.accelerator_config.use_seedable_sampler,
+        data_seed=args.data_seed,
+    )

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import ptuning.train.run_directory as run_directory
-from ptuning.train.checkpoints import fault_of
+from ptuning.train.checkpoints import capture_random_state, fault_of, restore_random_state
 from ptuning.train.fit import Workload
 from ptuning.train.memory_errors import (
     OutOfMemoryStop,
@@ -30,7 +30,6 @@ from ptuning.train.run_directory import (
     RunDirectory,
     run_lock,
 )
-from ptuning.train.run_state import capture_random_state, restore_random_state
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
 
