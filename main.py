@@ -49,15 +49,14 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         from ptuning.data.collation import pad_right
         from ptuning.model.cpu.threads import limit_threads
         from ptuning.scoring.answering import score
-        from ptuning.train.compiling import compile_layers
-        from ptuning.train.fit import apply_fit, fit_to_memory, workload_of
-        from ptuning.train.memory_errors import memory_explained
+        from ptuning.train.endings import memory_explained
+        from ptuning.train.fit import apply_fit, compile_layers, fit_to_memory, workload_of
         from ptuning.train.processes import (
             check_gpu_is_here,
             launch_notices,
             trainer_arguments,
         )
-        from ptuning.train.reporting import check_run
+        from ptuning.train.progress import check_run
         from ptuning.train.rows import check_files, load_rows
         from ptuning.train.run_directory import RunDirectory, fingerprint_rows
         from ptuning.tunings.loading import load_tokenizer

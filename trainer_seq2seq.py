@@ -49,7 +49,7 @@ from ptuning.train.checkpoints import (
     staging_path,
     start_checkpoint,
 )
-from ptuning.train.endings import DiskError, explain_disk_error, is_disk_error
+from ptuning.train.endings import DiskError, explain_disk_error, is_disk_error, memory_explained
 from ptuning.train.fit import Workload
 from ptuning.train.guards import (
     BAD_BATCH_NAME,
@@ -59,7 +59,6 @@ from ptuning.train.guards import (
     fault_in,
     gather_evidence,
 )
-from ptuning.train.memory_errors import memory_explained
 from ptuning.train.processes import leave_frozen_alone, sharded_loader
 from ptuning.train.progress import CURVE_NAME, CurveCallback, ProgressLines
 from ptuning.train.run_directory import RunDirectory

@@ -37,8 +37,7 @@ from benchmarks.train import measure_steps, our_step
 from benchmarks.train import parse as train_flags
 from ptuning.model.quantization.reference import packed_columns
 from ptuning.model.quantization.selection import AUTO, pick_backend
-from ptuning.train.compiling import compile_layers
-from ptuning.train.fit import checkpoint_layers
+from ptuning.train.fit import checkpoint_layers, compile_layers
 
 PACKAGES = "torch transformers triton accelerate numpy jieba rouge-chinese nltk pytest-xdist"
 DTYPE = "bfloat16"

@@ -1,9 +1,8 @@
 """Every flag of main.py: name, type, default, and a help text with units.
 
-Declarations only: `ptuning.train.parser` parses them, `config` merges and checks them,
-`legacy_flags` holds the names that old command lines use. Names are the published ones.
-transformers' other training flags are accepted too and handed to its Trainer. This module imports
-neither torch nor transformers.
+Declarations only: `parser` parses them, `run_config` merges and checks them. Names are the
+published ones. transformers' other training flags are accepted too and passed to its Trainer. This
+module imports neither torch nor transformers.
 """
 
 from dataclasses import dataclass, field

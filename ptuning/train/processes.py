@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
 
 from ptuning.data.tokenization import IGNORED_LABEL
-from ptuning.train.legacy_flags import TRUE_WORDS
+from ptuning.train.parser import TRUE_WORDS
 from ptuning.train.run_config import RunConfig, UsageError
 
 T = TypeVar("T")

@@ -24,8 +24,7 @@ from ptuning.train.flags import (
     TrainingArguments,
     UsageError,
 )
-from ptuning.train.legacy_flags import FALSE_WORDS, TRUE_WORDS
-from ptuning.train.parser import parse
+from ptuning.train.parser import FALSE_WORDS, TRUE_WORDS, parse
 from ptuning.tunings.artefact import (
     FULL,
     LORA,

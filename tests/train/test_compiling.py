@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import ptuning  # noqa: F401
 from ptuning.model.attention import CUDA_ATTENTION
 from ptuning.model.quantization.quantize import quantize_model_
-from ptuning.train.compiling import TOKENS_TO_AMORTISE, compile_layers, pays
+from ptuning.train.fit import TOKENS_TO_AMORTISE, compile_layers, compiling_pays
 from ptuning.train.processes import trainer_arguments
 from ptuning.train.run_config import parse_arguments
 from tests.tiny import make_base
@@ -95,10 +95,10 @@ def test_a_layer_kind_is_one_graph_for_all_lengths(tmp_path, monkeypatch, bits):
 
 def test_long_runs_on_cuda_in_bfloat16_are_compiled_unasked():
     cuda = torch.device("cuda")
-    assert pays(cuda, torch.bfloat16, TOKENS_TO_AMORTISE)
-    assert not pays(cuda, torch.bfloat16, TOKENS_TO_AMORTISE - 1)
-    assert not pays(cuda, torch.float16, TOKENS_TO_AMORTISE)
-    assert not pays(CPU, torch.bfloat16, TOKENS_TO_AMORTISE)
+    assert compiling_pays(cuda, torch.bfloat16, TOKENS_TO_AMORTISE)
+    assert not compiling_pays(cuda, torch.bfloat16, TOKENS_TO_AMORTISE - 1)
+    assert not compiling_pays(cuda, torch.float16, TOKENS_TO_AMORTISE)
+    assert not compiling_pays(CPU, torch.bfloat16, TOKENS_TO_AMORTISE)
 
 
 def test_a_run_that_is_not_to_be_compiled_is_not(model):

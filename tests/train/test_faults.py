@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 
 import ptuning.train.run_directory as run_directory
 from ptuning.train.checkpoints import capture_random_state, fault_of, restore_random_state
-from ptuning.train.fit import Workload
-from ptuning.train.memory_errors import (
+from ptuning.train.endings import (
     OutOfMemoryStop,
     advice_for,
     explain_out_of_memory,
     is_out_of_memory,
     memory_explained,
 )
+from ptuning.train.fit import Workload
 from ptuning.train.run_directory import (
     LOCK_NAME,
     OutputDirectoryError,

@@ -12,14 +12,14 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from transformers.integrations import integration_utils
 
-from ptuning.train.reporting import PACKAGES, check_push_to_hub, check_reporting
+from ptuning.train.progress import PACKAGES, check_push_to_hub, check_reporting
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def without_reporters(monkeypatch):
-    monkeypatch.setattr("ptuning.train.reporting.find_spec", lambda _name: None)
+    monkeypatch.setattr("ptuning.train.progress.find_spec", lambda _name: None)
 
 
 @pytest.mark.parametrize("value", [None, "none", "all", [], ["none"], ["all"]])

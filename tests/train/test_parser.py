@@ -7,7 +7,7 @@ import pytest
 
 from ptuning.train import parser
 from ptuning.train.flags import GROUPS
-from ptuning.train.legacy_flags import IGNORED, REFUSED, RENAMED, REPLACED
+from ptuning.train.parser import IGNORED, REFUSED, RENAMED, REPLACED
 from ptuning.train.run_config import parse_arguments
 
 NEEDED = [
