@@ -23,10 +23,10 @@ from ptuning.data.container import (
     TEXT_SUFFIX,
     read_contents,
 )
-from ptuning.data.delimited import read_delimited, read_header
-from ptuning.data.encoding import UTF_8, DecodedText, decode_text, say_encoding_fault
 from ptuning.data.parquet import open_parquet, read_parquet
+from ptuning.data.raw_file import UTF_8, DecodedText, decode_text, say_encoding_fault
 from ptuning.data.raw_row import MARK, MARKS, DataError, Row, Skipped, shown
+from ptuning.data.tables import read_delimited, read_header
 
 _LINES_CURE = "write one whole object per line, or one array of objects."
 _BLANK = re.compile(rf"[ \t\r\n{MARK}]*")

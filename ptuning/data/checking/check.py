@@ -27,10 +27,10 @@ from ptuning.data.checking.odd_words import (
     may_have_marks,
 )
 from ptuning.data.dataset import CHUNK_ROWS, collector_paused
-from ptuning.data.encoding import DecodedText, say_encoding_fault
 from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
 from ptuning.data.parsing import DataError, DataFile, Row, open_data
 from ptuning.data.prompts import Example, RowFormat, TextRow, to_example
+from ptuning.data.raw_file import DecodedText, say_encoding_fault
 from ptuning.data.reading import LeftOut, count_unused, find_left_out
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.data.vocabulary import is_byte_piece

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptuning.data.encoding import (
+from ptuning.data.raw_file import (
     BIG5,
     GBK,
     UTF_8,
