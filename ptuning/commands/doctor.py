@@ -21,7 +21,7 @@ import torch
 from packaging.requirements import Requirement
 from transformers import TrainingArguments
 
-from ptuning.data.cache import default_cache_dir
+from ptuning.data.dataset import default_cache_dir
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.selection import (

@@ -19,8 +19,8 @@ from ptuning.data.checking.odd_words import find_placeholders
 from ptuning.data.formats import Layout, to_text_rows
 from ptuning.data.mixing import MixSource, draw_rows, parse_mix
 from ptuning.data.prompts import RowFormat, TextRow, build_rounds
-from ptuning.data.raw_row import Row
-from ptuning.data.reading import ORIGIN, Rows, is_contract, read_rows
+from ptuning.data.raw_file import RawRow
+from ptuning.data.reading import ORIGIN, FileRows, is_contract, read_rows
 from ptuning.output import Progress
 
 Template = Literal["plain", "alpaca-en", "alpaca-zh", "round"]
@@ -65,7 +65,7 @@ class Conversion:
     """
 
     path: Path
-    read: Rows
+    read: FileRows
     rows: list[ContractRow] = field(default_factory=list)
     placeholders: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
@@ -99,7 +99,7 @@ def convert_file(
     return made
 
 
-def _add(made: Conversion, raw_row: Row, row: TextRow, template: Template) -> bool:
+def _add(made: Conversion, raw_row: RawRow, row: TextRow, template: Template) -> bool:
     """Add a row of the contract, unless it has no prompt or the template no place for all of it."""
     reason = row.skipped
     if reason is None and not row.prompt.strip():
@@ -131,7 +131,7 @@ def _add(made: Conversion, raw_row: Row, row: TextRow, template: Template) -> bo
     return True
 
 
-def _origin(made: Conversion, raw_row: Row, row: TextRow) -> tuple[str, str, dict[str, Any]]:
+def _origin(made: Conversion, raw_row: RawRow, row: TextRow) -> tuple[str, str, dict[str, Any]]:
     """Return id, source and meta: those of a row of the contract, else where the row was found.
 
     meta holds every filled column that is not used.
@@ -187,7 +187,7 @@ def alpaca_prompt(instruction: str, text: str, template: Template = "alpaca-en")
     return (with_input if text else without).format(instruction=instruction, input=text)
 
 
-def split_input(path: Path, raw_row: Row, layout: Layout, row: TextRow) -> tuple[str, str]:
+def split_input(path: Path, raw_row: RawRow, layout: Layout, row: TextRow) -> tuple[str, str]:
     """Return the instruction and what it is about, which `row.prompt` joins; "" where nothing."""
     if layout.input is None:
         return row.prompt, ""

@@ -5,31 +5,29 @@ Training rows are flat arrays, on disk between runs (`cache`); evaluation keeps 
 
 import dataclasses
 import gc
+import hashlib
+import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ptuning.data.cache import (
-    TokenArrays,
-    cache_path,
-    default_cache_dir,
-    digest_file,
-    load_tokens,
-    save_tokens,
-)
-from ptuning.data.container import unreadable
+from ptuning.data.mixing import draw_rows
 from ptuning.data.prompts import Example, RowFormat, to_example
-from ptuning.data.raw_row import DataError
-from ptuning.data.reading import Rows, read_rows
+from ptuning.data.raw_file import DataError, unreadable
+from ptuning.data.reading import FileRows, read_rows
 from ptuning.data.tokenization import (
     IGNORED_LABEL,
     TokenizedExample,
@@ -38,8 +36,84 @@ from ptuning.data.tokenization import (
 )
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.output import Progress
+from ptuning.storage import write_atomically
 
 logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 3  # raise it when the preprocessing gives other tokens for the same settings
+
+
+class TokenArrays(NamedTuple):
+    """All rows end to end: row i is ids[offsets[i]:offsets[i + 1]]."""
+
+    ids: np.ndarray  # int32, one per token
+    offsets: np.ndarray  # int64, one more than rows
+    context_lengths: np.ndarray  # int32, the place of <sop> in each row
+
+
+def default_cache_dir() -> Path:
+    """Return `$PTUNING_CACHE`, or `~/.cache/ptuning/tokens` where that is not set."""
+    named = os.environ.get("PTUNING_CACHE")
+    return Path(named) if named else Path("~/.cache/ptuning/tokens").expanduser()
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_path(cache_dir: Path, name: str, settings: Mapping[str, Any]) -> Path:
+    """Return where tokens made under these settings lie; name is for people who look."""
+    content = json.dumps({"format": FORMAT_VERSION, **settings}, sort_keys=True)
+    digest = hashlib.sha256(content.encode("utf-8")).hexdigest()
+    return cache_dir / f"{name}-{digest[:32]}.safetensors"
+
+
+def load_tokens(path: Path) -> tuple[TokenArrays, dict[str, Any]] | None:
+    """Return the memory-mapped arrays and the notes saved with them; None where there are none."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:  # only "pt" maps the memory
+            arrays = TokenArrays(*(file.get_tensor(name).numpy() for name in TokenArrays._fields))
+            notes = json.loads(file.metadata()["notes"])
+        _check_arrays(arrays)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        logger.warning("the token cache %s is broken (%s) and is made again", path, error)
+        return None
+    return arrays, notes
+
+
+def save_tokens(path: Path, arrays: TokenArrays, notes: Mapping[str, Any]) -> bool:
+    """Write the arrays whole or not at all; return whether it worked."""
+    content = save(arrays._asdict(), metadata={"notes": json.dumps(dict(notes))})
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        logger.warning(
+            "tokens cannot be kept in %s (%s), so the next run tokenises again; "
+            "set PTUNING_CACHE to a folder that can be written",
+            path.parent,
+            error,
+        )
+        return False
+    return True
+
+
+def _check_arrays(arrays: TokenArrays) -> None:
+    """Refuse arrays that do not fit together."""
+    ids, offsets, context_lengths = arrays
+    kinds = [array.dtype for array in arrays]
+    if kinds != [np.int32, np.int64, np.int32] or any(array.ndim != 1 for array in arrays):
+        raise ValueError(f"its arrays have the types {kinds}")
+    lengths = np.diff(offsets)
+    whole = len(offsets) == len(context_lengths) + 1 and len(offsets) > 1
+    if not whole or offsets[0] != 0 or offsets[-1] != len(ids) or lengths.min() < 1:
+        raise ValueError("its rows and tokens do not add up")
+    if context_lengths.min() < 0 or (context_lengths >= lengths).any() or ids.min() < 0:
+        raise ValueError("its rows have no room for their answers")
+
 
 CHUNK_ROWS = 1000  # rows tokenised between two steps of the progress bar
 
@@ -85,7 +159,7 @@ class GenerationRow(NamedTuple):
 
 
 class GenerationDataset(Dataset[GenerationRow]):
-    """Rows to answer, in the order of the file."""
+    """FileRows to answer, in the order of the file."""
 
     def __init__(self, rows: Sequence[GenerationRow]) -> None:
         """Keep the rows."""
@@ -111,7 +185,7 @@ class DataSummary:
 
     source: str
     heading: str  # how many rows were read and kept
-    found: list[str]  # what reading found, see reading.Rows.lines
+    found: list[str]  # what reading found, see reading.FileRows.lines
     num_read: int  # rows of the file
     num_kept: int
     max_source_length: int
@@ -322,7 +396,7 @@ class NoRows(DataError):
     """A file of which no row is left."""
 
 
-def _require_rows(path: Path, rows: Rows, num_kept: int) -> None:
+def _require_rows(path: Path, rows: FileRows, num_kept: int) -> None:
     if not num_kept:
         reasons = ", ".join(f"{len(lines)} x {reason}" for reason, lines in rows.dropped.items())
         raise NoRows(
@@ -374,3 +448,35 @@ def _load_cached(path: Path, source: str) -> tuple[TokenDataset, DataSummary] | 
         logger.warning("the token cache %s has other notes than expected; it is made again", path)
         return None
     return TokenDataset(arrays), DataSummary(source=source, from_cache=True, **notes)
+
+
+def mix_rows(task: TokenDataset, general: TokenDataset, *, share: float, seed: int) -> TokenDataset:
+    """Return the rows of the task, then as many general rows as make up share of all.
+
+    Where more are needed than there are, all are taken as often as they fit in, and the rest is
+    drawn. At least one general row is taken.
+    """
+    wanted = max(1, round(len(task) * share / (1 - share)))
+    rounds, drawn = draw_rows(len(general), wanted, Random(seed))
+    return join_rows([task, general], [None, [*range(len(general))] * rounds + sorted(drawn)])
+
+
+def join_rows(
+    parts: Sequence[TokenDataset], chosen: Sequence[Sequence[int] | None] | None = None
+) -> TokenDataset:
+    """Return the rows of all parts end to end, of each those that are chosen; None takes all."""
+    if len(parts) == 1 and chosen is None:
+        return parts[0]  # memory-mapped as it is
+    ids, lengths, context_lengths = [], [], []
+    for part, indices in zip(parts, chosen or [None] * len(parts), strict=True):
+        arrays = part.arrays
+        if indices is None:
+            ids.append(arrays.ids)
+            lengths.append(part.lengths)
+            context_lengths.append(arrays.context_lengths)
+        else:
+            ids += [arrays.ids[arrays.offsets[row] : arrays.offsets[row + 1]] for row in indices]
+            lengths.append(part.lengths[list(indices)])
+            context_lengths.append(arrays.context_lengths[list(indices)])
+    offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths)))).astype(np.int64)
+    return TokenDataset(TokenArrays(np.concatenate(ids), offsets, np.concatenate(context_lengths)))

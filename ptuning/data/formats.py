@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ptuning.data.parsing import kind_of, parse_json, write_json
 from ptuning.data.prompts import RowFormat, TextRow, Turns
-from ptuning.data.raw_row import (
+from ptuning.data.raw_file import (
     CONVERSATION_NAMES,
     DIALOGUE_NAMES,
     HISTORY,
@@ -29,7 +29,7 @@ from ptuning.data.raw_row import (
     SYSTEM,
     TOOLS,
     DataError,
-    Row,
+    RawRow,
 )
 
 PAIRS = (("content", "summary"), ("prompt", "response"))  # ADGEN and the row contract come first
@@ -116,7 +116,7 @@ class Finder(NamedTuple):
 
     path: Path
     columns: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[RawRow]
     needs_answers: bool
 
     def named(self, *usual: str) -> list[str]:
@@ -135,7 +135,7 @@ class Finder(NamedTuple):
 
 
 def find_layout(
-    path: Path, rows: Sequence[Row], row_format: RowFormat, *, needs_answers: bool = True
+    path: Path, rows: Sequence[RawRow], row_format: RowFormat, *, needs_answers: bool = True
 ) -> Layout:
     """Return what the columns mean: those named, the rest as --format says or as they look.
 
@@ -343,7 +343,7 @@ def suggest_flags(columns: Sequence[str], row_format: RowFormat) -> str:
 
 
 def to_text_rows(
-    path: Path, row: Row, layout: Layout, *, turns: Turns = "all", needs_answers: bool = True
+    path: Path, row: RawRow, layout: Layout, *, turns: Turns = "all", needs_answers: bool = True
 ) -> list[TextRow]:
     """Return a row as prompt, answer and history; a conversation as one such row per answer.
 
@@ -388,7 +388,7 @@ def _after_system(
     return prompt, ((f"{system}\n{question}", answer), *rest)
 
 
-def _rows_of_turns(path: Path, row: Row, layout: Layout) -> Iterator[TextRow]:
+def _rows_of_turns(path: Path, row: RawRow, layout: Layout) -> Iterator[TextRow]:
     """Yield a row for each answer of a conversation, and one for a last question without any."""
     column = str(layout.conversation)
     system = ""
@@ -452,7 +452,7 @@ def _merged(turns: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[str, str, 
         yield last
 
 
-def _turns(path: Path, row: Row, column: str) -> Iterator[tuple[str, str, bool]]:
+def _turns(path: Path, row: RawRow, column: str) -> Iterator[tuple[str, str, bool]]:
     """Yield role (system, user or assistant), text, and whether it is trained on."""
     value = row.columns.get(column)
     if isinstance(value, str) and _LIST_TEXT.match(value):  # as in CSV
@@ -521,7 +521,7 @@ def _as_pair(turn: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def _role(path: Path, row: Row, name: str, role: Any) -> str:
+def _role(path: Path, row: RawRow, name: str, role: Any) -> str:
     word = role.strip().lower() if isinstance(role, str) else ""
     for ours, theirs in (
         ("user", USER_ROLES),
@@ -536,7 +536,7 @@ def _role(path: Path, row: Row, name: str, role: Any) -> str:
     )
 
 
-def _parts(path: Path, row: Row, name: str, value: Any) -> str:
+def _parts(path: Path, row: RawRow, name: str, value: Any) -> str:
     """Return a turn's text; OpenAI's list of text parts is joined."""
     if not isinstance(value, list):
         return _field(path, row, name, value)
@@ -558,7 +558,7 @@ def _is_zero(weight: Any) -> bool:
         return False
 
 
-def _history(path: Path, row: Row, column: str, value: Any) -> tuple[tuple[str, str], ...]:
+def _history(path: Path, row: RawRow, column: str, value: Any) -> tuple[tuple[str, str], ...]:
     """Return the earlier turns; a string (as in CSV) is read as JSON."""
 
     def error(problem: str) -> DataError:
@@ -594,14 +594,14 @@ def _history(path: Path, row: Row, column: str, value: Any) -> tuple[tuple[str, 
     return tuple(turns)
 
 
-def _text(path: Path, row: Row, column: str, value: Any) -> str:
+def _text(path: Path, row: RawRow, column: str, value: Any) -> str:
     """Return a column as text: null is "", a number its own digits (the JSON reader keeps them)."""
     if isinstance(value, str) and value.isprintable():
         return str(value)  # Digits are a number no more
     return _field(path, row, f'the field "{column}"', value)
 
 
-def _field(path: Path, row: Row, name: str, value: Any) -> str:
+def _field(path: Path, row: RawRow, name: str, value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):

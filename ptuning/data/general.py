@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ptuning.data.prompts import RowFormat
-from ptuning.data.raw_row import DataError
+from ptuning.data.raw_file import DataError
 from ptuning.data.reading import read_rows
 
 PROMPT_COLUMN = "prompt"

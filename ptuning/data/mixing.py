@@ -5,13 +5,9 @@ four of the task. Every epoch has all rows of the task and the same general rows
 so a resumed run continues exactly.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:  # `parse_mix` checks a command line before anything heavy is loaded
-    from ptuning.data.dataset import TokenDataset
+from typing import NamedTuple
 
 FORM = "FILE:RATIO or FILE:RATIO:PROMPT,RESPONSE, such as general.jsonl:0.2"
 
@@ -60,19 +56,6 @@ def _to_number(text: str) -> float | None:
         return None
 
 
-def mix_rows(
-    task: "TokenDataset", general: "TokenDataset", *, share: float, seed: int
-) -> "TokenDataset":
-    """Return the rows of the task, then as many general rows as make up share of all.
-
-    Where more are needed than there are, all are taken as often as they fit in, and the rest is
-    drawn. At least one general row is taken.
-    """
-    wanted = max(1, round(len(task) * share / (1 - share)))
-    rounds, drawn = draw_rows(len(general), wanted, Random(seed))
-    return join_rows([task, general], [None, [*range(len(general))] * rounds + sorted(drawn)])
-
-
 def draw_rows(size: int, wanted: int, keys: Random) -> tuple[int, list[int]]:
     """Return how often all of size rows are taken to make up wanted, and the rest that is drawn.
 
@@ -82,29 +65,3 @@ def draw_rows(size: int, wanted: int, keys: Random) -> tuple[int, list[int]]:
     rounds, missing = divmod(wanted, size)
     order = [keys.random() for _ in range(size)]  # random() alone: Python promises to keep it
     return rounds, sorted(range(size), key=order.__getitem__)[:missing]
-
-
-def join_rows(
-    parts: "Sequence[TokenDataset]", chosen: Sequence[Sequence[int] | None] | None = None
-) -> "TokenDataset":
-    """Return the rows of all parts end to end, of each those that are chosen; None takes all."""
-    import numpy as np
-
-    from ptuning.data.cache import TokenArrays
-    from ptuning.data.dataset import TokenDataset
-
-    if len(parts) == 1 and chosen is None:
-        return parts[0]  # memory-mapped as it is
-    ids, lengths, context_lengths = [], [], []
-    for part, indices in zip(parts, chosen or [None] * len(parts), strict=True):
-        arrays = part.arrays
-        if indices is None:
-            ids.append(arrays.ids)
-            lengths.append(part.lengths)
-            context_lengths.append(arrays.context_lengths)
-        else:
-            ids += [arrays.ids[arrays.offsets[row] : arrays.offsets[row + 1]] for row in indices]
-            lengths.append(part.lengths[list(indices)])
-            context_lengths.append(arrays.context_lengths[list(indices)])
-    offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths)))).astype(np.int64)
-    return TokenDataset(TokenArrays(np.concatenate(ids), offsets, np.concatenate(context_lengths)))

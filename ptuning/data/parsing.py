@@ -1,7 +1,7 @@
 """Step 1 of 5: a data file to rows as they stand, or `file:line: what is wrong`.
 
 JSON may be one array, one object per line (ADGEN's .json files are the latter) or an object that
-holds all rows; delimited.py reads CSV, and parquet.py Parquet. A fault is yielded and not raised,
+holds all rows; tables.py reads CSV and Parquet. A fault is yielded and not raised,
 so that a caller may stop there or go on with the other lines.
 """
 
@@ -15,23 +15,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptuning.data import json_document
-from ptuning.data.container import (
+from ptuning.data.raw_file import (
     DELIMITED_SUFFIXES,
+    MARK,
+    MARKS,
     PARQUET_MAGIC,
     PARQUET_SUFFIX,
+    TEXT_NAMES,
     TEXT_SUFFIX,
+    TURN_NAMES,
+    UTF_8,
+    DataError,
+    DecodedText,
+    RawRow,
+    Skipped,
+    decode_text,
     read_contents,
+    say_encoding_fault,
+    shown,
 )
-from ptuning.data.parquet import open_parquet, read_parquet
-from ptuning.data.raw_file import UTF_8, DecodedText, decode_text, say_encoding_fault
-from ptuning.data.raw_row import MARK, MARKS, DataError, Row, Skipped, shown
-from ptuning.data.tables import read_delimited, read_header
+from ptuning.data.tables import open_parquet, read_delimited, read_header, read_parquet
 
 _LINES_CURE = "write one whole object per line, or one array of objects."
 _BLANK = re.compile(rf"[ \t\r\n{MARK}]*")
 _EMPTY_ARRAY = re.compile(rf"\[{_BLANK.pattern}\]")
-Reader = Callable[[Skipped], Iterator[Row | DataError]]
+Reader = Callable[[Skipped], Iterator[RawRow | DataError]]
 
 
 @dataclass
@@ -58,7 +66,7 @@ class DataFile:
         """How many places there are, for a progress bar; None where only reading tells."""
         return self.decoded.text.count("\n") + 1 if self.unit == "line" else self.num_rows
 
-    def rows(self) -> Iterator[Row | DataError]:
+    def rows(self) -> Iterator[RawRow | DataError]:
         """Yield the rows as they stand; a fault is yielded, and the rows after it follow."""
         self.skipped.clear()
         return self.read(self.skipped)
@@ -165,7 +173,7 @@ def _open_object(file: DataFile) -> None:
         value, end = None, _end_of_value(text, start)  # the reader says what is wrong
     is_whole = _skip_blank(text, end) == len(text)
     try:
-        found = json_document.find_rows(value) if is_whole and isinstance(value, dict) else None
+        found = find_rows(value) if is_whole and isinstance(value, dict) else None
     except ValueError as error:
         raise DataError(file.path, None, str(error)) from error
     if found is not None:
@@ -177,7 +185,7 @@ def _open_object(file: DataFile) -> None:
         file.read = partial(_read_values, file.path, text, file.unit)
 
 
-def _read_lines(path: Path, text: str, skipped: Skipped) -> Iterator[Row | DataError]:
+def _read_lines(path: Path, text: str, skipped: Skipped) -> Iterator[RawRow | DataError]:
     """Yield one object per line; blank lines are skipped."""
     decode = DECODER.raw_decode
     number, end_of_line = 0, -1
@@ -195,14 +203,14 @@ def _read_lines(path: Path, text: str, skipped: Skipped) -> Iterator[Row | DataE
         except (ValueError, RecursionError):
             value, end = None, -1
         if end == len(bare) and isinstance(value, dict):
-            yield Row(number, value)
+            yield RawRow(number, value)
         else:
             yield from _read_odd_line(path, number, line, skipped)
 
 
 def _read_odd_line(
     path: Path, number: int, line: str, skipped: Skipped
-) -> Iterator[Row | DataError]:
+) -> Iterator[RawRow | DataError]:
     """Yield what is wrong with a line, or its row without a byte order mark before it."""
     bare = line.lstrip(f" \t\r{MARK}")
     margin = len(line) - len(bare)
@@ -219,19 +227,21 @@ def _read_odd_line(
     except ValueError as error:
         yield DataError(path, number, str(error))
     else:
-        yield Row(number, value) if isinstance(value, dict) else _no_row(path, number, value)
+        yield RawRow(number, value) if isinstance(value, dict) else _no_row(path, number, value)
 
 
-def _read_document(path: Path, rows: list[Any], skipped: Skipped) -> Iterator[Row | DataError]:
+def _read_document(path: Path, rows: list[Any], skipped: Skipped) -> Iterator[RawRow | DataError]:
     """Yield the rows that one object holds. Nothing is ever left out."""
     for number, value in enumerate(rows, start=1):
         if isinstance(value, dict):
-            yield Row(number, value, "row")
+            yield RawRow(number, value, "row")
         else:
             yield _no_row(path, number, value, "row")
 
 
-def _read_values(path: Path, text: str, unit: str, skipped: Skipped) -> Iterator[Row | DataError]:
+def _read_values(
+    path: Path, text: str, unit: str, skipped: Skipped
+) -> Iterator[RawRow | DataError]:
     """Yield the objects of one array, or of several one after another that take lines each.
 
     Broken syntax ends them: where the next one begins is not known any more.
@@ -273,7 +283,7 @@ def _read_values(path: Path, text: str, unit: str, skipped: Skipped) -> Iterator
             before = _end_of_value(text, index)
         else:
             is_row = isinstance(value, dict)
-            yield Row(place, value, unit) if is_row else _no_row(path, place, value, unit)
+            yield RawRow(place, value, unit) if is_row else _no_row(path, place, value, unit)
         if is_array and text.startswith(",", before):
             found = match_blank(text, before + 1)
             index = found.end() if found else before + 1
@@ -404,3 +414,107 @@ def kind_of(value: Any) -> str:
         return "null"
     names = {bool: "true or false", dict: "an object", list: "a list", str: "a string or a number"}
     return next(name for kind, name in names.items() if isinstance(value, kind))
+
+
+# A list under one of these is a field of a row, and the object is that row.
+_TURN_FIELDS = {*TURN_NAMES}
+# So is a list, or an object, next to one of these.
+_TEXT_FIELDS = {*TEXT_NAMES, "text"}
+_INDEX = re.compile(r"-?\d+(\.\d+)?")
+
+
+def find_rows(document: dict[str, Any]) -> tuple[list[Any], str] | None:
+    """Return the rows of an object, and a note of how they stood; None where it is one row.
+
+    ValueError where it holds several lists of rows.
+
+    >>> find_rows({"content": {"0": "a", "1": "b"}})
+    ([{'content': 'a'}, {'content': 'b'}], 'columns, not rows: read as 2 rows')
+    >>> find_rows({"messages": [{"role": "user", "content": "a"}]}) is None
+    True
+    """
+    if any(
+        name.strip().lower() in _TURN_FIELDS and isinstance(value, list)
+        for name, value in document.items()
+    ):
+        return None
+    values = list(document.values())
+    if values and all(isinstance(value, dict) and value for value in values):
+        return _from_objects(document)
+    if values and all(isinstance(value, list) for value in values):
+        sizes = {len(value) for value in values}
+        is_columns = any(not _holds_objects(value) for value in values)
+        if is_columns and len(sizes) == 1 and not _is_split(document):
+            cells = zip(*values, strict=True)
+            return _as_columns([dict(zip(document, row, strict=True)) for row in cells])
+    if _is_split(document):
+        names = document["columns"]
+        rows = [
+            dict(zip(names, cells, strict=True)) if len(cells) == len(names) else cells
+            for cells in document["data"]
+        ]
+        return _as_columns(rows)
+    return _under_name(document)
+
+
+def _from_objects(document: dict[str, dict[str, Any]]) -> tuple[list[Any], str] | None:
+    """Read an object of objects: columns by index, or rows by index or by a name of their own."""
+    parts = list(document.values())
+    if all(_INDEX.fullmatch(key) for key in document):
+        return _by_key(parts)
+    if all(_INDEX.fullmatch(key) for part in parts for key in part):
+        indices = dict.fromkeys(key for part in parts for key in part)
+        return _as_columns(
+            [
+                {name: part[index] for name, part in document.items() if index in part}
+                for index in indices
+            ]
+        )
+    same = len(parts) > 1 and all(part.keys() == parts[0].keys() for part in parts)
+    return _by_key(parts) if same and len(parts[0]) > 1 and not _text_fields(document) else None
+
+
+def _under_name(document: dict[str, Any]) -> tuple[list[Any], str] | None:
+    """Read the one list of objects in a document; values next to it describe the file."""
+    lists = [name for name, value in document.items() if _holds_objects(value)]
+    if not lists or _text_fields(document):
+        return None
+    if len(lists) > 1:
+        raise ValueError(
+            f"several lists of rows: {', '.join(map(shown, lists))}; save each in its own file."
+        )
+    rows = document[lists[0]]
+    return rows, f"rows under {shown(lists[0])}: read as {_count(rows)}"
+
+
+def _is_split(document: dict[str, Any]) -> bool:
+    """Tell orient="split": names of columns, and a list of the cells of each row."""
+    names, data = document.get("columns"), document.get("data")
+    return (
+        isinstance(names, list)
+        and isinstance(data, list)
+        and all(isinstance(name, str) for name in names)
+        and len(set(names)) == len(names)
+        and bool(data)
+        and all(isinstance(cells, list) for cells in data)
+    )
+
+
+def _text_fields(document: dict[str, Any]) -> list[str]:
+    return [name for name in document if name.lower() in _TEXT_FIELDS]
+
+
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _as_columns(rows: list[Any]) -> tuple[list[Any], str]:
+    return rows, f"columns, not rows: read as {_count(rows)}"
+
+
+def _by_key(rows: list[Any]) -> tuple[list[Any], str]:
+    return rows, f"rows under their keys: read as {_count(rows)}"
+
+
+def _count(rows: list[Any]) -> str:
+    return f"{len(rows):,} row{'s' * (len(rows) != 1)}"

@@ -5,11 +5,205 @@ file is checked in one go and then converted. Bytes that fit GBK and Big5 are re
 read in both is shown, since only a reader can tell.
 """
 
+import glob
+import gzip
+import json
 import re
 import shlex
+import zlib
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+# Usual names of columns, most usual first, lower case.
+PROMPT_NAMES = (
+    *("content", "prompt", "question", "instruction", "query", "input"),
+    *("问题", "提问", "指令", "输入"),
+)
+RESPONSE_NAMES = (
+    *("summary", "response", "answer", "output", "completion", "target"),
+    *("答案", "回答", "回复", "输出", "摘要"),
+)
+INPUT_NAMES = ("input", "context", "输入")  # what an instruction is about: Alpaca, Dolly
+INSTRUCTION_NAMES = ("instruction", "指令")
+HISTORY, SYSTEM, TOOLS = "history", "system", "tools"
+CONVERSATION_NAMES = ("messages", "conversations")
+LIMA_NAMES = ("conversations", "conversation")  # whose turns may be texts without a speaker
+DIALOGUE_NAMES = ("conversation", "dialogue", "dialog", "paragraph", "turns")  # texts or turns
+TURN_NAMES = (*CONVERSATION_NAMES, *DIALOGUE_NAMES, HISTORY)
+TEXT_NAMES = (*PROMPT_NAMES, *RESPONSE_NAMES, *INPUT_NAMES)
+# What a reader passes over, by kind, with the places: repeated headers and byte order marks.
+Skipped = defaultdict[str, list[int]]
+MARK = "\ufeff"
+MARKS = "byte order mark"  # a kind of Skipped
+
+
+class DataError(ValueError):
+    """A fault in a data file; its text is `file:line: what is wrong, what is needed`."""
+
+    def __init__(
+        self, path: Path | str, line: int | None, message: str, unit: str = "line"
+    ) -> None:
+        """Keep the place next to the message; line is None if the whole file is meant.
+
+        unit is "row" where line is the number of a row, from 1.
+        """
+        self.path = Path(path)
+        self.line = line
+        self.unit = unit
+        self.message = message
+        place = f"{path}"
+        if line is not None:
+            place += f":{line}" if unit == "line" else f", {unit} {line}"
+        super().__init__(f"{place}: {message}")
+
+
+class RawRow(NamedTuple):
+    """One row: the line it begins on, and its columns.
+
+    line is a row number, from 1, where unit is "row": rows there have no lines of their own.
+    """
+
+    line: int
+    columns: dict[str, Any]
+    unit: str = "line"
+
+    def fault(self, path: Path | str, message: str) -> DataError:
+        """Return the error for something wrong in this row."""
+        return DataError(path, self.line, message, self.unit)
+
+
+def shown(name: str) -> str:
+    r"""Return a name of a column in quotes, on one line.
+
+    >>> shown("a\nb")
+    '"a\\nb"'
+    """
+    return json.dumps(name, ensure_ascii=False)
+
+
+JSON_SUFFIXES = (".json", ".jsonl")
+DELIMITED_SUFFIXES = (".csv", ".tsv")
+TEXT_SUFFIX = ".txt"  # JSON or delimited fields
+PARQUET_SUFFIX = ".parquet"
+PARQUET_MAGIC = b"PAR1"
+_SUFFIXES = (*JSON_SUFFIXES, *DELIMITED_SUFFIXES, TEXT_SUFFIX, PARQUET_SUFFIX)
+_GZIP_SUFFIX = ".gz"
+_GZIP_MAGIC = b"\x1f\x8b"
+_HEAD_BYTES = 512
+_SAVE_SHEET = 'save the sheet as "CSV UTF-8" and give that file'
+
+# (pattern of the first bytes, what the file is, what to do about it); {file} is its quoted path
+_FOREIGN = [
+    (re.compile(pattern, re.DOTALL | re.IGNORECASE), noun, cure)
+    for pattern, noun, cure in (
+        (
+            rb"PK\x03\x04.{26,60}(\[Content_Types\]|docProps/|xl/|_rels/|mimetypeapplication/vnd)",
+            "an Office file",
+            _SAVE_SHEET,
+        ),
+        (rb"PK(\x03\x04|\x05\x06)", "a zip archive", "type: unzip {file}"),
+        (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office file of the old kind", _SAVE_SHEET),
+        (rb"BZh[1-9]1AY&SY", "packed with bzip2", "type: bzip2 -dk {file}"),
+        (rb"\xfd7zXZ\x00", "packed with xz", "type: xz -dk {file}"),
+        (rb"\x28\xb5\x2f\xfd", "packed with zstd", "type: zstd -d {file}"),
+        (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "type: 7z x {file}"),
+        (rb"Rar!\x1a\x07", "a rar archive", "type: unrar x {file}"),
+        (rb".{257}ustar", "a tar archive", "type: tar xf {file}"),
+        (rb"%PDF-", "a PDF", "give the table that it was made from"),
+        (
+            rb"version https://git-lfs",
+            "a git-lfs pointer, not the data",
+            "type: git lfs pull",
+        ),
+        (
+            rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)\b",
+            "a web page, not data",
+            "download the raw file",
+        ),
+    )
+]
+
+
+class Contents(NamedTuple):
+    """The bytes of a file, unpacked, and the ending that says how they are written."""
+
+    content: bytes
+    suffix: str
+    is_gzip: bool
+
+
+def read_contents(path: Path) -> Contents:
+    """Read a whole file; DataError where it cannot be read or holds no rows of text."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] == _GZIP_SUFFIX:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            head = file.read(_HEAD_BYTES)
+            _refuse_foreign(path, head)
+            if suffix not in _SUFFIXES:
+                raise DataError(path, None, _say_unknown(path, suffix))
+            file.seek(0)
+            content = file.read()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    is_gzip = head.startswith(_GZIP_MAGIC)
+    if is_gzip:
+        content = _unpack(path, content)
+        if content.startswith(_GZIP_MAGIC):
+            raise DataError(path, None, f"packed with gzip twice; type: gunzip {_quoted(path)}")
+        _refuse_foreign(path, content[:_HEAD_BYTES])
+    return Contents(content, suffix, is_gzip)
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """Return the DataError for a file that the operating system does not let be read."""
+    if path.is_dir():
+        return DataError(
+            path, None, f"cannot be read: it is a folder; give its files, such as '{path}/*.jsonl'."
+        )
+    if glob.has_magic(str(path)):
+        return DataError(path, None, f"no file matches this pattern, seen from {Path.cwd()}.")
+    return DataError(
+        path,
+        None,
+        f"cannot be read ({error.strerror}) at {path.absolute()}; check the path and its "
+        "permissions.",
+    )
+
+
+def _refuse_foreign(path: Path, head: bytes) -> None:
+    for pattern, noun, cure in _FOREIGN:
+        if pattern.match(head):
+            raise DataError(path, None, f"{noun}; {cure.format(file=_quoted(path))}")
+
+
+def _say_unknown(path: Path, suffix: str) -> str:
+    known = f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
+    if path.suffix.lower() == _GZIP_SUFFIX:
+        return (
+            f"the ending {suffix or '(none)'} before .gz is unknown; use {known} there, as in "
+            "rows.jsonl.gz."
+        )
+    return f"the ending {suffix or '(none)'} is unknown; use {known}, also with .gz behind it."
+
+
+def _unpack(path: Path, content: bytes) -> bytes:
+    try:
+        return gzip.decompress(content)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        broken = "ends too early" if isinstance(error, EOFError) else f"is broken ({error})"
+        raise DataError(
+            path, None, f"packed with gzip, and the archive {broken}; download or copy it again."
+        ) from error
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
 
 UTF_8 = "UTF-8"
 GBK = "GBK"

@@ -24,7 +24,7 @@ from ptuning.data.formats import (
 )
 from ptuning.data.parsing import DataFile, encoding_fault, open_data, parse_json
 from ptuning.data.prompts import RowFormat, TextRow
-from ptuning.data.raw_row import (
+from ptuning.data.raw_file import (
     HISTORY,
     INPUT_NAMES,
     PROMPT_NAMES,
@@ -33,7 +33,7 @@ from ptuning.data.raw_row import (
     TOOLS,
     TURN_NAMES,
     DataError,
-    Row,
+    RawRow,
 )
 
 # Columns that belong to a prompt where they are filled, and columns that never do.
@@ -52,7 +52,7 @@ MOST_PLACES = 5
 
 
 @dataclass
-class Rows:
+class FileRows:
     """What a file held: the rows kept, and what was left out of them and why.
 
     num_read counts rows of the file. A place is a line, or the number of a row where unit is "row".
@@ -64,7 +64,7 @@ class Rows:
     layout: Layout
     unit: str
     kept: list[TextRow] = field(default_factory=list)
-    sources: list[Row] = field(default_factory=list)
+    sources: list[RawRow] = field(default_factory=list)
     num_read: int = 0
     dropped: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     unused: dict[str, int] = field(default_factory=dict)
@@ -144,7 +144,7 @@ def read_rows(
     max_rows: int | None = None,
     for_training: bool = True,
     strict: bool = True,
-) -> Rows:
+) -> FileRows:
     """Read and check the rows of a file; open_data says which kinds of file.
 
     max_rows stops after that many rows of the file, dropped ones included; None reads all.
@@ -166,7 +166,7 @@ def read_rows(
             raise
         said = f"{error.message} They are taken from line {file.header_line}."
         raise type(error)(path, None, said) from error
-    rows = Rows(layout, file.unit, num_read=len(raw_rows) + len(faults), notes=file.notes)
+    rows = FileRows(layout, file.unit, num_read=len(raw_rows) + len(faults), notes=file.notes)
     for fault in faults:
         rows.dropped[fault.message].append(fault.line or 1)
     rows.unused = count_unused(raw_rows, layout)
@@ -195,15 +195,15 @@ def read_rows(
 
 def _raw_rows(
     file: DataFile, max_rows: int | None, *, strict: bool
-) -> tuple[list[Row], list[DataError]]:
+) -> tuple[list[RawRow], list[DataError]]:
     """Return the rows as they are and, unless strict, the faults between them."""
     fault = encoding_fault(file)
     if fault is not None:
         raise fault
-    rows: list[Row] = []
+    rows: list[RawRow] = []
     faults: list[DataError] = []
     for item in file.rows():
-        if isinstance(item, Row):
+        if isinstance(item, RawRow):
             rows.append(item)
         elif strict:
             raise item
@@ -216,7 +216,7 @@ def _raw_rows(
     return rows, faults
 
 
-def count_unused(rows: Sequence[Row], layout: Layout) -> dict[str, int]:
+def count_unused(rows: Sequence[RawRow], layout: Layout) -> dict[str, int]:
     """Return the columns that are not used and filled in some rows, with the number of those.
 
     What the row contract has next to prompt, response and history is not meant to be used.
@@ -242,7 +242,7 @@ def is_contract(columns: dict[str, Any]) -> bool:
     return isinstance(row_id, str) and isinstance(source, str) and isinstance(meta, dict)
 
 
-def _unused_in_turns(row: Row, column: str) -> set[str]:
+def _unused_in_turns(row: RawRow, column: str) -> set[str]:
     """Return what the turns of a conversation hold besides speaker and text, as `column.key`."""
     turns = row.columns.get(column)
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # as in CSV
@@ -262,7 +262,7 @@ def _is_filled(value: Any) -> bool:
 
 
 def find_left_out(
-    rows: Sequence[TextRow], sources: Sequence[Row], unused: Iterable[str], layout: Layout
+    rows: Sequence[TextRow], sources: Sequence[RawRow], unused: Iterable[str], layout: Layout
 ) -> LeftOut | None:
     """Return the unused column that most rows with a repeated prompt differ in; None without any.
 
@@ -303,7 +303,7 @@ def _flags_that_use(column: str, layout: Layout) -> str:
     return " ".join(f"--{role}_column {quote(named[role])}" for role in roles if role in named)
 
 
-def _is_text(rows: Sequence[Row], name: str) -> bool:
+def _is_text(rows: Sequence[RawRow], name: str) -> bool:
     """Say whether most values are text, and no numbers, names or ids, which hold no white space."""
     values = [value for row in rows if _is_filled(value := row.columns.get(name))]
     texts = [

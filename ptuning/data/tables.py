@@ -6,12 +6,15 @@ before it.
 
 import csv
 import io
+import math
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ptuning.data.raw_row import MARK, MARKS, DataError, Row, Skipped, shown
+from ptuning.data.raw_file import MARK, MARKS, DataError, RawRow, Skipped, shown
 
 DELIMITERS = {
     ",": "commas",
@@ -118,7 +121,7 @@ def _check_names(path: Path, line: int, names: list[str], first: int) -> None:
 
 def read_delimited(
     path: Path, text: str, header: Header, skipped: Skipped
-) -> Iterator[Row | DataError]:
+) -> Iterator[RawRow | DataError]:
     """Yield the rows under the header; a record that repeats the header is left out."""
     begins_record = True
 
@@ -170,7 +173,7 @@ def read_delimited(
             if nameless:
                 del columns[header.names[0]]
             is_empty = False
-            yield Row(number, columns)
+            yield RawRow(number, columns)
     if is_empty:
         cure = "write one row per line under it."
         yield DataError(path, header.line, f"no rows, the header alone; {cure}")
@@ -185,3 +188,82 @@ def _say_broken(error: csv.Error, delimiter: str) -> str:
             'quote inside a field as "".'
         )
     return f"broken {kind}: {error}; put quotes around fields with {noun} or quotes."
+
+
+def open_parquet(path: Path, content: bytes) -> Any:
+    """Return pyarrow's ParquetFile; DataError where there is none, or no pyarrow."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            path,
+            None,
+            "a Parquet file, which only pyarrow can read; type: "
+            f"{sys.executable} -m pip install pyarrow",
+        ) from error
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        names = Counter(file.schema_arrow.names)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(path, None, _say_fault(error)) from error
+    for name, count in names.items():
+        if count > 1:
+            raise DataError(
+                path, None, f"two columns are named {shown(name)}; rename or delete one."
+            )
+    return file
+
+
+def read_parquet(path: Path, content: bytes, skipped: Skipped) -> Iterator[RawRow | DataError]:
+    """Yield the rows; a broken part of the file ends them. Nothing is ever left out."""
+    import pyarrow
+
+    number = 0
+    batches = open_parquet(path, content).iter_batches()
+    while True:
+        try:
+            batch = next(batches, None)
+            if batch is None:
+                return
+            columns = [
+                # Python's datetime has no nanoseconds, which pandas writes by default.
+                column.cast(pyarrow.string()) if pyarrow.types.is_timestamp(column.type) else column
+                for column in batch.columns
+            ]
+            rows = pyarrow.record_batch(columns, names=batch.schema.names).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            yield DataError(path, number + 1, _say_fault(error), "row")
+            return
+        for row in rows:
+            number += 1
+            try:
+                yield RawRow(number, {name: _as_json(value) for name, value in row.items()}, "row")
+            except ValueError as error:
+                yield DataError(path, number, str(error), "row")
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as parsing.DECODER would; ValueError says what has no such form."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise ValueError("an infinite number; write a finite one, or leave the cell empty.")
+        return None if math.isnan(value) else repr(value)
+    if isinstance(value, dict):
+        return {str(name): _as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    if isinstance(value, bytes):  # text without its annotation, as older writers leave it
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError("bytes that are not text in UTF-8; leave the column out.") from error
+    return str(value)
+
+
+def _say_fault(error: Exception) -> str:
+    """Return pyarrow's message on one line."""
+    what = " ".join(str(error).split())
+    return f"a Parquet file that cannot be read ({what}); download or write it again."

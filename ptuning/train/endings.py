@@ -20,7 +20,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from ptuning.data.raw_row import DataError
+from ptuning.data.raw_file import DataError
 from ptuning.train.fit import Workload, free_bytes, memory_savers
 from ptuning.train.guards import BadStepsError
 from ptuning.train.processes import is_lost_peer, num_launched, process_name

@@ -16,14 +16,16 @@ from ptuning.data.dataset import (
     GenerationRow,
     NoRows,
     TokenDataset,
+    join_rows,
     load_generation_dataset,
     load_training_dataset,
+    mix_rows,
 )
 from ptuning.data.formats import UnknownColumns
 from ptuning.data.general import GeneralPrompts, find_general_prompts, read_general_prompts
-from ptuning.data.mixing import FORM, join_rows, mix_rows, parse_mix
+from ptuning.data.mixing import FORM, parse_mix
 from ptuning.data.prompts import RowFormat
-from ptuning.data.raw_row import DataError
+from ptuning.data.raw_file import DataError
 from ptuning.data.reading import LeftOut
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.train.processes import num_processes

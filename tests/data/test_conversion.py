@@ -20,7 +20,7 @@ from ptuning.data.conversion import (
 )
 from ptuning.data.parsing import write_json
 from ptuning.data.prompts import RowFormat, TextRow, build_rounds
-from ptuning.data.raw_row import DataError
+from ptuning.data.raw_file import DataError
 from ptuning.data.reading import read_rows
 
 # file, rows of the file, rows converted; read_rows says the same of them

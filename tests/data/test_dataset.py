@@ -1,24 +1,35 @@
 """Files to datasets: rows, the summary a user reads, and the cache between runs."""
 
+import gc
 import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ptuning.data import dataset as dataset_module
 from ptuning.data.collation import pad_right
 from ptuning.data.dataset import (
     DataSummary,
+    TokenArrays,
     TokenDataset,
+    cache_path,
+    collector_paused,
+    default_cache_dir,
     load_generation_dataset,
+    load_tokens,
     load_training_dataset,
+    mix_rows,
+    save_tokens,
 )
-from ptuning.data.prompts import RowFormat, TextRow, to_example
-from ptuning.data.raw_row import DataError
+from ptuning.data.prompts import Example, RowFormat, TextRow, to_example
+from ptuning.data.raw_file import DataError
 from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.tunings.loading import NANO_DIR
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example
 
 ROWS = [
@@ -284,3 +295,233 @@ def test_the_real_rows_have_the_published_lengths(
     assert len(dataset) == 5001
     assert summary.answers_cut / summary.num_kept == pytest.approx(0.54, abs=0.005)
     assert summary.longest == 128
+
+
+# The token cache
+
+ARRAYS = TokenArrays(
+    ids=np.array([5, 6, 7, 8, 9], dtype=np.int32),
+    offsets=np.array([0, 3, 5], dtype=np.int64),
+    context_lengths=np.array([1, 1], dtype=np.int32),
+)
+NOTES = {"num_read": 3, "dropped": {'empty "答"': 1}}
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "tokens.safetensors"
+    assert save_tokens(path, ARRAYS, NOTES)
+    loaded = load_tokens(path)
+    assert loaded is not None
+    arrays, notes = loaded
+    for array, original in zip(arrays, ARRAYS, strict=True):
+        assert array.dtype == original.dtype
+        assert array.tolist() == original.tolist()
+    assert notes == NOTES
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing unfinished
+
+
+def test_loaded_arrays_are_mapped_not_read(tmp_path: Path) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux lists what is mapped")
+    path = tmp_path / "tokens.safetensors"
+    save_tokens(path, ARRAYS, NOTES)
+    loaded = load_tokens(path)
+    assert loaded is not None
+    assert str(path) in maps.read_text(encoding="utf-8")
+
+
+def test_saving_again_replaces_a_file_that_is_in_use(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.safetensors"
+    save_tokens(path, ARRAYS, NOTES)
+    loaded = load_tokens(path)
+    longer = ARRAYS._replace(ids=np.array([1, 2, 3, 4, 5], dtype=np.int32))
+    assert save_tokens(path, longer, NOTES)
+    assert loaded is not None
+    assert loaded[0].ids.tolist() == ARRAYS.ids.tolist()  # the open one keeps its content
+
+
+def test_no_file_is_no_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load_tokens(tmp_path / "none.safetensors") is None
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -1])
+def test_a_cut_file_is_announced_and_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keep: int
+) -> None:
+    path = tmp_path / "tokens.safetensors"
+    save_tokens(path, ARRAYS, NOTES)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert load_tokens(path) is None
+    assert f"the token cache {path} is broken" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"offsets": np.array([0, 3, 6], dtype=np.int64)},
+        {"offsets": np.array([0, 3, 3, 5], dtype=np.int64)},
+        {"offsets": np.array([1, 3, 5], dtype=np.int64)},
+        {"offsets": np.array([0, 5], dtype=np.int64)},
+        {"context_lengths": np.array([1, 2], dtype=np.int32)},
+        {"context_lengths": np.array([-1, 1], dtype=np.int32)},
+        {"ids": np.array([5, 6, 7, 8, -9], dtype=np.int32)},
+        {"ids": np.array([5, 6, 7, 8, 9], dtype=np.int64)},
+        {"ids": np.zeros((5, 1), dtype=np.int32)},
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict
+) -> None:
+    path = tmp_path / "tokens.safetensors"
+    save_tokens(path, ARRAYS._replace(**changes), NOTES)
+    assert load_tokens(path) is None
+    assert "is broken" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_announced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert not save_tokens(tmp_path / "file" / "tokens.safetensors", ARRAYS, NOTES)
+    assert "the next run tokenises again" in caplog.text
+    assert "PTUNING_CACHE" in caplog.text
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run_out(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ptuning.storage.os.fsync", run_out)
+    assert not save_tokens(tmp_path / "tokens.safetensors", ARRAYS, NOTES)
+    assert list(tmp_path.iterdir()) == []
+    assert "No space left" in caplog.text
+
+
+def test_every_setting_has_its_own_file(tmp_path: Path) -> None:
+    settings = {"file": "a", "recipe": "corrected", "max_rows": None}
+    paths = {
+        cache_path(tmp_path, "train", settings),
+        cache_path(tmp_path, "train", dict(reversed(settings.items()))),
+    }
+    assert len(paths) == 1
+    for key in settings:
+        paths.add(cache_path(tmp_path, "train", {**settings, key: "other"}))
+    assert len(paths) == 4
+
+
+def test_the_folder_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PTUNING_CACHE", str(tmp_path))
+    assert default_cache_dir() == tmp_path
+    monkeypatch.delenv("PTUNING_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert default_cache_dir() == tmp_path / ".cache" / "ptuning" / "tokens"
+
+
+# The garbage collector
+
+
+def test_it_rests_inside_and_works_again_after() -> None:
+    assert gc.isenabled()
+    with collector_paused():
+        assert not gc.isenabled()
+        with collector_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled(), "an inner block must not wake what an outer one stilled"
+    assert gc.isenabled()
+
+
+def test_it_works_again_after_an_error() -> None:
+    with pytest.raises(KeyError), collector_paused():
+        raise KeyError
+    assert gc.isenabled()
+
+
+def test_it_stays_off_where_it_was_off() -> None:
+    gc.disable()
+    try:
+        with collector_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_it_rests_while_both_kinds_of_rows_are_tokenised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text('{"content": "类型#裤", "summary": "宽松的裤子"}\n', encoding="utf-8")
+    seen: list[bool] = []
+
+    def spied(*arguments: Any, **options: Any) -> Example:
+        seen.append(gc.isenabled())
+        return to_example(*arguments, **options)
+
+    monkeypatch.setattr(dataset_module, "to_example", spied)
+    tokenizer = ChatGLMTokenizer.from_pretrained(NANO_DIR)
+    row_format = RowFormat(prompt_column="content", response_column="summary")
+    cache = tmp_path / "cache"
+    load_training_dataset(file, tokenizer, row_format, cache_dir=cache, show_progress=False)
+    load_generation_dataset(file, tokenizer, row_format, show_progress=False)
+    assert seen == [False, False]
+    assert gc.isenabled()
+
+
+def test_a_file_that_is_refused_leaves_it_on(tmp_path: Path) -> None:
+    tokenizer = ChatGLMTokenizer.from_pretrained(NANO_DIR)
+    with pytest.raises(DataError):
+        load_generation_dataset(
+            tmp_path / "none.json",
+            tokenizer,
+            RowFormat(prompt_column="content", response_column=None),
+        )
+    assert gc.isenabled()
+
+
+# Mixing
+
+
+def dataset(count: int, first_id: int) -> TokenDataset:
+    """Rows of 3, 4, 5, ... tokens; every token of row i is first_id + i."""
+    lengths = np.arange(count) + 3
+    ids = np.repeat(first_id + np.arange(count), lengths).astype(np.int32)
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    return TokenDataset(TokenArrays(ids, offsets, np.ones(count, dtype=np.int32)))
+
+
+def names(rows: TokenDataset) -> list[int]:
+    return [int(rows[index]["input_ids"][0]) for index in range(len(rows))]
+
+
+@pytest.mark.parametrize(("share", "general"), [(0.2, 2), (0.5, 8), (0.75, 24), (0.01, 1)])
+def test_the_ratio_is_the_share_of_all_rows(share, general):
+    mixed = mix_rows(dataset(8, 100), dataset(5, 200), share=share, seed=1)
+    assert len(mixed) == 8 + general
+    assert names(mixed)[:8] == list(range(100, 108))
+    taken = np.bincount(np.array(names(mixed)[8:]) - 200, minlength=5)
+    assert taken.max() - taken.min() <= 1  # none again before all were taken
+
+
+def test_rows_keep_their_tokens_labels_and_lengths():
+    task, general = dataset(4, 100), dataset(3, 200)
+    mixed = mix_rows(task, general, share=0.6, seed=3)
+    assert len(mixed) == 10
+    for index in range(len(mixed)):
+        name = names(mixed)[index]
+        source = task[name - 100] if name < 200 else general[name - 200]
+        assert mixed[index]["input_ids"].equal(source["input_ids"])
+        assert mixed[index]["labels"].equal(source["labels"])
+    assert mixed.arrays.ids.dtype == np.int32
+    assert mixed.lengths.sum() == len(mixed.arrays.ids)
+
+
+def test_the_seed_decides_which_rows():
+    task, general = dataset(8, 100), dataset(50, 200)
+    draws = [names(mix_rows(task, general, share=0.5, seed=seed)) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]

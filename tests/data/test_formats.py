@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ptuning.data.formats import Layout, UnknownColumns
 from ptuning.data.prompts import RowFormat
-from ptuning.data.raw_row import DataError
-from ptuning.data.reading import Rows, as_places, find_files, read_rows
+from ptuning.data.raw_file import DataError
+from ptuning.data.reading import FileRows, as_places, find_files, read_rows
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -20,12 +20,12 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def read(tmp_path: Path, *rows: dict, for_training: bool = True, **settings: Any) -> Rows:
+def read(tmp_path: Path, *rows: dict, for_training: bool = True, **settings: Any) -> FileRows:
     path = write(tmp_path / "rows.jsonl", list(rows))
     return read_rows(path, RowFormat(**settings), for_training=for_training)
 
 
-def contents(rows: Rows) -> list[tuple]:
+def contents(rows: FileRows) -> list[tuple]:
     return [(row.prompt, row.response, row.history) for row in rows.kept]
 
 

@@ -10,7 +10,7 @@ from ptuning.data.general import (
     find_general_prompts,
     read_general_prompts,
 )
-from ptuning.data.raw_row import DataError
+from ptuning.data.raw_file import DataError
 from ptuning.nano.corpus import general_text, sample_general_prompts
 from ptuning.tunings.loading import NANO_DIR
 

@@ -18,7 +18,7 @@ import pytest
 from ptuning.data.conversion import convert_file
 from ptuning.data.parsing import DataFile, encoding_fault, open_data
 from ptuning.data.prompts import RowFormat
-from ptuning.data.raw_row import DataError, Row
+from ptuning.data.raw_file import DataError, RawRow
 from ptuning.data.reading import read_rows
 
 ROWS = [{"content": "甲", "summary": "一"}, {"content": "乙", "summary": "二"}]
@@ -36,7 +36,7 @@ def read(path: Path, content: str | bytes) -> tuple[DataFile, list[Any], list[st
     file = open_data(save(path, content))
     items = list(file.rows())
     faults = [str(item).removeprefix(str(path)) for item in items if isinstance(item, DataError)]
-    return file, [item.columns for item in items if isinstance(item, Row)], faults
+    return file, [item.columns for item in items if isinstance(item, RawRow)], faults
 
 
 def refusal(path: Path, content: str | bytes) -> str:
@@ -397,7 +397,7 @@ def test_a_usual_mistake_is_named(tmp_path: Path, name: str, content: str, words
 )
 def test_a_table_is_read_by_the_delimiter_that_its_rows_have(tmp_path: Path, content: str) -> None:
     rows = list(open_data(save(tmp_path / "a.csv", content)).rows())
-    assert [list(row.columns.values()) for row in rows if isinstance(row, Row)] == [["q", "a"]]
+    assert [list(row.columns.values()) for row in rows if isinstance(row, RawRow)] == [["q", "a"]]
     assert len(rows) == 1
 
 
@@ -573,7 +573,7 @@ def test_any_bytes_yield_rows_or_a_located_fault(tmp_path: Path) -> None:
         if number % 8 == 0:
             content = rng.randbytes(rng.randrange(80))
         path = save(tmp_path / f"any{rng.choice(suffixes)}", content)
-        items: list[Row | DataError]
+        items: list[RawRow | DataError]
         try:
             file = open_data(path)
         except DataError as error:
@@ -582,7 +582,7 @@ def test_any_bytes_yield_rows_or_a_located_fault(tmp_path: Path) -> None:
         else:
             items = list(file.rows())
             encoding_fault(file)
-            seen["rows"] += sum(isinstance(item, Row) for item in items)
+            seen["rows"] += sum(isinstance(item, RawRow) for item in items)
             seen["faults"] += sum(isinstance(item, DataError) for item in items)
             text = file.decoded.text
             most = text.count("\n") + text.count("\r") + 1 if file.unit == "line" else len(items)

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 
 from ptuning.data.parsing import open_data
 from ptuning.data.prompts import RowFormat
-from ptuning.data.raw_row import DataError
-from ptuning.data.reading import Rows, read_rows
+from ptuning.data.raw_file import DataError
+from ptuning.data.reading import FileRows, read_rows
 
 ROWS = [{"content": "类型#裤", "summary": "宽松"}, {"content": "类型#裙", "summary": "修身"}]
 
 
-def read(path: Path, *, max_rows: int | None = None, **changes: Any) -> Rows:
+def read(path: Path, *, max_rows: int | None = None, **changes: Any) -> FileRows:
     columns = {"prompt_column": "content", "response_column": "summary", **changes}
     return read_rows(path, RowFormat(**columns), max_rows=max_rows)
 
 
-def places_of(rows: Rows) -> dict[str, list[int]]:
+def places_of(rows: FileRows) -> dict[str, list[int]]:
     return dict(rows.dropped)
 
 
@@ -34,7 +34,7 @@ def as_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def texts_of(rows: Rows) -> list[dict]:
+def texts_of(rows: FileRows) -> list[dict]:
     return [{"content": row.prompt, "summary": row.response} for row in rows.kept]
 
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ptuning.data.cache import TokenArrays
-from ptuning.data.dataset import GenerationDataset, GenerationRow, TokenDataset
+from ptuning.data.dataset import GenerationDataset, GenerationRow, TokenArrays, TokenDataset
 
 
 def training_rows(lengths: Sequence[int], *, num_answer_tokens: int) -> TokenDataset:

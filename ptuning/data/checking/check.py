@@ -28,7 +28,7 @@ from ptuning.data.checking.odd_words import (
 )
 from ptuning.data.dataset import CHUNK_ROWS, collector_paused
 from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
-from ptuning.data.parsing import DataError, DataFile, Row, open_data
+from ptuning.data.parsing import DataError, DataFile, RawRow, open_data
 from ptuning.data.prompts import Example, RowFormat, TextRow, to_example
 from ptuning.data.raw_file import DecodedText, say_encoding_fault
 from ptuning.data.reading import LeftOut, count_unused, find_left_out
@@ -145,7 +145,7 @@ def check_file(
     return counts
 
 
-def _read(counts: FileCounts, file: DataFile, show_progress: bool) -> list[Row]:
+def _read(counts: FileCounts, file: DataFile, show_progress: bool) -> list[RawRow]:
     """Return the rows as they stand; count the faults between them."""
     rows = []
     title = f"reading {counts.path.name}"
@@ -169,7 +169,7 @@ def _read(counts: FileCounts, file: DataFile, show_progress: bool) -> list[Row]:
     return rows
 
 
-def _find_layout(counts: FileCounts, rows: list[Row]) -> Layout | None:
+def _find_layout(counts: FileCounts, rows: list[RawRow]) -> Layout | None:
     """Return what the columns mean, with answers if they can be told; None if prompts cannot."""
     for needs_answers in (True, False) if rows else ():
         try:
@@ -179,12 +179,12 @@ def _find_layout(counts: FileCounts, rows: list[Row]) -> Layout | None:
     return None
 
 
-def _used_rows(counts: FileCounts, sources: list[Row], layout: Layout) -> list[TextRow]:
+def _used_rows(counts: FileCounts, sources: list[RawRow], layout: Layout) -> list[TextRow]:
     """Return the rows that training would use, in a file without answers those with a prompt.
 
     The others are counted, and so is what other columns hold.
     """
-    made: list[tuple[TextRow, Row]] = []
+    made: list[tuple[TextRow, RawRow]] = []
     for source in sources:
         try:
             rows = to_text_rows(counts.path, source, layout, turns=counts.row_format.turns)
