@@ -1,11 +1,10 @@
-"""The tools beside training: `python -m ptuning COMMAND ...`.
+"""The commands other than training: `python -m ptuning COMMAND ...`.
 
-The commands and their flags are in `ptuning.commands.registry`; a command's module is imported only
-to run it. What a user can cause (ValueError, OSError) is one line and exit status 2.
+`ptuning.commands.registry` declares them. What a user can cause (ValueError, OSError) is reported
+in one line, with exit status 2.
 """
 
 import argparse
-import importlib
 import logging
 import os
 import sys
@@ -19,15 +18,16 @@ WHAT = "Tools for ChatGLM-6B checkpoints, prefixes and data."
 
 
 def overview() -> str:
-    """Return what there is to type, every command in a line, and where to read more."""
+    """Return the usage, one line per command, and where to read more."""
     head = f"{WHAT} Type: python -m ptuning COMMAND ..."
     more = "python -m ptuning COMMAND --help explains one. Training: bash train.sh"
-    return "\n".join([head, "", *_command_lines(), "", more]) + "\n"
+    return f"{head}\n\n{command_lines()}\n\n{more}\n"
 
 
-def _command_lines() -> list[str]:
+def command_lines() -> str:
+    """Return one line per command."""
     width = max(len(command.name) for command in COMMANDS) + 2
-    return [f"  {command.name:<{width}}{command.help}" for command in COMMANDS]
+    return "\n".join(f"  {command.name:<{width}}{command.help}" for command in COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m ptuning",
         description=WHAT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(["commands:", *_command_lines()]),
+        epilog=f"commands:\n{command_lines()}",
     )
     names = {command.name: command for command in COMMANDS}
     parser.add_argument("command", choices=names, metavar="COMMAND", help="what to do, see below")
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = argparse.Namespace(config=parse_arguments(arguments[1:]))
         else:
             given = own.parse_args(arguments[1:])
-        return importlib.import_module(command.module).run(given)
-    except BrokenPipeError:  # a reader such as head has what it wants
+        return command.load()(given)
+    except BrokenPipeError:  # the reader, such as head, has closed its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE
     except (ValueError, OSError) as error:

@@ -1,10 +1,12 @@
 """The commands and their flags; nothing here imports torch, so help and typos are answered at once.
 
-A new command is an entry in COMMANDS, a function that adds its flags, and a module whose
-`run(arguments)` returns the exit status. The module is imported only when its command is run.
+A new command is an entry in COMMANDS, a function that adds its flags, and a function in this
+package that takes the parsed arguments and returns the exit status. Its module is imported only
+when the command runs.
 """
 
 import argparse
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -18,16 +20,25 @@ PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
 
 
 class Command(NamedTuple):
-    """A command's name on the command line, one line of help, its flags and its module.
+    """A command's name, one line of help, its flags, and what runs it.
 
-    takes_main_flags: what is typed after it are the flags of main.py; the module gets a `config`.
+    function is "module:function" in this package. takes_main_flags: the command's flags are those
+    of main.py, and the function gets them as `arguments.config`.
     """
 
     name: str
     help: str
     add_flags: Callable[[argparse.ArgumentParser], None]
-    module: str
+    function: str
     takes_main_flags: bool = False
+
+    def load(self) -> Callable[[argparse.Namespace], int]:
+        """Import the command's module and return its function."""
+        module, _, name = self.function.partition(":")
+        function: Callable[[argparse.Namespace], int] = getattr(
+            importlib.import_module(f"ptuning.commands.{module}"), name
+        )
+        return function
 
 
 def _convert(parser: argparse.ArgumentParser) -> None:
@@ -310,57 +321,57 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 COMMANDS = (
     Command(
         "convert",
-        "Write a checkpoint once more as safetensors, quantised if asked",
+        "Write a checkpoint as safetensors, quantised if asked",
         _convert,
-        "ptuning.commands.convert",
+        "export:convert",
     ),
     Command(
         "export",
-        "Write a trained prefix in a form that other programs read",
+        "Write a trained prefix in a format that other programs read",
         _export,
-        "ptuning.commands.export",
+        "export:export",
     ),
     Command(
         "data",
         "Check data files before training, or convert any format to JSON lines",
         _data,
-        "ptuning.commands.data",
+        "data:run",
     ),
     Command(
         "answer",
-        "Have a base answer a file of prompts: general rows for --mix",
+        "Have a base model answer a file of prompts: general rows for --mix",
         _answer,
-        "ptuning.commands.answer",
+        "answer:run",
     ),
     Command(
         "plan",
         "Say what a run of main.py will take, before any weight is loaded",
         _plan,
-        "ptuning.commands.plan",
+        "plan:run",
         takes_main_flags=True,
     ),
     Command(
         "doctor",
         "Show versions, devices and back ends, and what each command would pick",
         _doctor,
-        "ptuning.commands.doctor",
+        "doctor:run",
     ),
     Command(
         "chat",
-        "Talk to a trained prefix, or to the base, in the terminal or a pipe",
+        "Chat with a trained prefix, or with the base, in the terminal or over a pipe",
         _chat,
-        "ptuning.commands.chat",
+        "serving:chat",
     ),
     Command(
         "serve",
         "Serve any number of prefixes on one base over OpenAI's HTTP API",
         _serve,
-        "ptuning.commands.serve",
+        "serving:serve",
     ),
     Command(
         "web",
-        "Open a page to talk to a prefix and the base, side by side",
+        "Open a page to chat with a prefix and the base, side by side",
         _web,
-        "ptuning.commands.web",
+        "serving:web",
     ),
 )

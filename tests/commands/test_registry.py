@@ -1,9 +1,7 @@
-import importlib
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -15,7 +13,7 @@ from ptuning.commands.registry import COMMANDS, Command
 def test_every_command_explains_itself(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert callable(importlib.import_module(command.module).run)
+    assert callable(command.load())
     with pytest.raises(SystemExit, match="0"):
         program.main([command.name, "--help"])
     assert command.help in " ".join(capsys.readouterr().out.split())
@@ -69,17 +67,13 @@ def test_user_errors_are_one_line_and_a_status(
     def run(arguments: Namespace) -> int:
         raise failure
 
-    module = ModuleType("failing")
-    module.run = run  # type: ignore[attr-defined]
-    monkeypatch.setattr(program.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(Command, "load", lambda self: run)
     assert program.main(["convert", "a", "b"]) == status
     assert capsys.readouterr().err == text
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("failing")
-    module.run = lambda arguments: 1 // 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(program.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(Command, "load", lambda self: lambda arguments: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         program.main(["convert", "a", "b"])
 

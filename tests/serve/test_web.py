@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from ptuning.__main__ import main
-from ptuning.commands import web as web_command
+from ptuning.commands.registry import PASSWORD_VARIABLE
 from ptuning.serve.addresses import check_guarded
 from ptuning.serve.web_talk import EMPTY, WebTalk
 
@@ -119,7 +119,7 @@ def test_this_machine_needs_no_password():
     "arguments", [["--host", "0.0.0.0"], ["--password", " "], ["--host", "example.org"]]
 )
 def test_an_open_address_without_a_password_is_refused_in_one_line(arguments, monkeypatch, capsys):
-    monkeypatch.delenv(web_command.PASSWORD_VARIABLE, raising=False)
+    monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
     assert main(["web", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ptuning web: --")
