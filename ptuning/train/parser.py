@@ -1,6 +1,8 @@
 """From argv to typed values by flag name: argparse over every flag, or a JSON file of flags.
 
-transformers' own flags are read from its source, since importing it takes seconds.
+transformers' own flags are read from its source, since importing it takes seconds. Flags of the
+published scripts and of transformers 4.27, for which they were written, are renamed, replaced,
+ignored with a notice, or refused.
 """
 
 import argparse
@@ -70,63 +72,73 @@ REFUSED = {
 }
 FALSE_WORDS = ("false", "no", "n", "f", "0")
 TRUE_WORDS = ("true", "yes", "y", "t", "1")
-
-
-class Today(NamedTuple):
-    """What an old flag means today; flag None: nothing. `notice` is printed at the start."""
-
-    flag: str | None
-    value: Any
-    notice: str
-
-
-def translate(name: str, value: Any) -> Today:
-    """Translate a flag of RENAMED, REPLACED or IGNORED with its value as typed.
-
-    >>> translate("no_cuda", True)
-    Today(flag='use_cpu', value=True, notice='--no_cuda is called --use_cpu now.')
-    >>> translate("tpu_num_cores", 8).notice
-    '--tpu_num_cores is ignored: TPUs are not supported.'
-    """
-    if name in RENAMED:
-        return Today(RENAMED[name], value, f"--{name} is called --{RENAMED[name]} now.")
-    if name in REPLACED:
-        flag, new_value = REPLACED[name]
-        is_on = str(value).lower() not in FALSE_WORDS
-        notice = f"--{name} is written --{flag} {new_value} now."
-        return Today(flag if is_on else None, new_value, notice)
-    return Today(None, None, f"--{name} is ignored: {IGNORED[name]}.")
-
-
 METAVARS = {"bool": "BOOL", "int": "N", "float": "X"}
 
 
 def parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return what was typed, by flag name, and the lines to print about old flags.
+    """Return what was typed, by flag name, and the notices on old flags.
 
     argv holds flags, or the path of a JSON file and flags that override it. UsageError for any
     mistake; `--help` prints and raises SystemExit.
     """
-    parser = make_parser()
-    is_file = bool(argv) and argv[0].endswith(".json")
-    empty = argparse.Namespace(notices=())
-    given, unknown = parser.parse_known_args(argv[1:] if is_file else argv, empty)
-    if unknown:
-        raise UsageError(parser.unknown(unknown))
-    typed = vars(given)
-    notices = list(typed.pop("notices"))
-    if is_file:
-        from_file, more = _read_json(Path(argv[0]), parser)
-        typed, notices = from_file | typed, [*more, *notices]
+    parser, words = make_parser(), [*argv]
+    typed: dict[str, Any] = {}
+    notices: list[str] = []
+    if argv and argv[0].endswith(".json"):
+        path = Path(words.pop(0))
+        try:
+            typed, notices = parser.read_file(path)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
+    more, more_notices = parser.read(words)
+    typed |= more
     for name, reason in REFUSED.items():
         value = typed.pop(name, None)
         if value and value != typed.get("model_name_or_path"):
             raise UsageError(f"--{name} is {value}, which is not supported: {reason}.")
-    return typed, notices
+    return typed, notices + more_notices
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse whose complaints are one-line UsageErrors."""
+    """argparse that returns only what was typed and reports a mistake as a one-line UsageError."""
+
+    def read(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Return the values of the words by flag name, and the notices on old flags."""
+        given, unknown = self.parse_known_args(words, argparse.Namespace(notices=()))
+        if unknown:
+            raise UsageError(self._explain_unknown(unknown))
+        typed = vars(given)
+        return typed, [*typed.pop("notices")]
+
+    def read_file(self, path: Path) -> tuple[dict[str, Any], list[str]]:
+        """Return what `read` does, for a JSON file of values by flag name; null leaves one out."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise UsageError(f"{error.strerror}; give a JSON file of flags, or flags.") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"not a JSON file of flags ({error}).") from error
+        if not isinstance(content, dict):
+            kind = type(content).__name__
+            raise UsageError(f'it holds a {kind}; it must hold {{"flag": value, ...}}.')
+        actions = self._option_string_actions
+        if unknown := sorted(f"--{name}" for name in content if f"--{name}" not in actions):
+            raise UsageError(self._explain_unknown(unknown))
+        words: list[str] = []
+        structures: dict[str, Any] = {}  # values that no single word of a command line can be
+        for name, value in content.items():
+            option = f"--{name}"
+            action = actions[option]
+            if isinstance(value, list) and action.nargs in ("+", "*"):
+                words += [option, *map(_to_word, value)]
+            elif isinstance(value, list | dict):
+                structures[action.dest] = value
+            elif action.nargs == 0:  # --no_compare_base
+                words += [option] * (_to_word(value).lower() in TRUE_WORDS)
+            elif value is not None:
+                words.append(f"{option}={_to_word(value)}")
+        typed, notices = self.read(words)
+        return typed | structures, notices
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError in place of printing 200 lines of usage."""
@@ -138,7 +150,7 @@ class FlagParser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         raise UsageError(f"{message}; python main.py --help lists all flags.")
 
-    def unknown(self, given: Sequence[str]) -> str:
+    def _explain_unknown(self, given: Sequence[str]) -> str:
         """Say which words are no flags, and which flags were probably meant."""
         words = [text.split("=")[0] for text in given if text.startswith("--")]
         if not words:
@@ -153,8 +165,19 @@ class FlagParser(argparse.ArgumentParser):
         return f"unknown flags: {', '.join(hints)}; python main.py --help lists all flags."
 
 
+def _to_word(value: Any) -> str:
+    """Return a JSON value as it is typed on a command line.
+
+    >>> _to_word(True), _to_word(3.0), _to_word("a b")
+    ('true', '3', 'a b')
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 class _OldFlag(argparse.Action):
-    """Takes a flag of an old command line as `translate` says."""
+    """Sets the flag that replaces an old one, and adds the notice that says so."""
 
     def __call__(
         self,
@@ -163,10 +186,18 @@ class _OldFlag(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        today = translate(self.dest, values)
-        namespace.notices = (*namespace.notices, today.notice)
-        if today.flag is not None:
-            setattr(namespace, today.flag, values if self.dest in RENAMED else today.value)
+        old = self.dest
+        if old in RENAMED:
+            notice = f"--{old} is called --{RENAMED[old]} now."
+            setattr(namespace, RENAMED[old], values)
+        elif old in REPLACED:
+            flag, value = REPLACED[old]
+            notice = f"--{old} is written --{flag} {value} now."
+            if values:
+                setattr(namespace, flag, value)
+        else:
+            notice = f"--{old} is ignored: {IGNORED[old]}."
+        namespace.notices = (*namespace.notices, notice)
 
 
 class Flag(NamedTuple):
@@ -174,42 +205,41 @@ class Flag(NamedTuple):
 
     name: str
     kind: str
-    default: Any  # None where transformers computes it
-    help: str
-    options: Mapping[str, Any]  # argparse's nargs and const
+    default: Any = None  # None where transformers computes it
+    help: str = argparse.SUPPRESS
+    options: Mapping[str, Any] = {}  # argparse's nargs and const
 
 
 def make_parser() -> FlagParser:
-    """Return the parser of every flag; its namespace holds what was typed and nothing else."""
+    """Return the parser of every flag."""
     parser = FlagParser(
         prog="main.py",
         usage="python main.py FLAGS    or    python main.py FLAGS.json [FLAGS]",
-        description="Tune ChatGLM-6B (P-Tuning v2, LoRA or whole), validate it, score its answers. "
-        "bash train.sh calls it with everything set.",
+        description="Tune ChatGLM-6B (P-Tuning v2, LoRA or the whole model), validate it, score "
+        "its answers. bash train.sh calls it with everything set.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    flags: dict[str, Flag] = {}
     for group in GROUPS:
         section = parser.add_argument_group(str(group.__doc__).strip().rstrip("."))
         for flag in declared_flags(group):
+            flags[flag.name] = flag
             _add(section, flag)
-    known = {f.name for group in GROUPS for f in fields(group)}
     section = parser.add_argument_group("transformers' other training flags")
-    others = {flag.name: flag for flag in transformers_flags() if flag.name not in known}
-    for flag in others.values():
-        # older transformers releases still declare these
-        if flag.name not in {*IGNORED, *RENAMED, *REPLACED}:
+    for flag in transformers_flags():
+        # older transformers releases still declare some old flags
+        if flag.name not in {*flags, *IGNORED, *RENAMED, *REPLACED}:
+            flags[flag.name] = flag
             _add(section, flag)
-    kinds = {flag.name: flag for group in GROUPS for flag in declared_flags(group)} | others
     for old, new in RENAMED.items():
-        _add(parser, kinds[new]._replace(name=old, help=argparse.SUPPRESS), action=_OldFlag)
+        _add(parser, flags[new]._replace(name=old, help=argparse.SUPPRESS), action=_OldFlag)
     for name in REPLACED:
-        _add(parser, Flag(name, "bool", None, argparse.SUPPRESS, {}), action=_OldFlag)
+        _add(parser, Flag(name, "bool"), action=_OldFlag)
     for name in IGNORED:
-        more = {"nargs": "*"}
-        _add(parser, Flag(name, "str", None, argparse.SUPPRESS, more), action=_OldFlag)
+        _add(parser, Flag(name, "str", options={"nargs": "*"}), action=_OldFlag)
     for name in REFUSED:
-        _add(parser, Flag(name, "str", None, argparse.SUPPRESS, {}))
+        _add(parser, Flag(name, "str"))
     return parser
 
 
@@ -217,9 +247,9 @@ def declared_flags(group: type) -> list[Flag]:
     """Return the flags that a class of `ptuning.train.flags` declares."""
     flags = []
     for each in fields(group):
-        more = {name: value for name, value in each.metadata.items() if name != "help"}
+        options = {name: value for name, value in each.metadata.items() if name != "help"}
         kind = each.type.__name__ if isinstance(each.type, type) else str(each.type)
-        flags.append(Flag(each.name, kind, each.default, each.metadata["help"], more))
+        flags.append(Flag(each.name, kind, each.default, each.metadata["help"], options))
     return flags
 
 
@@ -255,11 +285,11 @@ def _fields_in(tree: ast.ClassDef) -> Iterator[Flag]:
             elif keyword.arg == "metadata":
                 strings = (n.value for n in ast.walk(keyword.value) if isinstance(n, ast.Constant))
                 text = max((s for s in strings if isinstance(s, str)), key=len, default="")
-        yield Flag(node.target.id, kind, default, text, {})
+        yield Flag(node.target.id, kind, default, text)
 
 
 def _add(section: Any, flag: Flag, **more: Any) -> None:
-    """Add a flag to a parser, and its spelling with hyphens, which the help leaves out."""
+    """Add a flag and its hyphenated spelling, which the help leaves out, to a parser."""
     kinds = set(re.findall(r"\w+", flag.kind))
     metavar = next((name for kind, name in METAVARS.items() if kind in kinds), "TEXT")
     options: dict[str, Any] = {"dest": flag.name, "metavar": metavar, **flag.options, **more}
@@ -275,10 +305,11 @@ def _add(section: Any, flag: Flag, **more: Any) -> None:
         has_default = flag.default not in (None, False, "", -1) and "Default" not in text
         text = text.replace("%", "%%") + (f" Default: {flag.default}." if has_default else "")
     section.add_argument(f"--{flag.name}", help=text, **options)
-    if "_" in flag.name:
-        section.add_argument(f"--{flag.name.replace('_', '-')}", help=argparse.SUPPRESS, **options)
+    hyphenated = flag.name.replace("_", "-")
+    if hyphenated != flag.name:
+        section.add_argument(f"--{hyphenated}", help=argparse.SUPPRESS, **options)
     if flag.default is True:
-        for off in {f"--no_{flag.name}", f"--no-{flag.name.replace('_', '-')}"}:
+        for off in {f"--no_{flag.name}", f"--no-{hyphenated}"}:
             section.add_argument(
                 off, dest=flag.name, action="store_const", const=False, help=argparse.SUPPRESS
             )
@@ -289,55 +320,3 @@ def _bool(text: str) -> bool:
     if text.lower() not in (*TRUE_WORDS, *FALSE_WORDS):
         raise ValueError(text)
     return text.lower() in TRUE_WORDS
-
-
-def _read_json(path: Path, parser: FlagParser) -> tuple[dict[str, Any], list[str]]:
-    """Return the flags in a JSON file by name, and the notices on old ones; null leaves one out."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UsageError(
-            f"{path}: {error.strerror}; give a JSON file of flags, or flags."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a JSON file of flags ({error}).") from error
-    if not isinstance(content, dict):
-        raise UsageError(
-            f'{path} holds a {type(content).__name__}; it must hold {{"flag": value, ...}}.'
-        )
-    actions = parser._option_string_actions
-    unknown = sorted(name for name in content if f"--{name}" not in actions)
-    if unknown:
-        raise UsageError(f"{path} has {parser.unknown([f'--{name}' for name in unknown])}")
-    values: dict[str, Any] = {}
-    notices = []
-    for name, value in content.items():
-        if value is None:
-            continue
-        if name in RENAMED or name in REPLACED or name in IGNORED:
-            today = translate(name, value)
-            notices.append(today.notice)
-            name, value = today.flag or "", today.value
-        if name:
-            action = actions[f"--{name}"]
-            is_off = action.const is False  # --no_compare_base
-            values[action.dest] = not value if is_off else _converted(action, value, path)
-    return values, notices
-
-
-def _converted(action: argparse.Action, value: Any, path: Path) -> Any:
-    """Return a JSON value with the type of its flag; UsageError for one that has another."""
-    kind: Any = action.type
-    try:
-        if kind is None or isinstance(value, bool):
-            if kind in (int, float):
-                raise ValueError(value)
-            is_word = isinstance(value, bool) and action.const is None  # as --resume... true
-            return str(value).lower() if is_word else value
-        converted = kind(str(value)) if kind is _bool else kind(value)
-    except (ValueError, TypeError) as error:
-        needed = {int: "a whole number", float: "a number"}.get(kind, "true or false")
-        raise UsageError(f"{path}: {action.dest} is {value!r}; give {needed}.") from error
-    if kind is int and converted != float(value):
-        raise UsageError(f"{path}: {action.dest} is {value!r}; give a whole number.")
-    return converted
