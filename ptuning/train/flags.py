@@ -8,10 +8,10 @@ module imports neither torch nor transformers.
 from dataclasses import dataclass, field
 from typing import Any
 
-# Rows decoded or validated together when no number is given. A decoding step's time is reading the
-# weights until many rows share it: on a CPU 64 rows are about ten times as fast as one
-# (docs/performance.md). Each row has a KV cache of its own, though: 64 rows of 128 tokens take
-# 7.5 GB in ChatGLM-6B in float32.
+# The evaluation batch, in rows, when none is given. Up to many rows a decoding step takes as long
+# as reading the weights does: on a CPU 64 rows are about ten times as fast as one
+# (docs/performance.md). But each row has its own KV cache: 64 rows of 128 tokens take 7.5 GB in
+# ChatGLM-6B in float32.
 MOST_ROWS, LEAST_ROWS = 64, 8
 
 
@@ -28,17 +28,18 @@ def flag(default: Any, help_text: str, **more: Any) -> Any:
 class ModelArguments:
     """The base model, and what is tuned in it."""
 
-    model_name_or_path: str = flag("", "Directory of the base model, or its hub id.")
+    model_name_or_path: str = flag(
+        "", "Base model: a directory, a hub id, or nano for the embedded model."
+    )
     tuning: str | None = flag(
         None,
-        "What is trained: ptuning (a prefix), lora (an adapter) or full (the whole model). "
-        "Default: the kind of --ptuning_checkpoint; ptuning with --pre_seq_len; full with "
-        "--deepspeed.",
+        "What to train: ptuning (a prefix), lora (an adapter) or full (all weights). Default: the "
+        "kind of --ptuning_checkpoint; ptuning with --pre_seq_len; full with --deepspeed.",
     )
     ptuning_checkpoint: str | None = flag(
         None,
-        "What to evaluate or to start from: the directory of a prefix, an adapter or a fully tuned "
-        "model, or a prefix's pytorch_model.bin or .safetensors.",
+        "What to evaluate or to start training from: the directory of a prefix, an adapter or a "
+        "fully tuned model, or a prefix's pytorch_model.bin or .safetensors file.",
     )
     init_from: str | None = flag(
         None,
@@ -53,21 +54,21 @@ class ModelArguments:
     )
     preset: str | None = flag(
         None,
-        "Defaults that belong together: task (--learning_rate 2e-2) for the best score on the "
-        "task, gentle (--learning_rate 1e-3 --prefix_init_std 1e-3) to keep more of the base's "
-        "abilities. Flags that are typed override them.",
+        "Matching defaults: task (--learning_rate 2e-2) for the best task score, gentle "
+        "(--learning_rate 1e-3 --prefix_init_std 1e-3) to preserve more of the base's abilities. "
+        "Flags that are typed override them. Default: none.",
     )
     prefix_init_std: float | None = flag(
         None,
-        "Standard deviation of a new prefix's entries. Default: 1, as published. Near 0 the prefix "
-        "changes the base least at the start.",
+        "Standard deviation of a new prefix's entries. Near 0 the prefix hardly changes the base "
+        "at the start. Default: 1, as published.",
     )
     lora_rank: int | None = flag(None, "Rank of a new LoRA adapter. Default: 8.")
     lora_alpha: float | None = flag(
         None, "LoRA scale: the update is multiplied by alpha / rank. Default: 16."
     )
     lora_dropout: float | None = flag(
-        None, "Dropout on LoRA's input during training, 0 to 1. Default: 0.1."
+        None, "Dropout probability on LoRA's input in training, from 0 to below 1. Default: 0.1."
     )
     lora_target_modules: str | None = flag(
         None,
@@ -83,9 +84,11 @@ class ModelArguments:
         "choice.",
     )
     quantize_embeddings: bool = flag(
-        False, "Store the word embedding, and an output head tied to it, in int8 as well."
+        False, "Store the word embedding, and the output head tied to it, in int8 as well."
     )
-    tokenizer_name: str | None = flag(None, "Tokenizer to use instead of the base's.")
+    tokenizer_name: str | None = flag(
+        None, "Directory or hub id of another tokenizer. Default: the base's."
+    )
     cache_dir: str | None = flag(
         None, "Directory for files downloaded from the hub. Default: transformers' cache."
     )
@@ -97,77 +100,81 @@ class ModelArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class DataArguments:
-    """Which rows, which columns, how long, and how they are answered."""
+    """Data files, their columns, lengths, and how answers are generated."""
 
     train_file: tuple[str, ...] | None = flag(
         None,
         "Training rows: .json (an array, or one object per line), .jsonl, .csv, .tsv or .parquet, "
-        "also .gz; several files or a pattern such as 'data/*.jsonl' are joined.",
+        "also .gz. Several files, or a pattern such as 'data/*.jsonl', are concatenated.",
     )
     validation_file: tuple[str, ...] | None = flag(
-        None, "Rows for the validation loss; also answered and scored when --test_file is unset."
+        None, "Rows for the validation loss; also answered and scored if --test_file is unset."
     )
     test_file: tuple[str, ...] | None = flag(
-        None, "Rows to answer with --do_predict; those with an answer are scored."
+        None, "Rows to answer with --do_predict; those with a reference answer are scored."
     )
     format: str = flag(
         "auto",
-        "What rows look like: columns (a prompt and an answer), alpaca, sharegpt, messages, "
-        "history, lima, or auto, which tells by the columns and prints what it found.",
+        "Layout of a row: columns (a prompt and an answer), alpaca, sharegpt, messages, history, "
+        "lima, or auto, which detects it from the columns and prints what it found.",
     )
     prompt_column: str | None = flag(
-        None, "Column of the prompt. Default: the checkpoint's own, else found by --format."
+        None, "Column of the prompt. Default: the checkpoint's, else detected (--format)."
     )
     input_column: str | None = flag(
-        None, "Column put after the prompt, on a new line. Default: as --prompt_column."
+        None, "Column appended to the prompt on a new line. Default: as --prompt_column."
     )
     response_column: str | None = flag(
-        None, "Column of the answer. Default: the checkpoint's own, else found by --format."
+        None, "Column of the answer. Default: the checkpoint's, else detected (--format)."
     )
     history_column: str | None = flag(
-        None, "Column of earlier [question, answer] turns. Default: as --prompt_column."
+        None, "Column of the earlier [question, answer] turns. Default: as --prompt_column."
     )
     turns: str = flag(
-        "all", "Answers to take from a conversation: all, a row each, or last. Default: all."
+        "all", "Answers of a conversation to train on or to generate: all (one row each) or last."
     )
     allow_repeated_prompts: bool = flag(
-        False, "Train even if rows have the same prompt only because a column is not used."
+        False, "Train even if prompts repeat only because a column is unused."
     )
     source_prefix: str = flag("", "Text put before every prompt.")
     max_source_length: int = flag(
         1024,
-        "Longest prompt in tokens, including [gMASK] and <sop>. A checkpoint's own length is the "
-        "default for it.",
+        "Longest prompt in tokens, including [gMASK] and <sop>; the rest is cut. With a "
+        "checkpoint, its own value is the default.",
     )
     max_target_length: int = flag(
-        128, "Longest answer in tokens. A checkpoint's own length is the default for it."
+        128,
+        "Longest answer in tokens; the rest is cut. With a checkpoint, its own value is the "
+        "default.",
     )
     val_max_target_length: int | None = flag(
         None, "Longest generated answer in tokens. Default: --max_target_length."
     )
     recipe: str = flag(
         "corrected",
-        "'corrected', or 'published' to handle empty histories, long prompts, truncated answers "
-        "and sampled scores as the published code did.",
+        "corrected, or published to treat empty histories, long prompts, truncated answers and "
+        "sampled scores as the published code did.",
     )
     mix: str | None = flag(
         None,
-        "Add general rows to the training rows: FILE:RATIO, where RATIO is their share of all rows "
-        "of an epoch, or FILE:RATIO:PROMPT,RESPONSE to name their columns too; any format of "
-        "--train_file.",
+        "Mix general rows into the training rows: FILE:RATIO, where RATIO is their share of an "
+        "epoch, or FILE:RATIO:PROMPT,RESPONSE to name their columns too. FILE takes the formats "
+        "of --train_file. Default: none.",
     )
     max_train_samples: int | None = flag(
-        None, "Use only the first N rows of the training files. Default: all of them."
+        None, "Use only the first N training rows. Default: all of them."
     )
     max_eval_samples: int | None = flag(
-        None, "Use only the first N rows of the validation files. Default: all of them."
+        None, "Use only the first N validation rows. Default: all of them."
     )
     max_predict_samples: int | None = flag(
         None, "Answer only the first N rows. Default: all of them."
     )
-    num_beams: int | None = flag(None, "Beams when answering. Default: 1, greedy decoding.")
+    num_beams: int | None = flag(
+        None, "Beams when generating answers. Default: 1, which is greedy decoding."
+    )
     compare_base: bool = flag(
-        True, "Answer with the untouched base as well, and score both side by side."
+        True, "Also answer with the untouched base, and report its scores next to the tuned ones."
     )
     measure_retention: bool | None = flag(
         None,
@@ -176,38 +183,38 @@ class DataArguments:
     )
     general_prompts: str | None = flag(
         None,
-        "File of those prompts, column prompt. Default: general_prompts.json in the base's "
-        "directory, else the 40 prompts of this package.",
+        "File of the prompts for --measure_retention, in a column prompt. Default: "
+        "general_prompts.json in the base's directory, else the 40 prompts of this package.",
     )
-    overwrite_cache: bool = flag(False, "Tokenize again even if the rows are in the token cache.")
+    overwrite_cache: bool = flag(False, "Tokenize again even if the token cache has the rows.")
     token_cache_dir: str | None = flag(
         None, "Directory of the token cache. Default: $PTUNING_CACHE, else ~/.cache/ptuning/tokens."
     )
     pad_to_max_length: bool = flag(
         False,
-        "Pad every batch to max_source_length + max_target_length. Only costs time; meant for "
-        "comparisons.",
+        "Pad every batch to max_source_length + max_target_length tokens. Slower; for comparisons "
+        "only.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingArguments:
-    """Where a run writes, when it stops, and the memory it may use."""
+    """Output, stopping, and memory."""
 
     output_dir: str = flag("", "Directory for checkpoints, predictions and the report.")
     overwrite_output_dir: bool = flag(
-        False, "Replace the run in output_dir: its checkpoints are deleted, training starts over."
+        False, "Replace the run in output_dir: delete its checkpoints and start over."
     )
     resume_from_checkpoint: str | None = flag(
         None,
-        "Resume training: auto (the newest complete checkpoint in output_dir, if there is one), "
-        "true (the same, but there must be one) or a checkpoint-N directory. Default: resume if "
-        "the same command was interrupted.",
+        "Resume training: auto (the newest complete checkpoint in output_dir, if any), true (the "
+        "same, but there must be one) or a checkpoint-N directory. Default: resume if the same "
+        "command was interrupted.",
     )
     per_device_eval_batch_size: int | None = flag(
         None,
-        f"Rows decoded or validated together. Default: {MOST_ROWS}, or fewer, down to "
-        f"{LEAST_ROWS}, when memory is short.",
+        f"Rows per batch in validation and answering, per device. Default: {MOST_ROWS}, or fewer "
+        f"if memory is short, but at least {LEAST_ROWS}.",
     )
     early_stopping_patience: int | None = flag(
         None, "Stop after N validations in a row without a better loss. Default: never."
@@ -219,30 +226,30 @@ class TrainingArguments:
     )
     gradient_checkpointing: str = flag(
         "auto",
-        "Recompute layers in the backward pass to save memory: auto (as many layers as memory "
-        "requires), true (all) or false (none).",
+        "Recompute activations in the backward pass to save memory: auto (in as many layers as "
+        "memory requires), true (in all) or false (in none).",
         nargs="?",
         const="true",
     )
     checkpoint_layers: int | None = flag(
-        None, "Number of layers to recompute. Default: auto's choice, or all layers with true."
+        None, "Number of layers to checkpoint. Default: auto's choice; all layers with true."
     )
     gpu_memory: float | None = flag(
         None,
-        "GPU memory to stay within, in GB (10**9 bytes): checkpointed layers, the loss chunk and "
-        "the evaluation batch are chosen to fit. Default: the memory that is free. python -m "
-        "ptuning plan accepts it without such a GPU.",
+        "GPU memory limit in GB (10**9 bytes), within which checkpointed layers, loss chunks and "
+        "the evaluation batch are chosen. python -m ptuning plan accepts it without such a GPU. "
+        "Default: the free memory.",
     )
     torch_compile: bool | None = flag(
         None,
-        "Compile the model's layers. Default: on CUDA in bfloat16, if the run is long enough to "
-        "gain from it.",
+        "Compile the model's layers. Default: on CUDA in bfloat16, if the run is long enough for "
+        "it to pay off.",
     )
     report_to: str = flag(
         "none", "Where to log besides the terminal: none, tensorboard, wandb, swanlab, mlflow, ..."
     )
     save_total_limit: int | None = flag(
-        None, "Keep at most N checkpoints; the newest stay. Default: all of them."
+        None, "Keep only the newest N checkpoints. Default: all of them."
     )
 
 
@@ -253,24 +260,28 @@ class TrainerArguments:
     do_train: bool = flag(False, "Train on --train_file.")
     do_eval: bool = flag(False, "Compute the loss on --validation_file.")
     do_predict: bool = flag(False, "Answer and score the rows of --test_file.")
-    per_device_train_batch_size: int = flag(8, "Rows per forward pass and device.")
+    per_device_train_batch_size: int = flag(8, "Rows per forward pass, per device.")
     gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.")
-    learning_rate: float = flag(5e-5, "Learning rate at the first step.")
-    lr_scheduler_type: str = flag("linear", "Schedule of the learning rate.")
+    learning_rate: float = flag(5e-5, "Peak learning rate.")
+    lr_scheduler_type: str = flag("linear", "Learning-rate schedule.")
     num_train_epochs: float = flag(3.0, "Epochs to train; --max_steps overrides it.")
-    max_steps: int = flag(-1, "Optimizer steps to train; -1 leaves it to --num_train_epochs.")
+    max_steps: int = flag(-1, "Optimizer steps to train; -1 uses --num_train_epochs.")
     eval_strategy: str = flag("no", "When to compute the validation loss: no, steps or epoch.")
     load_best_model_at_end: bool = flag(
-        False, "Finish with the checkpoint that has the best validation loss."
+        False, "Finish with the checkpoint that has the lowest validation loss."
     )
-    seed: int = flag(42, "Seed of the row order, dropout and new weights.")
+    seed: int = flag(42, "Seed of row order, dropout and new weights.")
     use_cpu: bool = flag(False, "Run on the CPU even if there is a GPU.")
     bf16: bool = flag(False, "bfloat16 for the frozen base, or mixed precision with --tuning full.")
     fp16: bool = flag(False, "float16 for the frozen base, or mixed precision with --tuning full.")
-    deepspeed: str | None = flag(None, "DeepSpeed configuration, a JSON file.")
-    fsdp: str | None = flag(None, "Shard the model with PyTorch FSDP, e.g. full_shard.")
-    generation_max_length: int | None = flag(None, "Longest prompt plus answer in tokens.")
-    generation_num_beams: int | None = flag(None, "As --num_beams.")
+    deepspeed: str | None = flag(None, "DeepSpeed configuration, a JSON file. Default: none.")
+    fsdp: str | None = flag(
+        None, "Shard the model with PyTorch FSDP, e.g. full_shard. Default: no sharding."
+    )
+    generation_max_length: int | None = flag(
+        None, "Longest prompt plus answer in tokens. Default: no limit."
+    )
+    generation_num_beams: int | None = flag(None, "As --num_beams, which overrides it.")
     disable_tqdm: bool = flag(False, "Print plain lines, without a progress bar.")
     push_to_hub: bool = flag(False, "Upload the checkpoints to the Hugging Face hub.")
     activation_checkpointing: str | None = flag(
@@ -280,10 +291,12 @@ class TrainerArguments:
         None, "transformers' newer name of --gradient_checkpointing_kwargs."
     )
     gradient_checkpointing_kwargs: str | None = flag(
-        None, "Options of torch.utils.checkpoint, a JSON object."
+        None, "Options of torch.utils.checkpoint, a JSON object. Default: this toolkit's own."
     )
-    torch_compile_backend: str | None = flag(None, "Backend of --torch_compile, e.g. inductor.")
-    torch_compile_mode: str | None = flag(None, "Mode of --torch_compile, e.g. max-autotune.")
+    torch_compile_backend: str | None = flag(None, "Backend of --torch_compile. Default: inductor.")
+    torch_compile_mode: str | None = flag(
+        None, "Mode of --torch_compile, e.g. max-autotune. Default: the backend's."
+    )
 
 
 GROUPS = (ModelArguments, DataArguments, TrainingArguments, TrainerArguments)
