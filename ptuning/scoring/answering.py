@@ -25,8 +25,6 @@ from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import PUBLISHED_SAMPLING, Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.output import Progress
-from ptuning.scoring.forgetting import Retention
-from ptuning.scoring.loss_history import load_log_history
 from ptuning.scoring.metrics import (
     CorpusScores,
     PairScores,
@@ -34,6 +32,7 @@ from ptuning.scoring.metrics import (
     mean_scores,
     score_pair,
 )
+from ptuning.scoring.pictures import load_log_history
 from ptuning.scoring.predictions import (
     PREDICTIONS_NAME,
     RESULTS_NAME,
@@ -42,7 +41,7 @@ from ptuning.scoring.predictions import (
     write_results,
 )
 from ptuning.scoring.report import METHODS, ReportData, ReportRow, write_report
-from ptuning.scoring.retention import RetentionRun
+from ptuning.scoring.retention import Retention, RetentionRun
 from ptuning.train.processes import (
     gather,
     in_main_process,

@@ -18,9 +18,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ptuning.output import signed
-from ptuning.scoring.forgetting import Retention
-from ptuning.scoring.loss_history import LossHistory, Point, read_log_history, smooth
 from ptuning.scoring.metrics import CorpusScores, compare_scores
+from ptuning.scoring.pictures import LossHistory, Point, read_log_history, smooth
+from ptuning.scoring.retention import Retention
 from ptuning.storage import write_atomically
 
 DEFAULT_MAX_ROWS = 200

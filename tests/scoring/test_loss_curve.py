@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ptuning.scoring.loss_history import Point, load_log_history, read_log_history, smooth
-from ptuning.scoring.pictures import draw_loss_curve
+from ptuning.scoring.pictures import (
+    Point,
+    draw_loss_curve,
+    load_log_history,
+    read_log_history,
+    smooth,
+)
 from ptuning.scoring.report import MOST_POINTS, render_report
 from tests.scoring.test_report import report
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.scoring.forgetting import Retention, RetentionRow
 from ptuning.scoring.metrics import CorpusScores, PairScores
 from ptuning.scoring.report import ReportData, ReportRow, choose_rows, render_report, write_report
+from ptuning.scoring.retention import Retention, RetentionRow
 
 HOSTILE = "</bdi><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\"'"
 BASE = CorpusScores(PairScores(20.0, 4.0, 15.5, 2.25), samples=300, scored=300, empty=3)

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from ptuning.scoring.forgetting import Retention, RetentionRow
 from ptuning.scoring.report import RETENTION_MAX_ROWS, render_report
+from ptuning.scoring.retention import Retention, RetentionRow
 from tests.scoring.test_report import HOSTILE, Page, report
 
 SAME = RetentionRow("你好", "你好！", "你好！", 4, base_loss=0.4, tuned_loss=0.8, divergence=0.2)
