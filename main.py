@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 def run(config: RunConfig, stop: StopRequest) -> None:
     """Read the rows, load the model, then train, validate and score, as far as asked."""
     with stop.deferred(notice=""):  # an interrupted import leaves modules half loaded
-        from ptuning.data.collation import pad_right
+        from ptuning.data.tokenization import pad_right
         from ptuning.model.cpu.threads import limit_threads
         from ptuning.scoring.answering import score
         from ptuning.train.endings import memory_explained

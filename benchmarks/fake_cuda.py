@@ -23,8 +23,7 @@ from benchmarks.fake_device import DEVICE, FakeCuda
 from benchmarks.row_lengths import ADGEN, RowLength
 from benchmarks.setting import json_file, make_model, write_json
 from benchmarks.traffic import Tracker
-from ptuning.data.collation import pad_right
-from ptuning.data.tokenization import IGNORED_LABEL
+from ptuning.data.tokenization import IGNORED_LABEL, pad_right
 from ptuning.engine.prefixes import SeenPrefixes
 from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.engine.slots import Slots

@@ -34,7 +34,7 @@ from benchmarks.setting import (
     weights_of,
     write_json,
 )
-from ptuning.data.collation import pad_left
+from ptuning.data.tokenization import pad_left
 from ptuning.engine.decoding import PUBLISHED_SAMPLING
 from ptuning.engine.engine import Engine
 from ptuning.engine.request import Request, Row

@@ -37,7 +37,7 @@ from benchmarks.setting import (
     parse_common,
     write_json,
 )
-from ptuning.data.collation import pad_right
+from ptuning.data.tokenization import pad_right
 from ptuning.engine.engine import GreedyEngine
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import pack_where_roomy

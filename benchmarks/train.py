@@ -34,7 +34,7 @@ from benchmarks.setting import (
     weights_of,
     write_json,
 )
-from ptuning.data.collation import pad_right
+from ptuning.data.tokenization import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import pack_where_roomy, plain_torch
 from ptuning.train.fit import keep_freed_memory

@@ -11,10 +11,9 @@ from functools import partial
 
 import torch
 
-from ptuning.data.collation import pad_left
 from ptuning.data.general import read_general_prompts
 from ptuning.data.prompts import Example
-from ptuning.data.tokenization import to_generation_batch
+from ptuning.data.tokenization import pad_left, to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration

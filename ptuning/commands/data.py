@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ptuning.commands.registry import DEFAULT_PICTURE, NO_PICTURE
 from ptuning.data.checking.lengths import number_of
-from ptuning.data.prompts import SHORTEST, RowFormat
+from ptuning.data.prompts import RowFormat
 from ptuning.data.reading import find_files
 from ptuning.scoring.pictures import (
     Lengths,
@@ -60,10 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def row_format_of(arguments: argparse.Namespace) -> RowFormat:
-    """Return what the flags say of rows; ValueError for one that cannot be."""
-    for flag in ("max_source_length", "max_target_length"):
-        if getattr(arguments, flag) < SHORTEST:
-            raise ValueError(f"--{flag} is {getattr(arguments, flag)}; use {SHORTEST} or more.")
+    """Return what the flags say of rows."""
     given = vars(arguments)
     return RowFormat(
         **{item.name: given[item.name] for item in fields(RowFormat) if item.name in given}

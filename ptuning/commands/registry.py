@@ -110,7 +110,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
 
 def _data_convert(actions: Any) -> None:
     """Add the flags of `data convert`; actions is what argparse's add_subparsers returns."""
-    from ptuning.data.conversion import TEMPLATES
+    from ptuning.data.prompts import Template
 
     convert = actions.add_parser(
         "convert",
@@ -140,7 +140,7 @@ def _data_convert(actions: Any) -> None:
     _add_row_flags(convert)
     convert.add_argument(
         "--template",
-        choices=TEMPLATES,
+        choices=get_args(Template),
         default="plain",
         help="how prompts are written: plain, as read; round, earlier turns written out as "
         "[Round n] and history []; alpaca-en, the published Alpaca prompt; alpaca-zh, the same in "

@@ -2,9 +2,6 @@
 
 The contract: {"id", "prompt", "response", "history": [[q, a], ...], "source", "meta": {...}}. What
 is rejected is what training would stop at or leave out, so that a converted file trains whole.
-Source of alpaca-en: PROMPT_DICT of
-https://github.com/tatsu-lab/stanford_alpaca/blob/761dc5b/train.py, byte for byte. alpaca-zh is a
-translation of our own: several are in use, and none is the published one.
 """
 
 import re
@@ -13,37 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, NamedTuple, TypedDict
 
 from ptuning.data.checking.odd_words import find_placeholders
 from ptuning.data.formats import Layout, to_text_rows
 from ptuning.data.mixing import MixSource, draw_rows, parse_mix
-from ptuning.data.prompts import RowFormat, TextRow, build_rounds
+from ptuning.data.prompts import ALPACA, RowFormat, Template, TextRow, build_alpaca, build_rounds
 from ptuning.data.raw_file import RawRow
 from ptuning.data.reading import ORIGIN, FileRows, is_contract, read_rows
 from ptuning.output import Progress
 
-Template = Literal["plain", "alpaca-en", "alpaca-zh", "round"]
-TEMPLATES = get_args(Template)
 MIX_FORM = "FILE:SHARE,FILE:SHARE, such as a.jsonl:0.7,b.jsonl:0.3"
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-# Alpaca's prompts, with and without an input. They end in the colon: the answer follows at once.
-_ALPACA = {
-    "alpaca-en": (
-        "Below is an instruction that describes a task, paired with an input that provides further "
-        "context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Response:",
-    ),
-    "alpaca-zh": (
-        "下面是一条描述任务的指令，并附有提供更多背景的输入。请写出恰当完成该请求的回复。\n\n"
-        "### 指令：\n{instruction}\n\n### 输入：\n{input}\n\n### 回复：",
-        "下面是一条描述任务的指令。请写出恰当完成该请求的回复。\n\n"
-        "### 指令：\n{instruction}\n\n### 回复：",
-    ),
-}
 
 
 class ContractRow(TypedDict):
@@ -104,7 +82,7 @@ def _add(made: Conversion, raw_row: RawRow, row: TextRow, template: Template) ->
     reason = row.skipped
     if reason is None and not row.prompt.strip():
         reason = made.read.layout.lack(row)
-    elif reason is None and template in _ALPACA and row.history:
+    elif reason is None and template in ALPACA and row.history:
         reason = f"earlier turns, which {template} has no place for: use --template plain or round"
     if reason is not None:
         made.read.dropped[reason].append(row.line)
@@ -113,8 +91,8 @@ def _add(made: Conversion, raw_row: RawRow, row: TextRow, template: Template) ->
     for name in dict.fromkeys(name for text in texts for name in find_placeholders(text)):
         made.placeholders[name].append(row.line)
     prompt, history = row.prompt, row.history
-    if template in _ALPACA:
-        prompt = alpaca_prompt(*split_input(made.path, raw_row, made.read.layout, row), template)
+    if template in ALPACA:
+        prompt = build_alpaca(*split_input(made.path, raw_row, made.read.layout, row), template)
     elif template == "round" and history:
         prompt, history = build_rounds(prompt, history), ()
     row_id, source, meta = _origin(made, raw_row, row)
@@ -175,16 +153,6 @@ def number_repeats(rows: Sequence[ContractRow]) -> list[str]:
 
 
 # Templates
-
-
-def alpaca_prompt(instruction: str, text: str, template: Template = "alpaca-en") -> str:
-    r"""Write an instruction and its input, "" for none, as Alpaca's prompt.
-
-    >>> alpaca_prompt("译成英文", "苹果", "alpaca-zh")[-33:]
-    '### 指令：\n译成英文\n\n### 输入：\n苹果\n\n### 回复：'
-    """
-    with_input, without = _ALPACA[template]
-    return (with_input if text else without).format(instruction=instruction, input=text)
 
 
 def split_input(path: Path, raw_row: RawRow, layout: Layout, row: TextRow) -> tuple[str, str]:

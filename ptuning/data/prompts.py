@@ -1,22 +1,24 @@
 """Step 3 of 5: rows and chats to prompts, by one builder for training, evaluation and serving.
 
 A question without history is the prompt itself; with history every turn is a numbered round, the
-last one open.
+last one open. This module is light: it imports neither torch nor transformers.
 Source: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/modeling_chatglm.py (`stream_chat`)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 FormatName = Literal["auto", "columns", "alpaca", "sharegpt", "messages", "history", "lima"]
 Turns = Literal["all", "last"]
-SHORTEST = 3  # tokens of either side: one of text next to two control tokens
 Recipe = Literal["corrected", "published"]
+Template = Literal["plain", "alpaca-en", "alpaca-zh", "round"]
+COLUMN_FIELDS = ("prompt_column", "input_column", "response_column", "history_column")
+SHORTEST = 3  # tokens of either side: one of text next to two control tokens
 
-# The prompts of `to_example` for transformers' chats: one question is bare, more messages are
-# numbered rounds, and a system message stands before the first question. The `generation`
-# tag marks the answer that is trained on; trl's assistant_only_loss requires it.
+# `to_example` for transformers' chats: one question is bare, more messages are numbered rounds, and
+# a system message stands before the first question. The `generation` tag marks the answer that is
+# trained on; trl's assistant_only_loss requires it.
 CHAT_TEMPLATE = """\
 {%- set chat = namespace(system='', round=0, expected='user') -%}
 {%- set turns = messages | rejectattr('role', 'equalto', 'system') | list -%}
@@ -54,6 +56,25 @@ CHAT_TEMPLATE = """\
 {{- raise_exception('add_generation_prompt needs a user message last: the question to answer') -}}
 {%- endif -%}
 """
+# With and without an input; they end in the colon, and the answer follows immediately. alpaca-en is
+# PROMPT_DICT of https://github.com/tatsu-lab/stanford_alpaca/blob/761dc5b/train.py, byte for byte;
+# alpaca-zh is our own translation, because several are in use and none is published.
+ALPACA = {
+    "alpaca-en": (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:",
+    ),
+    "alpaca-zh": (
+        "下面是一条描述任务的指令，并附有提供更多背景的输入。请写出恰当完成该请求的回复。\n\n"
+        "### 指令：\n{instruction}\n\n### 输入：\n{input}\n\n### 回复：",
+        "下面是一条描述任务的指令。请写出恰当完成该请求的回复。\n\n"
+        "### 指令：\n{instruction}\n\n### 回复：",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +96,16 @@ class RowFormat:
     recipe: Recipe = "corrected"
 
     def __post_init__(self) -> None:
-        """Refuse words that --format, --turns and --recipe do not have, and columns in a format."""
-        check_word("format", self.format, FormatName)
-        check_word("turns", self.turns, Turns)
-        check_recipe(self.recipe)
+        """Reject unknown words, lengths without room for text, and columns named in a format."""
+        for flag, kind in (("format", FormatName), ("turns", Turns), ("recipe", Recipe)):
+            if getattr(self, flag) not in get_args(kind):
+                *others, last = get_args(kind)
+                raise ValueError(
+                    f"--{flag} is {getattr(self, flag)}; use {', '.join(others)} or {last}."
+                )
+        for flag in ("max_source_length", "max_target_length"):
+            if getattr(self, flag) < SHORTEST:
+                raise ValueError(f"--{flag} is {getattr(self, flag)}; use {SHORTEST} or more.")
         if self.format != "auto" and self.named_columns:
             flag, column = next(iter(self.named_columns.items()))
             raise ValueError(
@@ -89,20 +116,15 @@ class RowFormat:
     @property
     def named_columns(self) -> dict[str, str]:
         """The columns that were named, by flag."""
-        columns = {
-            "--prompt_column": self.prompt_column,
-            "--input_column": self.input_column,
-            "--response_column": self.response_column,
-            "--history_column": self.history_column,
-        }
+        columns = {f"--{field}": getattr(self, field) for field in COLUMN_FIELDS}
         return {flag: column for flag, column in columns.items() if column is not None}
 
 
 class TextRow(NamedTuple):
     """The row contract: its line in the file, prompt, answer and earlier (question, answer) turns.
 
-    An answer that is not there is "". `skipped` says why training leaves the row out, None: it does
-    not. `system` is the text that the first earlier question begins with, for when that is cut.
+    A missing answer is "". skipped: why training leaves the row out; None if it does not. system:
+    the text that the first question of the history begins with, needed when that turn is dropped.
     """
 
     line: int
@@ -114,10 +136,10 @@ class TextRow(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One row of data as text: the prompt, the answer, and the parts the prompt was built from.
+    """A row as text: prompt and answer, and the parts the prompt was built from.
 
-    `has_rounds` says whether the prompt is written in rounds; only then can old turns be left out.
-    `system` is the text that the first turn of history begins with: it outlives that turn.
+    has_rounds: the prompt is written in rounds, so that old turns can be dropped. system: as in
+    `TextRow`.
     """
 
     prompt: str
@@ -129,21 +151,8 @@ class Example(NamedTuple):
     system: str = ""
 
 
-def build_rounds(query: str, history: Sequence[tuple[str, str]] = ()) -> str:
-    r"""Write every turn as a numbered round and leave the last one open.
-
-    >>> build_rounds("天气呢？", [("你好", "你好！")])
-    '[Round 0]\n问：你好\n答：你好！\n[Round 1]\n问：天气呢？\n答：'
-    """
-    rounds = [
-        f"[Round {index}]\n问：{question}\n答：{answer}\n"
-        for index, (question, answer) in enumerate(history)
-    ]
-    return f"{''.join(rounds)}[Round {len(rounds)}]\n问：{query}\n答："
-
-
 def to_example(row: TextRow, row_format: RowFormat, *, for_training: bool = True) -> Example:
-    """Build the example of a row (`reading.read_rows`).
+    """Build the prompt of a row.
 
     The published recipe trains on `[Round 0]` where a history column is named but empty, and
     evaluates and chats with the bare query; the corrected one uses the bare query everywhere.
@@ -160,36 +169,51 @@ def to_example(row: TextRow, row_format: RowFormat, *, for_training: bool = True
     )
 
 
-def check_word(flag: str, word: str, words: Any) -> None:
-    """Refuse a word that is none of a Literal's."""
-    if word not in get_args(words):
-        *others, last = get_args(words)
-        raise ValueError(f"--{flag} is {word}; use {', '.join(others)} or {last}.")
+def build_rounds(query: str, history: Sequence[tuple[str, str]] = ()) -> str:
+    r"""Write every turn as a numbered round and leave the last one open.
+
+    >>> build_rounds("天气呢？", [("你好", "你好！")])
+    '[Round 0]\n问：你好\n答：你好！\n[Round 1]\n问：天气呢？\n答：'
+    """
+    rounds = [
+        f"[Round {index}]\n问：{question}\n答：{answer}\n"
+        for index, (question, answer) in enumerate(history)
+    ]
+    return f"{''.join(rounds)}[Round {len(rounds)}]\n问：{query}\n答："
 
 
-def check_recipe(recipe: str) -> None:
-    """Refuse any other word than the two recipes."""
-    if recipe not in get_args(Recipe):
-        raise ValueError(
-            f"--recipe is {recipe}; use corrected (the default) or published, which repeats the "
-            "published preprocessing for comparison."
-        )
+def build_alpaca(instruction: str, text: str, template: Template = "alpaca-en") -> str:
+    r"""Write an instruction and its input, "" for none, as an Alpaca prompt.
+
+    >>> build_alpaca("译成英文", "苹果", "alpaca-zh")[-33:]
+    '### 指令：\n译成英文\n\n### 输入：\n苹果\n\n### 回复：'
+    """
+    with_input, without = ALPACA[template]
+    return (with_input if text else without).format(instruction=instruction, input=text)
 
 
-def check_contents(conversation: list[Any]) -> None:
-    """Refuse contents in blocks: `CHAT_TEMPLATE` would write the list itself into the prompt."""
-    for chat in conversation if _is_batch(conversation) else [conversation]:
+# transformers' chats: lists of {"role": ..., "content": ...}
+
+
+def as_chats(conversation: list[Any]) -> list[Any]:
+    """Return a batch of chats as it is, and a chat as the only one of a batch."""
+    is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+    return conversation if is_batch else [conversation]
+
+
+def check_contents(chats: list[Any]) -> None:
+    """Reject contents in blocks: `CHAT_TEMPLATE` would write the list itself into the prompt."""
+    for chat in chats:
         for number, message in enumerate(chat, 1):
-            if isinstance(message, Mapping) and isinstance(message.get("content"), list):
+            if isinstance(message.get("content"), list):
                 raise ValueError(
                     f"the content of message {number} is a list, and ChatGLM-6B reads only text; "
                     f'write {{"role": "{message.get("role")}", "content": "..."}}.'
                 )
 
 
-def ends_in_answer(conversation: list[Any]) -> bool:
-    """Say whether the chat, or every chat of the batch, ends in an answer; refuse a mixture."""
-    chats = conversation if _is_batch(conversation) else [conversation]
+def end_in_answer(chats: list[Any]) -> bool:
+    """Say whether all chats end in an answer, or none; reject a mixture."""
     ends = {bool(chat) and chat[-1].get("role") == "assistant" for chat in chats}
     if len(ends) > 1:
         raise ValueError(
@@ -199,22 +223,12 @@ def ends_in_answer(conversation: list[Any]) -> bool:
     return ends == {True}
 
 
-def split_answers(conversation: list[Any]) -> tuple[list[Any], Any]:
-    """Return the chats without their last message, and those messages' texts."""
-    if _is_batch(conversation):
-        return [chat[:-1] for chat in conversation], [_text_of(chat[-1]) for chat in conversation]
-    return conversation[:-1], _text_of(conversation[-1])
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    text = message.get("content")
+def last_text(chat: list[Any]) -> str:
+    """Return the text of the last message."""
+    text = chat[-1].get("content")
     if not isinstance(text, str):
         raise ValueError(
             f"the last message has no text: its content is of type {type(text).__name__}; "
             'write {"role": "assistant", "content": "..."}.'
         )
     return text
-
-
-def _is_batch(conversation: list[Any]) -> bool:
-    return bool(conversation) and isinstance(conversation[0], (list, tuple))

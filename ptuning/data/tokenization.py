@@ -1,21 +1,28 @@
-"""Step 4 of 5: examples to token ids, `prompt [gMASK] <sop> answer <eop>`, cut to their lengths.
+"""Steps 4 and 5 of 5: examples to token ids, `prompt [gMASK] <sop> answer <eop>`, then to batches.
 
-A row is at most max_source_length + max_target_length tokens, and is never padded here. The
-published recipe keeps the head of every prompt and ends every answer with <eop>. The corrected one
-ends only whole answers so, and cuts rounds from the oldest: the question and `答：` stay.
+The published recipe truncates every prompt at its end and puts <eop> after every answer. The
+corrected one puts it only after complete answers, and drops the oldest rounds first, so that the
+question and `答：` survive. Training rows are padded on the right, prompts on the left, so that
+generation continues the text.
+Shapes: B rows, S tokens of the longest row or pad_to_length, T tokens of all rows, N with a target.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ptuning.data.prompts import SHORTEST, Example, Recipe, build_rounds, check_recipe
+import torch
+from torch import Tensor
+
+from ptuning.data.prompts import Example, Recipe, build_rounds
 from ptuning.data.tokenizer import ChatGLMTokenizer
 
 IGNORED_LABEL = -100  # what PyTorch's cross entropy leaves out
 
+Ids = Sequence[int] | Tensor
+
 
 class TokenizedExample(NamedTuple):
-    """One training row: its ids, where `<sop>` stands in them, and what had to be cut."""
+    """One training row: its ids, the index of `<sop>` in them, and what was truncated."""
 
     input_ids: list[int]
     context_length: int
@@ -31,26 +38,22 @@ def to_training_batch(
     max_target_length: int,
     recipe: Recipe = "corrected",
 ) -> list[TokenizedExample]:
-    """Encode rows for training: context of max_source_length, answer of max_target_length tokens.
+    """Encode examples for training, at most max_source_length + max_target_length tokens each.
 
-    `[gMASK]` counts to the context; `<sop>` and `<eop>` to the answer.
+    `[gMASK]` counts towards the prompt, `<sop>` and `<eop>` towards the answer.
     """
-    check_recipe(recipe)
-    _check_length("--max_source_length", max_source_length)
-    _check_length("--max_target_length", max_target_length)
     texts = [text for example in examples for text in (example.prompt, example.response)]
     encoded = tokenizer.encode_batch(texts)
     rows = []
     for example, prompt_ids, answer_ids in zip(examples, encoded[::2], encoded[1::2], strict=True):
-        context, prompt_cut = _fit_prompt(
-            tokenizer, example, prompt_ids, max_source_length - 1, recipe
-        )
+        prompt = _fit_prompt(tokenizer, example, prompt_ids, max_source_length - 1, recipe)
         answer = answer_ids[: max_target_length - 2]
         answer_cut = len(answer) < len(answer_ids)
-        ids = tokenizer.build_inputs_with_special_tokens(context, answer)
+        ids = tokenizer.build_inputs_with_special_tokens(prompt, answer)
         if answer_cut and recipe == "corrected":
             ids.pop()  # <eop> would teach the model to stop in the middle of a sentence
-        rows.append(TokenizedExample(ids, len(context) + 1, prompt_cut, answer_cut))
+        prompt_cut = len(prompt) < len(prompt_ids)
+        rows.append(TokenizedExample(ids, len(prompt) + 1, prompt_cut, answer_cut))
     return rows
 
 
@@ -61,24 +64,14 @@ def to_generation_batch(
     max_source_length: int,
     recipe: Recipe = "corrected",
 ) -> tuple[list[list[int]], list[bool]]:
-    """Return each prompt's ids, `[gMASK] <sop>` included in the length, and whether it was cut."""
-    check_recipe(recipe)
-    _check_length("--max_source_length", max_source_length)
+    """Return the ids of each prompt, `[gMASK] <sop>` included, and whether it was truncated."""
+    prompts, cuts = [], []
     encoded = tokenizer.encode_batch([example.prompt for example in examples])
-    prompts = []
-    cuts = []
     for example, prompt_ids in zip(examples, encoded, strict=True):
-        context, was_cut = _fit_prompt(
-            tokenizer, example, prompt_ids, max_source_length - 2, recipe
-        )
-        prompts.append(tokenizer.build_inputs_with_special_tokens(context))
-        cuts.append(was_cut)
+        prompt = _fit_prompt(tokenizer, example, prompt_ids, max_source_length - 2, recipe)
+        prompts.append(tokenizer.build_inputs_with_special_tokens(prompt))
+        cuts.append(len(prompt) < len(prompt_ids))
     return prompts, cuts
-
-
-def _check_length(flag: str, length: int) -> None:
-    if length < SHORTEST:
-        raise ValueError(f"{flag} is {length}; use {SHORTEST} or more tokens.")
 
 
 def _fit_prompt(
@@ -87,23 +80,19 @@ def _fit_prompt(
     prompt_ids: list[int],
     budget: int,
     recipe: Recipe,
-) -> tuple[list[int], bool]:
-    """Return at most budget ids of the prompt, and whether something is missing from them."""
+) -> list[int]:
+    """Return the prompt in at most budget ids."""
     if len(prompt_ids) <= budget:
-        return prompt_ids, False
+        return prompt_ids
     if recipe == "published" or not example.has_rounds:
-        return prompt_ids[:budget], True
-    return _fit_rounds(tokenizer, example, budget), True
-
-
-def _fit_rounds(tokenizer: ChatGLMTokenizer, example: Example, budget: int) -> list[int]:
-    """Leave out the oldest turns until the rest fits; after all of them, the question's end."""
-    for start in range(1, len(example.history) + 1):
+        return prompt_ids[:budget]
+    num_turns = len(example.history)
+    for start in range(1, num_turns + 1):
         ids = _encode_rounds(tokenizer, example, example.query, start)
         if len(ids) <= budget:
             return ids
-    num_turns = len(example.history)
-    shortest, longest = 0, len(example.query)  # characters kept; ids grow with them
+    # Without any history the question is still too long: find the longest start of it that fits.
+    shortest, longest = 0, len(example.query)  # in characters; the number of ids grows with them
     while shortest < longest:
         middle = (shortest + longest + 1) // 2
         if len(_encode_rounds(tokenizer, example, example.query[:middle], num_turns)) <= budget:
@@ -117,11 +106,87 @@ def _fit_rounds(tokenizer: ChatGLMTokenizer, example: Example, budget: int) -> l
 def _encode_rounds(
     tokenizer: ChatGLMTokenizer, example: Example, query: str, start: int
 ) -> list[int]:
-    history, system = example.history[start:], example.system
-    if system.strip() and start:  # the turn that it was written before is cut
-        if history:
-            history = ((f"{system}\n{history[0][0]}", history[0][1]), *history[1:])
-        else:
-            query = f"{system}\n{query}"
+    """Encode the prompt without the turns before `start`; the system text moves to what is left."""
+    history = example.history[start:]
+    if example.system.strip() and history:
+        (question, answer), *rest = history
+        history = ((f"{example.system}\n{question}", answer), *rest)
+    elif example.system.strip():
+        query = f"{example.system}\n{query}"
     prompt = example.source_prefix + build_rounds(query, history)
     return tokenizer.encode_batch([prompt], num_threads=1)[0]
+
+
+# Batches
+
+
+def pad_right(
+    batch: Sequence[Mapping[str, Ids]], *, pad_id: int, pad_to_length: int | None = None
+) -> dict[str, Tensor]:
+    """Return input_ids, attention_mask (1 for tokens) and labels (-100 for padding), each (B, S).
+
+    Three index tensors besides spare the model their computation, which would stall a GPU: tokens
+    (T,), the cells of the flattened grid that hold tokens; needed (N,), those tokens that have a
+    label after them; targets (N,), these labels. Drop the three if you change rows or labels.
+
+    >>> rows = [{"input_ids": [7, 8], "labels": [-100, 8]}, {"input_ids": [9], "labels": [9]}]
+    >>> pad_right(rows, pad_id=3)["input_ids"].tolist()
+    [[7, 8], [9, 3]]
+    """
+    ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in batch]
+    labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in batch]
+    length = _batch_length(ids, pad_to_length)
+    size = (len(ids), length)
+    padded = {
+        "input_ids": torch.full(size, pad_id, dtype=torch.long),  # (B, S)
+        "attention_mask": torch.zeros(size, dtype=torch.long),
+        "labels": torch.full(size, IGNORED_LABEL, dtype=torch.long),
+    }
+    tokens, needed, targets, num_tokens = [], [], [], 0
+    for index, (row_ids, row_labels) in enumerate(zip(ids, labels, strict=True)):
+        if len(row_ids) != len(row_labels):
+            raise ValueError(
+                f"row {index} of the batch has {len(row_ids)} input_ids and {len(row_labels)} "
+                "labels; there must be one label for each token."
+            )
+        padded["input_ids"][index, : len(row_ids)] = row_ids
+        padded["attention_mask"][index, : len(row_ids)] = 1
+        padded["labels"][index, : len(row_ids)] = row_labels
+        has_target = row_labels[1:] != IGNORED_LABEL
+        tokens.append(torch.arange(index * length, index * length + len(row_ids)))
+        needed.append(has_target.nonzero().squeeze(1) + num_tokens)
+        targets.append(row_labels[1:][has_target])
+        num_tokens += len(row_ids)
+    indices = {"tokens": tokens, "needed": needed, "targets": targets}
+    return padded | {name: torch.cat(parts) for name, parts in indices.items()}
+
+
+def pad_left(
+    prompts: Sequence[Ids], *, pad_id: int, pad_to_length: int | None = None
+) -> dict[str, Tensor]:
+    """Return input_ids and attention_mask (1 for tokens) of prompts to continue, each (B, S).
+
+    >>> pad_left([[7, 8], [9]], pad_id=3)["input_ids"].tolist()
+    [[7, 8], [3, 9]]
+    """
+    ids = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
+    length = _batch_length(ids, pad_to_length)
+    input_ids = torch.full((len(ids), length), pad_id, dtype=torch.long)  # (B, S)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, row_ids in enumerate(ids):
+        start = length - len(row_ids)
+        input_ids[index, start:] = row_ids
+        attention_mask[index, start:] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _batch_length(rows: Sequence[Tensor], fixed: int | None) -> int:
+    if not rows:
+        raise ValueError("the batch has no rows; give at least one.")
+    longest = max(len(row) for row in rows)
+    if fixed is not None and longest > fixed:
+        raise ValueError(
+            f"a row has {longest} tokens and pad_to_length is {fixed}; raise it to {longest}, "
+            "or cut the rows with --max_source_length and --max_target_length."
+        )
+    return longest if fixed is None else fixed

@@ -1,66 +1,139 @@
 """The ChatGLM tokenizer: text to ids and back, and the only owner of control-token ids.
 
-A transformers tokenizer over the published `ice_text.model`. Ids are found by the names of the
-pieces, never by number. Text can name a control token (`<eop>`, `[MASK]`, ...) but never yield
-its id: such words are encoded letter by letter like any others, and ids reach a sequence only
-through `build_inputs_with_special_tokens`.
-Source of the layout: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/tokenization_chatglm.py
+A transformers tokenizer over the published `ice_text.model`, a SentencePiece unigram model. Its
+first five pieces are `<unk>`, `<s>`, `</s>`, `<pad>`, `<n>`; then come the ordinary pieces, the
+control pieces, the blanks and last the 256 bytes. Ids are looked up by the names of the pieces,
+never by number. Text can name a control token (`<eop>`, `[MASK]`, ...) but never yield its id,
+because SentencePiece does not match control pieces in text: ids reach a sequence only through
+`build_inputs_with_special_tokens`.
+Sources: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/tokenization_chatglm.py and
+https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/ice_text.model
 """
 
 import copy
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, PreTrainedConfig, PreTrainedTokenizer
 from transformers.models.auto.tokenization_auto import AutoTokenizer  # see ptuning/__init__.py
 
-from ptuning.data.prompts import CHAT_TEMPLATE, check_contents, ends_in_answer, split_answers
-from ptuning.data.vocabulary import (
-    END_PIECE,
-    EOP_PIECE,
-    GMASK_PIECE,
-    MASK_PIECE,
-    PAD_PIECE,
-    SOP_PIECE,
-    UNKNOWN_PIECE,
-    VOCABULARY_FILE,
-    WELL_KNOWN_PIECES,
-    control_indices,
-    escape_whitespace,
-    find_num_image_tokens,
-    has_piece,
-    load_pieces,
-    restore_whitespace,
-    warn_about_added_tokens,
-)
+from ptuning.data.prompts import CHAT_TEMPLATE, as_chats, check_contents, end_in_answer, last_text
 from ptuning.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
+VOCABULARY_FILE = "ice_text.model"
 MAX_LENGTH = 2048  # max_sequence_length of the published config.json
-PUBLISHED_PIECES = 130_344  # in ice_text.model, in both releases
+MAX_BLANKS = 80  # the longest run of blanks that has a piece of its own
+
+UNKNOWN_PIECE, PAD_PIECE, END_PIECE = "<unk>", "<pad>", "</s>"
+MASK_PIECE, GMASK_PIECE, SOP_PIECE, EOP_PIECE = "[MASK]", "[gMASK]", "<sop>", "<eop>"
+NEWLINE_PIECE, TAB_PIECE = "<n>", "<|tab|>"
+BLANK_PIECES = tuple(f"<|blank_{count}|>" for count in range(2, MAX_BLANKS + 1))
+CONTROL_PIECES = (
+    MASK_PIECE,
+    GMASK_PIECE,
+    "[sMASK]",
+    "<unused_0>",
+    SOP_PIECE,
+    EOP_PIECE,
+    "<ENC>",
+    "<dBLOCK>",
+)
+LEADING_PIECES = (UNKNOWN_PIECE, "<s>", END_PIECE, PAD_PIECE, NEWLINE_PIECE)
+TRAILING_PIECES = (*CONTROL_PIECES, TAB_PIECE, *BLANK_PIECES)
+WELL_KNOWN_PIECES = (
+    UNKNOWN_PIECE,
+    PAD_PIECE,
+    END_PIECE,
+    MASK_PIECE,
+    GMASK_PIECE,
+    SOP_PIECE,
+    EOP_PIECE,
+)
+REQUIRED_PIECES = (*WELL_KNOWN_PIECES, NEWLINE_PIECE, TAB_PIECE, *BLANK_PIECES)
+
+_PIECE_OF = {"\n": NEWLINE_PIECE, "\t": TAB_PIECE}
+_PIECE_OF |= {" " * count: piece for count, piece in enumerate(BLANK_PIECES, 2)}
+_WHITESPACE_OF = {piece: whitespace for whitespace, piece in _PIECE_OF.items()}
+_WHITESPACE = re.compile(rf"\n|\t| {{2,{MAX_BLANKS}}}")
+_WHITESPACE_PIECE = re.compile(r"<n>|<\|tab\|>|<\|blank_\d+\|>")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _IMAGE_TOKEN = re.compile(r"<image_(0|[1-9]\d*)>")
+
+
+def escape_whitespace(text: str) -> str:
+    r"""Write newlines, tabs and runs of 2 to 80 blanks as their pieces, the longest run first.
+
+    >>> escape_whitespace("a\n\tb    c")
+    'a<n><|tab|>b<|blank_4|>c'
+    """
+    if text.isprintable() and "  " not in text:  # a quick test that spares most texts the search
+        return text
+    return _WHITESPACE.sub(lambda match: _PIECE_OF[match.group()], text)
+
+
+def restore_whitespace(text: str) -> str:
+    r"""Undo `escape_whitespace`.
+
+    >>> restore_whitespace("a<n><|tab|>b<|blank_4|>c")
+    'a\n\tb    c'
+    """
+    return _WHITESPACE_PIECE.sub(lambda match: _WHITESPACE_OF.get(match[0], match[0]), text)
+
+
+def load_pieces(vocab_file: str) -> SentencePieceProcessor:
+    """Read a SentencePiece model and check that it is a ChatGLM-6B vocabulary."""
+    try:
+        pieces = SentencePieceProcessor(model_file=vocab_file)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{vocab_file} is not a SentencePiece model (a git-lfs pointer or an incomplete "
+            f"download?): {error}; fetch the {VOCABULARY_FILE} of THUDM/chatglm-6b again."
+        ) from error
+    missing = [name for name in REQUIRED_PIECES if not _has_piece(pieces, name)]
+    if missing:
+        raise ValueError(
+            f"{vocab_file} has no piece {', '.join(missing)}: it is not the vocabulary of the "
+            f"first ChatGLM-6B; use the {VOCABULARY_FILE} of THUDM/chatglm-6b."
+        )
+    return pieces
+
+
+def _has_piece(pieces: SentencePieceProcessor, name: str) -> bool:
+    return bool(pieces.id_to_piece(pieces.piece_to_id(name)) == name)
+
+
+def _find_num_image_tokens(pieces: SentencePieceProcessor, config_file: Path) -> int:
+    """Return the offset of ids to pieces that a config.json implies; 0 without such a file."""
+    if not config_file.is_file():
+        return 0
+    bos_token_id = json.loads(config_file.read_text(encoding="utf-8")).get("bos_token_id")
+    if not isinstance(bos_token_id, int):
+        return 0
+    return max(0, bos_token_id - int(pieces.piece_to_id(SOP_PIECE)))
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
     """Tokenizer of the first ChatGLM-6B, both releases of its vocabulary.
 
     The class name, `ice_text.model` and the keys of `tokenizer_config.json` are published names.
-    A single text becomes `ids [gMASK] <sop>`, a pair `a [gMASK] <sop> b <eop>`; batches are
-    padded on the left. num_image_tokens is 0, or 20000 in the older release, whose ids are all
-    that much higher; None looks it up in the config.json beside the file. Decoding returns text
-    only: control tokens have none, so they disappear, and a written-out `<eop>` stays.
+    A single text becomes `ids [gMASK] <sop>`, a pair `a [gMASK] <sop> b <eop>`; batches are padded
+    on the left. num_image_tokens is the offset of all ids: 0, or 20000 in the older release; None
+    takes it from the config.json next to the file. Decoding returns only text: control tokens
+    disappear, whereas a written-out `<eop>` stays.
     """
 
     vocab_files_names = {"vocab_file": VOCABULARY_FILE}  # noqa: RUF012  (the base class's own form)
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
     padding_side = "left"
-    _ends_pairs = True  # with <eop>; on the class, as older pickles have no such attribute
+    _ends_pairs = True  # with <eop>
 
     def __init__(
         self,
@@ -79,7 +152,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> None:
         """Read the vocabulary; the other arguments are keys of tokenizer_config.json."""
         if vocab_file is None or not Path(vocab_file).is_file():
-            raise ValueError(  # transformers would replace an OSError by its own words
+            raise ValueError(  # transformers would replace the message of an OSError
                 f"the vocabulary {vocab_file or VOCABULARY_FILE} is not there; the tokenizer's "
                 f"folder needs the published {VOCABULARY_FILE} (THUDM/chatglm-6b, 2.7 MB)."
             )
@@ -88,20 +161,33 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.remove_space = remove_space
         self._pieces = load_pieces(self.vocab_file)
         if num_image_tokens is None:
-            num_image_tokens = find_num_image_tokens(self._pieces, Path(self.vocab_file))
+            config_file = Path(self.vocab_file).with_name("config.json")
+            num_image_tokens = _find_num_image_tokens(self._pieces, config_file)
         self.num_image_tokens = num_image_tokens
         self.sop_token_id = self._id_of_piece(SOP_PIECE)
         self.eop_token_id = self._id_of_piece(EOP_PIECE)
         self._gmask_id = self._id_of_piece(GMASK_PIECE)
+        are_control = self._pieces.is_control(list(range(len(self._pieces))))
         self.control_ids = frozenset(  # every id that text never yields: `<pad>`, `<s>`, ...
-            num_image_tokens + index for index in control_indices(self._pieces)
+            num_image_tokens + index for index, is_control in enumerate(are_control) if is_control
         )
-        warn_about_added_tokens(self._pieces, kwargs.pop("added_tokens_decoder", {}))
+        added = [str(token) for token in kwargs.pop("added_tokens_decoder", {}).values()]
+        unknown = [token for token in added if not _has_piece(self._pieces, token)]
+        if unknown:  # a tokenizer saved by another program
+            logger.warning(
+                "ignored the added tokens %s, which are not in %s",
+                ", ".join(unknown),
+                VOCABULARY_FILE,
+            )
         specific = {"end_token": end_token, "gmask_token": gmask_token}
         specific.update(kwargs.pop("model_specific_special_tokens", None) or {})
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
         kwargs.setdefault("model_max_length", MAX_LENGTH)
-        for key in ("auto_map", "is_local", "local_files_only"):  # say where from, not what
+        for key in (
+            "auto_map",
+            "is_local",
+            "local_files_only",
+        ):  # where it came from
             kwargs.pop(key, None)
         super().__init__(
             do_lower_case=do_lower_case,
@@ -117,22 +203,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             model_specific_special_tokens=specific,
             **kwargs,
         )
-        logger.debug("ChatGLM vocabulary: %s", self.release)
 
     # Facts about the vocabulary
 
     @property
-    def release(self) -> str:
-        """Say in words which of the published vocabularies this is, if it is one."""
-        images, which = "none for images", "the current release"
-        if self.num_image_tokens:
-            images, which = f"the first {self.num_image_tokens} for images", "the older release"
-        is_published = len(self._pieces) == PUBLISHED_PIECES
-        return f"{self.vocab_size} ids, {images}{f' ({which})' if is_published else ''}"
-
-    @property
     def vocab_size(self) -> int:
-        """Number of ids, image tokens included; the model's embedding has unused rows beyond it."""
+        """Number of ids, image tokens included; the model's embedding has more rows, all unused."""
         return self.num_image_tokens + len(self._pieces)
 
     @property
@@ -143,20 +219,26 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return named + [piece for piece in pieces if piece not in named]
 
     @property
+    def byte_ids(self) -> list[int]:
+        """Ids of the pieces that stand for one byte of a character without its own piece."""
+        are_bytes = self._pieces.is_byte(list(range(len(self._pieces))))
+        return [self.num_image_tokens + i for i, is_byte in enumerate(are_bytes) if is_byte]
+
+    @property
     def fingerprint(self) -> str:
-        """A digest that two tokenizers share exactly when they give every text the same ids."""
+        """A digest that two tokenizers share exactly if they give every text the same ids."""
         settings = f"{self.num_image_tokens} {self.do_lower_case} {self.remove_space}"
         model: bytes = self._pieces.serialized_model_proto()
         return hashlib.sha256(settings.encode("utf-8") + model).hexdigest()
 
     def names_control_token(self, text: str) -> bool:
-        """Say whether a text writes out a control token, such as `<eop>`; it is encoded as text."""
-        if "<" not in text and "[" not in text:  # how their names begin; most text has neither
+        """Say whether a text spells out a control token, such as `<eop>`; it is encoded as text."""
+        if "<" not in text and "[" not in text:  # most texts have neither
             return False
         return any(name in text for name in WELL_KNOWN_PIECES)
 
     def __len__(self) -> int:
-        """Number of ids: nothing is ever added to this vocabulary."""
+        """Return the number of ids: the vocabulary is fixed."""
         return self.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
@@ -178,9 +260,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _add_tokens(
         self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False
     ) -> int:
-        """Accept pieces that are there already; the embedding has no row for any other."""
+        """Accept only tokens of the vocabulary, because the embedding has rows for no others."""
         names = [str(token) for token in new_tokens or []]
-        missing = [repr(name) for name in names if not has_piece(self._pieces, name)]
+        missing = [repr(name) for name in names if not _has_piece(self._pieces, name)]
         if missing:
             raise ValueError(
                 f"cannot add {', '.join(missing)}: the vocabulary of ChatGLM-6B is fixed. "
@@ -191,21 +273,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def add_special_tokens(
         self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any
     ) -> int:
-        """Check every token before the first is set, so that a refusal changes nothing."""
+        """Check all tokens before setting the first, so that a rejected call changes nothing."""
         for value in (special_tokens_dict or {}).values():
             self._check_special(value)
         added: int = super().add_special_tokens(special_tokens_dict, *args, **kwargs)
         return added
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """Refuse a special token, or its id, that the vocabulary does not have."""
+        """Reject a special token or id that the vocabulary does not have."""
         name = key.removesuffix("_ids").removesuffix("_id")
         if name == "extra_special_tokens" or name in self.SPECIAL_TOKENS_ATTRIBUTES:
             self._check_special(value, is_id=name != key)
         super().__setattr__(key, value)
 
     def _check_special(self, value: Any, *, is_id: bool = False) -> None:
-        """Check one token or a list of them; other types are left to transformers' own check."""
+        """Check a token or a list of them; transformers itself rejects other types."""
         values = value if isinstance(value, (list, tuple)) else [value]
         if not is_id:
             self._add_tokens([token for token in values if isinstance(token, (str, AddedToken))])
@@ -222,17 +304,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Return the pieces of a text; written-out control tokens are ordinary letters here."""
+        """Return the pieces of a text, in which written-out control tokens are ordinary letters."""
         ids = self._encode_text(text) + (self._encode_text(pair) if pair is not None else [])
         return [self._convert_id_to_token(index) for index in ids]
 
     def encode_batch(
         self, texts: Sequence[str], *, num_threads: int | None = None
     ) -> list[list[int]]:
-        """Return the ids of each text, no control tokens added, by SentencePiece's own threads.
+        """Return the ids of each text without control tokens, encoded in num_threads [all cores].
 
-        num_threads None uses every core. Equal to `tokenizer(texts, add_special_tokens=False)`,
-        many times faster.
+        The same as `tokenizer(texts, add_special_tokens=False)`, but many times faster.
         """
         prepared = [self._prepare_text(text) for text in texts]
         if not prepared:
@@ -248,7 +329,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return [index + self.num_image_tokens for index in ids]
 
     def _prepare_text(self, text: str) -> str:
-        """Write whitespace as pieces; a lone surrogate becomes the replacement character."""
+        """Write whitespace as pieces, and lone surrogates as the replacement character."""
         if self.remove_space:
             text = " ".join(text.split())
         if self.do_lower_case:
@@ -273,28 +354,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         token_ids_1: list[int] | None = None,
         already_has_special_tokens: bool = False,
     ) -> list[int]:
-        """Return 1 for each control token of the built sequence, 0 for text."""
+        """Return 1 for each control token of the sequence, 0 for text."""
         if already_has_special_tokens:
-            if token_ids_1 is not None:
-                raise ValueError(
-                    "already_has_special_tokens goes with one sequence; leave token_ids_1 out."
-                )
-            return [int(index in self.control_ids) for index in token_ids_0]
-        mask = [0] * len(token_ids_0) + [1, 1]
-        if token_ids_1 is None:
-            return mask
-        return mask + [0] * len(token_ids_1) + [1] * self._ends_pairs
-
-    def _without_eop(self) -> "ChatGLMTokenizer":
-        """Return a copy on the same vocabulary whose pairs are `a [gMASK] <sop> b`."""
-        open_ended = copy.copy(self)
-        open_ended._ends_pairs = False
-        return open_ended
+            ids = [*token_ids_0, *(token_ids_1 or [])]
+        else:
+            ids = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
+        return [int(index in self.control_ids) for index in ids]
 
     # Ids to text
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Join pieces to text; control tokens have none."""
+        """Join pieces to a text, without control tokens."""
         return self._decode([self._convert_token_to_id(token) for token in tokens])
 
     def _decode(
@@ -304,15 +374,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
-        """Return the text of the ids; ids without a piece count as `<unk>`."""
+        """Return the text of the ids; an id without a piece counts as `<unk>`."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         text_ids = []
         for token_id in ids:
             index = self._piece_index(int(token_id))
-            if index == self._pieces.unk_id():
-                if not skip_special_tokens:
-                    text_ids.append(index)
-            elif index + self.num_image_tokens not in self.control_ids:
+            is_skipped = skip_special_tokens and index == self._pieces.unk_id()
+            if not is_skipped and index + self.num_image_tokens not in self.control_ids:
                 text_ids.append(index)
         text = restore_whitespace(self._pieces.decode(text_ids))
         clean_up = self.clean_up_tokenization_spaces
@@ -326,7 +394,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.num_image_tokens + int(self._pieces.piece_to_id(name))
 
     def _piece_index(self, token_id: int) -> int:
-        """Return the piece of an id; image tokens and the embedding's unused rows are `<unk>`."""
+        """Return the index of an id's piece; image tokens and unused rows have that of `<unk>`."""
         if token_id < 0:
             raise ValueError(
                 f"{token_id} is not a token id; if it marks ignored labels, replace it first: "
@@ -370,18 +438,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> Any:
         """Return a chat as a prompt: `question [gMASK] <sop>`, or numbered rounds after an answer.
 
-        With add_generation_prompt the last message is the question to answer. Without, a chat
+        With add_generation_prompt the last message is the question to answer. Without it, a chat
         that ends in an answer becomes a training row `prompt [gMASK] <sop> answer <eop>`, and one
         that ends in a question only its text. With continue_final_message the last message is a
-        partial answer, and the row stops there: `prompt [gMASK] <sop> answer`.
+        partial answer, and the row ends there: `prompt [gMASK] <sop> answer`.
 
         The control tokens have no text. With tokenize=False a partial answer is part of the text,
-        and encoding that text would make it context; encode such a chat here. As with other
-        SentencePiece models, decoding the new tokens alone drops the space they begin with.
+        and encoding that text would make it context; encode such a chat here instead. As with other
+        SentencePiece models, decoding only the new tokens drops the space they begin with.
 
         return_assistant_tokens_mask adds `assistant_masks`: 1 on the last answer and its <eop>.
-        Earlier answers are 0, because the rounds are one context, visible as a whole to each of
-        its tokens: there is nothing to predict in them.
+        Earlier answers are 0: rounds are one bidirectional context, in which no token is predicted.
 
         Text never yields control ids, so sanitize_control_tokens changes nothing.
         """
@@ -395,12 +462,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 "return_assistant_tokens_mask adds a key to the dictionary of ids; it needs "
                 "return_dict=True and tokenize=True."
             )
+        chats = as_chats(conversation)
+        is_batch = chats is conversation
 
-        def render(chat: Any, **options: Any) -> Any:
+        def render(chats: list[Any], **options: Any) -> Any:
             if (chat_template or self.chat_template) == CHAT_TEMPLATE:
-                check_contents(chat)
+                check_contents(chats)
             return super(ChatGLMTokenizer, self).apply_chat_template(
-                chat,
+                chats if is_batch else chats[0],
                 tools=tools,
                 documents=documents,
                 chat_template=chat_template,
@@ -411,7 +480,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         if not tokenize:
             return render(
-                conversation,
+                chats,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
@@ -436,25 +505,27 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if return_assistant_tokens_mask:
             call["return_token_type_ids"] = True  # 1 on the second text of a pair and its <eop>
         if add_generation_prompt:
-            encoded = self(render(conversation, add_generation_prompt=True), **call)
-        elif ends_in_answer(conversation):
-            prompts, answers = split_answers(conversation)
-            tokenizer = self._without_eop() if continue_final_message else self
-            encoded = tokenizer(render(prompts, add_generation_prompt=True), answers, **call)
+            encoded = self(render(chats, add_generation_prompt=True), **call)
+        elif end_in_answer(chats):
+            answers = [last_text(chat) for chat in chats]
+            prompts = render([chat[:-1] for chat in chats], add_generation_prompt=True)
+            tokenizer = copy.copy(self)
+            tokenizer._ends_pairs = not continue_final_message
+            encoded = tokenizer(prompts, answers if is_batch else answers[0], **call)
         elif continue_final_message:
             raise ValueError(
                 "continue_final_message continues a partial answer, and the chat does not end in "
                 "an assistant message; append one, or pass add_generation_prompt=True to start one."
             )
         else:
-            encoded = self(render(conversation), add_special_tokens=False, **call)
+            encoded = self(render(chats), add_special_tokens=False, **call)
         if return_assistant_tokens_mask:
             encoded["assistant_masks"] = encoded.pop("token_type_ids")
         return encoded if return_dict else encoded["input_ids"]
 
 
 class TokenizerKey(PreTrainedConfig):
-    """Stand in AutoTokenizer's table in the place of a configuration; no model has this one."""
+    """Placeholder for a configuration in AutoTokenizer's table; no model has this one."""
 
     model_type = "chatglm-tokenizer"
 
@@ -462,9 +533,8 @@ class TokenizerKey(PreTrainedConfig):
 def register_tokenizer() -> None:
     """Let AutoTokenizer find ChatGLMTokenizer by the name in tokenizer_config.json.
 
-    The key is not ChatGLMConfig on purpose: for a configuration in its table transformers prefers
-    the code published beside the model when trust_remote_code=True is passed, and that code fails
-    on transformers >= 4.34. A folder without tokenizer_config.json is found through
-    `ChatGLMConfig.tokenizer_class = "ChatGLMTokenizer"`.
+    The key is not ChatGLMConfig: with trust_remote_code=True transformers would then prefer the
+    code published next to the model, which fails on transformers >= 4.34. A directory without
+    tokenizer_config.json is found through `ChatGLMConfig.tokenizer_class = "ChatGLMTokenizer"`.
     """
     AutoTokenizer.register(TokenizerKey, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)

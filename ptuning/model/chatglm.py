@@ -148,9 +148,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         shift_labels (B, S), the next token's label at each position, replace labels. While
         training, logits are None where there is a loss: only answer tokens pass the output head.
         logits_to_keep keeps the last n positions, 0 for all. tokens (T,), needed (N,) and targets
-        (N,) hold what labels and attention_mask say, as indices
-        (`ptuning.data.collation.pad_right` makes them): with labels and all three, the loss is all
-        that is computed, and the host never waits for the device.
+        (N,) hold what labels and attention_mask say, as indices (made by
+        `ptuning.data.tokenization.pad_right`): with labels and all three, the loss is all that is
+        computed, and the host never waits for the device.
         """
         input_ids = check_tokens(input_ids, inputs_embeds)
         next_labels = _next_labels(input_ids, labels, kwargs.pop("shift_labels", None))

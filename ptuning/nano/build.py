@@ -27,18 +27,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ptuning.data.general import FILE_NAME as GENERAL_FILE
-from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.data.vocabulary import (
+from ptuning.data.tokenizer import (
     BLANK_PIECES,
     CONTROL_PIECES,
     LEADING_PIECES,
     NEWLINE_PIECE,
-    NUM_FIXED_PIECES,
     TAB_PIECE,
     TRAILING_PIECES,
     VOCABULARY_FILE,
+    ChatGLMTokenizer,
     escape_whitespace,
-    is_byte_piece,
 )
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
@@ -57,6 +55,7 @@ from ptuning.tunings.loading import NANO_DIR, SAMPLE_DIR
 logger = logging.getLogger(__name__)
 
 MAX_WEIGHTS_BYTES = 5_000_000  # what the repository takes
+NUM_FIXED_PIECES = len(LEADING_PIECES) + len(TRAILING_PIECES) + 256  # 256: one piece for every byte
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _reorder_pieces(trained: bytes) -> bytes:
     model = ModelProto.FromString(trained)
     by_name = {piece.piece: piece for piece in model.pieces}
     fixed = {*LEADING_PIECES, *TRAILING_PIECES}
-    byte_names = [name for name in by_name if is_byte_piece(name)]
+    byte_names = [name for name, piece in by_name.items() if piece.type == piece.BYTE]
     ordinary = [name for name in by_name if name not in fixed.union(byte_names)]
     order = [*LEADING_PIECES, *ordinary, *TRAILING_PIECES, *byte_names]
     pieces = [by_name[name] for name in order]

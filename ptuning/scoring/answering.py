@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ptuning.data.collation import pad_left
 from ptuning.data.dataset import GenerationDataset
+from ptuning.data.tokenization import pad_left
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import PUBLISHED_SAMPLING, Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration

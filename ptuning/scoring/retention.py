@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptuning.data.collation import pad_left, pad_right
 from ptuning.data.general import GeneralPrompts
 from ptuning.data.prompts import Example
-from ptuning.data.tokenization import IGNORED_LABEL, to_generation_batch
+from ptuning.data.tokenization import IGNORED_LABEL, pad_left, pad_right, to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration

@@ -10,8 +10,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.data.vocabulary import restore_whitespace
+from ptuning.data.tokenizer import ChatGLMTokenizer, restore_whitespace
 from ptuning.engine.sampling import TokenLogprob
 from ptuning.serve.answer import Answer, Usage
 

@@ -2,15 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from ptuning.data.conversion import (
-    TEMPLATES,
     ContractRow,
     Conversion,
-    alpaca_prompt,
     convert_file,
     largest_total,
     mix_files,
@@ -19,7 +17,7 @@ from ptuning.data.conversion import (
     share_out,
 )
 from ptuning.data.parsing import write_json
-from ptuning.data.prompts import RowFormat, TextRow, build_rounds
+from ptuning.data.prompts import RowFormat, Template, TextRow, build_alpaca, build_rounds
 from ptuning.data.raw_file import DataError
 from ptuning.data.reading import read_rows
 
@@ -267,12 +265,12 @@ def test_a_left_out_part_of_the_prompt_is_found(tmp_path: Path) -> None:
 
 
 def test_the_alpaca_template_is_the_published_text() -> None:
-    assert alpaca_prompt("Do {it}.", "x") == (
+    assert build_alpaca("Do {it}.", "x") == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
         "Do {it}.\n\n### Input:\nx\n\n### Response:"
     )
-    assert alpaca_prompt("Do it.", "") == (
+    assert build_alpaca("Do it.", "") == (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nDo it.\n\n### Response:"
     )
@@ -286,14 +284,14 @@ def test_templates_of_alpaca_rows(tmp_path: Path) -> None:
         {"instruction": "续", "input": "三", "output": "好", "history": [["一", "二"]]},
     ]
     path = write(tmp_path / "a.jsonl", rows)
-    made = {name: convert_file(path, RowFormat(), template=name) for name in TEMPLATES}
+    made = {name: convert_file(path, RowFormat(), template=name) for name in get_args(Template)}
     prompts = {name: [row["prompt"] for row in one.rows] for name, one in made.items()}
     assert prompts["plain"] == ["译\n苹果", "说", "问", "续\n三"]
     assert prompts["round"] == ["译\n苹果", "说", "问", build_rounds("续\n三", [("一", "二")])]
     assert [row["history"] for row in made["round"].rows] == [[], [], [], []]
     for name in ("alpaca-en", "alpaca-zh"):
         pairs = [("译", "苹果"), ("说", ""), ("问", "")]
-        assert prompts[name] == [alpaca_prompt(*pair, name) for pair in pairs]
+        assert prompts[name] == [build_alpaca(*pair, name) for pair in pairs]
         assert list(made[name].read.dropped.values()) == [[4]]
         assert "--template plain or round" in next(iter(made[name].read.dropped))
 
@@ -301,7 +299,7 @@ def test_templates_of_alpaca_rows(tmp_path: Path) -> None:
 def test_the_system_text_stands_before_the_instruction(tmp_path: Path) -> None:
     row = {"instruction": "译", "input": "苹果", "output": "apple", "system": "用英文。"}
     made = convert_file(write(tmp_path / "a.jsonl", [row]), RowFormat(), template="alpaca-en")
-    assert made.rows[0]["prompt"] == alpaca_prompt("用英文。\n译", "苹果")
+    assert made.rows[0]["prompt"] == build_alpaca("用英文。\n译", "苹果")
 
 
 def test_the_alpaca_template_of_every_published_row(shared: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from ptuning.data import dataset as dataset_module
-from ptuning.data.collation import pad_right
 from ptuning.data.dataset import (
     DataSummary,
     TokenArrays,
@@ -28,6 +27,7 @@ from ptuning.data.dataset import (
 )
 from ptuning.data.prompts import Example, RowFormat, TextRow, to_example
 from ptuning.data.raw_file import DataError
+from ptuning.data.tokenization import pad_right
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.tunings.loading import NANO_DIR
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example

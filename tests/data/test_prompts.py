@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptuning.data.prompts import RowFormat, TextRow, build_rounds, check_recipe, to_example
+from ptuning.data.prompts import RowFormat, TextRow, build_rounds, to_example
 
 ROW = TextRow(1, "天气怎么样？", "晴")
 CHAT = ROW._replace(history=(("你好", "你好！"),))
@@ -48,16 +48,14 @@ def test_the_prefix_stands_before_the_whole_prompt() -> None:
     assert to_example(ROW, RowFormat(source_prefix="礼貌：")).prompt == "礼貌：天气怎么样？"
 
 
-def test_another_recipe_is_refused() -> None:
-    with pytest.raises(ValueError, match="--recipe is old; use corrected"):
-        check_recipe("old")
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"format": "xml"}, "--format is xml; use auto, columns, alpaca,"),
         ({"turns": "first"}, "--turns is first; use all or last."),
+        ({"recipe": "old"}, "--recipe is old; use corrected or published."),
+        ({"max_source_length": 2}, "--max_source_length is 2; use 3 or more"),
+        ({"max_target_length": 2}, "--max_target_length is 2; use 3 or more"),
         (
             {"format": "alpaca", "prompt_column": "q"},
             "--format is alpaca, which says what the columns are, and --prompt_column is q; leave "

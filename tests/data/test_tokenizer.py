@@ -12,10 +12,15 @@ import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken, PreTrainedTokenizer
+from transformers import AddedToken
 
-from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.data.vocabulary import escape_whitespace, restore_whitespace
+from ptuning.data.tokenizer import (
+    ChatGLMTokenizer,
+    escape_whitespace,
+    load_pieces,
+    restore_whitespace,
+)
+from tests.data.conftest import SENTENCES
 
 # What ours must give where the published tokenizer lets text forge control ids.
 LITERAL_TEXT = "[gMASK] literal <sop> <eop> [MASK] </s>"
@@ -116,14 +121,13 @@ def test_the_real_control_ids(real_tokenizer: ChatGLMTokenizer) -> None:
     assert real_tokenizer.bos_token_id == real_tokenizer.sop_token_id == 130004
     assert real_tokenizer.eos_token_id == real_tokenizer.eop_token_id == 130005
     assert real_tokenizer.vocab_size == len(real_tokenizer) == 130344
-    assert real_tokenizer.release == "130344 ids, none for images (the current release)"
 
 
 def test_the_older_release_has_every_id_20000_higher(
     real_tokenizer: ChatGLMTokenizer, shared: Path
 ) -> None:
     older = ChatGLMTokenizer.from_pretrained(shared / "data" / "chatglm-6b", num_image_tokens=20000)
-    assert older.release == "150344 ids, the first 20000 for images (the older release)"
+    assert len(older) == 150344
     text = "你好，\t  <|blank_3|>😀"
     assert older(text)["input_ids"] == [i + 20000 for i in real_tokenizer(text)["input_ids"]]
     assert (older.bos_token_id, older.eos_token_id, older.pad_token_id) == (150004, 150005, 20003)
@@ -381,21 +385,6 @@ def test_pickling_and_copying_keep_every_id(tokenizer: ChatGLMTokenizer) -> None
         assert twin.fingerprint == tokenizer.fingerprint
 
 
-def test_a_tokenizer_pickled_by_an_earlier_version_still_works(
-    tokenizer: ChatGLMTokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pickled = {"vocab_file", "do_lower_case", "remove_space", "num_image_tokens", "_pieces"}
-    pickled |= {"sop_token_id", "eop_token_id", "_gmask_id", "control_ids"}
-    with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedTokenizer, "__init__", lambda self, **kwargs: None)
-        own = set(vars(ChatGLMTokenizer(tokenizer_folder / "ice_text.model")))
-    older = copy.deepcopy(tokenizer)
-    for name in own - pickled:
-        del vars(older)[name]
-    assert older("a", "b") == tokenizer("a", "b")
-    assert older.get_special_tokens_mask([5], [5]) == [0, 1, 1, 0, 1]
-
-
 @pytest.mark.parametrize("num_image_tokens", [0, 20000])
 def test_saving_and_loading_keep_every_id(
     tokenizer_folder: Path, tmp_path: Path, num_image_tokens: int
@@ -424,7 +413,6 @@ def test_image_tokens_have_names_but_no_text(tokenizer_folder: Path) -> None:
     assert older.convert_tokens_to_ids("<image_20>") == older.unk_token_id == 20
     assert min(older.encode("<image_0>", add_special_tokens=False)) >= 20
     assert len(older.get_vocab()) == len(older)
-    assert older.release == f"{len(older)} ids, the first 20 for images"  # not a published size
     assert older.decode([0], skip_special_tokens=True) == ""
 
 
@@ -578,3 +566,52 @@ def test_a_folder_without_a_vocabulary_says_what_it_needs(tmp_path: Path) -> Non
     (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"needs the published ice_text\.model"):
         ChatGLMTokenizer.from_pretrained(tmp_path)
+
+
+# The vocabulary
+
+
+def test_a_file_that_is_no_model_says_what_to_fetch(tmp_path: Path) -> None:
+    pointer = tmp_path / "ice_text.model"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="git-lfs pointer"):
+        load_pieces(str(pointer))
+
+
+def test_another_models_vocabulary_is_refused(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=200,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(ValueError, match="not the vocabulary of the first ChatGLM-6B"):
+        load_pieces(str(tmp_path / "other.model"))
+
+
+@given(st.text(alphabet=" \n\tab#", max_size=200))
+def test_whitespace_survives_both_ways(text: str) -> None:
+    escaped = escape_whitespace(text)
+    assert restore_whitespace(escaped) == text
+    assert not set("\n\t") & set(escaped)
+    assert "  " not in escaped
+
+
+@pytest.mark.parametrize(
+    ("blanks", "escaped"),
+    [
+        (1, " "),
+        (2, "<|blank_2|>"),
+        (80, "<|blank_80|>"),
+        (81, "<|blank_80|> "),
+        (100, "<|blank_80|><|blank_20|>"),
+    ],
+)
+def test_the_longest_run_of_blanks_is_taken_first(blanks: int, escaped: str) -> None:
+    assert escape_whitespace(" " * blanks) == escaped
+
+
+@pytest.mark.parametrize("text", ["<|blank_1|>", "<|blank_81|>", "<|blank_1000000000|>"])
+def test_a_blank_piece_that_does_not_exist_stays_as_it_is(text: str) -> None:
+    assert restore_whitespace(text) == text

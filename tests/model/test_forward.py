@@ -13,7 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ptuning.data.collation import pad_right
+from ptuning.data.tokenization import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from tests.conftest import EOP, GMASK, PAD, SOP
 

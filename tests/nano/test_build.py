@@ -1,12 +1,20 @@
 """A build is repeatable, its rows follow the published layout, and its batches lose nothing."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
-from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.data.tokenizer import (
+    BLANK_PIECES,
+    CONTROL_PIECES,
+    ChatGLMTokenizer,
+    load_pieces,
+)
 from ptuning.nano.build import (
+    NUM_FIXED_PIECES,
     NanoSettings,
     batches_of,
     build_weights,
@@ -16,6 +24,7 @@ from ptuning.nano.build import (
     rate_at,
     replace_folder,
     tokenise,
+    train_vocabulary,
 )
 from ptuning.nano.corpus import CorpusExample, sample_corpus
 from ptuning.tunings.loading import NANO_DIR
@@ -116,3 +125,79 @@ def test_rate_warms_up_and_falls():
     assert rates[5] < rates[9]
     assert rates[99] == pytest.approx(settings.final_share, abs=0.01)
     assert torch.tensor(rates[10:]).diff().max() < 0
+
+
+# The vocabulary
+
+SENTENCES = ["一二三四五六七八九十，甲乙丙丁。", "the cat sat on the mat"] * 10
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> sentencepiece.SentencePieceProcessor:
+    path = tmp_path_factory.mktemp("vocabulary") / "ice_text.model"
+    train_vocabulary(SENTENCES, path, vocab_size=420)
+    return load_pieces(str(path))
+
+
+def control_pieces(pieces: sentencepiece.SentencePieceProcessor) -> list[str]:
+    indices = range(len(pieces))
+    return [pieces.id_to_piece(index) for index in indices if pieces.is_control(index)]
+
+
+def fixed_layout(pieces: sentencepiece.SentencePieceProcessor) -> tuple[list[str], list[str]]:
+    """Return the first five names, and all names from [MASK] on."""
+    names = pieces.id_to_piece(list(range(len(pieces))))
+    return names[:5], names[names.index("[MASK]") :]
+
+
+def test_special_pieces_stand_where_the_published_ones_stand(
+    pieces: sentencepiece.SentencePieceProcessor,
+) -> None:
+    leading, trailing = fixed_layout(pieces)
+    assert leading == ["<unk>", "<s>", "</s>", "<pad>", "<n>"]
+    bytes_in_order = [f"<0x{value:02X}>" for value in range(256)]
+    assert trailing == [*CONTROL_PIECES, "<|tab|>", *BLANK_PIECES, *bytes_in_order]
+
+
+def test_the_layout_is_that_of_the_real_vocabulary(
+    pieces: sentencepiece.SentencePieceProcessor, shared: Path
+) -> None:
+    real = load_pieces(str(shared / "data" / "chatglm-6b" / "ice_text.model"))
+    assert fixed_layout(pieces) == fixed_layout(real)
+    assert control_pieces(pieces) == control_pieces(real)
+
+
+def test_piece_types_are_kept_by_the_reordering(
+    pieces: sentencepiece.SentencePieceProcessor,
+) -> None:
+    assert control_pieces(pieces) == ["<s>", "</s>", "<pad>", *CONTROL_PIECES]
+    assert pieces.is_unknown(0)
+    byte_indices = [index for index in range(len(pieces)) if pieces.is_byte(index)]
+    assert len(byte_indices) == 256
+    assert pieces.pad_id() == 3
+
+
+def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
+    sizes = [
+        train_vocabulary(SENTENCES, tmp_path / name, vocab_size=420) for name in ("one", "two")
+    ]
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert sizes[0] == sizes[1] == len(load_pieces(str(tmp_path / "one")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_vocab_size_counts_every_piece(tmp_path: Path) -> None:
+    size = train_vocabulary(SENTENCES, tmp_path / "model", vocab_size=390)
+    assert NUM_FIXED_PIECES < size <= 390
+
+
+@pytest.mark.parametrize("vocab_size", [0, NUM_FIXED_PIECES])
+def test_a_vocab_size_without_room_is_refused(tmp_path: Path, vocab_size: int) -> None:
+    with pytest.raises(ValueError, match=f"{NUM_FIXED_PIECES} pieces are fixed"):
+        train_vocabulary(SENTENCES, tmp_path / "model", vocab_size=vocab_size)
+
+
+def test_no_sentences_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give more text"):
+        train_vocabulary([], tmp_path / "model", vocab_size=400)
+    assert not (tmp_path / "model").exists()

@@ -33,7 +33,6 @@ from ptuning.data.prompts import Example, RowFormat, TextRow, to_example
 from ptuning.data.raw_file import DecodedText, say_encoding_fault
 from ptuning.data.reading import LeftOut, count_unused, find_left_out
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.data.vocabulary import is_byte_piece
 from ptuning.output import Progress
 
 DIGEST_BYTES = 16
@@ -52,8 +51,7 @@ class Encoder:
     def of(cls, tokenizer: ChatGLMTokenizer) -> "Encoder":
         """Look the ids up, once for all files."""
         is_byte = np.zeros(tokenizer.vocab_size, dtype=bool)
-        byte_ids = [index for name, index in tokenizer.get_vocab().items() if is_byte_piece(name)]
-        is_byte[byte_ids] = True
+        is_byte[tokenizer.byte_ids] = True
         return cls(tokenizer, is_byte, int(tokenizer.unk_token_id))
 
 

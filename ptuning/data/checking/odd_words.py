@@ -6,7 +6,7 @@
 import re
 import unicodedata
 
-from ptuning.data.vocabulary import LEADING_PIECES, TRAILING_PIECES
+from ptuning.data.tokenizer import LEADING_PIECES, TRAILING_PIECES
 
 REPLACEMENT = "\ufffd"  # what editors write in place of a character that they could not read
 # What stands for an empty cell; pandas' read_csv reads all of them so.

@@ -26,7 +26,7 @@ def find_packing(attention_mask: Tensor, needed: Tensor | None) -> Packing:
     output is read.
 
     On a GPU this waits for the device. What knows the lengths of its rows gives the indices
-    instead: `ptuning.data.collation.pad_right`, `pack_prompts`.
+    instead: `ptuning.data.tokenization.pad_right`, `pack_prompts`.
 
     >>> import torch
     >>> find_packing(torch.tensor([[1, 1, 0], [1, 1, 1]]), None).tokens.tolist()

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
-from ptuning.data.collation import pad_right
+from ptuning.data.tokenization import pad_right
 from ptuning.model.cpu.packing import find_packing, pack, take_needed, unpack
 
 LENGTHS = (19, 7, 30, 12)
