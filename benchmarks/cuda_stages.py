@@ -35,8 +35,8 @@ from benchmarks.row_lengths import MAX_LENGTH
 from benchmarks.setting import ROOT, SIZES, make_model, make_rows, matmul_flops_per_s, seconds
 from benchmarks.train import measure_steps, our_step
 from benchmarks.train import parse as train_flags
+from ptuning.model.quantization.backends import AUTO, pick_backend
 from ptuning.model.quantization.reference import packed_columns
-from ptuning.model.quantization.selection import AUTO, pick_backend
 from ptuning.train.fit import checkpoint_layers, compile_layers
 
 PACKAGES = "torch transformers triton accelerate numpy jieba rouge-chinese nltk pytest-xdist"

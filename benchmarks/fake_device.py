@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from ptuning.model import rotary, rotary_triton
 from ptuning.model.quantization import blockwise, triton_backend, triton_kernels
-from ptuning.model.quantization.selection import pick_backend
+from ptuning.model.quantization.backends import pick_backend
 from ptuning.model.quantization.triton_backend import TritonBackend
 
 DEVICE = torch.device("cuda", 0)

@@ -17,7 +17,7 @@ from benchmarks.fake_device import DEVICE, FakeCuda, no_op_guard, plain_function
 from benchmarks.traffic import Tracker
 from ptuning.model import rotary_triton
 from ptuning.model.quantization import triton_kernels
-from ptuning.model.quantization.selection import pick_backend
+from ptuning.model.quantization.backends import pick_backend
 
 # Bytes that all but matrix products may move in a step of 16 rows, 1,547 tokens. What has to be: 28 layers with about
 # 80 widths of 4,096 x 2 bytes a token in both passes, 28 GB, and with quantised weights 27 GB more to dequantise them

@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 from ptuning.data.dataset import default_cache_dir
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.quantization.selection import (
+from ptuning.model.quantization.backends import (
     AUTO,
     BackendReport,
     pick_backend,

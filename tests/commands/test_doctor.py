@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from arguments import parse_arguments
 from ptuning.__main__ import main
 from ptuning.commands import doctor
-from ptuning.model.quantization.selection import BACKEND_NAMES, get_backend
+from ptuning.model.quantization.backends import BACKEND_NAMES, get_backend
 from ptuning.train.processes import trainer_arguments
 from ptuning.tunings.loading import choose_dtype
 from tests.model.published import make_safetensors

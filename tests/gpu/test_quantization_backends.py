@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 import ptuning
 from ptuning.model.quantization import blockwise
+from ptuning.model.quantization.backends import BACKEND_NAMES, get_backend, pick_backend
 from ptuning.model.quantization.layers import QuantizedLinear
 from ptuning.model.quantization.quantize import quantize_model_
 from ptuning.model.quantization.reference import QuantizedWeight, quantize_weight
-from ptuning.model.quantization.selection import BACKEND_NAMES, get_backend, pick_backend
 from tests.model.quantization.conftest import exact_product, product_tolerance
 
 pytestmark = pytest.mark.gpu

@@ -334,8 +334,8 @@ def prepare_for_config_(model: PreTrainedModel) -> None:
 
 def set_backend_(model: PreTrainedModel, backend: str) -> None:
     """Let every quantised layer of the model run on this back end; ValueError if unknown."""
+    from ptuning.model.quantization.backends import check_backend_name
     from ptuning.model.quantization.layers import QuantizedLinear
-    from ptuning.model.quantization.selection import check_backend_name
 
     check_backend_name(backend)
     for module in model.modules():

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ptuning.model.quantization.backends import AUTO
 from ptuning.model.quantization.layers import QuantizedLinear, keep_dtype
 from ptuning.model.quantization.reference import (
     check_bits,
@@ -18,7 +19,6 @@ from ptuning.model.quantization.reference import (
     packed_columns,
     quantize_in_blocks,
 )
-from ptuning.model.quantization.selection import AUTO
 
 
 class QuantizedEmbedding(nn.Module):

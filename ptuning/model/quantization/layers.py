@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ptuning.model.quantization.backends import AUTO, pick_backend
 from ptuning.model.quantization.reference import (
     check_bits,
     dequantize_weight,
     packed_columns,
     quantize_weight,
 )
-from ptuning.model.quantization.selection import AUTO, pick_backend
 
 # Operators of their own, so that the compiler takes a product as one node: which back end runs it
 # is settled inside, by device and dtype.

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptuning.model.checkpoint.layout import LAYER_LINEARS, TIED_SCALE
+from ptuning.model.quantization.backends import AUTO, check_backend_name
 from ptuning.model.quantization.embedding import QuantizedEmbedding
 from ptuning.model.quantization.layers import QuantizedLinear
 from ptuning.model.quantization.reference import check_bits
-from ptuning.model.quantization.selection import AUTO, check_backend_name
 
 
 def layer_linear_names(model: PreTrainedModel) -> list[str]:

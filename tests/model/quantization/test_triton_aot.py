@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.fake_device import DEVICE, FakeCuda, Launch
+from ptuning.model.quantization.backends import get_backend
 from ptuning.model.quantization.reference import packed_columns
-from ptuning.model.quantization.selection import get_backend
 from ptuning.model.quantization.triton_backend import MAX_FUSED_ROWS
 from ptuning.model.rotary import launch_rotate
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ptuning.model.quantization import selection
-from ptuning.model.quantization.selection import (
+from ptuning.model.quantization import backends as selection
+from ptuning.model.quantization.backends import (
     BACKEND_NAMES,
     get_backend,
     pick_backend,
