@@ -30,7 +30,7 @@ from ptuning.engine.slots import Slots
 from ptuning.engine.step import run_step
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.quantization.quantize import prepare_quantized_
+from ptuning.model.quantization.layers import prepare_quantized_
 from ptuning.train.fit import checkpoint_layers
 from ptuning.train.memory import Batch, size_of, training_memory
 

@@ -31,7 +31,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ptuning.model import rotary, rotary_triton
-from ptuning.model.quantization import blockwise, triton_backend, triton_kernels
+from ptuning.model.quantization import torch_backend, triton_backend
 from ptuning.model.quantization.backends import pick_backend
 from ptuning.model.quantization.triton_backend import TritonBackend
 
@@ -47,7 +47,7 @@ CACHED = (  # functions that remember a device's answers
     pick_backend,
     rotary.can_rotate,
     triton_backend.capability,
-    blockwise.total_memory,
+    torch_backend.total_memory,
 )
 
 
@@ -290,7 +290,7 @@ def _leftmost(node: ast.expr) -> str:
 def _kernels_replaced(on_launch: OnLaunch) -> Iterator[None]:
     """Replace every Triton kernel in the project's modules."""
     with ExitStack() as stack:
-        for module in (triton_kernels, rotary_triton):
+        for module in (triton_backend, rotary_triton):
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel") and not isinstance(kernel, _Kernel):
                     replacement = _Kernel(kernel, on_launch)

@@ -21,7 +21,7 @@ from benchmarks.row_lengths import ADGEN, RowLength, lengths_of
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, pack_weights_
-from ptuning.model.quantization.quantize import quantize_model_
+from ptuning.model.quantization.layers import quantize_model_
 from ptuning.model.quantization.reference import SUPPORTED_BITS
 from ptuning.tunings.loading import NANO_DIR
 

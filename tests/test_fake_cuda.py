@@ -16,7 +16,7 @@ from benchmarks.fake_cuda import decode_step, train_step
 from benchmarks.fake_device import DEVICE, FakeCuda, no_op_guard, plain_function, stored_parameters
 from benchmarks.traffic import Tracker
 from ptuning.model import rotary_triton
-from ptuning.model.quantization import triton_kernels
+from ptuning.model.quantization import triton_backend
 from ptuning.model.quantization.backends import pick_backend
 
 # Bytes that all but matrix products may move in a step of 16 rows, 1,547 tokens. What has to be: 28 layers with about
@@ -134,7 +134,7 @@ def test_attention_by_a_kernel_that_is_slow_on_a_gpu_is_an_error(tracker: Tracke
 def test_a_kernel_writes_what_it_stores_to() -> None:
     written = {
         name: stored_parameters(plain_function(kernel))
-        for module in (triton_kernels, rotary_triton)
+        for module in (triton_backend, rotary_triton)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
@@ -148,11 +148,11 @@ def test_a_kernel_writes_what_it_stores_to() -> None:
 
 
 def test_nothing_stays_changed() -> None:
-    kernel, capability = triton_kernels.matmul_kernel, torch.cuda.get_device_capability
+    kernel, capability = triton_backend.matmul_kernel, torch.cuda.get_device_capability
     with FakeCuda(Tracker().launch):
-        assert triton_kernels.matmul_kernel is not kernel
+        assert triton_backend.matmul_kernel is not kernel
         assert pick_backend("auto", DEVICE, torch.bfloat16, 4).name == "triton"
-    assert triton_kernels.matmul_kernel is kernel
+    assert triton_backend.matmul_kernel is kernel
     assert torch.cuda.get_device_capability is capability
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="triton, which cannot run"):

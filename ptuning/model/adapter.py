@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.files import map_bin, open_safetensors
 from ptuning.model.checkpoint.layout import EMBEDDING
-from ptuning.model.quantization.layers import QuantizedLinear
+from ptuning.model.quantization.layers import QuantizedLinear, lora_linear_class
 from ptuning.storage import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILES,
@@ -97,9 +97,7 @@ def _inject(model: ChatGLMForConditionalGeneration, config: Any) -> None:
 
 def _adapt_quantized(config: Any) -> None:
     """Tell peft which LoRA layer wraps our quantised linears."""
-    from ptuning.model.quantization.lora_linear import QuantizedLoraLinear  # needs peft
-
-    config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
+    config._register_custom_module({QuantizedLinear: lora_linear_class()})
 
 
 def adapter_parameters(model: ChatGLMForConditionalGeneration) -> dict[str, nn.Parameter]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ptuning.model.quantization.triton_backend import TritonBackend, ceil_div, on_device
+from ptuning.model.quantization.backends import unavailable_reason
 
 HEADS_PER_PROGRAM = 8  # 8 heads x 3 x 128 numbers of 16 bits: 6 KiB in registers
 
@@ -101,6 +101,7 @@ _library.define("rotate(Tensor heads, Tensor cos, Tensor sin, float sign) -> Ten
 
 def launch_rotate(heads: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """Return heads (B, S, H, 3, D) rotated by cos and sin (B, S, D); sign -1 rotates back."""
+    from ptuning.model.quantization.triton_backend import ceil_div, on_device
     from ptuning.model.rotary_triton import rotate_kernel
 
     num_rows, num_tokens, num_heads, _, width = heads.shape
@@ -129,7 +130,7 @@ def can_rotate(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the kernel runs there; where a GPU cannot, the log says why, once."""
     if device.type != "cuda":
         return False
-    reason = TritonBackend().unavailable_reason(device, dtype, bits=4)
+    reason = unavailable_reason("triton", device, dtype)
     if reason is not None:
         logger.warning("Rotary embedding takes plain operations, which are slower: %s", reason)
     return reason is None

@@ -8,7 +8,7 @@ Shapes: H heads, D width of a head.
 # Kernel parameters take Triton's own annotations or none.
 # mypy: disable-error-code="no-untyped-def"
 
-from ptuning.model.quantization.triton_kernels import constexpr, jit, tl
+from ptuning.model.quantization.triton_backend import constexpr, jit, tl
 
 
 @jit

@@ -28,7 +28,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import PACKING_SHARE, can_pack, pack_weights_
 from ptuning.model.layers import Layer
-from ptuning.model.quantization.blockwise import block_bytes, device_block_bytes
+from ptuning.model.quantization.torch_backend import block_bytes, device_block_bytes
 from ptuning.train.flags import LEAST_ROWS, MOST_ROWS
 from ptuning.train.memory import (
     ADAM_BYTES,

@@ -19,8 +19,7 @@ from ptuning.engine.engine import MOST_CELLS, MOST_CELLS_CPU
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.varlen_attention import group_rows, round_up_keys
 from ptuning.model.loss import chunk_tokens_on
-from ptuning.model.quantization.blockwise import MOST_DEVICE_BLOCK_BYTES
-from ptuning.model.quantization.triton_backend import MAX_FUSED_ROWS
+from ptuning.model.quantization.torch_backend import MAX_DEVICE_BLOCK_BYTES, MAX_FUSED_ROWS
 
 FLOAT32 = 4  # bytes; prefix, optimizer state and softmax are float32 whatever the base's dtype
 SCALE_BYTES = 2  # of a quantised weight's row, float16
@@ -52,7 +51,7 @@ class ModelSize:
     prepacked: bool = False  # frozen float weights have a second, prepacked copy
     # What products need on a GPU: the largest block of a weight dequantised at once, and cuBLAS's
     # workspace (`ptuning.train.fit.gpu_terms`).
-    block_bytes: int = MOST_DEVICE_BLOCK_BYTES
+    block_bytes: int = MAX_DEVICE_BLOCK_BYTES
     workspace_bytes: int = 0
     prefix_length: int = 0
     projects_prefix: bool = False

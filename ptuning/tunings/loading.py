@@ -139,7 +139,7 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-    from ptuning.model.quantization.quantize import quantize_embeddings_
+    from ptuning.model.quantization.layers import quantize_embeddings_
 
     name_or_path = find_base(name_or_path, **WORDS_OF_MAIN)
     if quantization_bit:

@@ -59,7 +59,7 @@ def test_every_back_end_is_there_or_has_its_reason(diagnosed: dict) -> None:
     dtype = getattr(torch, diagnosed["defaults"]["base_dtype"])
     assert [report["name"] for report in diagnosed["backends"]] == list(BACKEND_NAMES)
     for report in diagnosed["backends"]:
-        reason = get_backend(report["name"]).unavailable_reason(device, dtype, 4)
+        reason = get_backend(report["name"]).unavailable_reason(device, dtype)
         assert report["available"] == (reason is None)
         assert report["available"] or reason in report["reason"]
 

@@ -13,7 +13,7 @@ from ptuning.engine.step import run_step, step_numbers
 from ptuning.model.adapter import adapter_parameters, add_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.quantization.quantize import quantize_embeddings_, quantize_model_
+from ptuning.model.quantization.layers import quantize_embeddings_, quantize_model_
 
 pytestmark = pytest.mark.gpu
 NEVER: frozenset[int] = frozenset({1})

@@ -8,10 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ptuning
-from ptuning.model.quantization import blockwise
+from ptuning.model.quantization import torch_backend
 from ptuning.model.quantization.backends import BACKEND_NAMES, get_backend, pick_backend
-from ptuning.model.quantization.layers import QuantizedLinear
-from ptuning.model.quantization.quantize import quantize_model_
+from ptuning.model.quantization.layers import QuantizedLinear, quantize_model_
 from ptuning.model.quantization.reference import QuantizedWeight, quantize_weight
 from tests.model.quantization.conftest import exact_product, product_tolerance
 
@@ -36,8 +35,8 @@ def device() -> torch.device:
     return torch.device("cuda", 0)
 
 
-def skip_if_missing(name: str, device: torch.device, dtype: torch.dtype, bits: int) -> None:
-    reason = get_backend(name).unavailable_reason(device, dtype, bits)
+def skip_if_missing(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    reason = get_backend(name).unavailable_reason(device, dtype)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
 
@@ -54,7 +53,7 @@ def random_weight(num_out: int, num_in: int, bits: int, device: torch.device) ->
 def test_both_products_agree_with_the_reference(
     device: torch.device, name: str, bits: int, dtype: torch.dtype, size: tuple[int, int]
 ) -> None:
-    skip_if_missing(name, device, dtype, bits)
+    skip_if_missing(name, device, dtype)
     num_out, num_in = size
     weight = random_weight(num_out, num_in, bits, device)
     backend = get_backend(name)
@@ -90,7 +89,7 @@ def test_the_published_logits_are_met_on_the_card(
 ) -> None:
     from safetensors.torch import load_file
 
-    skip_if_missing(name, device, torch.float32, bits)
+    skip_if_missing(name, device, torch.float32)
     folder = golden / "chatglm-tiny"
     tensors = load_file(folder / "cases.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -113,8 +112,8 @@ def test_on_a_small_card_a_training_step_never_holds_the_float_weight(
     record_property: Callable[[str, object], None],
 ) -> None:
     """The float16 weight would take 16384 x 4096 x 2 = 128 MiB; a step may need a quarter of that."""
-    skip_if_missing(name, device, torch.float16, 4)
-    monkeypatch.setattr(blockwise, "total_memory", lambda _device: 2 * 2**30)
+    skip_if_missing(name, device, torch.float16)
+    monkeypatch.setattr(torch_backend, "total_memory", lambda _device: 2 * 2**30)
     layer = QuantizedLinear(4096, 16384, bits=4, backend=name, device=device, dtype=torch.float16)
     x = torch.randn(64, 4096, device=device, dtype=torch.float16, requires_grad=True)
     layer(x).float().sum().backward()  # tuning and workspaces, once
@@ -136,6 +135,6 @@ def test_auto_picks_a_compiled_back_end_on_a_card(device: torch.device) -> None:
     missing = [
         other
         for other in BACKEND_NAMES[: BACKEND_NAMES.index(name)]
-        if get_backend(other).unavailable_reason(device, torch.float16, 4) is None
+        if get_backend(other).unavailable_reason(device, torch.float16) is None
     ]
     assert not missing

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401
 from ptuning.model.attention import CUDA_ATTENTION
-from ptuning.model.quantization.quantize import quantize_model_
+from ptuning.model.quantization.layers import quantize_model_
 from ptuning.train.fit import TOKENS_TO_AMORTISE, compile_layers, compiling_pays
 from ptuning.train.processes import trainer_arguments
 from ptuning.train.run_config import parse_arguments

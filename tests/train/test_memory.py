@@ -11,7 +11,7 @@ from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import can_pack, pack_weights_, pack_where_roomy
-from ptuning.model.quantization.quantize import quantize_model_
+from ptuning.model.quantization.layers import quantize_model_
 from ptuning.train.fit import Fit, Workload, choose_fit
 from ptuning.train.memory import (
     Batch,

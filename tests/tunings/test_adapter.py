@@ -20,8 +20,7 @@ from ptuning.model.adapter import (
     without_adapter,
 )
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.quantization.layers import QuantizedLinear
-from ptuning.model.quantization.quantize import quantize_model_
+from ptuning.model.quantization.layers import QuantizedLinear, quantize_model_
 from ptuning.tunings.artefact import LORA, TunedInfo
 from ptuning.tunings.prefix import base_fingerprint
 from tests.conftest import EOP, GMASK, SOP

@@ -315,9 +315,11 @@ def prepare_for_config_(model: PreTrainedModel) -> None:
     config = model.config
     if not (config.quantization_bit or config.embedding_quantization_bit):
         return
-    from ptuning.model.quantization.embedding import QuantizedEmbedding
-    from ptuning.model.quantization.layers import QuantizedLinear
-    from ptuning.model.quantization.quantize import prepare_quantized_
+    from ptuning.model.quantization.layers import (
+        QuantizedEmbedding,
+        QuantizedLinear,
+        prepare_quantized_,
+    )
 
     if config.quantization_bit:
         prepare_quantized_(model, config.quantization_bit)

@@ -1,3 +1,1 @@
-"""Frozen int8 and int4 linears with the published numbers, a plain reference, and the fast back
-ends beside it.
-"""
+"""Frozen int8 and int4 layers with the published numbers: a plain reference and fast back ends."""

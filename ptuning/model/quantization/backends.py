@@ -1,33 +1,48 @@
-"""Which back end runs a product: the one asked for, or the first that can; never a silent third.
+"""Choose the back end of quantised products: the one asked for, or the fastest that can run.
 
-`auto` tries the fast ones first and says once, at INFO, which it took. Asking by name for one that
-cannot run is an error. The reasons are always there to read: `report_backends`, which `python -m
-ptuning doctor` prints.
+`auto` logs its choice once, at INFO. Asking by name for a back end that cannot run is an error.
+`python -m ptuning doctor` prints which back ends run.
+Shapes: M rows of activations, num_out x num_in the weight; packed is (num_out, num_in), in int4
+(num_out, num_in / 2).
 """
 
 import logging
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from ptuning.model.quantization.cpm_backend import CpmBackend
-from ptuning.model.quantization.interface import Backend
-from ptuning.model.quantization.reference import SUPPORTED_BITS
-from ptuning.model.quantization.torch_backend import TorchBackend
-from ptuning.model.quantization.triton_backend import TritonBackend
+from ptuning.model.quantization.torch_backend import ACTIVATION_DTYPES, TorchBackend
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-BACKEND_NAMES = ("triton", "cpm_kernels", "torch")
-# A device type that is not named here takes DEFAULT_ORDER.
-AUTO_ORDER = {"cuda": BACKEND_NAMES}
-DEFAULT_ORDER = ("torch",)
+BACKEND_NAMES = ("triton", "cpm_kernels", "torch")  # the fastest first
+AUTO_ORDER = {"cuda": BACKEND_NAMES}  # by device type; on all others torch alone
+
+
+class Backend(Protocol):
+    """Multiplies by the weight that `dequantize_weight` returns, without a float copy of it."""
+
+    name: str
+
+    def unavailable_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why it cannot run there and what to do about that; None if it can."""
+        ...
+
+    def matmul(self, x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+        """Return x (M, num_in) times the transposed weight: (M, num_out), in x's dtype."""
+        ...
+
+    def matmul_transposed(self, grad: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+        """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
+        ...
 
 
 class BackendReport(NamedTuple):
-    """One line of the doctor's table: reason is None when the back end is available."""
+    """One line of the doctor's table; reason is None for an available back end."""
 
     name: str
     available: bool
@@ -45,56 +60,55 @@ def check_backend_name(requested: str) -> None:
 
 @cache
 def get_backend(name: str) -> Backend:
-    """Return the one instance of the named back end; "auto" is not one."""
-    check_backend_name(name)
-    backends: dict[str, Backend] = {
-        "triton": TritonBackend(),
-        "cpm_kernels": CpmBackend(),
-        "torch": TorchBackend(),
-    }
-    return backends[name]
+    """Return the only instance of the named back end."""
+    if name == "triton":
+        from ptuning.model.quantization.triton_backend import TritonBackend  # imports triton
+
+        return TritonBackend()
+    backends: dict[str, type[Backend]] = {"cpm_kernels": CpmBackend, "torch": TorchBackend}
+    return backends[name]()
+
+
+def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the named back end cannot multiply activations of dtype on device, or None."""
+    if dtype not in ACTIVATION_DTYPES:
+        names = ", ".join(map(_short, ACTIVATION_DTYPES))
+        return f"the activations are {_short(dtype)}; use one of {names}"
+    return get_backend(name).unavailable_reason(device, dtype)
 
 
 @cache
 def pick_backend(requested: str, device: torch.device, dtype: torch.dtype, bits: int) -> Backend:
-    """Return the back end for activations of dtype on device; ValueError if it cannot run there."""
+    """Return the back end for activations of dtype on device; ValueError if it cannot run there.
+
+    bits is for the messages only.
+    """
     check_backend_name(requested)
-    where = f"int{bits} weights and {str(dtype).removeprefix('torch.')} activations on {device}"
-    if requested != AUTO:
-        backend = get_backend(requested)
-        reason = backend.unavailable_reason(device, dtype, bits)
-        if reason is not None:
-            raise ValueError(
-                f"--quantization_backend is {requested}, which cannot run {where}: {reason}. "
-                f"Or use --quantization_backend {AUTO}."
-            )
-        return backend
-    reasons: list[str] = []
-    for name in AUTO_ORDER.get(device.type, DEFAULT_ORDER):
-        backend = get_backend(name)
-        reason = backend.unavailable_reason(device, dtype, bits)
+    where = f"int{bits} weights and {_short(dtype)} activations on {device}"
+    names = AUTO_ORDER.get(device.type, ("torch",)) if requested == AUTO else (requested,)
+    reasons: dict[str, str] = {}
+    for name in names:
+        reason = unavailable_reason(name, device, dtype)
         if reason is None:
-            passed_over = "".join(f"; not {text}" for text in reasons)
-            logger.info("quantization backend for %s: %s%s", where, name, passed_over)
-            return backend
-        reasons.append(f"{name}: {reason}")
-    raise ValueError(f"no quantization backend can run {where}: {'; '.join(reasons)}.")
+            if requested == AUTO:
+                passed_over = "".join(f"; not {other}: {why}" for other, why in reasons.items())
+                logger.info("quantization backend for %s: %s%s", where, name, passed_over)
+            return get_backend(name)
+        reasons[name] = reason
+    if requested != AUTO:
+        raise ValueError(
+            f"--quantization_backend is {requested}, which cannot run {where}: "
+            f"{reasons[requested]}. Or use --quantization_backend {AUTO}."
+        )
+    listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    raise ValueError(f"no quantization backend can run {where}: {listed}.")
 
 
 def report_backends(device: torch.device, dtype: torch.dtype) -> list[BackendReport]:
-    """Return whether each back end runs int4 and int8 there, and if not, why; fast ones first."""
-    reports = []
-    for name in BACKEND_NAMES:
-        reasons = {
-            bits: get_backend(name).unavailable_reason(device, dtype, bits)
-            for bits in SUPPORTED_BITS
-        }
-        distinct = set(reasons.values())
-        if len(distinct) == 1:
-            reason = distinct.pop()
-        else:
-            reason = "; ".join(
-                f"int{bits}: {text or 'available'}" for bits, text in reasons.items()
-            )
-        reports.append(BackendReport(name, reason is None, reason))
-    return reports
+    """Return whether each back end runs there, and if not, why; the fastest first."""
+    reasons = {name: unavailable_reason(name, device, dtype) for name in BACKEND_NAMES}
+    return [BackendReport(name, reason is None, reason) for name, reason in reasons.items()]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,29 +1,13 @@
-// Packed int4 / int8 weights to float16, bfloat16 or float32, for the card at hand (compiled by NVRTC, no headers).
+// Packed int4 / int8 weights to float16, bfloat16 or float32, compiled by NVRTC without headers.
 //
 // One thread writes eight neighbouring weights of one row: one 4-byte (int4) or 8-byte (int8) load and one or two
-// 16-byte stores, which is what a memory-bound kernel needs. Rows whose width is not a multiple of eight, or whose
-// addresses are not aligned, take the same arithmetic one weight at a time (`wide` is 0).
+// 16-byte stores, because the kernel is memory-bound. Rows whose width is not a multiple of eight, or whose addresses
+// are not aligned, take the same arithmetic one weight at a time (`wide` is 0).
 //
 // The product code x scale is exact in float32 (8 and 11 significant bits). It is rounded to float16, as the published
-// numbers are, and that value is then written in the dtype asked for.
+// numbers are, and that value is written in the dtype asked for.
 // Int4: the even column is the high nibble, the odd one the low nibble, both signed. `stride` is the distance in bytes
 // between consecutive rows of codes.
-//
-// The file is also C++: a test compiles it with the host's compiler and walks the same grid on the CPU. Only the two
-// conversions marked DEVICE ASSEMBLY have another body there.
-
-#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
-#define ON_DEVICE 1
-#define INLINE static __device__ __forceinline__
-#define KERNEL extern "C" __global__ void
-#else  // the includer has defined KERNEL_INDEX, this thread's index in the whole grid
-#define INLINE static inline
-#define KERNEL extern "C" void
-#endif
-
-#ifdef ON_DEVICE
-#define KERNEL_INDEX ((long long)blockIdx.x * blockDim.x + threadIdx.x)
-#endif
 
 typedef unsigned short bits16;
 typedef unsigned int bits32;
@@ -32,52 +16,23 @@ struct alignas(16) Sixteen { bits32 word[4]; };
 struct alignas(8) Eight { bits32 word[2]; };
 union FloatBits { float value; bits32 bits; };
 
-#ifndef ON_DEVICE
-INLINE float power_of_two(int exponent) {
-    FloatBits power;
-    power.bits = (bits32)(exponent + 127) << 23;
-    return power.value;
-}
-#endif
+#ifndef INLINE  // a test compiles this file for the CPU, with its own version of these
+#define INLINE static __device__ __forceinline__
+#define KERNEL extern "C" __global__ void
+#define KERNEL_INDEX ((long long)blockIdx.x * blockDim.x + threadIdx.x)
 
 INLINE float half_to_float(bits16 half) {
-#ifdef ON_DEVICE  // DEVICE ASSEMBLY
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
     return value;
-#else
-    int exponent = (half >> 10) & 31;
-    float fraction = (float)(half & 1023);
-    float magnitude = exponent == 0    ? fraction * power_of_two(-24)
-                      : exponent == 31 ? (fraction == 0 ? __builtin_inff() : __builtin_nanf(""))
-                                       : (1024.0f + fraction) * power_of_two(exponent - 25);
-    return half & 0x8000 ? -magnitude : magnitude;
-#endif
 }
 
 INLINE bits16 float_to_half(float value) {
-#ifdef ON_DEVICE  // DEVICE ASSEMBLY
     bits16 half;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
     return half;
-#else
-    FloatBits input;
-    input.value = value;
-    bits16 sign = (bits16)((input.bits >> 16) & 0x8000);
-    bits32 magnitude = input.bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
-    if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
-    if (magnitude < 0x38800000) {                       // below 2^-14: the float16 result is subnormal
-        // Adding 0.5 leaves a unit of 2^-24 in the last place, so the addition itself rounds to nearest even.
-        FloatBits shifted;
-        shifted.bits = magnitude;
-        shifted.value += 0.5f;
-        return sign | (bits16)(shifted.bits - 0x3f000000);
-    }
-    bits32 odd = (magnitude >> 13) & 1;
-    return sign | (bits16)((magnitude - 0x38000000 + 0x0fff + odd) >> 13);
-#endif
 }
+#endif
 
 INLINE bits16 float_to_bfloat(float value) {
     FloatBits input;

@@ -1,29 +1,34 @@
-"""A frozen int8 or int4 linear layer under the published names `weight`, `weight_scale` and `bias`.
+"""Quantised layers under the published names, and the conversion of a model's layers to them.
 
-The float weight is never kept: the backward pass converts the packed one again, so training a
-prefix through 28 layers holds the packed weights and nothing else. Only the input receives a
-gradient.
-Shapes: out_features x in_features is the weight; packed columns are in_features, or half of them in
-int4.
+The float weight is never stored: forward and backward pass dequantise the packed one block by
+block, so training a prefix through 28 layers keeps the packed weights and nothing else. Only the
+input receives a gradient.
+Shapes: M rows of activations, num_out x num_in the weight of a linear, V vocabulary, E hidden size;
+a packed row has num_in or E bytes, in int4 half as many.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from functools import cache
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
-from ptuning.model.quantization.backends import AUTO, pick_backend
+from ptuning.model.checkpoint.layout import LAYER_LINEARS, TIED_SCALE
+from ptuning.model.quantization.backends import AUTO, check_backend_name, pick_backend
 from ptuning.model.quantization.reference import (
+    QuantizedWeight,
     check_bits,
     dequantize_weight,
     packed_columns,
+    quantize_in_blocks,
     quantize_weight,
 )
 
-# Operators of their own, so that the compiler takes a product as one node: which back end runs it
-# is settled inside, by device and dtype.
+# Custom operators, which a compiler takes as one node: the back end is picked inside, by device and
+# dtype.
 _library = torch.library.Library("ptuning", "DEF")
 _library.define(
     "quantized_product(Tensor x, Tensor packed, Tensor scale, int bits, str backend) -> Tensor"
@@ -73,13 +78,13 @@ for _name, _run, _shape in (
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """Multiply by the packed weight; saves that and its scale, no float, for the backward pass."""
+    """Multiply by the packed weight; the backward pass needs it and its scale, nothing float."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str
     ) -> Tensor:
-        """Return (M, out_features) in x's dtype."""
+        """Return (M, num_out) in x's dtype."""
         ctx.save_for_backward(packed, scale)
         ctx.bits, ctx.backend = bits, backend
         product: Tensor = torch.ops.ptuning.quantized_product(x, packed, scale, bits, backend)
@@ -88,34 +93,50 @@ class QuantizedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Return the gradient of x (M, in_features); nothing else is trained."""
+        """Return the gradient of x (M, num_in)."""
         packed, scale = ctx.saved_tensors
-        back = torch.ops.ptuning.quantized_product_transposed
-        return back(grad, packed, scale, ctx.bits, ctx.backend), None, None, None, None
+        multiply = torch.ops.ptuning.quantized_product_transposed
+        return multiply(grad, packed, scale, ctx.bits, ctx.backend), None, None, None, None
 
 
-def keep_dtype(
-    module: nn.Module, name: str, convert: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """Return convert, except that the parameter called name is moved without changing its dtype."""
+class PackedModule(nn.Module):
+    """Holds a frozen packed weight: `.to(dtype)` changes neither weight nor weight_scale."""
 
-    def convert_others(tensor: Tensor) -> Tensor:
-        converted = convert(tensor)
-        if tensor is not getattr(module, name) or converted.dtype == tensor.dtype:
-            return converted
-        return tensor.to(converted.device)
+    weight: nn.Parameter  # int8
+    weight_scale: nn.Parameter  # float16
 
-    return convert_others
+    def __init__(
+        self, num_rows: int, num_columns: int, bits: int, device: torch.device | None
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        shape = (num_rows, packed_columns(num_columns, bits))
+        packed = torch.zeros(shape, dtype=torch.int8, device=device)
+        self._set(QuantizedWeight(packed, packed.new_zeros(num_rows, dtype=torch.float16)))
+
+    def _set(self, quantized: QuantizedWeight) -> None:
+        self.weight, self.weight_scale = _frozen(quantized.packed), _frozen(quantized.scale)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight (rows, columns) in dtype."""
+        return dequantize_weight(self.weight, self.weight_scale, self.bits, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if tensor is not self.weight_scale or converted.dtype == tensor.dtype:
+                return converted
+            return tensor.to(converted.device)
+
+        return super()._apply(convert, recurse)
 
 
-class QuantizedLinear(nn.Module):
-    """Replaces nn.Linear; weight stays int8, weight_scale float16, through every `.to(dtype)`.
+class QuantizedLinear(PackedModule):
+    """Replaces nn.Linear; `backend` is a back end's name or "auto".
 
-    `backend` is a back end's name or "auto", which the product resolves by device and dtype.
+    Published names: weight, weight_scale, bias.
     """
 
-    weight: nn.Parameter
-    weight_scale: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(
@@ -129,38 +150,26 @@ class QuantizedLinear(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make an empty layer, for published tensors to be loaded into; dtype is the bias's."""
-        super().__init__()
-        check_bits(bits)
-        self.in_features, self.out_features = in_features, out_features
-        self.bits, self.backend = bits, backend
-        shape = (out_features, packed_columns(in_features, bits))
-        self._set("weight", torch.zeros(shape, dtype=torch.int8, device=device))
-        self._set("weight_scale", torch.zeros(out_features, dtype=torch.float16, device=device))
-        if bias:
-            self._set("bias", torch.zeros(out_features, dtype=dtype, device=device))
-        else:
-            self.register_parameter("bias", None)
-
-    def _set(self, name: str, value: Tensor) -> None:
-        self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        """Make a layer of zeros, for published tensors to be loaded into; dtype is the bias's."""
+        super().__init__(out_features, in_features, bits, device)
+        self.in_features, self.out_features, self.backend = in_features, out_features, backend
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if zeros is None else _frozen(zeros))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int, backend: str = AUTO) -> Self:
-        """Quantise linear where it lies; the result keeps a copy of its bias."""
-        packed, scale = quantize_weight(linear.weight, bits)
+        """Quantise linear on its device and copy its bias."""
         layer = cls.empty_like(linear, bits, backend, device=torch.device("meta"))
-        layer._set("weight", packed)
-        layer._set("weight_scale", scale)
+        layer._set(quantize_weight(linear.weight, bits))
         if linear.bias is not None:
-            layer._set("bias", linear.bias.detach().clone())
+            layer.bias = _frozen(linear.bias.detach().clone())
         return layer
 
     @classmethod
     def empty_like(
         cls, linear: nn.Linear, bits: int, backend: str = AUTO, device: torch.device | None = None
     ) -> Self:
-        """Make an empty layer of linear's sizes and dtype, on device or, when None, on linear's."""
+        """Make a layer of zeros like linear, on device; None is linear's device."""
         return cls(
             linear.in_features,
             linear.out_features,
@@ -187,14 +196,10 @@ class QuantizedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)  # (M, in_features)
         product = QuantizedProduct.apply(
             rows, self.weight, self.weight_scale, self.bits, self.backend
-        )
+        )  # (M, out_features)
         if self.bias is not None:
             product = product.add_(self.bias.to(product.dtype))
         return product.unflatten(0, x.shape[:-1]) if x.dim() != 2 else product
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight (out_features, in_features) in dtype."""
-        return dequantize_weight(self.weight, self.weight_scale, self.bits, dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer as print(model) shows it."""
@@ -203,5 +208,157 @@ class QuantizedLinear(nn.Module):
             f"bias={self.bias is not None}, bits={self.bits}, backend={self.backend}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return super()._apply(keep_dtype(self, "weight_scale", fn), recurse)
+
+class QuantizedEmbedding(PackedModule):
+    """Replaces nn.Embedding; the output has the dtype of the last `.to(dtype)`.
+
+    ChatGLM-6B's table is 130,528 x 4,096: 1.07 GB in float16, half of that in int8. A lookup
+    dequantises only the rows asked for.
+    """
+
+    dtype_anchor: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        bits: int = 8,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make a table of zeros that looks up in dtype."""
+        super().__init__(num_embeddings, embedding_dim, bits, device)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        # Empty: every .to(dtype) converts it, so it holds the model's dtype.
+        anchor = torch.empty(0, dtype=dtype, device=device)
+        self.register_buffer("dtype_anchor", anchor, persistent=False)
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, bits: int = 8) -> Self:
+        """Quantise embedding on its device, a few rows at a time."""
+        table = embedding.weight.detach()  # (V, E)
+        result = cls(*table.shape, bits=bits, device=torch.device("meta"))
+        result._set(quantize_in_blocks(table, bits))
+        result.dtype_anchor = table.new_empty(0)
+        return result
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map token ids of any shape (...) to (..., E)."""
+        packed, scale = self.weight[ids.flatten()], self.weight_scale[ids.flatten()]
+        rows = dequantize_weight(packed, scale, self.bits, self.dtype_anchor.dtype)
+        return rows.unflatten(0, ids.shape) if ids.dim() != 1 else rows  # (..., E)
+
+    def tied_head(self, backend: str = AUTO) -> QuantizedLinear:
+        """Return an output head (E to V, no bias) with this table's weight and scale."""
+        head = QuantizedLinear(
+            self.embedding_dim,
+            self.num_embeddings,
+            bits=self.bits,
+            bias=False,
+            backend=backend,
+            device=torch.device("meta"),
+        )
+        head.weight, head.weight_scale = self.weight, self.weight_scale
+        return head
+
+    def extra_repr(self) -> str:
+        """Describe the table as print(model) shows it."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+@cache
+def lora_linear_class() -> type[nn.Module]:
+    """Return the LoRA layer around a QuantizedLinear; only here is peft imported."""
+    from peft.tuners.lora import Linear
+
+    class QuantizedLoraLinear(Linear):
+        """Adds B(A(x)), trained in float32, to what a frozen QuantizedLinear returns."""
+
+        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+            """Return the widths, which peft would read from a float weight's shape."""
+            return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+        def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> NoReturn:
+            """Refuse: packed weights have no room for the product."""
+            raise ValueError(
+                "the base is quantised, and adding LoRA's product to packed int8 or int4 weights "
+                "would round it away; keep the adapter next to the base, or load the base "
+                "unquantised to merge."
+            )
+
+    return QuantizedLoraLinear
+
+
+def layer_linear_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the linears to quantise, in layer order; ValueError if any is missing."""
+    found = [
+        name
+        for name, module in model.named_modules()
+        if name.endswith(LAYER_LINEARS) and isinstance(module, nn.Linear)
+    ]
+    wanted = len(LAYER_LINEARS) * model.config.num_hidden_layers
+    if len(found) != wanted:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} float layer linears where {wanted} are "
+            f"needed (quantization_bit in its config: {model.config.quantization_bit}); "
+            "quantise a float ChatGLM, once."
+        )
+    return found
+
+
+def quantize_model_(model: PreTrainedModel, bits: int, backend: str = AUTO) -> PreTrainedModel:
+    """Quantise the four linears of each layer in place, as published, and nothing else."""
+    return _replace_linears_(model, bits, backend, QuantizedLinear.from_linear)
+
+
+def prepare_quantized_(model: PreTrainedModel, bits: int, backend: str = AUTO) -> PreTrainedModel:
+    """Replace the layer linears by quantised ones of zeros, ready for published tensors.
+
+    Nothing is allocated for a model built under `torch.device("meta")`.
+    """
+    return _replace_linears_(model, bits, backend, QuantizedLinear.empty_like)
+
+
+def _replace_linears_(
+    model: PreTrainedModel,
+    bits: int,
+    backend: str,
+    convert: Callable[[nn.Linear, int, str], QuantizedLinear],
+) -> PreTrainedModel:
+    check_bits(bits)
+    check_backend_name(backend)
+    for name in layer_linear_names(model):
+        linear = cast(nn.Linear, model.get_submodule(name))
+        model.set_submodule(name, convert(linear, bits, backend))
+    model.config.quantization_bit = bits
+    return model
+
+
+def quantize_embeddings_(
+    model: PreTrainedModel, bits: int = 8, backend: str = AUTO
+) -> PreTrainedModel:
+    """Quantise word embedding and output head in place; they stay tied, or stay untied."""
+    check_bits(bits)
+    check_backend_name(backend)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"the embedding is a {type(embedding).__name__} and the head a {type(head).__name__}; "
+            "quantise float ones (nn.Embedding, nn.Linear), once."
+        )
+    tied = head.weight is embedding.weight
+    table = QuantizedEmbedding.from_embedding(embedding, bits)
+    model.set_input_embeddings(table)
+    if tied:
+        model.set_output_embeddings(table.tied_head(backend))
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **TIED_SCALE}
+    else:
+        model.set_output_embeddings(QuantizedLinear.from_linear(head, bits, backend))
+    model.config.tie_word_embeddings = tied
+    model.config.embedding_quantization_bit = bits
+    return model

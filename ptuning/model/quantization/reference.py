@@ -1,14 +1,13 @@
-"""The published int8 and int4 numbers, in plain PyTorch: what every back end is measured against.
+"""The published int8 and int4 numbers, in plain PyTorch: the reference for every back end.
 
-Per output row: scale = float16(max|w| / (2**(bits - 1) - 1)) and code = round(w / scale), both
-divisions in float16, because the published code quantised the float16 model. Dividing in float32
-instead changes 2 % of the int8 codes of the published tiny model, so a weight given in another
-dtype is rounded to float16 first: a model loaded as float32 and the same model loaded as float16
-quantise to the same bytes.
+Per output row: scale = float16(max|w| / (2**(bits - 1) - 1)) and code = round(w / scale). Both
+divisions are done in float16, because the published code quantised the float16 model; in float32,
+2 % of the int8 codes of the published tiny model would differ. A weight of another dtype is first
+rounded to float16, so a model quantises to the same bytes whatever dtype it was loaded in.
 Int4 packs two columns into one byte: the even column in the high nibble, the odd one in the low
 nibble, both signed.
-Shapes: rows x cols is the weight as nn.Linear holds it (outputs x inputs); packed cols are cols, or
-cols / 2 in int4.
+Shapes: rows x cols is the weight as nn.Linear holds it (outputs x inputs); packed cols are cols, in
+int4 cols / 2.
 """
 
 from typing import NamedTuple
@@ -21,7 +20,7 @@ BLOCK_BYTES = 8 * 2**20  # of a float weight that are quantised at a time
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight as published: packed int8 (rows, cols or cols / 2), scale float16 (rows,)."""
+    """A weight as published: packed int8 (rows, packed cols), scale float16 (rows,)."""
 
     packed: Tensor
     scale: Tensor
@@ -44,7 +43,7 @@ def largest_code(bits: int) -> int:
 
 
 def packed_columns(num_columns: int, bits: int) -> int:
-    """Return how many bytes one row takes.
+    """Return the number of bytes in one packed row.
 
     >>> packed_columns(4096, 4)
     2048
@@ -86,16 +85,19 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
 
 
 def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
-    """Quantise a float weight (rows, cols) row by row; ValueError where float16 cannot hold it.
+    """Quantise a float weight (rows, cols) row by row; ValueError if float16 cannot hold it.
 
-    A row of zeros, or one so small that its scale underflows to zero, becomes zeros with scale 0.
-    Where the scale is subnormal, and therefore coarse, codes are held inside the symmetric range,
-    so that packing cannot wrap.
+    A row of zeros, or one whose scale underflows to zero, becomes zeros with scale 0. Codes are
+    clamped to the symmetric range because a subnormal scale is too coarse to keep them in it.
     """
     limit = largest_code(bits)
     packed_columns(weight.shape[1], bits)
+    if weight.is_meta:
+        raise ValueError(
+            "the weight holds no values (it is on the meta device); load it, then quantise."
+        )
     half = weight.detach().to(torch.float16)  # (rows, cols)
-    # A tensor divisor: by a plain number CUDA multiplies with the reciprocal, which rounds
+    # A tensor, because by a Python number CUDA multiplies with the reciprocal, which rounds
     # differently.
     divisor = torch.tensor(limit, dtype=torch.float16, device=half.device)
     scale = half.abs().amax(dim=1) / divisor  # (rows,)
@@ -106,12 +108,12 @@ def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
             "beyond float16 (65504); quantisation needs finite values: check the checkpoint."
         )
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = (half / safe[:, None]).round_().clamp_(-limit, limit).to(torch.int8)
+    codes = (half / safe[:, None]).round_().clamp_(-limit, limit).to(torch.int8)  # (rows, cols)
     return QuantizedWeight(pack_codes(codes, bits), scale)
 
 
 def quantize_in_blocks(weight: Tensor, bits: int) -> QuantizedWeight:
-    """Quantise some rows at a time, which gives the same numbers and needs little extra memory."""
+    """Quantise BLOCK_BYTES of rows at a time: the same numbers with little extra memory."""
     num_rows, num_columns = weight.shape
     shape = (num_rows, packed_columns(num_columns, bits))
     packed = torch.empty(shape, dtype=torch.int8, device=weight.device)
@@ -126,10 +128,10 @@ def quantize_in_blocks(weight: Tensor, bits: int) -> QuantizedWeight:
 def dequantize_weight(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Return the weight (rows, cols) in dtype: float16(code * scale), converted.
 
-    The rounding to float16 is part of the published numbers, in float32 arithmetic too: without it
+    The rounding to float16 is part of the published numbers, also in float32 arithmetic: without it
     the golden logits are missed by 4e-4 instead of 2e-6. The product is formed in float32, where it
     is exact (8 and 11 significant bits), because CPUs are slow in float16.
     """
     codes = unpack_codes(packed, bits)
-    product = codes.to(torch.float32) * scale.to(torch.float32)[:, None]
+    product = codes.to(torch.float32) * scale.to(torch.float32)[:, None]  # (rows, cols)
     return product.to(torch.float16).to(dtype)

@@ -1,28 +1,134 @@
-"""The `torch` back end: plain PyTorch operations, so it runs on every device.
+"""The `torch` back end, and products by blocks of a packed weight, which all back ends share.
 
-The weight is dequantised block by block into the reference's float values. In int4 on a CPU the two
-nibbles of a byte are written to the two halves of the block instead of being interleaved, which
-vectorises; the columns of the activations, which are few, are reordered to match.
+A weight is dequantised one block at a time into a buffer, which a library product reads, so a float
+copy of it stays small. On a CPU a block stays in cache: forward and backward of a 4096 x 4096 int4
+linear with 64 rows take 35 ms on two cores, against 192 ms with a whole float copy each way and
+32 ms for the float32 linear. On a GPU a block is the whole weight unless memory is scarce.
 Shapes: M rows of activations, num_out x num_in the weight.
 """
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ptuning.model.quantization.blockwise import (
-    blockwise_matmul,
-    blockwise_matmul_transposed,
-)
-from ptuning.model.quantization.interface import dtype_reason
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU_BLOCK_BYTES = 4 * 2**20  # a 256 x 4096 float32 block, about one core's share of cache
+# On a GPU: a 64th of its memory, but at least a 4096 x 4096 float16 block, which still fills the
+# GPU with one product, and at most ChatGLM-6B's largest weight, 16384 x 4096 in float16.
+DEVICE_SHARE = 64
+MIN_DEVICE_BLOCK_BYTES, MAX_DEVICE_BLOCK_BYTES = 32 * 2**20, 128 * 2**20
+MAX_FUSED_ROWS = 256  # up to here Triton multiplies half precision without a float block
+COLUMN_STEP = 64  # a block of columns is a multiple of it: whole tiles, aligned rows
+
+# Dequantises packed codes (rows, bytes), whose rows may be strided, with scales (rows,) into a
+# contiguous block (rows, columns).
+Dequantize = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def block_bytes(device: torch.device) -> int:
+    """Return the size of the float block on a device."""
+    if device.type == "cpu":
+        return CPU_BLOCK_BYTES
+    if device.type != "cuda":
+        return MIN_DEVICE_BLOCK_BYTES
+    return device_block_bytes(total_memory(device))
+
+
+def device_block_bytes(memory: int) -> int:
+    """Return the size of the float block on a GPU with that many bytes of memory.
+
+    >>> [device_block_bytes(gib * 2**30) // 2**20 for gib in (2, 6, 80)]
+    [32, 96, 128]
+    """
+    return min(MAX_DEVICE_BLOCK_BYTES, max(MIN_DEVICE_BLOCK_BYTES, memory // DEVICE_SHARE))
+
+
+@cache
+def total_memory(device: torch.device) -> int:
+    """Return the memory of a GPU in bytes."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def rows_per_block(num_out: int, num_in: int, like: Tensor) -> int:
+    """Return how many weight rows one block of like's dtype and device holds, at least 1."""
+    return max(1, min(num_out, block_bytes(like.device) // (num_in * like.element_size())))
+
+
+def columns_per_block(num_out: int, num_in: int, like: Tensor) -> int:
+    """Return how many weight columns one block of like's dtype and device holds."""
+    fitting = block_bytes(like.device) // (num_out * like.element_size())
+    return min(num_in, max(1, fitting // COLUMN_STEP) * COLUMN_STEP)
+
+
+def blockwise_matmul(x: Tensor, packed: Tensor, scale: Tensor, dequantize: Dequantize) -> Tensor:
+    """Return x (M, num_in) times the transposed weight: (M, num_out), in x's dtype."""
+    (num_rows, num_in), num_out = x.shape, packed.shape[0]
+    step = rows_per_block(num_out, num_in, x)
+    buffer = x.new_empty(step, num_in)
+    product = x.new_empty(num_rows, num_out)
+    for start in range(0, num_out, step):
+        rows = slice(start, min(start + step, num_out))
+        block = buffer[: rows.stop - start]  # (rows of this block, num_in)
+        dequantize(packed[rows], scale[rows], block)
+        torch.mm(x, block.t(), out=product[:, rows])
+    return product
+
+
+def blockwise_matmul_transposed(
+    grad: Tensor, packed: Tensor, scale: Tensor, bits: int, dequantize: Dequantize
+) -> Tensor:
+    """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
+    by_blocks = transposed_by_rows if grad.device.type == "cpu" else transposed_by_columns
+    return by_blocks(grad, packed, scale, bits, dequantize)
+
+
+def transposed_by_columns(
+    grad: Tensor, packed: Tensor, scale: Tensor, bits: int, dequantize: Dequantize
+) -> Tensor:
+    """Multiply by blocks of whole columns: every entry is one sum and is written once."""
+    (num_rows, num_out), per_byte = grad.shape, 8 // bits
+    num_in = packed.shape[1] * per_byte
+    step = columns_per_block(num_out, num_in, grad)
+    buffer = grad.new_empty(num_out * step)
+    product = grad.new_empty(num_rows, num_in)
+    for start in range(0, num_in, step):
+        stop = min(start + step, num_in)
+        block = buffer[: num_out * (stop - start)].view(num_out, stop - start)
+        dequantize(packed[:, start // per_byte : stop // per_byte], scale, block)
+        torch.mm(grad, block, out=product[:, start:stop])
+    return product
+
+
+def transposed_by_rows(
+    grad: Tensor, packed: Tensor, scale: Tensor, bits: int, dequantize: Dequantize
+) -> Tensor:
+    """Multiply by blocks of rows, which a CPU reads contiguously, and sum the parts in float32."""
+    (num_rows, num_out), num_in = grad.shape, packed.shape[1] * (8 // bits)
+    step = rows_per_block(num_out, num_in, grad)
+    buffer = grad.new_empty(step, num_in)
+    total = grad.new_zeros(num_rows, num_in, dtype=torch.float32)
+    for start in range(0, num_out, step):
+        rows = slice(start, min(start + step, num_out))
+        block = buffer[: rows.stop - start]  # (rows of this block, num_in)
+        dequantize(packed[rows], scale[rows], block)
+        if grad.dtype == torch.float32:
+            total.addmm_(grad[:, rows], block)
+        elif step == num_out:
+            return grad @ block
+        else:  # a sum in half precision would round once per block
+            total += grad[:, rows] @ block
+    return total.to(grad.dtype)
 
 
 def evens_then_odds(x: Tensor) -> Tensor:
-    """Return (M, n) with its even columns first and its odd columns behind them.
+    """Return (M, n) with its even columns first, then its odd columns.
 
     >>> evens_then_odds(torch.tensor([[0, 1, 2, 3]]))
     tensor([[0, 2, 1, 3]])
     """
-    return torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
+    return torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)  # (M, n)
 
 
 def interleave_halves(x: Tensor) -> Tensor:
@@ -31,30 +137,16 @@ def interleave_halves(x: Tensor) -> Tensor:
     >>> interleave_halves(torch.tensor([[0, 2, 1, 3]]))
     tensor([[0, 1, 2, 3]])
     """
-    return torch.stack(x.chunk(2, dim=1), dim=-1).flatten(1)
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype the product runs in: x's own, but float32 for float16 on a CPU.
-
-    CPUs without float16 arithmetic take 10 to 100 times as long in it as in float32.
-    """
-    if x.dtype == torch.float16 and x.device.type == "cpu":
-        return torch.float32
-    return x.dtype
-
-
-def writes_halves(x: Tensor, bits: int) -> bool:
-    """Return whether a block holds even columns, then odd ones: on a CPU, where that vectorises."""
-    return bits == 4 and x.device.type == "cpu"
+    return torch.stack(x.chunk(2, dim=1), dim=-1).flatten(1)  # (M, n)
 
 
 class Dequantizer:
-    """A `blockwise.Dequantize` that reuses its scratch memory.
+    """A `Dequantize` in PyTorch operations that reuses its scratch memory.
 
-    In int4 on a CPU a block has its even columns first, then its odd ones. Code x scale is formed
-    in float16 where devices are fast in it, and on a CPU in float32, where it is exact, and then
-    rounded to float16: the same numbers.
+    With in_halves, for int4 on a CPU, the block gets its even columns first, then its odd ones:
+    writing the two nibbles of a byte to two halves vectorises, interleaving them does not. Code x
+    scale is formed in float16, but on a CPU, which is slow in it, in float32, where it is exact,
+    and then rounded to float16: the same numbers.
     """
 
     def __init__(self, *, in_halves: bool) -> None:
@@ -87,34 +179,41 @@ class Dequantizer:
         odds.copy_(nibbles.bitwise_right_shift_(4))
 
     def _scratch_for(self, dtype: torch.dtype, like: Tensor) -> Tensor:
-        """Return scratch of like's shape; the first block asks first and is the largest."""
+        """Return scratch of like's shape; the first block asked for is the largest."""
         if dtype not in self._scratch:
             self._scratch[dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return self._scratch[dtype][: like.numel()].view(like.shape)
 
 
 class TorchBackend:
-    """Runs anywhere; the fallback that is always there, and the one for a CPU."""
+    """Runs on every device; the only back end for a CPU."""
 
     name = "torch"
 
-    def unavailable_reason(self, device: torch.device, dtype: torch.dtype, bits: int) -> str | None:
-        """Return the reason for a dtype nobody takes; None otherwise."""
-        return dtype_reason(dtype)
+    def unavailable_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return None: plain PyTorch operations run everywhere."""
+        return None
 
     def matmul(self, x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return x (M, num_in) times the transposed weight: (M, num_out), in x's dtype."""
-        in_halves = writes_halves(x, bits)
-        columns = evens_then_odds(x) if in_halves else x  # (M, num_in)
-        dequantize = Dequantizer(in_halves=in_halves)
-        columns = columns.to(working_dtype(x))
-        return blockwise_matmul(columns, packed, scale, bits, dequantize).to(x.dtype)
+        in_halves = _in_halves(x, bits)
+        columns = (evens_then_odds(x) if in_halves else x).to(_product_dtype(x))  # (M, num_in)
+        product = blockwise_matmul(columns, packed, scale, Dequantizer(in_halves=in_halves))
+        return product.to(x.dtype)
 
     def matmul_transposed(self, grad: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
-        in_halves = writes_halves(grad, bits)
+        in_halves = _in_halves(grad, bits)
         dequantize = Dequantizer(in_halves=in_halves)
-        working = grad.to(working_dtype(grad))
-        product = blockwise_matmul_transposed(working, packed, scale, bits, dequantize)
-        product = product.to(grad.dtype)
-        return interleave_halves(product) if in_halves else product
+        rows = grad.to(_product_dtype(grad))  # (M, num_out)
+        product = blockwise_matmul_transposed(rows, packed, scale, bits, dequantize).to(grad.dtype)
+        return interleave_halves(product) if in_halves else product  # (M, num_in)
+
+
+def _in_halves(x: Tensor, bits: int) -> bool:
+    return bits == 4 and x.device.type == "cpu"
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return x's dtype; float32 for float16 on a CPU, which takes 10 to 100 times as long in it."""
+    return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype

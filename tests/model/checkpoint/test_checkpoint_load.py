@@ -13,7 +13,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint import files as checkpoint_files
 from ptuning.model.checkpoint.layout import check_checkpoint, float_shapes, prefix_shapes
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.quantization.quantize import quantize_embeddings_
+from ptuning.model.quantization.layers import quantize_embeddings_
 from tests.model.published import (
     SHIFT,
     golden_config,

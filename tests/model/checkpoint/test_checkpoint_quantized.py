@@ -13,8 +13,7 @@ import ptuning
 from ptuning.model.checkpoint.files import CheckpointReader, TensorHeader
 from ptuning.model.checkpoint.layout import check_checkpoint
 from ptuning.model.checkpoint.load import quantized_when_read
-from ptuning.model.quantization.embedding import QuantizedEmbedding
-from ptuning.model.quantization.layers import QuantizedLinear
+from ptuning.model.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from ptuning.model.quantization.reference import dequantize_weight, quantize_weight
 from tests.model.published import (
     golden_config,

@@ -76,16 +76,6 @@ def test_the_report_names_every_back_end_once_with_a_reason_where_it_is_missing(
     assert reports[-1] == ("torch", True, None)
 
 
-def test_the_report_tells_the_bits_apart_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        type(get_backend("torch")),
-        "unavailable_reason",
-        lambda _self, _device, _dtype, bits: "too few bits" if bits == 4 else None,
-    )
-    report = report_backends(CPU, torch.float32)[-1]
-    assert report == ("torch", False, "int4: too few bits; int8: available")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_build_without_cuda_gives_reasons_and_raises_nothing() -> None:
     for report in report_backends(CUDA, torch.float16)[:2]:

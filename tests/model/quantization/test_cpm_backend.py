@@ -1,4 +1,4 @@
-"""The CUDA source's arithmetic, compiled as C++ and walked on the CPU; NVRTC where there is one; every reason."""
+"""The CUDA source's arithmetic, compiled as C++ and walked on the CPU; a fake compiler; every reason."""
 
 import ctypes
 import os
@@ -6,28 +6,30 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from ptuning.model.quantization import cpm_backend, nvrtc
-from ptuning.model.quantization.blockwise import (
-    blockwise_matmul,
-    transposed_by_columns,
-    transposed_by_rows,
-)
+from ptuning.model.quantization import cpm_backend
 from ptuning.model.quantization.cpm_backend import (
     KERNEL_SOURCE,
     CpmBackend,
     Launch,
-    cuda_path_of_this_process,
+    compile_kernels,
     kernel_dequantizer,
     kernel_name,
     kernel_names,
     loaded_libraries,
+    torch_libraries,
 )
 from ptuning.model.quantization.reference import QuantizedWeight, dequantize_weight
+from ptuning.model.quantization.torch_backend import (
+    blockwise_matmul,
+    transposed_by_columns,
+    transposed_by_rows,
+)
 from tests.model.quantization.conftest import exact_product, product_tolerance
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -96,13 +98,13 @@ def test_blocks_of_rows_and_columns_aligned_or_not_multiply_as_the_reference(
 ) -> None:
     """192 columns take the 16-byte path, in blocks of 64, 42 the narrow one; 5 rows a block leave a last one of 2."""
     monkeypatch.setattr(
-        "ptuning.model.quantization.blockwise.CPU_BLOCK_BYTES", 5 * num_in * dtype.itemsize
+        "ptuning.model.quantization.torch_backend.CPU_BLOCK_BYTES", 5 * num_in * dtype.itemsize
     )
     weight = make_weight(37, num_in, bits)
     launch = host_launch(host_library, kernel_name(bits, dtype))
     dequantize = kernel_dequantizer(launch, stream=0)
     x, grad = torch.randn(3, num_in).to(dtype), torch.randn(3, 37).to(dtype)
-    forward = blockwise_matmul(x, *weight, bits, dequantize)
+    forward = blockwise_matmul(x, *weight, dequantize)
     error = (forward.double() - exact_product(x, weight, bits, transposed=False)).abs()
     assert bool((error <= product_tolerance(x, weight, bits, transposed=False)).all())
     bound = product_tolerance(grad, weight, bits, transposed=True)
@@ -119,48 +121,45 @@ def test_threads_past_the_last_row_touch_nothing(host_library: ctypes.CDLL) -> N
         )
 
 
-def test_nvrtc_compiles_the_source_for_old_new_and_unknown_cards() -> None:
-    try:
-        library = nvrtc.load_nvrtc()
-    except nvrtc.NvrtcError as error:
-        pytest.skip(str(error))
-    supported = nvrtc.supported_architectures(library)
-    source = KERNEL_SOURCE.read_text(encoding="utf-8")
-    for capability in (supported[0], 90):
-        assert nvrtc.compile_for_card(source, "kernels.cu", capability).startswith(b"\x7fELF")
-    portable = nvrtc.compile_for_card(source, "kernels.cu", supported[-1] + 10)
-    assert all(f".entry {name}(".encode() in portable for name in kernel_names())
-    with pytest.raises(
-        nvrtc.NvrtcError, match=r"could not compile wrong.cu [^$]*error: identifier"
-    ):
-        nvrtc.compile_for_card("int f() { return x; }", "wrong.cu", 90)
+class FakeNvrtc(ModuleType):
+    """Stands in for cpm_kernels.library.nvrtc; compiles to the names of the calls."""
+
+    nvrtcProgram = ctypes.c_void_p
+
+    def __init__(self, version: tuple[int, int] = (13, 0)) -> None:
+        super().__init__("nvrtc")
+        self.version = version
+        self.calls: list[tuple[Any, ...]] = []
+
+    def nvrtcCreateProgram(self, _program: Any, source: str, *others: Any) -> None:
+        self.calls.append(("create", source, *others))
+
+    def nvrtcCompileProgram(self, _program: Any, count: int, options: list[str]) -> None:
+        self.calls.append(("compile", count, options))
+
+    def nvrtcGetCUBINSize(self, _program: Any) -> int:
+        return 4
+
+    def nvrtcGetCUBIN(self, _program: Any, buffer: Any) -> None:
+        buffer.raw = b"a\0b\0"
+
+    def nvrtcDestroyProgram(self, _program: Any) -> None:
+        self.calls.append(("destroy",))
 
 
-def test_a_missing_nvrtc_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvrtc, "library_candidates", lambda _version: iter(["libnvrtc-absent.so"]))
-    with pytest.raises(nvrtc.NvrtcError, match="pip install nvidia-cuda-nvrtc"):
-        nvrtc.load_nvrtc()
-
-
-def test_a_card_older_than_nvrtc_knows_is_refused() -> None:
-    with pytest.raises(nvrtc.NvrtcError, match=r"capability 7.5 and later; the card has 7.0"):
-        nvrtc.target_option(70, [75, 80])
-
-
-def test_torchs_own_cuda_version_is_tried_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for version in ("12", "13"):
-        (tmp_path / f"libnvrtc.so.{version}").touch()
-    monkeypatch.setattr(nvrtc, "library_folders", lambda: iter([tmp_path]))
-    assert list(nvrtc.library_candidates("13.0"))[:2] == [
-        "libnvrtc.so.13",
-        str(tmp_path / "libnvrtc.so.13"),
+def test_the_source_is_compiled_for_the_gpu_at_hand() -> None:
+    nvrtc = FakeNvrtc()
+    assert compile_kernels(nvrtc, 90) == b"a\0b\0"
+    assert nvrtc.calls == [
+        ("create", KERNEL_SOURCE.read_text(encoding="utf-8"), "kernels.cu", 0, [], []),
+        ("compile", 2, ["--gpu-architecture=sm_90", "--std=c++17"]),
+        ("destroy",),
     ]
-    assert list(nvrtc.library_candidates("12.8"))[:2] == [
-        "libnvrtc.so.12",
-        str(tmp_path / "libnvrtc.so.12"),
-    ]
+
+
+def test_a_missing_nvrtc_is_named_with_what_to_install() -> None:
+    with pytest.raises(RuntimeError, match="pip install nvidia-cuda-nvrtc"):
+        compile_kernels(FakeNvrtc(version=(0, 0)), 90)
 
 
 def test_libraries_are_found_in_a_memory_map() -> None:
@@ -182,13 +181,12 @@ def test_cuda_path_points_at_the_loaded_libraries_for_a_moment_only(
 ) -> None:
     library = tmp_path / "libcudart.so.13"
     library.write_bytes(b"library")
-    monkeypatch.setattr(nvrtc, "load_nvrtc", lambda: None)
     monkeypatch.setattr(cpm_backend, "loaded_libraries", lambda _maps: {"cudart": library})
     if before is None:
         monkeypatch.delenv("CUDA_PATH", raising=False)
     else:
         monkeypatch.setenv("CUDA_PATH", before)
-    with cuda_path_of_this_process():
+    with torch_libraries():
         assert (Path(os.environ["CUDA_PATH"]) / "lib64" / "libcudart.so").read_bytes() == b"library"
     assert os.environ.get("CUDA_PATH") == before
 
@@ -206,9 +204,9 @@ def failing_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exceptio
     monkeypatch.setattr(cpm_backend, "capability_of", lambda _device: 90)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    CpmBackend._loading_reason.cache_clear()
+    CpmBackend._load_error.cache_clear()
     yield fail_with
-    CpmBackend._loading_reason.cache_clear()
+    CpmBackend._load_error.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -222,7 +220,6 @@ def failing_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exceptio
             ModuleNotFoundError("x", name="pkg_resources"),
             "needs pkg_resources: pip install 'setuptools<81'",
         ),
-        (nvrtc.NvrtcError("libnvrtc was not found"), "NvrtcError: libnvrtc was not found"),
         (RuntimeError("CUDA Error: invalid image"), "RuntimeError: CUDA Error: invalid image"),
         (IndexError("list index out of range"), "IndexError: list index out of range"),
     ],
@@ -231,11 +228,11 @@ def test_each_failure_to_load_is_a_reason(
     failing_load: Callable[[Exception], None], error: Exception, expected: str
 ) -> None:
     failing_load(error)
-    reason = CpmBackend().unavailable_reason(CUDA, torch.float16, 4)
+    reason = CpmBackend().unavailable_reason(CUDA, torch.float16)
     assert reason is not None
     assert expected in reason
 
 
 def test_it_is_for_cuda_cards_only() -> None:
-    reason = CpmBackend().unavailable_reason(torch.device("cpu"), torch.float16, 4)
+    reason = CpmBackend().unavailable_reason(torch.device("cpu"), torch.float16)
     assert reason == "it needs a CUDA device; the device is cpu"

@@ -5,15 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ptuning.model.quantization import blockwise
-from ptuning.model.quantization.blockwise import (
+from ptuning.model.quantization import torch_backend
+from ptuning.model.quantization.reference import QuantizedWeight
+from ptuning.model.quantization.torch_backend import (
+    Dequantizer,
+    TorchBackend,
     block_bytes,
     columns_per_block,
     rows_per_block,
     transposed_by_columns,
 )
-from ptuning.model.quantization.reference import QuantizedWeight
-from ptuning.model.quantization.torch_backend import Dequantizer, TorchBackend
 from tests.model.quantization.conftest import exact_product, product_tolerance
 
 NUM_OUT, NUM_IN = 45, 64
@@ -31,7 +32,7 @@ def test_both_products_agree_with_the_reference(
     block_rows: int,
     num_rows: int,
 ) -> None:
-    monkeypatch.setattr(blockwise, "CPU_BLOCK_BYTES", block_rows * NUM_IN * dtype.itemsize)
+    monkeypatch.setattr(torch_backend, "CPU_BLOCK_BYTES", block_rows * NUM_IN * dtype.itemsize)
     weight = make_weight(NUM_OUT, NUM_IN, bits)
     generator = torch.Generator().manual_seed(1)
     for transposed, width in ((False, NUM_IN), (True, NUM_OUT)):
@@ -53,7 +54,7 @@ def test_blocks_of_columns_agree_with_the_reference(
     num_in: int,
 ) -> None:
     """As on a GPU: codes in their own order, blocks of 64 columns and a narrower last one."""
-    monkeypatch.setattr(blockwise, "CPU_BLOCK_BYTES", 64 * NUM_OUT * 2)
+    monkeypatch.setattr(torch_backend, "CPU_BLOCK_BYTES", 64 * NUM_OUT * 2)
     weight = make_weight(NUM_OUT, num_in, bits)
     grad = torch.randn(6, NUM_OUT, generator=torch.Generator().manual_seed(1)).bfloat16()
     result = transposed_by_columns(grad, *weight, bits, Dequantizer(in_halves=False))

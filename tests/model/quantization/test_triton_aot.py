@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.fake_device import DEVICE, FakeCuda, Launch
 from ptuning.model.quantization.backends import get_backend
 from ptuning.model.quantization.reference import packed_columns
-from ptuning.model.quantization.triton_backend import MAX_FUSED_ROWS
+from ptuning.model.quantization.torch_backend import MAX_FUSED_ROWS
 from ptuning.model.rotary import launch_rotate
 
 triton = pytest.importorskip("triton", reason="triton is not installed")

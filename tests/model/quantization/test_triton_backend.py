@@ -1,6 +1,5 @@
 """The Triton kernels against the reference, in Triton's interpreter: the arithmetic, not the machine code."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,14 +10,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptuning.model.quantization import triton_backend, triton_kernels
+from ptuning.model.quantization import triton_backend
 from ptuning.model.quantization.triton_backend import TritonBackend, fits_fused, fused_tile
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_both_products_agree_with_the_reference_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
     result = subprocess.run(
         [sys.executable, "-m", "tests.model.quantization.triton_interpreted"],
         cwd=ROOT,
@@ -35,25 +34,25 @@ def test_both_products_agree_with_the_reference_in_the_interpreter() -> None:
 
 
 def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda _name: None)
-    reason = TritonBackend().unavailable_reason(torch.device("cuda"), torch.float16, 4)
+    monkeypatch.setattr(triton_backend, "triton", None)
+    reason = TritonBackend().unavailable_reason(torch.device("cuda"), torch.float16)
     assert reason == "triton is not installed: pip install triton"
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "expected"),
     [
-        ((6, 1), torch.float16, "torch.float16 needs compute capability 7.0; the card has 6.1"),
-        ((7, 5), torch.bfloat16, "torch.bfloat16 needs compute capability 8.0; the card has 7.5"),
+        ((6, 1), torch.float16, "torch.float16 needs compute capability 7.0; the GPU has 6.1"),
+        ((7, 5), torch.bfloat16, "torch.bfloat16 needs compute capability 8.0; the GPU has 7.5"),
     ],
 )
 def test_cards_too_old_for_it_are_named(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, expected: str
 ) -> None:
-    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(triton_backend, "triton", object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
-    assert TritonBackend().unavailable_reason(torch.device("cuda"), dtype, 4) == expected
+    assert TritonBackend().unavailable_reason(torch.device("cuda"), dtype) == expected
 
 
 def test_a_large_batch_and_float32_are_left_to_the_library() -> None:
@@ -80,6 +79,6 @@ def test_tiles_are_wide_where_that_leaves_a_program_for_each_multiprocessor() ->
 
 def test_sizes_that_change_with_a_batch_are_not_compiled_in() -> None:
     pytest.importorskip("triton")
-    for kernel in (triton_kernels.matmul_kernel, triton_kernels.dequantize_kernel):
+    for kernel in (triton_backend.matmul_kernel, triton_backend.dequantize_kernel):
         rows = next(p for p in kernel.params if p.name == "num_rows")
         assert rows.do_not_specialize

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from triton.runtime import interpreter
 
-from ptuning.model.quantization import blockwise
-from ptuning.model.quantization.blockwise import transposed_by_columns
+from ptuning.model.quantization import torch_backend
 from ptuning.model.quantization.reference import quantize_weight
+from ptuning.model.quantization.torch_backend import transposed_by_columns
 from ptuning.model.quantization.triton_backend import (
     MAX_MATVEC_ROWS,
     TritonBackend,
@@ -39,9 +39,9 @@ def index_by_item(patch: Any) -> Any:
 def main() -> None:
     interpreter._patch_lang_tensor = index_by_item(interpreter._patch_lang_tensor)
     backend = TritonBackend()
-    reason = backend.unavailable_reason(torch.device("cpu"), torch.float32, 4)
+    reason = backend.unavailable_reason(torch.device("cpu"), torch.float32)
     assert reason is None, reason
-    blockwise.CPU_BLOCK_BYTES = 1  # the smallest blocks
+    torch_backend.CPU_BLOCK_BYTES = 1  # the smallest blocks
     torch.manual_seed(0)
     worst = {}
     for bits in (4, 8):
