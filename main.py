@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
             stop=stop,
             workload=fit.settled_workload,
             decode=lambda ids: str(tokenizer.decode(ids)),
-            row_settings=config.row_settings | {"multi_turn": rows.multi_turn},
+            row_settings=asdict(config.row_format) | {"multi_turn": rows.multi_turn},
             data_collator=partial(
                 pad_right, pad_id=tokenizer.pad_token_id, pad_to_length=config.padded_length
             ),

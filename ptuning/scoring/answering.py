@@ -396,7 +396,7 @@ def score(
         base=base.means if base else None,
         retention=retention,
         rows=run.report_rows(tuned, base),
-        settings=config.row_settings | asdict(run.decoding),
+        settings=asdict(config.row_format) | asdict(run.decoding),
         log_history=next((load_log_history(path) for path in states if path.is_file()), []),
     )
     write_report(output_dir / REPORT_NAME, report)

@@ -2,18 +2,18 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptuning.data.dataset import (
     DataSummary,
     GenerationDataset,
-    GenerationRow,
     NoRows,
     TokenDataset,
     join_rows,
@@ -24,12 +24,14 @@ from ptuning.data.dataset import (
 from ptuning.data.formats import UnknownColumns
 from ptuning.data.general import GeneralPrompts, find_general_prompts, read_general_prompts
 from ptuning.data.mixing import FORM, parse_mix
-from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_file import DataError
 from ptuning.data.reading import LeftOut
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.train.processes import num_processes
-from ptuning.train.run_config import RunConfig, UsageError
+from ptuning.train.run_config import ROW_FLAGS, RunConfig, UsageError
+
+PART_NAMES = {"train_file": "Training", "validation_file": "Validation"}
+Load = Callable[..., tuple[Any, DataSummary]]  # takes a file, row_format= and max_rows=
 
 logger = logging.getLogger("main")
 
@@ -53,7 +55,7 @@ class Rows(NamedTuple):
 
 
 def check_files(config: RunConfig) -> None:
-    """Refuse files of rows that do not exist (UsageError), before anything is fetched or loaded."""
+    """Refuse missing data files (UsageError) before anything is downloaded or loaded."""
     for name, is_read in (
         ("train_file", config.do_train),
         ("validation_file", config.validates),
@@ -77,91 +79,92 @@ def load_rows(config: RunConfig, tokenizer: ChatGLMTokenizer, *, overwrite_cache
 
     UsageError, with the flag that named the file, for one that cannot be read.
     """
-    train_rows = validation = test = general = None
+    load = partial(
+        load_training_dataset,
+        tokenizer=tokenizer,
+        cache_dir=Path(config.token_cache_dir) if config.token_cache_dir else None,
+        overwrite_cache=overwrite_cache,
+    )
+    train = validation = test = general = None
     multi_turn = False
     if config.do_train:
-        parts, multi_turn = _token_rows("train_file", config, tokenizer, overwrite_cache)
-        train_rows = join_rows(parts)
+        parts = []
+        for part, summary in _load_files(config, "train_file", config.max_train_samples, load):
+            _require_whole_prompts("--train_file", config, summary)
+            multi_turn |= summary.num_with_history > 0
+            parts.append(part)
+        train = join_rows(parts)
         if config.mix is not None:
-            train_rows = _with_general_rows(train_rows, config, tokenizer, overwrite_cache)
+            train = _with_general_rows(train, config, load)
         rows_per_step = config.rows_per_step(num_processes())
         epochs, steps = config.num_train_epochs, config.max_steps
-        logger.info(steps_line(len(train_rows), rows_per_step, epochs, max_steps=steps))
+        logger.info(steps_line(len(train), rows_per_step, epochs, max_steps=steps))
     if config.validates:
-        parts, _ = _token_rows("validation_file", config, tokenizer, overwrite_cache)
+        is_scoring = config.do_predict and not config.do_train
+        optional = config.files(_answered(config)) if is_scoring else ()
+        limit = config.max_eval_samples
+        found = _load_files(config, "validation_file", limit, load, optional=optional)
+        parts = [part for part, _ in found]
         validation = join_rows(parts) if parts else None
     if config.do_predict:
-        test = _test_rows(config, tokenizer)
+        load_prompts = partial(load_generation_dataset, tokenizer=tokenizer)
+        found = _load_files(config, _answered(config), config.max_predict_samples, load_prompts)
+        test = GenerationDataset([row for part, _ in found for row in part.rows])
         if config.measures_retention:
-            base = config.model_name_or_path
-            with files_named_as("--general_prompts"):
-                general = read_general_prompts(find_general_prompts(config.general_prompts, base))
-    return Rows(train_rows, validation, test, general, multi_turn)
+            path = find_general_prompts(config.general_prompts, config.model_name_or_path)
+            try:
+                general = read_general_prompts(path)
+            except DataError as error:
+                raise UsageError(f"--general_prompts: {error}") from error
+    return Rows(train, validation, test, general, multi_turn)
 
 
-def _token_rows(
-    name: str, config: RunConfig, tokenizer: ChatGLMTokenizer, overwrite_cache: bool
-) -> tuple[list[TokenDataset], bool]:
-    """Load the rows of each file of train_file or validation_file; do any have earlier turns?
+def _load_files(
+    config: RunConfig, name: str, limit: int | None, load: Load, *, optional: Collection[Path] = ()
+) -> Iterator[tuple[Any, DataSummary]]:
+    """Yield the dataset and the summary of each file that a flag names, up to limit rows in all.
 
-    Files without answers that are only to be answered are left out of the validation.
+    A file in `optional` that has nothing to train on is left out.
     """
-    is_training = name == "train_file"
-    left = config.max_train_samples if is_training else config.max_eval_samples
-    only_answered = (
-        [] if config.do_train or not config.do_predict else config.files(_answered(config))
-    )
-    parts: list[TokenDataset] = []
-    multi_turn = False
     for file in config.files(name):
-        if left is not None and left <= 0:
-            break
+        if limit is not None and limit <= 0:
+            return
         try:
-            part, summary = load_training_dataset(
-                file,
-                tokenizer,
-                RowFormat(**config.row_settings),
-                max_rows=left,
-                overwrite_cache=overwrite_cache,
-                cache_dir=Path(config.token_cache_dir) if config.token_cache_dir else None,
-            )
+            part, summary = load(file, row_format=config.row_format, max_rows=limit)
         except DataError as error:
-            if file in only_answered and isinstance(error, NoRows | UnknownColumns):
+            if file in optional and isinstance(error, NoRows | UnknownColumns):
                 logger.info("no validation loss for %s: no row to compare with", file)
                 continue
-            raise _said(f"--{name}", error, config) from error
-        _print_summary("Training" if is_training else "Validation", summary)
-        if is_training:
-            _require_whole_prompts("--train_file", config, summary)
-        parts.append(part)
-        multi_turn |= summary.num_with_history > 0
-        left = None if left is None else left - summary.num_read
-    return parts, multi_turn
+            raise _explain(name, error, config) from error
+        is_prediction = isinstance(part, GenerationDataset)
+        _print_summary("Prediction" if is_prediction else PART_NAMES[name], summary)
+        yield part, summary
+        limit = None if limit is None else limit - summary.num_read
 
 
-def _said(flag: str, error: DataError, config: RunConfig) -> UsageError:
-    """Return a fault of a file with the flag that named it, and where its columns come from."""
+def _explain(name: str, error: DataError, config: RunConfig) -> UsageError:
+    """Add the flag that named the file to its error, and where its columns come from."""
     hint = ""
     flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in config.argv}
-    typed = flags & {name for name in config.row_settings if name.endswith(("_column", "format"))}
-    if isinstance(error, UnknownColumns) and not typed:
-        named = RowFormat(**config.row_settings).named_columns
-        said = " ".join(f"{name} {value}" for name, value in named.items())
+    is_typed = any(flag == "format" or flag.endswith("_column") for flag in flags)
+    if isinstance(error, UnknownColumns) and not is_typed:
+        columns = config.row_format.named_columns.items()
+        said = " ".join(f"{flag} {column}" for flag, column in columns)
         said = said or (f"--format {config.format}" if config.format != "auto" else "")
         if said and config.checkpoint is not None:
             hint = f" ({said} as in training; to have the columns found, type --format auto)"
-    elif isinstance(error, UnknownColumns) and config.do_train and flag != "--train_file":
+    elif isinstance(error, UnknownColumns) and config.do_train and name != "train_file":
         hint = (
             " (Flags that name columns are for every file of the run; python -m ptuning data "
             "convert gives files the same columns.)"
         )
-    return UsageError(f"{flag}: {error}{hint}")
+    return UsageError(f"--{name}: {error}{hint}")
 
 
 def _require_whole_prompts(
     flag: str, config: RunConfig, summary: DataSummary, *, named_by_mix: bool = False
 ) -> None:
-    """Refuse rows whose prompts are alike only because a filled column is not used."""
+    """Refuse rows whose prompts are equal only because a filled column is unused."""
     if summary.left_out is None or config.allow_repeated_prompts:
         return
     found = LeftOut(*summary.left_out)
@@ -179,29 +182,21 @@ def _require_whole_prompts(
     )
 
 
-def _with_general_rows(
-    task: TokenDataset, config: RunConfig, tokenizer: ChatGLMTokenizer, overwrite_cache: bool
-) -> TokenDataset:
-    """Return the rows of the task together with those of --mix."""
+def _with_general_rows(task: TokenDataset, config: RunConfig, load: Load) -> TokenDataset:
+    """Mix the rows of --mix into those of the task."""
     source = parse_mix(str(config.mix))
+    of_task = replace(config.row_format, source_prefix="")
+    columns: dict[str, Any] = {name: None for name in ROW_FLAGS if name.endswith("_column")}
     roles = ("prompt_column", "response_column", "history_column")
-    settings = {**config.row_settings, "source_prefix": ""}
-    own = {name: None for name in settings if name.endswith("_column")} | {"format": "auto"}
-    tries = [settings | own, settings]  # the columns that are found, else those of the task
-    if source.columns:
-        tries = [settings | own | dict(zip(roles, source.columns, strict=False))]
-    for attempt in tries:
+    columns |= zip(roles, source.columns, strict=False)
+    own = replace(of_task, format="auto", **columns)
+    formats = [own] if source.columns else [own, of_task]
+    for row_format in formats:
         try:
-            general, summary = load_training_dataset(
-                source.path,
-                tokenizer,
-                RowFormat(**attempt),
-                overwrite_cache=overwrite_cache,
-                cache_dir=Path(config.token_cache_dir) if config.token_cache_dir else None,
-            )
+            general, summary = load(source.path, row_format=row_format)
             break
         except UnknownColumns as error:
-            if attempt is tries[-1]:
+            if row_format is formats[-1]:
                 raise UsageError(
                     f"--mix: {error} (Name its own columns after the ratio: {FORM}.)"
                 ) from error
@@ -211,31 +206,9 @@ def _with_general_rows(
     _require_whole_prompts("--mix", config, summary, named_by_mix=bool(source.columns))
     rows = mix_rows(task, general, share=source.share, seed=config.seed)
     num_general = len(rows) - len(task)
-    logger.info(
-        "  an epoch has %d task rows and %d general rows (%.1f %%)",
-        len(task),
-        num_general,
-        100 * num_general / len(rows),
-    )
+    text = "  an epoch has %d task rows and %d general rows (%.1f %%)"
+    logger.info(text, len(task), num_general, 100 * num_general / len(rows))
     return rows
-
-
-def _test_rows(config: RunConfig, tokenizer: ChatGLMTokenizer) -> GenerationDataset:
-    name, left = _answered(config), config.max_predict_samples
-    rows: list[GenerationRow] = []
-    for file in config.files(name):
-        if left is not None and left <= 0:
-            break
-        try:
-            part, summary = load_generation_dataset(
-                file, tokenizer, RowFormat(**config.row_settings), max_rows=left
-            )
-        except DataError as error:
-            raise _said(f"--{name}", error, config) from error
-        _print_summary("Prediction", summary)
-        rows += part.rows
-        left = None if left is None else left - summary.num_read
-    return GenerationDataset(rows)
 
 
 def steps_line(num_rows: int, rows_per_step: int, epochs: float, *, max_steps: int) -> str:
@@ -268,15 +241,6 @@ def too_long(lengths: np.ndarray, max_length: int) -> list[str]:
         f"base model was trained with, {int(lengths.max()):,} at most: expect poor answers to "
         "them, or lower --max_source_length or --max_target_length"
     ]
-
-
-@contextmanager
-def files_named_as(flag: str) -> Iterator[None]:
-    """Say which flag named the file that a DataError is about."""
-    try:
-        yield
-    except DataError as error:
-        raise UsageError(f"{flag}: {error}") from error
 
 
 def _print_summary(part: str, summary: DataSummary) -> None:

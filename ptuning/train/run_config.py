@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,31 +44,26 @@ PRESETS: dict[str, dict[str, float]] = {
     "task": {"learning_rate": 2e-2},
     "gentle": {"learning_rate": 1e-3, "prefix_init_std": 1e-3},
 }
-OF_A_NEW_PREFIX = ("prefix_init_std",)
 LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
-FILES = ("train_file", "validation_file", "test_file")
-# How rows become tokens; an artefact remembers these.
-ROW_SETTINGS = (
-    "format",
-    "prompt_column",
-    "input_column",
-    "response_column",
-    "history_column",
-    "turns",
-    "source_prefix",
-    "max_source_length",
-    "max_target_length",
-    "recipe",
-)
-# What this toolkit does in transformers' place: its trainer gets none of these.
+ROW_FLAGS = tuple(f.name for f in fields(RowFormat))  # an artefact remembers these
+AT_LEAST = {
+    0: ("checkpoint_layers", "max_bad_steps"),
+    1: (
+        *("pre_seq_len", "lora_rank", "num_beams", "gradient_accumulation_steps"),
+        *("max_train_samples", "max_eval_samples", "max_predict_samples"),
+        *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    ),
+    SHORTEST: ("max_source_length", "max_target_length"),
+}
+# This toolkit does these in transformers' place: its trainer gets none of them.
 NOT_FOR_THE_TRAINER = (
     *("overwrite_output_dir", "early_stopping_patience", "max_bad_steps", "checkpoint_layers"),
     *("gpu_memory", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
     *("activation_checkpointing", "activation_checkpointing_kwargs"),
 )
-# Flags that decide what is learned: a command that differs in none of them continues a run. Which
-# rows are learned is not among them: their fingerprint says.
+# Flags that decide what is learned: a command that differs in none of them resumes a run. The rows
+# have a fingerprint in place of flags.
 DECISIVE = (
     *("model_name_or_path", "model_revision", "tokenizer_name", "tuning", "ptuning_checkpoint"),
     *("init_from", "pre_seq_len", "prefix_projection", "prefix_init_std", *LORA_FLAGS),
@@ -77,7 +73,7 @@ DECISIVE = (
     *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "seed"),
     *("load_best_model_at_end", "early_stopping_patience"),
 )
-# Of transformers' other flags all do, but those whose names begin with one of these.
+# So do transformers' other flags, except those whose names begin with one of these.
 INDECISIVE = (
     *("logging_", "log_", "save_", "eval_", "hub_", "run_name", "project", "trackio_"),
     *("dataloader_num_", "dataloader_p", "dataloader_multi", "dataloader_in_order"),
@@ -98,40 +94,36 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
     argv: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check every flag that needs no file of rows and no model; UsageError."""
-        try:
-            _check(self)
-        except UsageError:
-            raise
-        except (ValueError, FileNotFoundError) as error:
-            raise UsageError(str(error)) from error
+        """Check every flag that needs no file of rows and no model; ValueError."""
+        _check_task(self)
+        _check_values(self)
+        _check_start(self)
+        _check_tuning(self)
+        _check_forgetting(self)
 
     @property
     def checkpoint(self) -> str | None:
         """What training starts from or what is scored, besides the base; None for a fresh start."""
-        given = self.ptuning_checkpoint or self.init_from
-        if given is None and self.tuning == FULL and is_tuned_model(self.model_name_or_path):
-            return self.model_name_or_path
-        return given
+        return named_checkpoint(vars(self), self.tuning)[1]
 
     @property
     def checkpoint_flag(self) -> str:
         """The flag that named the checkpoint."""
-        return "--ptuning_checkpoint" if self.init_from is None else "--init_from"
+        return named_checkpoint(vars(self), self.tuning)[0]
 
     @property
     def hub(self) -> dict[str, Any]:
-        """Keywords of transformers' `from_pretrained` that say where files come from."""
+        """Keywords of transformers' `from_pretrained` for the hub."""
         return {
             "cache_dir": self.cache_dir,
             "revision": self.model_revision,
             "token": True if self.use_auth_token else None,
         }
 
-    @property
-    def row_settings(self) -> dict[str, Any]:
-        """How rows become tokens, by flag name, as an artefact remembers it."""
-        return {name: getattr(self, name) for name in ROW_SETTINGS}
+    @cached_property
+    def row_format(self) -> RowFormat:
+        """How rows become tokens."""
+        return RowFormat(**{name: getattr(self, name) for name in ROW_FLAGS})
 
     def files(self, name: str) -> list[Path]:
         """Return the files of train_file, validation_file or test_file, patterns resolved."""
@@ -201,7 +193,7 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
 
     def tokens_to_train(self, lengths: "np.ndarray", num_processes: int) -> float:
-        """Return how many tokens a process trains on; `lengths` are those of the training rows."""
+        """Return the tokens that each process trains on, given the training rows' lengths."""
         if self.max_steps > 0:
             return float(self.max_steps * self.rows_per_step(1) * lengths.mean())
         return float(self.num_train_epochs * lengths.sum() / num_processes)
@@ -232,40 +224,36 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     `--help` prints and raises SystemExit.
     """
     typed, notices = parse(argv)
-    for name in FILES:  # a JSON file of flags may name one
+    for name in ("train_file", "validation_file", "test_file"):
         if name in typed:
-            typed[name] = (typed[name],) if isinstance(typed[name], str) else tuple(typed[name])
+            typed[name] = tuple(typed[name])
     try:
         if typed.get("model_name_or_path"):
             typed["model_name_or_path"] = find_base(typed["model_name_or_path"], **WORDS_OF_MAIN)
         preset, lines = preset_values(typed)
         tuning = find_tuning(typed)
-        remembered = remembered_settings(typed, tuning)
+        values = preset | remembered_settings(typed, tuning) | typed | {"tuning": tuning}
+        own = {f.name for group in GROUPS for f in fields(group)}
+        return RunConfig(
+            **{name: value for name, value in values.items() if name in own},
+            trainer_flags={name: value for name, value in values.items() if name not in own},
+            notices=(*notices, *lines, *_notices_of(typed)),
+            argv=tuple(argv),
+        )
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
-    values = preset | remembered | typed | {"tuning": tuning}
-    own = {f.name for group in GROUPS for f in fields(group)}
-    return RunConfig(
-        **{name: value for name, value in values.items() if name in own},
-        trainer_flags={name: value for name, value in values.items() if name not in own},
-        notices=(*notices, *lines, *_notices_of(typed)),
-        argv=tuple(argv),
-    )
 
 
 def preset_values(typed: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
-    """Return the values of the preset that was typed, and a line that says what it came to."""
+    """Return the values of the preset that was typed, and the line that lists them."""
     name = typed.get("preset")
     if name is None:
         return {}, []
     if name not in PRESETS:
         raise UsageError(f"--preset is {name}; use {' or '.join(PRESETS)}.")
-    starts_fresh = not (typed.get("ptuning_checkpoint") or typed.get("init_from"))
-    values = {
-        flag: value
-        for flag, value in PRESETS[name].items()
-        if starts_fresh or flag not in OF_A_NEW_PREFIX
-    }
+    values = dict(PRESETS[name])
+    if typed.get("ptuning_checkpoint") or typed.get("init_from"):
+        values.pop("prefix_init_std", None)  # no new prefix is made
     said = [
         f"--{flag} {typed[flag]:g} (typed)" if flag in typed else f"--{flag} {value:g}"
         for flag, value in values.items()
@@ -274,27 +262,24 @@ def preset_values(typed: Mapping[str, Any]) -> tuple[dict[str, float], list[str]
 
 
 def find_tuning(typed: Mapping[str, Any]) -> str | None:
-    """Return the kind of tuning that a command line means, None if it does not say.
+    """Return the kind of tuning that a command line implies, None for neither.
 
-    Published command lines have no --tuning: --pre_seq_len means a prefix, a checkpoint says what
-    it is, DeepSpeed without a prefix length means the whole model (ds_train_finetune.sh).
+    Published command lines have no --tuning: --pre_seq_len implies a prefix, a checkpoint its own
+    kind, DeepSpeed without a prefix length the whole model (ds_train_finetune.sh).
 
     >>> find_tuning({"do_train": True, "deepspeed": "deepspeed.json"})
     'full'
     """
     if typed.get("tuning") is not None:
         return str(typed["tuning"])
-    checkpoint = typed.get("ptuning_checkpoint") or typed.get("init_from")
+    _, checkpoint = named_checkpoint(typed, None)
     if checkpoint is not None:  # one that does not exist is reported when it is read
         return kind_of(checkpoint) if Path(checkpoint).exists() else PTUNING
     if typed.get("pre_seq_len") is not None:
         return PTUNING
-    trains = bool(typed.get("do_train"))
-    if trains and typed.get("deepspeed"):
-        return FULL
-    if not trains and is_tuned_model(typed.get("model_name_or_path")):
-        return FULL
-    return None
+    if typed.get("do_train"):
+        return FULL if typed.get("deepspeed") else None
+    return FULL if is_tuned_model(typed.get("model_name_or_path")) else None
 
 
 def is_tuned_model(name_or_path: str | None) -> bool:
@@ -302,21 +287,28 @@ def is_tuned_model(name_or_path: str | None) -> bool:
     return name_or_path is not None and (Path(name_or_path) / INFO_NAME).is_file()
 
 
+def named_checkpoint(values: Mapping[str, Any], tuning: str | None) -> tuple[str, str | None]:
+    """Return the flag that names the checkpoint, and its value; None for a fresh start."""
+    if values.get("init_from"):
+        return "--init_from", values["init_from"]
+    given, base = values.get("ptuning_checkpoint"), values.get("model_name_or_path")
+    if not given and tuning == FULL and is_tuned_model(base):
+        return "--model_name_or_path", base
+    return "--ptuning_checkpoint", given
+
+
 def remembered_settings(typed: Mapping[str, Any], tuning: str | None) -> dict[str, Any]:
     """Return the row settings that the checkpoint of a command line was trained with."""
-    flag = "ptuning_checkpoint" if typed.get("init_from") is None else "init_from"
-    checkpoint = typed.get(flag)
-    if checkpoint is None and tuning == FULL and is_tuned_model(typed.get("model_name_or_path")):
-        flag, checkpoint = "model_name_or_path", typed["model_name_or_path"]
+    flag, checkpoint = named_checkpoint(typed, tuning)
     if checkpoint is None or not Path(checkpoint).exists():
         return {}
     try:
         info = read_tuned_info(checkpoint)
     except (ValueError, FileNotFoundError) as error:
-        raise UsageError(f"--{flag}: {error}") from error
+        raise UsageError(f"{flag}: {error}") from error
     settings = {} if info is None else info.settings
-    known = {name: settings[name] for name in ROW_SETTINGS if settings.get(name) is not None}
-    if typed.get("format") is not None:  # says what the columns are
+    known = {name: settings[name] for name in ROW_FLAGS if settings.get(name) is not None}
+    if typed.get("format") is not None:  # it determines the columns
         return {name: value for name, value in known.items() if not name.endswith("_column")}
     if any(name.endswith("_column") for name in typed):
         known.pop("format", None)
@@ -324,7 +316,7 @@ def remembered_settings(typed: Mapping[str, Any], tuning: str | None) -> dict[st
 
 
 def _notices_of(typed: Mapping[str, Any]) -> list[str]:
-    """Return a line for each typed flag that does less than it seems to."""
+    """Return a line for each typed flag with less effect than expected."""
     notices = []
     if "num_train_epochs" in typed and typed.get("max_steps", -1) > 0:
         notices.append(
@@ -334,30 +326,9 @@ def _notices_of(typed: Mapping[str, Any]) -> list[str]:
     if typed.get("label_smoothing_factor"):
         notices.append(
             f"--label_smoothing_factor {typed['label_smoothing_factor']:g} smooths the training "
-            "loss; the validation loss is that without smoothing."
+            "loss; the validation loss is not smoothed."
         )
     return notices
-
-
-def _check(config: RunConfig) -> None:
-    """Check flags on their own, against each other, and that the files they name exist."""
-    _check_task(config)
-    _check_numbers(config)
-    RowFormat(**config.row_settings)  # checks --format, --turns and --recipe
-    if config.early_stopping_patience is not None and not config.load_best_model_at_end:
-        raise UsageError(
-            "--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps."
-        )
-    if config.bf16 and config.fp16:
-        raise UsageError("--bf16 and --fp16 are both given; the base has one dtype, so keep one.")
-    if config.checkpointing not in ("auto", "true", "false"):
-        raise UsageError(
-            f"--gradient_checkpointing is {config.checkpointing}; use auto, true or false."
-        )
-    config.checkpointing_options  # noqa: B018  # raises where they are no JSON object
-    _check_start(config)
-    _check_tuning(config)
-    _check_forgetting(config)
 
 
 def _check_task(config: RunConfig) -> None:
@@ -389,26 +360,19 @@ def _check_task(config: RunConfig) -> None:
         )
 
 
-def _check_numbers(config: RunConfig) -> None:
-    """Check that numbers are in their ranges; None is unset."""
-    for name, lowest in (
-        ("pre_seq_len", 1),
-        ("checkpoint_layers", 0),
-        ("max_source_length", SHORTEST),
-        ("max_target_length", SHORTEST),
-        ("max_train_samples", 1),
-        ("max_eval_samples", 1),
-        ("max_predict_samples", 1),
-        ("max_bad_steps", 0),
-        ("per_device_train_batch_size", 1),
-        ("per_device_eval_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-        ("num_beams", 1),
-        ("lora_rank", 1),
-    ):
-        value = getattr(config, name)
-        if value is not None and value < lowest:
-            raise UsageError(f"--{name} is {value}; use {lowest} or more.")
+def _check_values(config: RunConfig) -> None:
+    """Check that each value is one of those allowed; None is unset."""
+    config.row_format  # noqa: B018  # checks --format, --turns and --recipe
+    config.checkpointing_options  # noqa: B018  # checks that they are a JSON object
+    if config.checkpointing not in ("auto", "true", "false"):
+        raise UsageError(
+            f"--gradient_checkpointing is {config.checkpointing}; use auto, true or false."
+        )
+    for lowest, names in AT_LEAST.items():
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and value < lowest:
+                raise UsageError(f"--{name} is {value}; use {lowest} or more.")
     for name in ("num_train_epochs", "lora_alpha", "prefix_init_std", "gpu_memory"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -426,16 +390,22 @@ def _check_numbers(config: RunConfig) -> None:
         raise UsageError(
             f"--quantization_bit is {config.quantization_bit}; use 4 or 8, or leave it out."
         )
+    if config.bf16 and config.fp16:
+        raise UsageError("--bf16 and --fp16 are both given; the base has one dtype, so keep one.")
+    if config.early_stopping_patience is not None and not config.load_best_model_at_end:
+        raise UsageError(
+            "--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps."
+        )
 
 
 def _check_start(config: RunConfig) -> None:
-    """Check --init_from; with --do_train it does the same as --ptuning_checkpoint."""
+    """Check --init_from, which with --do_train is the same as --ptuning_checkpoint."""
     if config.init_from is None:
         return
     if config.ptuning_checkpoint is not None:
         raise UsageError(
             f"--init_from is {config.init_from} and --ptuning_checkpoint is "
-            f"{config.ptuning_checkpoint}; training starts from one of them, so leave one out."
+            f"{config.ptuning_checkpoint}; training starts from one of them: leave one out."
         )
     if not config.do_train:
         raise UsageError(
@@ -480,18 +450,13 @@ def _check_tuning(config: RunConfig) -> None:
             "--tuning is full with a quantized base, whose weights cannot be trained; leave "
             "--quantization_bit and --quantize_embeddings out, or use --tuning lora."
         )
-    if tuning == LORA:
-        _check_lora(config)
-
-
-def _check_lora(config: RunConfig) -> None:
     if config.lora_target_modules is not None:
         check_targets(config.lora_target_modules.split(","))
     given = [name for name in LORA_FLAGS if getattr(config, name) is not None]
-    if config.checkpoint is not None and given:
+    if checkpoint is not None and given:
         raise UsageError(
-            f"--{given[0]} is given with {config.checkpoint_flag} {config.checkpoint}, whose "
-            "adapter has its own; leave it out."
+            f"--{given[0]} is given with {config.checkpoint_flag} {checkpoint}, whose adapter has "
+            "its own; leave it out."
         )
 
 
