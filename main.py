@@ -95,7 +95,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         workload = workload_of(config, device, num_processes)
         with memory_explained("loading the base", workload):
             model = load_model(config, tuning, arguments)
-            fit = fit_to_memory(model, workload, rows.train, rows.validation, rows.test)
+            fit = fit_to_memory(model, workload, rows)
             apply_fit(model, fit, config.checkpointing_options)
         for line in fit.lines():
             logger.info(line)

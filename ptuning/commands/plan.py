@@ -11,7 +11,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from ptuning.model.checkpoint.hub import CONFIG_FILE
 from ptuning.model.checkpoint.layout import read_config
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, pack_weights_
+from ptuning.output import duration
 from ptuning.train.fit import (
     FREE_SHARE,
     Fit,
@@ -38,10 +39,8 @@ from ptuning.train.fit import (
 from ptuning.train.memory import (
     Memory,
     ModelSize,
-    answering_memory,
     largest_batch,
     trained_bytes,
-    training_memory,
     weight_bytes,
 )
 from ptuning.train.processes import trainer_arguments
@@ -58,28 +57,24 @@ PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices t
 # (docs/performance.md has what was measured), by device and bytes per element.
 TRAINING_SHARE = {("cpu", 4): 0.6, ("cpu", 2): 0.5, ("cuda", 4): 0.45, ("cuda", 2): 0.45}
 ANSWERING_SHARE = 0.4  # decoding is bound by memory bandwidth
-HOUR, DAY = 3600, 86400  # seconds
+DAY = 24 * 3600  # seconds
 
 
 class Situation(NamedTuple):
     """What a plan is made of."""
 
+    config: RunConfig
     rows: Rows
     fit: Fit
-    rows_per_step: int
-    max_steps: int  # 0 or less: epochs decide
-    epochs: float
-    passes: int  # over the rows to answer: 2 if the untouched base answers them too
     max_length: int  # tokens that the base model was trained with
     process: int  # bytes that Python and its libraries hold; 0 where only the device counts
-    longest: int  # tokens of prompt and answer that the flags allow
     free: int  # bytes, before anything is loaded; on a CPU, this process's share
     product_flops: float | None  # per second; None without the GPU
 
     @property
-    def device(self) -> str:
-        """Name the device."""
-        return "the planned GPU" if self.product_flops is None else str(self.fit.workload.device)
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, over all processes."""
+        return self.config.rows_per_step(self.fit.workload.processes)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,7 +91,7 @@ def look(config: RunConfig) -> Situation:
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, **config.hub)
     rows = load_rows(config, tokenizer, overwrite_cache=config.overwrite_cache)
     workload = workload_of(config, arguments.device, arguments.world_size)
-    device, target, on_cpu = workload.device, workload.memory_target, workload.on_cpu
+    device, on_cpu = workload.device, workload.on_cpu
     is_here = on_cpu or device.type == "cuda"
     dtype = torch.float32
     if workload.tuning != FULL:
@@ -106,29 +101,10 @@ def look(config: RunConfig) -> Situation:
     size = workload_size(base, dtype, workload)
     flops = product_flops(device, dtype) if is_here else None
     process = int(psutil.Process().memory_info().rss) if on_cpu else 0
-    free = free_bytes(device, workload.processes, target)
-    left = free - weight_bytes(size) - trained_bytes(size, with_prefix_in_use=on_cpu)
-    fit = choose_fit(
-        size,
-        workload,
-        free=max(0, left),
-        train=rows.train,
-        validation=rows.validation,
-        test=rows.test,
-    )
-    return Situation(
-        rows=rows,
-        fit=fit,
-        rows_per_step=config.rows_per_step(workload.processes),
-        max_steps=config.max_steps,
-        epochs=config.num_train_epochs,
-        passes=2 if config.compare_base else 1,
-        max_length=base.max_sequence_length,
-        longest=config.max_source_length + config.new_tokens,
-        process=process,
-        free=free,
-        product_flops=flops,
-    )
+    free = free_bytes(device, workload.processes, workload.memory_target)
+    left = max(0, free - weight_bytes(size) - trained_bytes(size, with_prefix=on_cpu))
+    fit = choose_fit(size, workload, rows, free=left)
+    return Situation(config, rows, fit, base.max_sequence_length, process, free, flops)
 
 
 def planned_base(config: RunConfig) -> ChatGLMConfig:
@@ -170,10 +146,10 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def make_plan(situation: Situation) -> tuple[str, bool]:
     """Return the plan in words, and whether the run fits in memory."""
-    rows, fit = situation.rows, situation.fit
+    config, rows, fit = situation.config, situation.rows, situation.fit
     lines, fits = [], True
-    if fit.workload.memory_target is not None:
-        lines.append(f"planned for a GPU with {fit.workload.memory_target / 1e9:.1f} GB")
+    if config.memory_target is not None:
+        lines.append(f"planned for a GPU with {config.memory_target / 1e9:.1f} GB")
     if rows.train is not None:
         part, fits = plan_training(situation, rows.train)
         lines += part
@@ -181,10 +157,11 @@ def make_plan(situation: Situation) -> tuple[str, bool]:
         part, answering_fits = plan_answering(situation, rows.test)
         lines += part
         fits &= answering_fits
-    if situation.longest > situation.max_length:
+    longest = config.max_source_length + config.new_tokens
+    if longest > situation.max_length:
         lines.append(
-            f"--max_source_length and --max_target_length allow {situation.longest:,} tokens, and "
-            f"the base model was trained with at most {situation.max_length:,}"
+            f"--max_source_length and --max_target_length allow {longest:,} tokens, and the base "
+            f"model was trained with at most {situation.max_length:,}"
         )
     if fit.eval_line():
         lines.append(fit.eval_line())
@@ -194,57 +171,63 @@ def make_plan(situation: Situation) -> tuple[str, bool]:
 
 def plan_training(situation: Situation, rows: TokenDataset) -> tuple[list[str], bool]:
     """Return the lines on training, and whether it fits."""
-    fit, lengths, contexts = situation.fit, rows.lengths, rows.arrays.context_lengths
-    per_epoch = max(1, math.ceil(len(rows) / situation.rows_per_step))
-    steps = situation.max_steps
+    config, fit, rows_per_step = situation.config, situation.fit, situation.rows_per_step
+    lengths, contexts = rows.lengths, rows.arrays.context_lengths
+    per_epoch = math.ceil(len(rows) / rows_per_step)
+    steps = config.max_steps
     if steps <= 0:
-        steps = math.ceil(per_epoch * situation.epochs)
-    share = situation.rows_per_step / len(rows)
+        steps = math.ceil(per_epoch * config.num_train_epochs)
+    share = rows_per_step / len(rows)
     tokens, answers = share * int(lengths.sum()), share * int((lengths - contexts).sum())
     flops = training_flops(
         fit.size,
-        num_rows=situation.rows_per_step,
+        num_rows=rows_per_step,
         tokens=tokens,
         answer_tokens=answers,
         checkpointed_layers=fit.checkpointed_layers,
     )
+
+    def memory_of(fit: Fit) -> Memory:
+        return fit.step_memory(largest_batch(lengths, contexts, fit.workload.train_batch))
+
     lines = [
         "Training",
-        f"  tokens     {situation.rows_per_step} rows per step: {tokens:.0f} tokens on average, "
+        f"  tokens     {rows_per_step} rows per step: {tokens:.0f} tokens on average, "
         f"{tokens - answers:.0f} of prompts and {answers:.0f} of answers, without padding",
         *(f"  warning    {line}" for line in too_long(lengths, situation.max_length)),
         f"  steps      {steps}, {per_epoch} per epoch: {steps / per_epoch:.2f} epochs",
-        *memory_lines(step_memory(fit, lengths, contexts), situation),
+        *memory_lines(memory_of(fit), situation),
         f"  layers     {fit.training_line()}",
         f"  time       {training_time(situation, flops, steps)}",
     ]
     if not fit.fits:
-        halved = step_memory(fit, np.maximum(lengths // 2, 1), contexts // 2)
-        lines += advice_lines(
-            situation,
-            "training",
-            lambda fit: step_memory(fit, lengths, contexts),
-            [("--max_source_length and --max_target_length halved", halved)],
-        )
+        shorter = np.maximum(lengths // 2, 1)
+        halved = largest_batch(shorter, contexts // 2, fit.workload.train_batch)
+        more = {"--max_source_length and --max_target_length halved": fit.step_memory(halved)}
+        lines += advice_lines(situation, "training", memory_of, more)
     return lines, fit.fits
 
 
 def plan_answering(situation: Situation, rows: GenerationDataset) -> tuple[list[str], bool]:
     """Return the lines on answering and scoring, and whether it fits."""
     fit, prompts = situation.fit, rows.lengths[rows.lengths > 0]  # those with a prompt
-    new_tokens = fit.workload.new_tokens
-    memory = answer_memory(fit, prompts)
-    flops = situation.passes * answering_flops(
-        fit.size, prompt_tokens=int(prompts.sum()), new_tokens=len(prompts) * new_tokens
-    )
+    new_tokens, passes = fit.workload.new_tokens, 2 if situation.config.compare_base else 1
     time_text = NO_TIME
     if situation.product_flops is not None:
+        flops = passes * answering_flops(
+            fit.size, prompt_tokens=int(prompts.sum()), new_tokens=len(prompts) * new_tokens
+        )
         time_s = flops / (situation.product_flops * ANSWERING_SHARE)
         time_text = (
-            f"at most {in_words(time_s, on_cpu=fit.workload.on_cpu)}, if no answer ends early, at "
-            f"{ANSWERING_SHARE:.0%} (assumed) of the product's speed"
+            f"at most {in_words(time_s, fit)}, if no answer ends early, at {ANSWERING_SHARE:.0%} "
+            "(assumed) of the product's speed"
         )
-    base = " with and without what was tuned" if situation.passes == 2 else ""
+    base = " with and without what was tuned" if passes == 2 else ""
+
+    def memory_of(fit: Fit) -> Memory:
+        return fit.answering_memory(prompts.tolist())
+
+    memory = memory_of(fit)
     lines = [
         "Answering",
         f"  tokens     {len(prompts)} prompts of {prompts.mean():.1f} tokens, answers of at most "
@@ -256,48 +239,30 @@ def plan_answering(situation: Situation, rows: GenerationDataset) -> tuple[list[
     left = max(0, situation.free - memory.weights - memory.trained)
     fits = memory.on_top <= FREE_SHARE * left
     if not fits:
-        lines += advice_lines(situation, "answering", lambda fit: answer_memory(fit, prompts))
+        lines += advice_lines(situation, "answering", memory_of)
     return lines, fits
-
-
-def step_memory(fit: Fit, lengths: np.ndarray, contexts: np.ndarray) -> Memory:
-    """Return what a step on the largest batch holds as fitted."""
-    return training_memory(
-        fit.size,
-        largest_batch(lengths, contexts, fit.workload.train_batch),
-        checkpointed_layers=fit.checkpointed_layers,
-        accumulates=fit.workload.accumulation > 1,
-        chunk_tokens=fit.chunk_tokens,
-    )
-
-
-def answer_memory(fit: Fit, prompts: np.ndarray) -> Memory:
-    """Return what answering those prompts holds as fitted."""
-    return answering_memory(
-        fit.size, prompts.tolist(), num_rows=fit.eval_batch, new_tokens=fit.workload.new_tokens
-    )
 
 
 def advice_lines(
     situation: Situation,
     phase: str,
     memory_of: Callable[[Fit], Memory],
-    more: Sequence[tuple[str, Memory]] = (),
+    more: dict[str, Memory] | None = None,
 ) -> list[str]:
     """Say what each change that helps would need, those that fit first; more are further ones."""
     fit, limit = situation.fit, FREE_SHARE * situation.free
-    now = memory_of(fit).total
-    found = [
-        (change.flags, memory_of(changed(fit, change.workload)))
+    found = {
+        change.flags: memory_of(changed(fit, change.workload))
         for change in memory_savers(fit.settled_workload, phase)
-    ]
-    totals = [(memory.total, flags) for flags, memory in (*found, *more) if memory.total < now]
+    }
+    totals = {flags: memory.total for flags, memory in (found | (more or {})).items()}
+    helping = [flags for flags, total in totals.items() if total < memory_of(fit).total]
     return [
         "  too much; each of these alone would need:",
         *(
-            f"    {(total + situation.process) / 1e9:8.2f} GB  {flags}"
-            + (" (fits)" if total <= limit else "")
-            for total, flags in sorted(totals, key=lambda one: one[0] > limit)
+            f"    {(totals[flags] + situation.process) / 1e9:8.2f} GB  {flags}"
+            + (" (fits)" if totals[flags] <= limit else "")
+            for flags in sorted(helping, key=lambda flags: totals[flags] > limit)
         ),
     ]
 
@@ -323,40 +288,32 @@ def memory_lines(memory: Memory, situation: Situation) -> list[str]:
         **memory.terms,
     }
     shown = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
+    is_here = situation.product_flops is not None
+    device = str(situation.fit.workload.device) if is_here else "the planned GPU"
     return [
         f"  memory     {sum(parts.values()) / 1e9:.2f} GB at the peak: {shown}",
-        f"             {situation.free / 1e9:.2f} GB are free on {situation.device}; of what the "
-        f"model leaves, {FREE_SHARE:.0%} are planned with",
+        f"             {situation.free / 1e9:.2f} GB are free on {device}; of what the model "
+        f"leaves, {FREE_SHARE:.0%} are planned with",
     ]
 
 
 def training_time(situation: Situation, flops: float, steps: int) -> str:
     """Say how long training takes, and from which numbers; flops are those of one step."""
-    workload, speed = situation.fit.workload, situation.product_flops
+    fit, speed = situation.fit, situation.product_flops
     if speed is None:
         return NO_TIME
-    share = TRAINING_SHARE[workload.device.type, situation.fit.size.unit]
-    step_time_s = flops / workload.processes / (speed * share)
+    share = TRAINING_SHARE[fit.workload.device.type, fit.size.unit]
+    step_time_s = flops / fit.workload.processes / (speed * share)
     return (
-        f"{in_words(steps * step_time_s, on_cpu=workload.on_cpu)}: {step_time_s:.2f} s per step of "
-        f"{flops / 1e9:.0f} GFLOP at {share:.0%} (assumed) of the {speed / 1e9:.0f} GFLOP/s "
-        "measured in a product"
+        f"{in_words(steps * step_time_s, fit)}: {step_time_s:.2f} s per step of {flops / 1e9:.0f} "
+        f"GFLOP at {share:.0%} (assumed) of the {speed / 1e9:.0f} GFLOP/s measured in a product"
     )
 
 
-def in_words(time_s: float, *, on_cpu: bool) -> str:
-    """Write a duration, with the advice that belongs to days on a CPU.
-
-    >>> [in_words(time_s, on_cpu=False) for time_s in (42.4, 754, 9000)]
-    ['42 s', '12.6 min', '2.5 h']
-    >>> in_words(457.4 * HOUR, on_cpu=True)
-    '19 days (use a GPU)'
-    """
-    if time_s >= 2 * DAY:
-        return f"{time_s / DAY:.0f} days{' (use a GPU)' if on_cpu else ''}"
-    if time_s >= 2 * HOUR:
-        return f"{time_s / HOUR:.1f} h"
-    return f"{time_s:.0f} s" if time_s < 120 else f"{time_s / 60:.1f} min"
+def in_words(time_s: float, fit: Fit) -> str:
+    """Write a duration, with the advice that belongs to days on a CPU."""
+    is_slow = fit.workload.on_cpu and time_s >= 2 * DAY
+    return duration(time_s) + (" (use a GPU)" if is_slow else "")
 
 
 def training_flops(

@@ -10,7 +10,7 @@ time that they are recomputed.
 import ctypes
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ptuning.data.dataset import GenerationDataset, TokenDataset
+from ptuning.data.dataset import TokenDataset
 from ptuning.model.adapter import DEFAULT_TARGETS
 from ptuning.model.attention import Attention
 from ptuning.model.backbone import ChatGLMModel
@@ -34,16 +34,19 @@ from ptuning.train.memory import (
     ADAM_BYTES,
     FLOAT32,
     HEAP_BLOCK,
+    Batch,
+    Memory,
     ModelSize,
     answering_memory,
-    forms_chunks,
+    chunks_loss,
     largest_batch,
-    packed_bytes,
+    prepacked_bytes,
     size_of,
     training_memory,
     validation_bytes,
 )
 from ptuning.train.processes import gather
+from ptuning.train.rows import Rows
 from ptuning.train.run_config import RunConfig
 from ptuning.tunings.artefact import FULL, PTUNING
 from ptuning.tunings.lora import RANK
@@ -144,11 +147,6 @@ class Fit:
     eval_free: int = 0  # what validation and answering may use
 
     @property
-    def trains(self) -> bool:
-        """Whether the run trains."""
-        return self.needed > 0
-
-    @property
     def fits(self) -> bool:
         """Whether a training step is expected to fit."""
         return self.needed <= FREE_SHARE * self.free
@@ -159,6 +157,26 @@ class Fit:
         bits = self.size.weight_bits or None
         return replace(self.workload, eval_batch=self.eval_batch, quantization_bit=bits)
 
+    def step_memory(self, batch: Batch) -> Memory:
+        """Return the peak of a training step."""
+        return training_memory(
+            self.size,
+            batch,
+            checkpointed_layers=self.checkpointed_layers,
+            accumulates=self.workload.accumulation > 1,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+    def answering_memory(self, prompt_lengths: Sequence[int]) -> Memory:
+        """Return the peak of answering prompts; each beam of each is a row."""
+        beams = self.workload.num_beams
+        return answering_memory(
+            self.size,
+            list(prompt_lengths) * beams,
+            num_rows=self.eval_batch * beams,
+            new_tokens=self.workload.new_tokens,
+        )
+
     def training_line(self) -> str:
         """Say how training was fitted, and from which numbers.
 
@@ -167,19 +185,18 @@ class Fit:
         >>> fit.training_line()
         'Gradient checkpointing: none of 28 layers; a step needs 4.00 GB on top of the model, 20.00 GB are free'
         """  # noqa: E501
-        num_layers = self.size.num_layers
-        named = {0: f"none of {num_layers}", num_layers: f"all {num_layers}"}
-        count = named.get(self.checkpointed_layers, f"{self.checkpointed_layers} of {num_layers}")
+        count, num_layers = self.checkpointed_layers, self.size.num_layers
+        share = f"all {num_layers}" if count == num_layers else f"{count or 'none'} of {num_layers}"
         chunk = without = ""
         if self.chunk_tokens is not None:
             chunk = f", the loss in chunks of {self.chunk_tokens} tokens"
-        if self.checkpointed_layers or self.chunk_tokens is not None:
+        if count or chunk:
             without = f" ({self.needed_without / 1e9:.2f} GB without)"
-        text = (
-            f"Gradient checkpointing: {count} layers{chunk}; a step needs {self.needed / 1e9:.2f} "
+        return (
+            f"Gradient checkpointing: {share} layers{chunk}; a step needs {self.needed / 1e9:.2f} "
             f"GB on top of the model{without}, {self.free / 1e9:.2f} GB are free"
+            f"{'' if self.fits else ': it may not fit'}"
         )
-        return text if self.fits else f"{text}: it may not fit"
 
     def eval_line(self) -> str:
         """Say which evaluation batch size was chosen; "" where it was given, or is the largest."""
@@ -193,27 +210,18 @@ class Fit:
 
     def lines(self) -> list[str]:
         """Return what a run prints."""
-        training = [self.training_line()] if self.trains else []
-        return training + ([self.eval_line()] if self.eval_line() else [])
+        return [*filter(None, [self.training_line() if self.needed else "", self.eval_line()])]
 
 
-def fit_to_memory(
-    model: ChatGLMForConditionalGeneration,
-    workload: Workload,
-    train: TokenDataset | None = None,
-    validation: TokenDataset | None = None,
-    test: GenerationDataset | None = None,
-) -> Fit:
+def fit_to_memory(model: ChatGLMForConditionalGeneration, workload: Workload, rows: Rows) -> Fit:
     """Choose for a model that is loaded, with what is tuned attached; all processes agree.
 
-    The datasets are those to train on, to validate on and to answer, None without that part. Put
-    the model on its device first: the free memory is read here, once.
+    Put the model on its device first: the free memory is read here, once.
     """
     size = workload_size(model.config, model.dtype, workload)
     free = free_bytes(workload.device, workload.processes, workload.memory_target)
     ranks = gather((free, size))
-    free, size = min(free for free, _ in ranks), ranks[0][1]
-    return choose_fit(size, workload, free=free, train=train, validation=validation, test=test)
+    return choose_fit(ranks[0][1], workload, rows, free=min(free for free, _ in ranks))
 
 
 def workload_size(config: ChatGLMConfig, dtype: torch.dtype, workload: Workload) -> ModelSize:
@@ -229,60 +237,39 @@ def workload_size(config: ChatGLMConfig, dtype: torch.dtype, workload: Workload)
     )
 
 
-def choose_fit(
-    size: ModelSize,
-    workload: Workload,
-    *,
-    free: int,
-    train: TokenDataset | None = None,
-    validation: TokenDataset | None = None,
-    test: GenerationDataset | None = None,
-) -> Fit:
+def choose_fit(size: ModelSize, workload: Workload, rows: Rows, *, free: int) -> Fit:
     """Choose from a model's sizes and `free`, the bytes next to the loaded model.
 
     Prepacked weights take at most a quarter of `free`. They save a few per cent of a training step
     and a checkpointed layer costs more, so they may neither add one nor leave a step too little.
     """
-    fit = _fit_training(size, workload, train, free)
-    copies = packed_bytes(size)
+    fit = _fit_training(Fit(workload, size, free), rows.train)
+    copies = prepacked_bytes(size)
     may_prepack = workload.on_cpu and not workload.compiles and can_pack(size.dtype)
     if may_prepack and 0 < copies <= PACKING_SHARE * free:
-        prepacked = _fit_training(replace(size, prepacked=True), workload, train, free - copies)
+        start = Fit(workload, replace(size, prepacked=True), free - copies)
+        prepacked = _fit_training(start, rows.train)
         if prepacked.fits and prepacked.checkpointed_layers == fit.checkpointed_layers:
             fit = prepacked
-    eval_free = fit.free
-    if train is not None:  # its gradients and optimizer state are still to come
-        eval_free = max(0, eval_free - size.trained * (FLOAT32 + ADAM_BYTES))
-    needed = partial(_evaluation_bytes, size, workload, validation, test)
-    eval_batch = workload.eval_batch or MOST_ROWS
-    if workload.eval_batch is None:
-        while eval_batch > LEAST_ROWS and needed(eval_batch) > FREE_SHARE * eval_free:
-            eval_batch //= 2
-    return replace(fit, eval_batch=eval_batch, eval_free=eval_free)
+    return _fit_evaluation(fit, rows)
 
 
-def _fit_training(
-    size: ModelSize, workload: Workload, train: TokenDataset | None, free: int
-) -> Fit:
+def _fit_training(start: Fit, rows: TokenDataset | None) -> Fit:
     """Choose the checkpointed layers and the loss's chunk.
 
     Auto takes the first that fits, or else what needs the least: no layer; no layer and a smaller
     chunk of the loss; then one layer, two layers and so on, each with the chunk size that needs the
     least memory. A fixed number of layers leaves only the chunk to choose.
     """
-    if train is None:
-        return Fit(workload, size, free)
-    batch = largest_batch(train.lengths, train.arrays.context_lengths, workload.train_batch)
+    if rows is None:
+        return start
+    workload, size = start.workload, start.size
+    batch = largest_batch(rows.lengths, rows.arrays.context_lengths, workload.train_batch)
 
     @cache
     def needed(count: int, chunk: int | None) -> int:
-        return training_memory(
-            size,
-            batch,
-            checkpointed_layers=count,
-            accumulates=workload.accumulation > 1,
-            chunk_tokens=chunk,
-        ).on_top
+        way = replace(start, checkpointed_layers=count, chunk_tokens=chunk)
+        return way.step_memory(batch).on_top
 
     counts = range(size.num_layers + 1)
     if workload.checkpointing == "false":
@@ -292,35 +279,44 @@ def _fit_training(
         asked = size.num_layers if given is None else min(given, size.num_layers)
         counts = range(asked, asked + 1)
     chunks: list[int | None] = [None]
-    if forms_chunks(size) and not size.on_cpu:
+    if chunks_loss(size) and not size.on_cpu:
         chunks += [chunk for chunk in SMALLER_CHUNKS if chunk < batch.answer_tokens]
     ways = [(counts[0], chunk) for chunk in chunks]
     ways += [(count, min(chunks, key=partial(needed, count))) for count in counts[1:]]
-    fitting = (way for way in ways if needed(*way) <= FREE_SHARE * free)
+    fitting = (way for way in ways if needed(*way) <= FREE_SHARE * start.free)
     count, chunk = next(fitting, min(ways, key=lambda way: needed(*way)))
-    return Fit(workload, size, free, count, chunk, needed(count, chunk), needed(0, None))
+    return replace(
+        start,
+        checkpointed_layers=count,
+        chunk_tokens=chunk,
+        needed=needed(count, chunk),
+        needed_without=needed(0, None),
+    )
 
 
-def _evaluation_bytes(
-    size: ModelSize,
-    workload: Workload,
-    validation: TokenDataset | None,
-    test: GenerationDataset | None,
-    num_rows: int,
-) -> int:
+def _fit_evaluation(fit: Fit, rows: Rows) -> Fit:
+    """Halve the evaluation batch until it fits, unless it was typed."""
+    free = fit.free
+    if rows.train is not None:  # its gradients and optimizer state are still to come
+        free = max(0, free - fit.size.trained * (FLOAT32 + ADAM_BYTES))
+    given = fit.workload.eval_batch
+    fit = replace(fit, eval_batch=given or MOST_ROWS, eval_free=free)
+    while given is None and fit.eval_batch > LEAST_ROWS:
+        if _evaluation_bytes(fit, rows) <= FREE_SHARE * free:
+            break
+        fit = replace(fit, eval_batch=fit.eval_batch // 2)
+    return fit
+
+
+def _evaluation_bytes(fit: Fit, rows: Rows) -> int:
     """Return what validating or answering the longest rows takes on top of the model."""
     needed = 0
-    if validation is not None:
-        contexts = validation.arrays.context_lengths
-        needed = validation_bytes(size, largest_batch(validation.lengths, contexts, num_rows))
-    if test is not None:
-        answering = answering_memory(
-            size,
-            test.lengths.tolist() * workload.num_beams,  # each beam is a row
-            num_rows=num_rows * workload.num_beams,
-            new_tokens=workload.new_tokens,
-        )
-        needed = max(needed, answering.on_top)
+    if rows.validation is not None:
+        contexts = rows.validation.arrays.context_lengths
+        batch = largest_batch(rows.validation.lengths, contexts, fit.eval_batch)
+        needed = validation_bytes(fit.size, batch)
+    if rows.test is not None:
+        needed = max(needed, fit.answering_memory(rows.test.lengths.tolist()).on_top)
     return needed
 
 
@@ -335,8 +331,8 @@ def apply_fit(
     with freed memory.
     """
     if fit.size.prepacked:
-        pack_weights_(model, room_bytes=packed_bytes(fit.size))
-    if fit.trains:
+        pack_weights_(model, room_bytes=prepacked_bytes(fit.size))
+    if fit.needed:
         checkpoint_layers(model, fit.checkpointed_layers, checkpoint_options)
         model.loss_chunk_tokens = fit.chunk_tokens
         if fit.workload.on_cpu:
@@ -376,10 +372,8 @@ def keep_freed_memory(keep: bool) -> bool:
     limit as blocks are freed, and the heap fragments: a small int4 model with all layers
     checkpointed held 1.21 GB instead of 0.72.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if libc is None or not hasattr(libc, "malloc_trim"):
         return False
     pad = 2 * HEAP_BLOCK if keep else 0
     limits = {

@@ -14,12 +14,15 @@ from ptuning.commands import plan
 from ptuning.model.config import ChatGLMConfig
 from ptuning.train.fit import Fit, Workload
 from ptuning.train.memory import Batch, size_of
-from ptuning.train.rows import Rows
 from ptuning.train.run_config import parse_arguments
 from ptuning.tunings.loading import NANO_DIR
-from tests.train.memory_rows import prompts, training_rows
+from tests.train.memory_rows import NO_ROWS, prompts, training_rows
 
 NUM_ROWS = 40
+CONFIG = parse_arguments(
+    "--do_train --train_file rows.json --model_name_or_path my/base --output_dir out "
+    "--pre_seq_len 128 --per_device_train_batch_size 16".split()
+)
 SIZE = size_of(ChatGLMConfig(), torch.bfloat16, on_cpu=False, prefix_length=128)
 
 
@@ -144,14 +147,10 @@ def test_useful_work_is_that_of_the_written_arithmetic() -> None:
 def planned(**how: Any) -> plan.Situation:
     """Return a plan's situation with ChatGLM-6B on a GPU with 16 GB."""
     situation = plan.Situation(
-        rows=Rows(None, None, None),
+        config=CONFIG,
+        rows=NO_ROWS,
         fit=Fit(Workload(torch.device("cuda"), train_batch=16, eval_batch=8), SIZE, 0, needed=1),
-        rows_per_step=16,
-        max_steps=0,
-        epochs=3.0,
-        passes=1,
         max_length=2048,
-        longest=128,
         process=0,
         free=16 * 10**9,
         product_flops=1e12,
@@ -199,7 +198,7 @@ def test_days_are_printed_as_days(device: str, note: str) -> None:
     rows = training_rows([128] * 114599, num_answer_tokens=64)
     lines = plan.plan_training(planned(fit=fit), rows)[0]
     (line,) = [line for line in lines if line.startswith("  time")]
-    assert re.match(rf"  time       \d+ days{re.escape(note)}: \d+\.\d\d s per step", line)
+    assert re.match(rf"  time       \d+ days( \d+ h)?{re.escape(note)}: \d+\.\d\d s per step", line)
 
 
 @pytest.mark.gpu

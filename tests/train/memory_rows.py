@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ptuning.data.dataset import GenerationDataset, GenerationRow, TokenArrays, TokenDataset
+from ptuning.train.rows import Rows
+
+NO_ROWS = Rows(None, None, None)
 
 
 def training_rows(lengths: Sequence[int], *, num_answer_tokens: int) -> TokenDataset:

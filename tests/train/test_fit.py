@@ -33,12 +33,13 @@ from ptuning.train.flags import UsageError
 from ptuning.train.memory import (
     ModelSize,
     largest_batch,
-    packed_bytes,
+    prepacked_bytes,
     size_of,
     training_memory,
 )
+from ptuning.train.rows import Rows
 from ptuning.train.run_config import parse_arguments
-from tests.train.memory_rows import prompts, training_rows
+from tests.train.memory_rows import NO_ROWS, prompts, training_rows
 
 NUM_LAYERS = 4
 IDS = {"bos_token_id": 60, "eos_token_id": 61, "mask_token_id": 62, "gmask_token_id": 63}
@@ -113,7 +114,7 @@ def test_more_layers_than_there_are_is_refused() -> None:
 def choose(free: float, *, size: ModelSize = SIZE, rows: TokenDataset = ROWS, **how: Any) -> Fit:
     """Fit training of all rows at once on a GPU."""
     workload = replace(ON_GPU, train_batch=len(rows), **how)
-    return choose_fit(size, workload, free=int(free), train=rows)
+    return choose_fit(size, workload, NO_ROWS._replace(train=rows), free=int(free))
 
 
 def way(fit: Fit) -> tuple[int, int | None]:
@@ -192,9 +193,9 @@ def test_a_loaded_model_is_fitted_and_set_up(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fit, "free_bytes", lambda *_: 10**9)
     rows = training_rows((8,), num_answer_tokens=4)
     workload = Workload(CPU, checkpoint_layers=2)
-    found = fit_to_memory(model, workload, train=rows, test=prompts(3, 5))
+    found = fit_to_memory(model, workload, Rows(rows, None, prompts(3, 5)))
     assert (found.checkpointed_layers, found.eval_batch) == (2, 64)
-    assert found.free == 10**9 - packed_bytes(found.size) * found.size.prepacked
+    assert found.free == 10**9 - prepacked_bytes(found.size) * found.size.prepacked
     assert found.settled_workload == replace(workload, eval_batch=64)
     assert found.lines() == [found.training_line()]
     kept: list[bool] = []
@@ -220,14 +221,14 @@ def test_processes_take_the_least_that_is_free_in_any(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fit, "free_bytes", lambda *_: 10**9)
     other = replace(fit.workload_size(model.config, model.dtype, Workload(CPU)), block_bytes=1)
     monkeypatch.setattr(fit, "gather", lambda own: [(2000, other), own])
-    found = fit_to_memory(model, Workload(CPU, checkpointing="false"))
+    found = fit_to_memory(model, Workload(CPU, checkpointing="false"), NO_ROWS)
     assert (found.free, found.size) == (2000, other)
 
 
 def fitting(free_gb: float, *, on_cpu: bool = True, num_beams: int = 1, **rows: Any) -> int:
     size, workload = replace(CPU_SIZE, on_cpu=on_cpu), Workload(CPU, num_beams=num_beams)
-    free = int(free_gb * GB)
-    return choose_fit(size, replace(workload, new_tokens=64), free=free, **rows).eval_batch
+    workload = replace(workload, new_tokens=64)
+    return choose_fit(size, workload, NO_ROWS._replace(**rows), free=int(free_gb * GB)).eval_batch
 
 
 def test_rows_are_halved_until_their_keys_and_values_fit() -> None:
@@ -249,25 +250,26 @@ def test_validation_counts_its_longest_rows(on_cpu: bool) -> None:
 
 
 def test_only_a_batch_size_that_was_not_typed_is_lowered_and_that_is_said() -> None:
-    workload = Workload(CPU, new_tokens=64)
-    typed = choose_fit(CPU_SIZE, replace(workload, eval_batch=64), free=0, test=prompts(100, 64))
-    chosen = choose_fit(CPU_SIZE, workload, free=0, test=prompts(100, 64))
+    workload, rows = Workload(CPU, new_tokens=64), NO_ROWS._replace(test=prompts(100, 64))
+    typed = choose_fit(CPU_SIZE, replace(workload, eval_batch=64), rows, free=0)
+    chosen = choose_fit(CPU_SIZE, workload, rows, free=0)
     assert (typed.eval_batch, chosen.eval_batch) == (64, 8)
     assert not typed.lines()
     assert chosen.lines() == [chosen.eval_line()]
     assert chosen.eval_line().startswith(
         "Evaluation batch size: 8 rows; 64 need more than the 0.0 GB"
     )
-    assert choose_fit(CPU_SIZE, workload, free=0).eval_batch == 64, "there is nothing to evaluate"
+    assert choose_fit(CPU_SIZE, workload, NO_ROWS, free=0).eval_batch == 64, (
+        "there is nothing to evaluate"
+    )
 
 
 def test_training_leaves_room_for_its_gradients_and_optimizer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fit, "can_pack", lambda _: False)
-    found = choose_fit(
-        CPU_SIZE, Workload(CPU), free=5 * GB, train=training_rows((9,), num_answer_tokens=4)
-    )
+    rows = NO_ROWS._replace(train=training_rows((9,), num_answer_tokens=4))
+    found = choose_fit(CPU_SIZE, Workload(CPU), rows, free=5 * GB)
     assert found.eval_free == 5 * GB - 3 * 4 * CPU_SIZE.trained
 
 
@@ -322,16 +324,9 @@ def test_a_gpus_block_and_workspace_are_those_of_its_size_and_kind(
 
 
 ROOT = Path(__file__).resolve().parents[2]
-BARE = [
-    "--do_train",
-    "--train_file",
-    "x.json",
-    "--model_name_or_path",
-    "my/base",
-    "--pre_seq_len",
-    "4",
-]
-BARE += ["--output_dir", "y"]
+BARE = (
+    "--do_train --train_file x.json --model_name_or_path my/base --pre_seq_len 4 --output_dir y"
+).split()
 
 
 @pytest.mark.parametrize("typed", ["0", "-8", "nan", "inf"])

@@ -19,12 +19,12 @@ from ptuning.train.memory import (
     activation_bytes,
     answering_memory,
     cache_bytes,
-    packed_bytes,
+    prepacked_bytes,
     size_of,
     training_memory,
     weight_bytes,
 )
-from tests.train.memory_rows import training_rows
+from tests.train.memory_rows import NO_ROWS, training_rows
 
 PROMPTS, ANSWERS = (30, 21, 9), (40, 33, 50)
 LENGTHS = tuple(p + a for p, a in zip(PROMPTS, ANSWERS, strict=True))
@@ -153,17 +153,17 @@ def test_packed_copies_are_counted_to_the_byte_and_only_where_there_is_room(
     if bits:
         quantize_model_(model, bits)
     plain = size_in(model, weight_bits=bits)
-    free = 4 * packed_bytes(plain)  # a quarter may be taken
+    free = 4 * prepacked_bytes(plain)  # a quarter may be taken
     workload = Workload(torch.device("cpu"))
-    assert not choose_fit(plain, workload, free=free - 4).size.prepacked
-    size = choose_fit(plain, workload, free=free).size
-    compiled = choose_fit(plain, replace(workload, compiles=True), free=free).size
+    assert not choose_fit(plain, workload, NO_ROWS, free=free - 4).size.prepacked
+    size = choose_fit(plain, workload, NO_ROWS, free=free).size
+    compiled = choose_fit(plain, replace(workload, compiles=True), NO_ROWS, free=free).size
     assert not compiled.prepacked, "a compiler has products of its own"
-    taken = pack_weights_(model, room_bytes=packed_bytes(plain))
+    taken = pack_weights_(model, room_bytes=prepacked_bytes(plain))
     assert weight_bytes(size) - weight_bytes(plain) == taken
     assert size.prepacked == bool(taken) == (can_pack(dtype) and not bits)
     assert pack_where_roomy(model) == taken
-    assert packed_bytes(size_in(model, tuning="full")) == 0, "what is trained is not packed"
+    assert prepacked_bytes(size_in(model, tuning="full")) == 0, "what is trained is not packed"
 
 
 @pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch was built without oneDNN")
@@ -171,19 +171,19 @@ def test_packed_copies_are_counted_to_the_byte_and_only_where_there_is_room(
 def test_packed_copies_cost_no_checkpointed_layer_and_no_run(wanted: str) -> None:
     """However much is free, the choice next to the copies is the one without them."""
     size = size_in(build(torch.float32, num_layers=8))
-    rows = training_rows((60, 50, 40) * 8, num_answer_tokens=12)
+    rows = NO_ROWS._replace(train=training_rows((60, 50, 40) * 8, num_answer_tokens=12))
     workload = Workload(torch.device("cpu"), train_batch=24, checkpointing=wanted)
-    copies = packed_bytes(size)
+    copies = prepacked_bytes(size)
 
     def choose(free: int) -> Fit:
-        return choose_fit(size, workload, free=free, train=rows)
+        return choose_fit(size, workload, rows, free=free)
 
     without = replace(workload, compiles=True)
     prepacked = []
     most = 2 * choose(0).needed_without
     for free in range(4 * copies, 4 * copies + most, most // 200):
         fit = choose(free)
-        plain = choose_fit(size, without, free=free, train=rows)
+        plain = choose_fit(size, without, rows, free=free)
         assert fit.checkpointed_layers == plain.checkpointed_layers
         assert fit.free == free - copies * fit.size.prepacked
         assert fit.fits or not fit.size.prepacked
