@@ -9,8 +9,6 @@ import logging
 import os
 import sys
 import time
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from arguments import RunConfig, UsageError, parse_arguments
@@ -47,7 +45,6 @@ def main(argv: list[str]) -> int:
 def run(config: RunConfig, stop: StopRequest) -> None:
     """Read the rows, load the model, then train, validate and score, as far as asked."""
     with stop.deferred(notice=""):  # an interrupted import leaves modules half loaded
-        from ptuning.data.tokenization import pad_right
         from ptuning.model.cpu.threads import limit_threads
         from ptuning.scoring.answering import score
         from ptuning.train.endings import memory_explained
@@ -62,7 +59,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         from ptuning.train.run_directory import RunDirectory, fingerprint_rows
         from ptuning.tunings.loading import load_tokenizer
         from ptuning.tunings.tuning import load_model, open_tuning
-        from trainer_seq2seq import Seq2SeqTrainer
+        from trainer_seq2seq import Run, Seq2SeqTrainer
 
     started = time.monotonic()
     use_bars(not config.disable_tqdm)
@@ -102,22 +99,9 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         context = model.config.max_sequence_length
         for line in rows.warnings(max_length=context, new_tokens=config.new_tokens):
             logger.warning(line)
+        workload = fit.settled_workload
         trainer = Seq2SeqTrainer(
-            model=model,
-            args=arguments,
-            tuning=tuning,
-            directory=directory,
-            stop=stop,
-            workload=fit.settled_workload,
-            decode=lambda ids: str(tokenizer.decode(ids)),
-            row_settings=asdict(config.row_format) | {"multi_turn": rows.multi_turn},
-            data_collator=partial(
-                pad_right, pad_id=tokenizer.pad_token_id, pad_to_length=config.padded_length
-            ),
-            train_dataset=rows.train,
-            eval_dataset=rows.validation,
-            max_bad_steps=config.max_bad_steps,
-            patience=config.early_stopping_patience,
+            model, arguments, Run(config, tuning, tokenizer, rows, directory, stop, workload)
         )
         if rows.train is not None:
             compile_layers(
@@ -133,7 +117,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
             trainer.save_metrics("eval", trainer.evaluate())
         table = ""
         if rows.test is not None:
-            with memory_explained("answering", fit.settled_workload):
+            with memory_explained("answering", workload):
                 table = score(config, tuning, model, tokenizer, rows, batch_size=fit.eval_batch)
     spent = duration(time.monotonic() - started)
     logger.info("Done in %s; everything is in %s", spent, Path(config.output_dir).absolute())

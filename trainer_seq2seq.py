@@ -1,9 +1,9 @@
 """transformers' Trainer with atomic checkpoints, exact resume, guarded steps and a loss per token.
 
 A run killed at any moment and started again takes the same steps as one that was left alone. With
-several processes each row is used once. The parts are in `ptuning.train`: `resume` (checkpoints and
-what transformers does not store in them), `faults` (bad steps, full disks), `processes`. Written
-against the methods of transformers 5.10 to 5.23 that it overrides.
+several processes each row is used once. The parts are in `ptuning.train`: `checkpoints` (with what
+transformers does not store), `guards` (bad steps), `processes` (sharded rows). Written against the
+methods of transformers 5.10 to 5.23 that it overrides.
 """
 
 import copy
@@ -12,16 +12,16 @@ import logging
 import math
 import shutil
 import signal
-from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     SchedulerType,
@@ -32,6 +32,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
+from ptuning.data.tokenization import pad_right
+from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
 from ptuning.scoring.pictures import draw_loss_curve
 from ptuning.storage import write_atomically
@@ -61,6 +63,8 @@ from ptuning.train.guards import (
 )
 from ptuning.train.processes import leave_frozen_alone, sharded_loader
 from ptuning.train.progress import CURVE_NAME, CurveCallback, ProgressLines
+from ptuning.train.rows import Rows
+from ptuning.train.run_config import RunConfig
 from ptuning.train.run_directory import RunDirectory
 from ptuning.train.signals import Stopped, StopRequest
 from ptuning.tunings.tuning import TrainedState, Tuning, newest_metrics
@@ -71,48 +75,43 @@ STEADY_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_
 logger = logging.getLogger("main")
 
 
-class Seq2SeqTrainer(transformers.Trainer):
-    """Trains what `tuning` attached to a ChatGLM.
+@dataclass(frozen=True)
+class Run:
+    """What a run tunes, on which rows, and where it writes."""
 
-    A checkpoint is what `tuning` writes (a prefix artefact for P-Tuning) next to transformers'
-    optimizer, scheduler, random and trainer state and our run state. The main process writes what
-    the processes share; each writes its own random and run state.
+    config: RunConfig
+    tuning: Tuning
+    tokenizer: ChatGLMTokenizer
+    rows: Rows
+    directory: RunDirectory
+    stop: StopRequest
+    workload: Workload  # with the batch size of validation
+
+
+class Seq2SeqTrainer(transformers.Trainer):
+    """Trains what a tuning attached to a ChatGLM.
+
+    A checkpoint is what the tuning writes (a prefix artefact for P-Tuning) next to transformers'
+    optimizer, scheduler, random and trainer state and our run state. The main process writes the
+    shared files; each process writes its own random and run state.
     """
 
     def __init__(
-        self,
-        *,
-        model: ChatGLMForConditionalGeneration,
-        args: Seq2SeqTrainingArguments,
-        tuning: Tuning,
-        directory: RunDirectory,
-        stop: StopRequest,
-        workload: Workload,
-        decode: Callable[[list[int]], str],
-        row_settings: Mapping[str, Any],
-        data_collator: Callable[[list[Any]], dict[str, Tensor]],
-        train_dataset: Dataset[Any] | None = None,
-        eval_dataset: Dataset[Any] | None = None,
-        max_bad_steps: int = 5,
-        patience: int | None = None,
+        self, model: ChatGLMForConditionalGeneration, args: Seq2SeqTrainingArguments, run: Run
     ) -> None:
-        """Take what to train, on which rows, and where to; args is copied, not changed.
-
-        decode turns token ids to text, to show a bad batch. row_settings is written to every
-        artefact. workload holds the batch size of validation. max_bad_steps: skipped steps in a
-        row that end the run, 0 for no limit. patience: validations without a better loss that end
-        training, None for no limit.
-        """
+        """Take what to train and how; args is copied, not changed."""
+        config = run.config
         args = copy.copy(args)
         args.logging_nan_inf_filter = False  # StepGuard replaces it, at one transfer per step
-        if workload.eval_batch is not None:
-            args.per_device_eval_batch_size = workload.eval_batch
+        if run.workload.eval_batch is not None:
+            args.per_device_eval_batch_size = run.workload.eval_batch
+        pad_id, length = run.tokenizer.pad_token_id, config.padded_length
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            data_collator=partial(pad_right, pad_id=pad_id, pad_to_length=length),
+            train_dataset=run.rows.train,
+            eval_dataset=run.rows.validation,
         )
         # The model smooths the labels: transformers' smoother materialises all logits, and its
         # gradient underflows in float16.
@@ -124,19 +123,18 @@ class Seq2SeqTrainer(transformers.Trainer):
         if self.is_world_process_zero():
             self.add_callback(self.progress)
             if args.do_train:
-                self.add_callback(CurveCallback(draw_loss_curve, directory.path / CURVE_NAME))
-        if patience is not None:
-            self.add_callback(EarlyStoppingCallback(patience))
+                self.add_callback(CurveCallback(draw_loss_curve, run.directory.path / CURVE_NAME))
+        if config.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
         if args.world_size > 1:
             leave_frozen_alone(model)
-        self.tuning, self.workload, self.row_settings = tuning, workload, dict(row_settings)
-        self.directory, self.stop, self.decode = directory, stop, decode
+        self.run, self.directory = run, run.directory
         self.run_state = RunState()
         self.agreed_to_stop = False  # by several processes
-        self._guard = StepGuard(max_in_a_row=max_bad_steps)
+        self._guard = StepGuard(max_in_a_row=config.max_bad_steps)
         self._validated: list[Tensor] = []  # (2,) per batch: summed loss, number of answer tokens
         self._resumed_from: Path | None = None
-        self._has_begun = False  # the run state is in place
+        self._has_begun = False  # the run state is restored
         self._handled_step = self._saved_step = -1  # whose events are done, whose checkpoint is
         self._is_epoch_over = False
         self._save_is_due = False  # at the end of this epoch
@@ -161,20 +159,18 @@ class Seq2SeqTrainer(transformers.Trainer):
         """Return this process's part of the training rows."""
         if not self.shards_rows:
             return super().get_train_dataloader()
-        rows, size = self.train_dataset, self._train_batch_size
-        return self._sharded(rows, self._get_train_sampler(rows), size, trains=True)
+        rows, args = self.train_dataset, self.args
+        order, size = self._get_train_sampler(rows), self._train_batch_size
+        return sharded_loader(rows, order, self.data_collator, args, batch_size=size, trains=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return this process's part of the validation rows."""
         if not self.shards_rows:
             return super().get_eval_dataloader(eval_dataset)
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._sharded(rows, SequentialSampler(rows), self.args.eval_batch_size, trains=False)
-
-    def _sharded(self, rows: Any, order: Any, batch_size: int, *, trains: bool) -> DataLoader[Any]:
-        return sharded_loader(
-            rows, order, self.data_collator, self.args, batch_size=batch_size, trains=trains
-        )
+        order, args = SequentialSampler(rows), self.args
+        size = args.eval_batch_size
+        return sharded_loader(rows, order, self.data_collator, args, batch_size=size, trains=False)
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Return the sum of all processes' values, in each process."""
@@ -195,7 +191,7 @@ class Seq2SeqTrainer(transformers.Trainer):
             self._resumed_from = Path(str(resume_from_checkpoint))
             self.args.eval_on_start = False  # that was at step 0
         self.directory.begin()
-        with closing(self.progress), memory_explained("training", self.workload):
+        with closing(self.progress), memory_explained("training", self.run.workload):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def train_and_save(self, checkpoint: Path | None) -> None:
@@ -204,10 +200,10 @@ class Seq2SeqTrainer(transformers.Trainer):
         These are what was trained, train_results.json, and the trainer's state with its log.
         """
         dtype = str(self.chatglm.dtype).removeprefix("torch.")
-        what = self.tuning.describe(self.chatglm)
+        what = self.run.tuning.describe(self.chatglm)
         logger.info("Training %s in %s on %s", what, dtype, self.args.device)
         first = 0 if checkpoint is None else read_facts(checkpoint)["step"]
-        with self.stop.deferred():
+        with self.run.stop.deferred():
             result = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.save_model()
         results = self.directory.path / "train_results.json"
@@ -216,9 +212,9 @@ class Seq2SeqTrainer(transformers.Trainer):
         self.save_state()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
-        """Compute one micro-batch's gradient; keep its loss and batch until the step is checked."""
+        """Compute a micro-batch's gradient; keep its loss and batch until the step is checked."""
         self._guard.begin(self._tr_loss)
-        with memory_explained("training", self.workload, inputs["input_ids"].shape):
+        with memory_explained("training", self.run.workload, inputs["input_ids"].shape):
             loss = super().training_step(model, inputs, *args)
         self._guard.add(inputs, loss)
         return loss
@@ -243,7 +239,7 @@ class Seq2SeqTrainer(transformers.Trainer):
     def _agree_on(self, values: Tensor) -> tuple[float, float]:
         """Return loss and gradient norm averaged over processes; note if any wants to stop."""
         if self.args.world_size > 1:
-            wish = values.new_tensor([float(self.stop.requested is not None)])
+            wish = values.new_tensor([float(self.run.stop.requested is not None)])
             loss, norm, wishes = self.sum_over_processes(torch.cat([values, wish])).tolist()
             self.agreed_to_stop = wishes > 0
             return loss / self.args.world_size, norm / self.args.world_size
@@ -262,7 +258,7 @@ class Seq2SeqTrainer(transformers.Trainer):
         return self._guard.explain(
             evidence,
             self.directory.path / BAD_BATCH_NAME.format(rank=rank),
-            decode=self.decode,
+            decode=lambda ids: str(self.run.tokenizer.decode(ids)),
             step=step,
             last_sound=self.directory.last_sound(),
         )
@@ -292,7 +288,7 @@ class Seq2SeqTrainer(transformers.Trainer):
         """Keep the batch's summed loss and its number of answer tokens for evaluation_loop."""
         inputs = self._prepare_inputs(inputs)
         shape = inputs["input_ids"].shape
-        with memory_explained("validating", self.workload, shape), torch.no_grad():
+        with memory_explained("validating", self.run.workload, shape), torch.no_grad():
             loss = model(**inputs, num_items_in_batch=1).loss
         num_labels = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
         self._validated.append(torch.stack([loss.detach().float(), num_labels.float()]))
@@ -315,7 +311,7 @@ class Seq2SeqTrainer(transformers.Trainer):
     # ---- Start and resume ----
 
     def _begin(self) -> None:
-        """Put the run state in place, once transformers has restored its own state."""
+        """Restore the run state, once transformers has restored its own state."""
         if self._has_begun:
             return
         self._has_begun = True
@@ -341,10 +337,9 @@ class Seq2SeqTrainer(transformers.Trainer):
         return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
 
     def _warn_of_other_length(self, checkpoint: Path) -> None:
-        """Warn if the checkpoint's run was to take another number of steps than this one.
+        """Warn if the checkpoint's run was planned with another number of steps than this one.
 
-        All but the steady schedules spread the learning rate over the whole run, so that it jumps
-        at the resume.
+        All but the steady schedules span the whole run, so the learning rate jumps here.
         """
         planned = read_facts(checkpoint)["max_steps"]
         step, num_steps = self.state.global_step, self.state.max_steps
@@ -372,13 +367,11 @@ class Seq2SeqTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
         """Put the checkpoint's values into the parameters that the optimizer holds."""
-        self.tuning.restore(self.chatglm, Path(resume_from_checkpoint))
+        self.run.tuning.restore(self.chatglm, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Load the checkpoint with the best validation loss."""
-        best = self.state.best_model_checkpoint
-        assert best is not None, "transformers calls this only when it has a best checkpoint"
-        self._load_from_checkpoint(best)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _find_best_checkpoint(self) -> None:
         """Name the best checkpoint by its path here, even if the directory was moved."""
@@ -388,7 +381,7 @@ class Seq2SeqTrainer(transformers.Trainer):
                 self.state.best_model_checkpoint = str(best)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch, in its own order of rows even if it is entered in the middle."""
+        """Run an epoch in its own order of rows, also from the middle."""
         self._begin()
         if self._is_done():
             self.control.should_training_stop = True
@@ -411,9 +404,9 @@ class Seq2SeqTrainer(transformers.Trainer):
         )
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Finish with the mean loss over all processes, keeping the last checkpoint.
+        """Finish with the mean loss over all processes.
 
-        A run killed while it answers rows resumes from there.
+        The last checkpoint is kept: a run killed while it answers rows resumes from it.
         """
         self._begin()  # a run resumed at its end has no epoch
         self._tr_loss = self.sum_over_processes(self._tr_loss) / self.args.world_size
@@ -423,7 +416,7 @@ class Seq2SeqTrainer(transformers.Trainer):
     # ---- Checkpoints ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Do what the step or epoch asks for; after a signal, write a checkpoint and stop.
+        """Log, save and validate where due; after a signal, write a checkpoint and stop.
 
         transformers calls this after each step, and again with the same step at an epoch's end.
         """
@@ -432,11 +425,11 @@ class Seq2SeqTrainer(transformers.Trainer):
         if self._is_epoch_over and self._save_is_due:
             self.control.should_save = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        wanted = self.agreed_to_stop if self.args.world_size > 1 else self.stop.requested
+        wanted = self.agreed_to_stop if self.args.world_size > 1 else self.run.stop.requested
         if wanted and not self._epoch_end_follows():
             if self._saved_step != self.state.global_step:
                 self._save_checkpoint(self.model_wrapped, None)
-            raise Stopped(self.stop.requested or signal.SIGTERM, saved=True)
+            raise Stopped(self.run.stop.requested or signal.SIGTERM, saved=True)
 
     def _epoch_end_follows(self) -> bool:
         """Tell whether the events of an epoch's end follow those of this step."""
@@ -447,8 +440,8 @@ class Seq2SeqTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint completely or not at all, then delete those above --save_total_limit.
 
-        That of an epoch's last step is written after the events of the epoch's end: a run that
-        resumes from it does not see them again.
+        At an epoch's last step it waits for the events of the epoch's end: a resumed run does not
+        see them again.
         """
         if self._epoch_end_follows():
             self._save_is_due = True
@@ -509,8 +502,9 @@ class Seq2SeqTrainer(transformers.Trainer):
         if not self.args.should_save:
             return
         metrics = newest_metrics(self.state.log_history)
-        state = TrainedState(self.state.global_step, metrics, self.row_settings, state_dict)
-        self.tuning.save(self.chatglm, Path(output_dir or self.directory.path), state)
+        settings = asdict(self.run.config.row_format) | {"multi_turn": self.run.rows.multi_turn}
+        state = TrainedState(self.state.global_step, metrics, settings, state_dict)
+        self.run.tuning.save(self.chatglm, Path(output_dir or self.directory.path), state)
 
     def _save_trainer_state(self, path: Path) -> None:
         """Write transformers' state with that of its callbacks, as transformers does."""

@@ -387,9 +387,9 @@ def test_a_run_without_checkpoints_is_not_trained_again(short_run, capsys):
 def test_the_trainer_changes_no_arguments_but_its_own(short_run, monkeypatch):
     real, seen = Seq2SeqTrainer.__init__, []
 
-    def init(trainer, **kwargs):
-        seen.append((kwargs["args"], dict(vars(kwargs["args"])), trainer))
-        real(trainer, **kwargs)
+    def init(trainer, model, args, run):
+        seen.append((args, dict(vars(args)), trainer))
+        real(trainer, model, args, run)
 
     monkeypatch.setattr(Seq2SeqTrainer, "__init__", init)
     flags = ("--eval_on_start", "true", "--eval_strategy", "steps", "--eval_steps", "2")
