@@ -159,8 +159,9 @@ class Seq2SeqTrainer(transformers.Trainer):
         """Return this process's part of the training rows."""
         if not self.shards_rows:
             return super().get_train_dataloader()
-        rows, args = self.train_dataset, self.args
-        order, size = self._get_train_sampler(rows), self._train_batch_size
+        rows: Any = self.train_dataset
+        order: Any = self._get_train_sampler(rows)
+        args, size = self.args, self._train_batch_size
         return sharded_loader(rows, order, self.data_collator, args, batch_size=size, trains=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
