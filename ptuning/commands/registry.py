@@ -83,10 +83,10 @@ def _data(parser: argparse.ArgumentParser) -> None:
         epilog="\n".join(
             [
                 "problems, on which --strict exits with 1:",
-                *(f"  {kind:<20}{words}" for kind, words in PROBLEMS.items()),
+                *(f"  {kind:<20}{row.meaning}" for kind, row in PROBLEMS.items()),
                 "",
                 "notices, on which it does not:",
-                *(f"  {kind:<20}{words}" for kind, words in NOTICES.items()),
+                *(f"  {kind:<20}{row.meaning}" for kind, row in NOTICES.items()),
                 "",
                 "exit status: 2 when a file has no row that can be used, with --strict 1 when",
                 "there is a problem, else 0.",

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, TypedDict
 
-from ptuning.data.checking.odd_words import find_placeholders
+from ptuning.data.checking.check import find_placeholders
 from ptuning.data.formats import Layout, to_text_rows
 from ptuning.data.mixing import MixSource, draw_rows, parse_mix
 from ptuning.data.prompts import ALPACA, RowFormat, Template, TextRow, build_alpaca, build_rounds

@@ -57,7 +57,8 @@ WELL_KNOWN_PIECES = (
     SOP_PIECE,
     EOP_PIECE,
 )
-REQUIRED_PIECES = (*WELL_KNOWN_PIECES, NEWLINE_PIECE, TAB_PIECE, *BLANK_PIECES)
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+REQUIRED_PIECES = (*WELL_KNOWN_PIECES, NEWLINE_PIECE, TAB_PIECE, *BLANK_PIECES, *BYTE_PIECES)
 
 _PIECE_OF = {"\n": NEWLINE_PIECE, "\t": TAB_PIECE}
 _PIECE_OF |= {" " * count: piece for count, piece in enumerate(BLANK_PIECES, 2)}
@@ -221,8 +222,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     @property
     def byte_ids(self) -> list[int]:
         """Ids of the pieces that stand for one byte of a character without its own piece."""
-        are_bytes = self._pieces.is_byte(list(range(len(self._pieces))))
-        return [self.num_image_tokens + i for i, is_byte in enumerate(are_bytes) if is_byte]
+        return [self._id_of_piece(name) for name in BYTE_PIECES]
 
     @property
     def fingerprint(self) -> str:

@@ -1,120 +1,63 @@
-"""What `python -m ptuning data check` counts in a data file.
+"""What `python -m ptuning data check` counts in a data file, and words that no person wrote.
 
-Rows are read as training reads them and encoded in chunks, so that memory holds the file's rows, a
-digest and two lengths for each, and never all tokens.
+Rows are read as training reads them and encoded in chunks, so memory holds the file's rows, a
+digest and two lengths for each, but never all tokens.
 """
 
 import hashlib
-from bisect import insort
-from collections import Counter, defaultdict
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from ptuning.data.checking.findings import MOST_EXAMPLES
-from ptuning.data.checking.lengths import Side, sides_of
-from ptuning.data.checking.odd_words import (
-    MISSING_WORDS,
-    REPLACEMENT,
-    UNKNOWN_MARK,
-    find_control_names,
-    find_placeholders,
-    is_fake_input,
-    may_have_marks,
-)
+from ptuning.data.checking.findings import FileCounts
 from ptuning.data.dataset import CHUNK_ROWS, collector_paused
 from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
-from ptuning.data.parsing import DataError, DataFile, RawRow, open_data
+from ptuning.data.parsing import DataFile, open_data
 from ptuning.data.prompts import Example, RowFormat, TextRow, to_example
-from ptuning.data.raw_file import DecodedText, say_encoding_fault
-from ptuning.data.reading import LeftOut, count_unused, find_left_out
-from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.data.raw_file import DataError, RawRow, say_encoding_fault
+from ptuning.data.reading import count_unused, find_left_out
+from ptuning.data.tokenizer import LEADING_PIECES, TRAILING_PIECES, ChatGLMTokenizer
 from ptuning.output import Progress
 
 DIGEST_BYTES = 16
-_FINDERS = {"control_text": find_control_names, "placeholder": find_placeholders}
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A tokenizer, and which of its ids stand for bytes and for what it cannot write at all."""
-
-    tokenizer: ChatGLMTokenizer
-    is_byte: np.ndarray  # bool, one per id
-    unknown_id: int
-
-    @classmethod
-    def of(cls, tokenizer: ChatGLMTokenizer) -> "Encoder":
-        """Look the ids up, once for all files."""
-        is_byte = np.zeros(tokenizer.vocab_size, dtype=bool)
-        is_byte[tokenizer.byte_ids] = True
-        return cls(tokenizer, is_byte, int(tokenizer.unk_token_id))
-
-
-@dataclass
-class FileCounts:
-    """Everything counted in one file.
-
-    The place of a row is its line or, where rows have none, its number: `unit` says which. Rows are
-    those of training: a conversation is one for each answer. Keys of rows and prompts are digests:
-    16 bytes of the prompt, then 16 of the answer for a row. Lengths are in tokens, control tokens
-    not counted, one for each row used.
-    """
-
-    path: Path
-    row_format: RowFormat
-    unreadable: str | None = None  # why nothing of the file could be read
-    unit: str = "line"
-    decoded: DecodedText | None = None  # without the text; None: unreadable
-    encoding_fault: str | None = None
-    notes: list[str] = field(default_factory=list)
-    layout: Layout | None = None  # None: what the columns mean cannot be told, see columns_fault
-    columns_fault: str = ""
-    has_answers: bool = True  # False: nothing to train on, only prompts to answer
-    num_read: int = 0  # objects found, usable or not
-    num_made: int = 0  # rows that they became
-    columns: dict[str, int] = field(default_factory=dict)  # with the objects that fill them
-    left_out: LeftOut | None = None
-    # Rows left out, by the reason and whether the file asks for it (weight 0)
-    lacking: dict[tuple[str, bool], list[int]] = field(default_factory=partial(defaultdict, list))
-    places: dict[str, list[int]] = field(default_factory=partial(defaultdict, list))  # by kind
-    examples: dict[str, list[tuple[int, str]]] = field(default_factory=partial(defaultdict, list))
-    words: dict[str, Counter[str]] = field(default_factory=partial(defaultdict, Counter))
-    rows: dict[bytes, int] = field(default_factory=dict)  # key -> first place
-    prompts: dict[bytes, int] = field(default_factory=dict)  # key -> first place
-    contested: dict[bytes, list[int]] = field(default_factory=dict)  # prompt -> places
-    prompt_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    answer_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-
-    @property
-    def num_used(self) -> int:
-        """Rows that training would use or, in a file without answers, that would be answered."""
-        return len(self.prompt_lengths)
-
-    @property
-    def sides(self) -> list[Side]:
-        """Prompts and answers; in a file without answers, those have no tokens."""
-        return sides_of(self.row_format, self.prompt_lengths, self.answer_lengths)
-
-    def add(self, kind: str, place: int, example: str | None = None) -> None:
-        """Count one more of a kind; the first few examples in the order of the file are kept."""
-        self.places[kind].append(place)
-        if example is not None:
-            kept = self.examples[kind]
-            if len(kept) < MOST_EXAMPLES or place < kept[-1][0]:
-                insort(kept, (place, example))
-                del kept[MOST_EXAMPLES:]
+REPLACEMENT = "\ufffd"  # what editors write in place of a character that they could not read
+# What stands for an empty cell; pandas' read_csv reads all of them so.
+MISSING_WORDS = {"nan", "NaN", "None", "null", "NULL", "N/A", "n/a", "#N/A", "<NA>"}
+# Inputs that say there is none, reduced to their letters: those of Alpaca's rows, and in Chinese
+NO_INPUT = {"na", "ninput", "noinput", "noinputneeded", "noinputrequired", "none", "noput"}
+NO_INPUT |= {"无", "无输入", "没有输入"}
+_UNKNOWN_MARK = re.compile(r"<UNK>|\[UNK\]", re.IGNORECASE)  # in 30 % of ADGEN's answers
+# Written-out control tokens. Here they are encoded as plain text, but `<n>`, `<|tab|>` and
+# `<|blank_k|>` are decoded as whitespace, and other programs, including the published code, read
+# control tokens out of them. The names are those of this vocabulary, image tokens of its older
+# release, bytes, and the form <|...|> of this and later models.
+_NAMED = "|".join(
+    re.escape(piece) for piece in sorted({*LEADING_PIECES, *TRAILING_PIECES}, key=len, reverse=True)
+)
+_CONTROL_NAME = re.compile(
+    rf"{_NAMED}|<image_\d+>|<0x[0-9A-F]{{2}}>|<\|[A-Za-z][\w .:-]{{0,38}}\|>", re.ASCII
+)
+# {{name}} as in LLaMA-Factory's identity.json, and <NAME> as in its self_cognition.json; the
+# latter not after a letter, as in C++'s vector<INT>.
+_BRACES = re.compile(r"\{\{ ?\w{1,40} ?\}\}")
+_CAPITALS = re.compile(r"(?<![A-Za-z0-9_])<([A-Z][A-Z _-]{0,40}[A-Z])>")
+_NO_PLACEHOLDERS = {"UNK", "PAD", "MASK", "BOS", "EOS", "SEP", "CLS", "ENC", "BR", "HR"}
 
 
 @collector_paused()
 def check_file(
-    path: Path | str, encoder: Encoder, row_format: RowFormat, *, show_progress: bool = True
+    path: Path | str,
+    tokenizer: ChatGLMTokenizer,
+    row_format: RowFormat,
+    *,
+    show_progress: bool = True,
 ) -> FileCounts:
-    """Read a whole file, faults and all, and count; nothing a file can hold raises an error."""
+    """Read a whole file and count, faults included; no content of a file raises an error."""
     counts = FileCounts(Path(path), row_format)
     try:
         file = open_data(counts.path)
@@ -133,18 +76,18 @@ def check_file(
             chunk = rows[start : start + CHUNK_ROWS]
             examples = [to_example(row, row_format) for row in chunk]
             for row, example in zip(chunk, examples, strict=True):
-                _count_text(counts, row, example)
+                _count_text(counts, counts.layout, row, example)
                 _count_repeats(counts, row.line, example)
-            lengths.append(_count_tokens(counts, chunk, examples, encoder))
+            lengths.append(_count_tokens(counts, chunk, examples, tokenizer))
             progress.update(len(chunk))
     if lengths:
         counts.prompt_lengths, counts.answer_lengths = np.concatenate(lengths).T
-    _keep_spelled(counts.words["spelled_character"], encoder)
+    _drop_whole_characters(counts.words["spelled_character"], tokenizer)
     return counts
 
 
 def _read(counts: FileCounts, file: DataFile, show_progress: bool) -> list[RawRow]:
-    """Return the rows as they stand; count the faults between them."""
+    """Return the rows as they are; count the faults between them."""
     rows = []
     title = f"reading {counts.path.name}"
     with Progress(file.size, title, unit=file.unit, visible=show_progress, leave=False) as progress:
@@ -158,8 +101,8 @@ def _read(counts: FileCounts, file: DataFile, show_progress: bool) -> list[RawRo
     counts.encoding_fault = say_encoding_fault(file.path, file.decoded, is_gzip=file.is_gzip)
     counts.decoded = file.decoded._replace(text="")
     counts.unit, counts.notes, counts.num_read = file.unit, file.notes, len(rows)
-    names = dict.fromkeys(chain.from_iterable(row.columns for row in rows))
     filled = count_unused(rows, Layout("columns"))
+    names = dict.fromkeys(chain.from_iterable(row.columns for row in rows))
     counts.columns = {name: filled.get(name, 0) for name in names}
     if not rows:
         _, first = counts.examples["broken_row"][0]
@@ -168,7 +111,10 @@ def _read(counts: FileCounts, file: DataFile, show_progress: bool) -> list[RawRo
 
 
 def _find_layout(counts: FileCounts, rows: list[RawRow]) -> Layout | None:
-    """Return what the columns mean, with answers if they can be told; None if prompts cannot."""
+    """Return the meaning of the columns, those of answers included if known; None without prompts.
+
+    counts.columns_fault says what is not known.
+    """
     for needs_answers in (True, False) if rows else ():
         try:
             return find_layout(counts.path, rows, counts.row_format, needs_answers=needs_answers)
@@ -178,9 +124,9 @@ def _find_layout(counts: FileCounts, rows: list[RawRow]) -> Layout | None:
 
 
 def _used_rows(counts: FileCounts, sources: list[RawRow], layout: Layout) -> list[TextRow]:
-    """Return the rows that training would use, in a file without answers those with a prompt.
+    """Return the rows that training would use or, in a file without answers, those with a prompt.
 
-    The others are counted, and so is what other columns hold.
+    The others are counted, as are the columns that are not used.
     """
     made: list[tuple[TextRow, RawRow]] = []
     for source in sources:
@@ -201,37 +147,41 @@ def _used_rows(counts: FileCounts, sources: list[RawRow], layout: Layout) -> lis
             if isinstance(text, str) and is_fake_input(text):
                 counts.add("fake_input", row.line, text)
         else:
-            counts.lacking[reason, row.skipped is not None].append(row.line)
+            kind = "empty_field" if row.skipped is None else "untrained_turn"
+            counts.lacking[kind, reason].append(row.line)
     rows = [row for row, _ in used]
     unused = count_unused(sources, layout)
     counts.left_out = find_left_out(rows, [source for _, source in used], unused, layout)
     return rows
 
 
-def _count_text(counts: FileCounts, row: TextRow, example: Example) -> None:
-    """Count what a row's text writes out, and an answer that its own history holds."""
-    place, texts = row.line, (example.prompt, example.response)
-    if may_have_marks(example.prompt) or may_have_marks(example.response):
-        for kind, find in _FINDERS.items():
+def _count_text(counts: FileCounts, layout: Layout, row: TextRow, example: Example) -> None:
+    """Count odd words in a row's text, and an answer that its own history contains."""
+    texts = (example.prompt, example.response)
+    if any(mark in text for text in texts for mark in ("<", "[", "{{", "＜", "［")):  # few have one
+        for kind, find in (
+            ("control_text", find_control_names),
+            ("placeholder", find_placeholders),
+        ):
             names = dict.fromkeys(chain.from_iterable(map(find, texts)))  # each once, in order
             if names:
                 counts.words[kind].update(names.keys())
-                counts.add(kind, place)
+                counts.add(kind, row.line)
         for kind, text in zip(("unknown_mark_prompt", "unknown_mark"), texts, strict=True):
-            if UNKNOWN_MARK.search(text):
-                counts.add(kind, place)
+            if _UNKNOWN_MARK.search(text):
+                counts.add(kind, row.line)
     is_ours = counts.decoded is not None and counts.decoded.damaged_lines  # our own U+FFFD
-    if not is_ours and (REPLACEMENT in example.prompt or REPLACEMENT in example.response):
-        counts.add("lost_character", place)
+    if not is_ours and any(REPLACEMENT in text for text in texts):
+        counts.add("lost_character", row.line)
     missing = MISSING_WORDS.intersection((row.prompt, row.response))
     if missing:
-        counts.add("missing_word", place, ", ".join(sorted(missing)))
-    if row.history and counts.layout is not None and counts.layout.leaks(row):
-        counts.add("leak", place)
+        counts.add("missing_word", row.line, ", ".join(sorted(missing)))
+    if row.history and layout.leaks(row):
+        counts.add("leak", row.line)
 
 
 def _count_repeats(counts: FileCounts, place: int, example: Example) -> None:
-    """Find the row and its prompt among those before it."""
+    """Look for the row and its prompt among those before it."""
     prompt = _digest(example.prompt)
     row = prompt + _digest(example.response)
     if row in counts.rows:
@@ -250,20 +200,23 @@ def _digest(text: str) -> bytes:
 
 
 def _count_tokens(
-    counts: FileCounts, chunk: Sequence[TextRow], examples: Sequence[Example], encoder: Encoder
+    counts: FileCounts,
+    chunk: Sequence[TextRow],
+    examples: Sequence[Example],
+    tokenizer: ChatGLMTokenizer,
 ) -> np.ndarray:
-    """Return (rows, 2) lengths of prompts and answers; add the characters of rows with bytes."""
+    """Return (rows, 2) lengths of prompts and answers; count the characters of rows with bytes."""
     texts = [text for example in examples for text in (example.prompt, example.response)]
-    encoded = encoder.tokenizer.encode_batch(texts)
+    encoded = tokenizer.encode_batch(texts)
     lengths = np.fromiter(map(len, encoded), np.int32, len(encoded))
     ids = np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum()))
-    lengths = lengths.reshape(-1, 2)
+    lengths = lengths.reshape(-1, 2)  # (rows, 2)
     ends = np.cumsum(lengths.sum(axis=1))  # of each row in ids
     needed = lengths if counts.has_answers else lengths[:, :1]
     for kind, flags in (
         ("no_tokens", ~needed.all(axis=1)),
-        ("unknown_token", _sums_between(ids == encoder.unknown_id, ends)),
-        ("spelled_character", _sums_between(encoder.is_byte[ids], ends)),
+        ("unknown_token", _sums_between(ids == tokenizer.unk_token_id, ends)),
+        ("spelled_character", _sums_between(np.isin(ids, tokenizer.byte_ids), ends)),
     ):
         for index in np.flatnonzero(flags).tolist():
             counts.add(kind, chunk[index].line)
@@ -277,9 +230,53 @@ def _sums_between(flags: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.diff(np.concatenate([[0], np.cumsum(flags)])[ends], prepend=0)
 
 
-def _keep_spelled(characters: Counter[str], encoder: Encoder) -> None:
-    """Keep the characters that the vocabulary writes as bytes."""
+def _drop_whole_characters(characters: Counter[str], tokenizer: ChatGLMTokenizer) -> None:
+    """Keep only the characters that the vocabulary writes as bytes."""
+    byte_ids = set(tokenizer.byte_ids)
     names = list(characters)
-    for name, ids in zip(names, encoder.tokenizer.encode_batch(names), strict=True):
-        if not encoder.is_byte[ids].any():
+    for name, ids in zip(names, tokenizer.encode_batch(names), strict=True):
+        if byte_ids.isdisjoint(ids):
             del characters[name]
+
+
+# Odd words: training takes them as they are
+
+
+def find_control_names(text: str) -> list[str]:
+    """Return every control token spelled out in a text, in order; full-width forms count.
+
+    >>> find_control_names("好<eop>的＜sop＞ x < y [0]")
+    ['<eop>', '<sop>']
+    """
+    if "＜" in text or "［" in text:
+        text = unicodedata.normalize("NFKC", text)  # as SentencePiece does after any search
+    return _CONTROL_NAME.findall(text)
+
+
+def find_placeholders(text: str) -> list[str]:
+    """Return the words that a template left to be filled in, such as {{name}} and <NAME>, in order.
+
+    Template code such as {{item.name}}, control tokens and HTML are none.
+
+    >>> find_placeholders("我是{{name}}，由<AUTHOR>开发。<B>x</B> <UNK>")
+    ['{{name}}', '<AUTHOR>']
+    """
+    found = []
+    if "{{" in text:
+        names = _BRACES.findall(text)
+        found = names if len(names) == text.count("{{") and "{%" not in text else []
+    if "<" in text:
+        for name in _CAPITALS.findall(text):
+            is_tag = f"</{name}>" in text or is_fake_input(name)
+            if name not in _NO_PLACEHOLDERS and not is_tag:
+                found.append(f"<{name}>")
+    return found
+
+
+def is_fake_input(text: str) -> bool:
+    """Say whether an input says that there is none: "No input", "<noinput>", "N/A".
+
+    >>> is_fake_input("\\\\<noinput\\\\>"), is_fake_input("No."), is_fake_input("")
+    (True, False, False)
+    """
+    return "".join(filter(str.isalpha, text.lower())) in NO_INPUT

@@ -1,7 +1,7 @@
-"""How long texts are in tokens, and which limits cut them: numbers, tables and bars.
+"""Lengths of prompts and answers in tokens, and what the limits cut: numbers, tables, histograms.
 
-For `data check` and `data convert`. Bars are `#` and headings ASCII, to line up where block
-characters are two columns wide.
+For `data check` and `data convert`. Bars are `#` and headings ASCII, because some terminals draw
+block characters two columns wide.
 """
 
 from collections.abc import Sequence
@@ -12,54 +12,52 @@ import numpy as np
 from ptuning.data.prompts import RowFormat
 
 TABLE_LENGTHS = (64, 128, 256, 512, 1024)
-PROMPT_RESERVE = 1  # of --max_source_length: [gMASK]
-ANSWER_RESERVE = 2  # of --max_target_length: <sop> and <eop>; see tokenization.to_training_batch
 BAR_WIDTH = 24
 MOST_BINS = 10
 
 
 class Side(NamedTuple):
-    """The lengths of a file's prompts or answers, and what limits them."""
+    """The lengths of a file's prompts or answers, and the limit on them.
+
+    reserve: how much of the limit control tokens take, as in `tokenization.to_training_batch`.
+
+    >>> side = Side("prompt", "--max_source_length", 64, 1, np.array([62, 63, 64, 65]))
+    >>> side.cut_share(64), side.sufficient_limit
+    (0.5, 128)
+    """
 
     noun: str
     flag: str
     limit: int
-    reserve: int  # of the limit, for control tokens
+    reserve: int
     lengths: np.ndarray
+
+    def are_cut(self, limit: int) -> np.ndarray:
+        """Return which texts are longer than a limit leaves, as booleans."""
+        return self.lengths > limit - self.reserve
+
+    def cut_share(self, limit: int) -> float:
+        """Return the share of texts that a limit cuts, 0 to 1."""
+        return float(self.are_cut(limit).mean()) if len(self.lengths) else 0.0
+
+    @property
+    def sufficient_limit(self) -> int:
+        """The limit if it cuts nothing, else the next round one that cuts at most 1 %, or none."""
+        if not self.cut_share(self.limit):
+            return self.limit
+        for longer in TABLE_LENGTHS:
+            if longer > self.limit and self.cut_share(longer) <= 0.01:
+                return longer
+        return int(self.lengths.max()) + self.reserve
 
 
 def sides_of(row_format: RowFormat, prompts: np.ndarray, answers: np.ndarray) -> list[Side]:
     """Return the two sides of rows with these lengths."""
     source, target = row_format.max_source_length, row_format.max_target_length
     return [
-        Side("prompt", "--max_source_length", source, PROMPT_RESERVE, prompts),
-        Side("answer", "--max_target_length", target, ANSWER_RESERVE, answers),
+        Side("prompt", "--max_source_length", source, 1, prompts),  # 1: [gMASK]
+        Side("answer", "--max_target_length", target, 2, answers),  # 2: <sop> and <eop>
     ]
-
-
-def cut_share(lengths: np.ndarray, limit: int, reserve: int) -> float:
-    """Return the share of lengths that do not fit in limit - reserve tokens, 0 to 1.
-
-    >>> cut_share(np.array([62, 63, 64, 65]), 64, PROMPT_RESERVE)
-    0.5
-    """
-    return float((lengths > limit - reserve).mean()) if len(lengths) else 0.0
-
-
-def sufficient_limit(lengths: np.ndarray, limit: int, reserve: int) -> int:
-    """Return the next round limit that cuts at most 1 % of the lengths, or what fits them all.
-
-    A limit that cuts none is returned itself.
-
-    >>> [sufficient_limit(np.array([10, longest]), 64, 2) for longest in (62, 100, 3000)]
-    [64, 128, 3002]
-    """
-    if not cut_share(lengths, limit, reserve):
-        return limit
-    for longer in TABLE_LENGTHS:
-        if longer > limit and cut_share(lengths, longer, reserve) <= 0.01:
-            return longer
-    return int(lengths.max()) + reserve
 
 
 def length_values(sides: Sequence[Side]) -> dict[str, dict[str, Any]]:
@@ -67,23 +65,25 @@ def length_values(sides: Sequence[Side]) -> dict[str, dict[str, Any]]:
     edges = shared_edges([side.lengths for side in sides])
     limits = sorted({*TABLE_LENGTHS, *(side.limit for side in sides)})
     values = {}
-    for noun, _, _, reserve, lengths in sides:
+    for side in sides:
+        lengths = side.lengths
         median, high = np.percentile(lengths, [50, 95], method="higher")
-        values[f"{noun}s"] = {
+        counts = np.histogram(lengths, bins=[*edges, np.inf])[0].tolist()
+        values[f"{side.noun}s"] = {
             "mean": float(lengths.mean()),
             "median": int(median),
             "percentile_95": int(high),
             "longest": int(lengths.max()),
-            "cut_share": {str(n): cut_share(lengths, n, reserve) for n in limits},
-            "histogram": {"edges": edges, "counts": count_bins(lengths, edges)},
+            "cut_share": {str(limit): side.cut_share(limit) for limit in limits},
+            "histogram": {"edges": edges, "counts": counts},
         }
     return values
 
 
 def shared_edges(lengths: Sequence[np.ndarray]) -> list[int]:
-    """Return the lower edges of at most 10 bins for all; a width is 1, 2 or 5 times 10**n.
+    """Return the lower edges of at most 10 bins for all; their width is 1, 2 or 5 times 10**n.
 
-    The longest 1 % of each may lie beyond: they go into the last bin.
+    Up to 1 % of each may be longer and falls into the last bin, which is open.
 
     >>> shared_edges([np.array([3, 45])])
     [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]
@@ -91,15 +91,6 @@ def shared_edges(lengths: Sequence[np.ndarray]) -> list[int]:
     high = max(int(np.percentile(one, 99, method="higher")) for one in lengths)
     widths = (step * 10**power for power in range(9) for step in (1, 2, 5))
     return list(range(0, high + 1, next(width for width in widths if high // width < MOST_BINS)))
-
-
-def count_bins(lengths: np.ndarray, edges: list[int]) -> list[int]:
-    """Count the lengths between the edges, and from the last edge on.
-
-    >>> count_bins(np.array([1, 6, 7, 99]), [0, 5, 10])
-    [1, 2, 1]
-    """
-    return np.histogram(lengths, bins=[*edges, np.inf])[0].tolist()
 
 
 # Text
@@ -118,7 +109,7 @@ def table_lines(values: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def histogram_lines(values: dict[str, dict[str, Any]], num_rows: int) -> list[str]:
-    """Return both histograms side by side, shares of all rows."""
+    """Return both histograms side by side, as shares of all rows."""
     edges = values["prompts"]["histogram"]["edges"]
     bins = [one["histogram"]["counts"] for one in values.values()]
     highest = max(map(max, bins))
@@ -129,14 +120,14 @@ def histogram_lines(values: dict[str, dict[str, Any]], num_rows: int) -> list[st
             f"{'#' * round(BAR_WIDTH * count / highest):<{BAR_WIDTH + 3}}"
             for count in pair
         ]
-        lines.append(f"  {bin_label(edges, index):<11}{''.join(bars)}".rstrip())
+        lines.append(f"  {_bin_label(edges, index):<11}{''.join(bars)}".rstrip())
     return lines
 
 
-def bin_label(edges: list[int], index: int) -> str:
+def _bin_label(edges: list[int], index: int) -> str:
     """Name a bin.
 
-    >>> bin_label([0, 20, 40], 1), bin_label([0, 20, 40], 2), bin_label([0, 1], 0)
+    >>> _bin_label([0, 20, 40], 1), _bin_label([0, 20, 40], 2), _bin_label([0, 1], 0)
     ('20-39', '40+', '0')
     """
     low = edges[index]

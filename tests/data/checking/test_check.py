@@ -9,16 +9,19 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ptuning.data.checking.check import CHUNK_ROWS, Encoder, FileCounts, check_file
-from ptuning.data.checking.check_report import Report, as_text, as_values
-from ptuning.data.checking.findings import NOTICES, PROBLEMS, Finding, find_between, find_in_file
-from ptuning.data.checking.lengths import (
-    ANSWER_RESERVE,
-    PROMPT_RESERVE,
-    cut_share,
-    sufficient_limit,
+from ptuning.data.checking.check import CHUNK_ROWS, check_file, find_placeholders, is_fake_input
+from ptuning.data.checking.findings import (
+    NOTICES,
+    PROBLEMS,
+    FileCounts,
+    Finding,
+    Report,
+    as_text,
+    as_values,
+    find_between,
+    find_in_file,
 )
-from ptuning.data.checking.odd_words import find_placeholders, is_fake_input
+from ptuning.data.checking.lengths import Side
 from ptuning.data.parsing import DataError, open_data
 from ptuning.data.prompts import Example, RowFormat
 from ptuning.data.reading import read_rows
@@ -30,21 +33,19 @@ FORMAT = RowFormat()
 CONTEXT = 2048  # tokens
 
 
-@pytest.fixture(scope="session")
-def encoder(tokenizer: ChatGLMTokenizer) -> Encoder:
-    return Encoder.of(tokenizer)
-
-
 def as_lines(rows: list[Any]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def check(
-    path: Path, content: str | bytes | list[Any], encoder: Encoder, row_format: RowFormat = FORMAT
+    path: Path,
+    content: str | bytes | list[Any],
+    tokenizer: ChatGLMTokenizer,
+    row_format: RowFormat = FORMAT,
 ) -> FileCounts:
     text = as_lines(content) if isinstance(content, list) else content
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    return check_file(path, encoder, row_format, show_progress=False)
+    return check_file(path, tokenizer, row_format, show_progress=False)
 
 
 def find(counts: FileCounts, context: int = CONTEXT) -> dict[str, Finding]:
@@ -60,8 +61,8 @@ def row(content: Any = "甲", summary: Any = "乙") -> dict[str, Any]:
     return {"content": content, "summary": summary}
 
 
-def test_a_clean_file_has_no_finding(tmp_path: Path, encoder: Encoder) -> None:
-    counts = check(tmp_path / "a.json", ROWS, encoder)
+def test_a_clean_file_has_no_finding(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
+    counts = check(tmp_path / "a.json", ROWS, tokenizer)
     assert (counts.num_read, counts.num_used) == (2, 2)
     assert find(counts) == {}
 
@@ -102,13 +103,13 @@ def test_a_clean_file_has_no_finding(tmp_path: Path, encoder: Encoder) -> None:
 )
 def test_each_fault_is_counted_where_it_is(
     tmp_path: Path,
-    encoder: Encoder,
+    tokenizer: ChatGLMTokenizer,
     rows: list[Any],
     kind: str,
     count: int,
     places: tuple[int, ...],
 ) -> None:
-    found = find(check(tmp_path / "a.json", rows, encoder))
+    found = find(check(tmp_path / "a.json", rows, tokenizer))
     assert found[kind].count == count
     assert found[kind].places == places
     assert found[kind].is_problem == (kind in PROBLEMS)
@@ -133,41 +134,45 @@ def test_placeholders_are_told_from_markup(text: str, found: list[str]) -> None:
 
 @pytest.mark.parametrize("text", ["No input", "<noinput>.", "N/A", "None", "\\<noinput\\>", "无"])
 def test_an_input_that_says_there_is_none_is_a_notice(
-    tmp_path: Path, encoder: Encoder, text: str
+    tmp_path: Path, tokenizer: ChatGLMTokenizer, text: str
 ) -> None:
     task = {"instruction": "说说春天", "input": "", "output": "花开了"}
     rows = [task, task | {"instruction": "甲", "input": text}, task | {"input": "钠（Na）"}]
-    found = find(check(tmp_path / "a.json", rows, encoder))
+    found = find(check(tmp_path / "a.json", rows, tokenizer))
     assert (found["fake_input"].places, found["fake_input"].examples) == ((2,), (text,))
     assert not found["fake_input"].is_problem
 
 
-def test_ordinary_brackets_are_no_control_tokens(tmp_path: Path, encoder: Encoder) -> None:
+def test_ordinary_brackets_are_no_control_tokens(
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
+) -> None:
     rows = [row("[Round 0] x < y > z [1]", "<b>好</b> | <| |> [mask] <sos>")]
-    assert find(check(tmp_path / "a.json", rows, encoder)) == {}
+    assert find(check(tmp_path / "a.json", rows, tokenizer)) == {}
 
 
 def test_control_tokens_are_listed_in_the_order_of_the_text(
-    tmp_path: Path, encoder: Encoder
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
     names = ["<sop>", "<n>", "[gMASK]", "<eop>", "<|tab|>"]
-    found = find(check(tmp_path / "a.json", [row("".join(names))], encoder))
+    found = find(check(tmp_path / "a.json", [row("".join(names))], tokenizer))
     assert found["control_text"].examples == tuple(f"{name} in 1 row" for name in names)
 
 
 def test_only_the_first_places_are_kept_and_all_are_counted(
-    tmp_path: Path, encoder: Encoder
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
-    found = find(check(tmp_path / "a.json", [row()] * 100, encoder))
+    found = find(check(tmp_path / "a.json", [row()] * 100, tokenizer))
     assert found["duplicate_row"].count == 99
     assert found["duplicate_row"].places == (2, 3, 4, 5, 6)
     assert found["duplicate_row"].examples[0] == "line 2 = line 1"
 
 
-def test_answers_of_one_conversation_are_one_place(tmp_path: Path, encoder: Encoder) -> None:
+def test_answers_of_one_conversation_are_one_place(
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
+) -> None:
     turns = ["甲", "乙<eop>"] * 8
     rows = [{"conversations": turns}, {"conversations": turns}]
-    report = Report(("a",), find_in_file(check(tmp_path / "a.json", rows, encoder), CONTEXT))
+    report = Report(("a",), find_in_file(check(tmp_path / "a.json", rows, tokenizer), CONTEXT))
     found = {finding.kind: finding for finding in report.findings}
     assert (found["control_text"].count, found["control_text"].places) == (16, (1, 2))
     assert not found["control_text"].has_more
@@ -175,15 +180,15 @@ def test_answers_of_one_conversation_are_one_place(tmp_path: Path, encoder: Enco
 
 
 def test_prompts_with_several_answers_are_in_the_order_of_the_file(
-    tmp_path: Path, encoder: Encoder
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
     rows = [row("甲", "一"), row("乙", "二"), row("乙", "三"), row("甲", "四")]
-    found = find(check(tmp_path / "a.json", rows, encoder))["several_answers"]
+    found = find(check(tmp_path / "a.json", rows, tokenizer))["several_answers"]
     assert (found.places, found.examples) == ((1, 2), ("1, 4", "2, 3"))
 
 
-def test_characters_without_a_token_are_named(tmp_path: Path, encoder: Encoder) -> None:
-    counts = check(tmp_path / "a.json", [*ROWS, row("龘龘", "这件")], encoder)
+def test_characters_without_a_token_are_named(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
+    counts = check(tmp_path / "a.json", [*ROWS, row("龘龘", "这件")], tokenizer)
     assert counts.words["spelled_character"]["龘"] == 2
     assert "这" not in counts.words["spelled_character"]
 
@@ -191,22 +196,22 @@ def test_characters_without_a_token_are_named(tmp_path: Path, encoder: Encoder) 
 class WithoutBytes:
     """A vocabulary without bytes: the ids of one that has them, each byte made the unknown id."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
+    byte_ids: tuple[int, ...] = ()
+
+    def __init__(self, tokenizer: ChatGLMTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.unk_token_id = tokenizer.unk_token_id
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.encoder.tokenizer.encode_batch(texts)
-        return [
-            [self.encoder.unknown_id if self.encoder.is_byte[i] else i for i in ids]
-            for ids in encoded
-        ]
+        byte_ids = set(self.tokenizer.byte_ids)
+        encoded = self.tokenizer.encode_batch(texts)
+        return [[self.unk_token_id if i in byte_ids else i for i in ids] for ids in encoded]
 
 
 def test_characters_that_become_the_unknown_token_are_a_problem(
-    tmp_path: Path, encoder: Encoder
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
-    vocabulary: Any = WithoutBytes(encoder)
-    without = Encoder(vocabulary, np.zeros_like(encoder.is_byte), encoder.unknown_id)
+    without: Any = WithoutBytes(tokenizer)
     found = find(check(tmp_path / "a.json", [row("这件", "衬衫"), row("这件", "龘")], without))
     assert found["unknown_token"].places == (2,)
     assert found["unknown_token"].is_problem
@@ -229,12 +234,12 @@ def test_characters_that_become_the_unknown_token_are_a_problem(
 )
 @pytest.mark.parametrize("suffix", [".json", ".csv"])
 def test_every_encoding_is_named_and_checked(
-    tmp_path: Path, encoder: Encoder, codec: str, name: str, has_mark: bool, suffix: str
+    tmp_path: Path, tokenizer: ChatGLMTokenizer, codec: str, name: str, has_mark: bool, suffix: str
 ) -> None:
     rows = [*ROWS, *ROWS]
     csv_text = "content,summary\n" + "".join(f"{r['content']},{r['summary']}\n" for r in rows)
     text = as_lines(rows) if suffix == ".json" else csv_text
-    counts = check(tmp_path / f"a{suffix}", text.encode(codec), encoder)
+    counts = check(tmp_path / f"a{suffix}", text.encode(codec), tokenizer)
     assert counts.decoded is not None
     assert (counts.decoded.encoding, counts.decoded.has_mark) == (name, has_mark)
     assert counts.num_used == 4
@@ -250,10 +255,10 @@ def test_every_encoding_is_named_and_checked(
 
 @pytest.mark.parametrize("codec", ["utf-8", "gbk"])
 def test_a_damaged_byte_is_located_and_the_rest_is_checked(
-    tmp_path: Path, encoder: Encoder, codec: str
+    tmp_path: Path, tokenizer: ChatGLMTokenizer, codec: str
 ) -> None:
     content = as_lines(ROWS * 3).encode(codec) + b'{"content": "\xff", "summary": "b"}\n'
-    counts = check(tmp_path / "a.json", content, encoder)
+    counts = check(tmp_path / "a.json", content, tokenizer)
     found = find(counts)["encoding"]
     assert counts.num_used == 7
     assert (found.places, found.is_problem) == ((7,), True)
@@ -263,9 +268,9 @@ def test_a_damaged_byte_is_located_and_the_rest_is_checked(
 # Columns and files
 
 
-def test_big5_is_shown_in_both_readings(tmp_path: Path, encoder: Encoder) -> None:
+def test_big5_is_shown_in_both_readings(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
     rows = [row("這是一個很漂亮的裙子", "適合夏天穿")] * 3
-    found = find(check(tmp_path / "a.json", as_lines(rows).encode("big5"), encoder))
+    found = find(check(tmp_path / "a.json", as_lines(rows).encode("big5"), tokenizer))
     assert "這是一個" in found["encoding"].message
 
 
@@ -295,10 +300,10 @@ def test_big5_is_shown_in_both_readings(tmp_path: Path, encoder: Encoder) -> Non
     ],
 )  # fmt: skip
 def test_columns_that_cannot_be_told_come_with_the_flags_to_type(
-    tmp_path: Path, encoder: Encoder, columns: str, flags: dict[str, Any], remedy: str
+    tmp_path: Path, tokenizer: ChatGLMTokenizer, columns: str, flags: dict[str, Any], remedy: str
 ) -> None:
     rows = [dict.fromkeys(columns.split(), "甲")]
-    counts = check(tmp_path / "a.json", rows, encoder, RowFormat(**flags))
+    counts = check(tmp_path / "a.json", rows, tokenizer, RowFormat(**flags))
     found = find(counts)
     assert set(found) == {"missing_column"}
     present = ", ".join(f'"{column}"' for column in columns.split())
@@ -307,12 +312,12 @@ def test_columns_that_cannot_be_told_come_with_the_flags_to_type(
     assert (counts.num_read, counts.num_used) == (1, 0)
 
 
-def test_the_columns_advised_are_read(tmp_path: Path, encoder: Encoder) -> None:
+def test_the_columns_advised_are_read(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
     rows = [{"context": "一", "query": "二", "question": "三", "answer": "四", "history": []}]
-    remedy = find(check(tmp_path / "a.json", rows, encoder))["missing_column"].remedy
+    remedy = find(check(tmp_path / "a.json", rows, tokenizer))["missing_column"].remedy
     words = remedy.removeprefix("type: ").split()
     flags = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))
-    counts = check(tmp_path / "a.json", rows, encoder, RowFormat(**flags))
+    counts = check(tmp_path / "a.json", rows, tokenizer, RowFormat(**flags))
     assert str(counts.layout) == "columns: history + question + context -> answer"
 
 
@@ -331,19 +336,21 @@ def test_the_columns_advised_are_read(tmp_path: Path, encoder: Encoder) -> None:
     ],
 )  # fmt: skip
 def test_every_format_is_found_and_said(
-    tmp_path: Path, encoder: Encoder, rows: list[Any], layout: str, num_used: int
+    tmp_path: Path, tokenizer: ChatGLMTokenizer, rows: list[Any], layout: str, num_used: int
 ) -> None:
-    counts = check(tmp_path / "a.json", rows, encoder)
+    counts = check(tmp_path / "a.json", rows, tokenizer)
     assert (str(counts.layout), counts.num_used) == (layout, num_used)
     assert kinds(counts) == set()
     text = as_text(Report(("a.json",), [], counts))
     assert f"  format    {layout}\n" in text
     assert ("1 read, 2 answers in them, 2 used" in text) == (num_used == 2)
-    last = check(tmp_path / "a.json", rows, encoder, RowFormat(turns="last"))
+    last = check(tmp_path / "a.json", rows, tokenizer, RowFormat(turns="last"))
     assert last.num_used == 1
 
 
-def test_turns_that_training_leaves_out_are_counted(tmp_path: Path, encoder: Encoder) -> None:
+def test_turns_that_training_leaves_out_are_counted(
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
+) -> None:
     def turn(role: str, text: str, **weight: int) -> dict[str, Any]:
         return {"role": role, "content": text} | weight
 
@@ -353,7 +360,7 @@ def test_turns_that_training_leaves_out_are_counted(tmp_path: Path, encoder: Enc
         [turn("assistant", "己"), turn("user", "庚"), turn("assistant", "辛")],
     ]  # fmt: skip
     content: list[Any] = [{"messages": turns} for turns in rows]
-    counts = check(tmp_path / "a.json", content, encoder)
+    counts = check(tmp_path / "a.json", content, tokenizer)
     findings = find_in_file(counts, CONTEXT)[:3]
     assert [(one.kind, one.count, one.places) for one in findings] == [
         ("empty_field", 1, (1,)),
@@ -367,28 +374,30 @@ def test_turns_that_training_leaves_out_are_counted(tmp_path: Path, encoder: Enc
 
 
 def test_unused_columns_are_listed_with_the_rows_that_fill_them(
-    tmp_path: Path, encoder: Encoder
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
     rows = [row("甲") | {"id": 1, "x": None}, row("乙") | {"id": 2}, row("丙")]
-    text = as_text(Report(("a",), [], check(tmp_path / "a.json", rows, encoder)))
+    text = as_text(Report(("a",), [], check(tmp_path / "a.json", rows, tokenizer)))
     used = "content (prompt), summary (response)"
     assert f"  columns   {used}, id (not used, filled in 2 rows), x (not used, filled in 0" in text
 
 
-def test_the_remedy_for_a_column_left_out_is_taken(tmp_path: Path, encoder: Encoder) -> None:
+def test_the_remedy_for_a_column_left_out_is_taken(
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
+) -> None:
     rows = [{"content": "译", "passage": word, "summary": word * 2} for word in ("梨", "桃")]
-    counts = check(tmp_path / "a.json", rows, encoder)
+    counts = check(tmp_path / "a.json", rows, tokenizer)
     found = find(counts)["left_out"]
     assert find(counts)["several_answers"].remedy.endswith("apart: passage")
     flags = "--prompt_column content --input_column passage --response_column summary"
     assert found.remedy.endswith(flags)
     assert found.is_problem
     columns = RowFormat(prompt_column="content", input_column="passage", response_column="summary")
-    assert kinds(check(tmp_path / "a.json", rows, encoder, columns)) == set()
+    assert kinds(check(tmp_path / "a.json", rows, tokenizer, columns)) == set()
 
 
-def test_what_the_reader_left_out_is_a_notice(tmp_path: Path, encoder: Encoder) -> None:
-    counts = check(tmp_path / "a.csv", "content,summary\n甲,乙\ncontent,summary\n", encoder)
+def test_what_the_reader_left_out_is_a_notice(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
+    counts = check(tmp_path / "a.csv", "content,summary\n甲,乙\ncontent,summary\n", tokenizer)
     assert kinds(counts) == {"note"}
     assert "line 3" in find(counts)["note"].message
 
@@ -403,9 +412,9 @@ def test_what_the_reader_left_out_is_a_notice(tmp_path: Path, encoder: Encoder) 
     ],
 )
 def test_a_test_set_without_answers_is_checked(
-    tmp_path: Path, encoder: Encoder, rows: list[Any]
+    tmp_path: Path, tokenizer: ChatGLMTokenizer, rows: list[Any]
 ) -> None:
-    counts = check(tmp_path / "a.json", [*rows, rows[0]], encoder)
+    counts = check(tmp_path / "a.json", [*rows, rows[0]], tokenizer)
     assert not counts.has_answers
     found = find(counts)
     assert kinds(counts) == {"no_answers", "duplicate_row"}
@@ -418,24 +427,26 @@ def test_a_test_set_without_answers_is_checked(
 
 
 def test_a_named_answer_column_that_is_not_there_is_no_test_set(
-    tmp_path: Path, encoder: Encoder
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
-    counts = check(tmp_path / "a.json", [row()], encoder, RowFormat(response_column="丙"))
+    counts = check(tmp_path / "a.json", [row()], tokenizer, RowFormat(response_column="丙"))
     assert kinds(counts) == {"missing_column", "no_answers"}  # --do_predict would answer it
     assert 'no column "丙"' in find(counts)["missing_column"].message
 
 
 def test_bytes_that_are_lost_here_are_not_said_to_be_lost_before(
-    tmp_path: Path, encoder: Encoder
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
     (tmp_path / "a.csv").write_bytes("content,summary\ncafé,ein Text\n".encode("cp1252"))
-    counts = check_file(tmp_path / "a.csv", encoder, RowFormat(), show_progress=False)
+    counts = check_file(tmp_path / "a.csv", tokenizer, RowFormat(), show_progress=False)
     assert kinds(counts) == {"encoding"}
 
 
-def test_a_history_counts_as_part_of_the_prompt(tmp_path: Path, encoder: Encoder) -> None:
+def test_a_history_counts_as_part_of_the_prompt(
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
+) -> None:
     rows = [{**row(), "history": [["问", "答<eop>"]]}, {**row(), "history": []}]
-    counts = check(tmp_path / "a.json", rows, encoder)
+    counts = check(tmp_path / "a.json", rows, tokenizer)
     assert counts.prompt_lengths[0] > counts.prompt_lengths[1] + 5
     assert counts.places["control_text"] == [1]
     assert "duplicate_row" not in counts.places
@@ -452,64 +463,62 @@ def test_a_history_counts_as_part_of_the_prompt(tmp_path: Path, encoder: Encoder
     ],
 )
 def test_a_file_without_rows_is_unreadable(
-    tmp_path: Path, encoder: Encoder, name: str, content: str | bytes, words: str
+    tmp_path: Path, tokenizer: ChatGLMTokenizer, name: str, content: str | bytes, words: str
 ) -> None:
-    found = find(check(tmp_path / name, content, encoder))
+    found = find(check(tmp_path / name, content, tokenizer))
     assert set(found) == {"unreadable"}
     assert words in found["unreadable"].message
 
 
-def test_a_missing_file_is_unreadable(tmp_path: Path, encoder: Encoder) -> None:
-    counts = check_file(tmp_path / "none.json", encoder, FORMAT, show_progress=False)
+def test_a_missing_file_is_unreadable(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
+    counts = check_file(tmp_path / "none.json", tokenizer, FORMAT, show_progress=False)
     assert "cannot be read (No such file" in find(counts)["unreadable"].message
 
 
-def test_the_check_goes_on_after_broken_lines(tmp_path: Path, encoder: Encoder) -> None:
+def test_the_check_goes_on_after_broken_lines(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
     path = tmp_path / "a.json"
-    counts = check(path, as_lines(ROWS) + "{broken\n" + as_lines([row(), row([])]), encoder)
+    counts = check(path, as_lines(ROWS) + "{broken\n" + as_lines([row(), row([])]), tokenizer)
     assert (counts.num_used, counts.places["broken_row"]) == (3, [3, 5])
     assert counts.examples["broken_row"][0][1].startswith(f"{path}:3: broken JSON")
-    csv_file = check(tmp_path / "a.csv", "content,summary\na,b,c\nd,e\n", encoder)
+    csv_file = check(tmp_path / "a.csv", "content,summary\na,b,c\nd,e\n", tokenizer)
     assert (csv_file.num_used, csv_file.places["broken_row"]) == (1, [2])
-    array = check(tmp_path / "b.json", '[{"content":"a","summary":"b"},\n 1,\n{"x": }]', encoder)
+    array = check(tmp_path / "b.json", '[{"content":"a","summary":"b"},\n 1,\n{"x": }]', tokenizer)
     assert (array.num_used, array.places["broken_row"]) == (1, [2, 3])
 
 
 def test_a_file_of_fields_that_are_no_text_is_broken_and_no_test_set(
-    tmp_path: Path, encoder: Encoder
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
-    counts = check(tmp_path / "a.json", [row("甲", ["乙"]), row([], "乙")], encoder)
+    counts = check(tmp_path / "a.json", [row("甲", ["乙"]), row([], "乙")], tokenizer)
     assert set(find(counts)) == {"broken_row"}
     assert "2 read, 0 used, 2 broken" in as_text(Report(("a",), [], counts))
 
 
-def test_rows_of_a_one_line_array_are_numbered(tmp_path: Path, encoder: Encoder) -> None:
-    found = find(check(tmp_path / "a.json", json.dumps([*ROWS, ROWS[0]]), encoder))
+def test_rows_of_a_one_line_array_are_numbered(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
+    found = find(check(tmp_path / "a.json", json.dumps([*ROWS, ROWS[0]]), tokenizer))
     assert found["duplicate_row"].examples == ("row 3 = row 1",)
 
 
 # Two files
 
 
-def test_shared_rows_and_prompts_are_found(tmp_path: Path, encoder: Encoder) -> None:
-    first = check(tmp_path / "a.json", [*ROWS, row(), row("丙", "一"), row()], encoder)
-    second = check(tmp_path / "b.json", [row("丙", "二"), row("丁"), row()], encoder)
+def test_shared_rows_and_prompts_are_found(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
+    first = check(tmp_path / "a.json", [*ROWS, row(), row("丙", "一"), row()], tokenizer)
+    second = check(tmp_path / "b.json", [row("丙", "二"), row("丁"), row()], tokenizer)
     found = {finding.kind: finding for finding in find_between(first, second)}
     assert set(found) == {"shared_row", "shared_prompt"}
     assert found["shared_row"].count == 1
     assert found["shared_row"].examples == ("line 3 = line 3",)
     assert found["shared_prompt"].examples == ("line 4 = line 1",)
-    assert not find_between(first, check(tmp_path / "c.json", [row("戊")], encoder))
+    assert not find_between(first, check(tmp_path / "c.json", [row("戊")], tokenizer))
 
 
 # Lengths
 
 
-def test_cuts_are_those_of_training(
-    tmp_path: Path, encoder: Encoder, tokenizer: ChatGLMTokenizer
-) -> None:
+def test_cuts_are_those_of_training(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
     rows = [row("件" * n, "色" * (30 - n)) for n in range(1, 30)]
-    counts = check(tmp_path / "a.json", rows, encoder)
+    counts = check(tmp_path / "a.json", rows, tokenizer)
     for limit in (3, 10, 17, 40):
         examples = [Example(r["content"], r["summary"], r["content"]) for r in rows]
         trained = to_training_batch(
@@ -517,36 +526,36 @@ def test_cuts_are_those_of_training(
         )
         prompts = sum(one.prompt_cut for one in trained) / len(rows)
         answers = sum(one.answer_cut for one in trained) / len(rows)
-        assert cut_share(counts.prompt_lengths, limit, PROMPT_RESERVE) == prompts
-        assert cut_share(counts.answer_lengths, limit, ANSWER_RESERVE) == answers
+        assert [side.cut_share(limit) for side in counts.sides] == [prompts, answers]
 
 
 def test_rows_of_many_chunks_keep_their_lengths(
-    tmp_path: Path, encoder: Encoder, tokenizer: ChatGLMTokenizer
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
     rows = [row(f"{n}", "色" * (n % 7 + 1)) for n in range(CHUNK_ROWS + 5)]
-    counts = check(tmp_path / "a.json", rows, encoder)
+    counts = check(tmp_path / "a.json", rows, tokenizer)
     expected = tokenizer.encode_batch([r["summary"] for r in rows])
     assert counts.answer_lengths.tolist() == [len(ids) for ids in expected]
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=50), st.integers(3, 2000))
 def test_the_length_that_is_advised_suffices(lengths: list[int], limit: int) -> None:
-    array = np.array(lengths)
-    advised = sufficient_limit(array, limit, ANSWER_RESERVE)
-    assert cut_share(array, advised, ANSWER_RESERVE) <= 0.01
+    side = Side("answer", "--max_target_length", limit, 2, np.array(lengths))
+    assert side.cut_share(side.sufficient_limit) <= 0.01
 
 
-def test_lengths_beyond_the_base_are_said_and_not_advised(tmp_path: Path, encoder: Encoder) -> None:
+def test_lengths_beyond_the_base_are_said_and_not_advised(
+    tmp_path: Path, tokenizer: ChatGLMTokenizer
+) -> None:
     rows = [row("件", "色" * 3000), *(row("件" * n, "色") for n in range(1, 99))]
-    found = find(check(tmp_path / "a.json", rows, encoder))
+    found = find(check(tmp_path / "a.json", rows, tokenizer))
     assert "the 2,048 tokens of the base model: 1 row (1.0%)" in found["beyond_context"].message
     assert not found["beyond_context"].is_problem
-    short = find(check(tmp_path / "a.json", [*rows[:1], row("乙")], encoder))["cut_answer"].remedy
+    short = find(check(tmp_path / "a.json", [*rows[:1], row("乙")], tokenizer))["cut_answer"].remedy
     assert short == (
         "--max_target_length 1984 cuts 50.0%; more does not fit the 2,048 tokens of the base model"
     )
-    other = find(check(tmp_path / "b.json", [row("件" * 3000, "色" * 3000)], encoder), 1000)
+    other = find(check(tmp_path / "b.json", [row("件" * 3000, "色" * 3000)], tokenizer), 1000)
     assert other["cut_prompt"].remedy.startswith("--max_source_length 500 cuts 100.0%; more")
     assert other["cut_answer"].remedy.startswith("--max_target_length 500 cuts 100.0%; more")
 
@@ -591,10 +600,10 @@ _contents = st.one_of(
 @example(content=b"\xff\xfe\x00", suffix=".json")
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_give_a_report(
-    tmp_path: Path, encoder: Encoder, content: bytes, suffix: str
+    tmp_path: Path, tokenizer: ChatGLMTokenizer, content: bytes, suffix: str
 ) -> None:
     path = tmp_path / f"any{suffix}"
-    counts = check(path, content, encoder)
+    counts = check(path, content, tokenizer)
     report = Report((str(path),), find_in_file(counts, CONTEXT), counts)
     kinds = {finding.kind for finding in report.findings}
     assert kinds <= {*PROBLEMS, *NOTICES}
@@ -630,12 +639,12 @@ def _agrees_with_training(path: Path, counts: FileCounts) -> None:
 
 def test_the_real_file_is_known(shared: Path, real_tokenizer: ChatGLMTokenizer) -> None:
     path = shared / "data" / "AdvertiseGen" / "dev.json"
-    counts = check_file(path, Encoder.of(real_tokenizer), FORMAT, show_progress=False)
+    counts = check_file(path, real_tokenizer, FORMAT, show_progress=False)
     found = find(counts)
     assert counts.num_used == 1070
     assert found["unknown_mark"].count == 300
     assert found["duplicate_row"].examples == ("line 890 = line 889",)
-    assert round(cut_share(counts.answer_lengths, 64, ANSWER_RESERVE), 2) == 0.54
+    assert round(counts.sides[1].cut_share(64), 2) == 0.54
 
 
 @pytest.mark.parametrize(
@@ -646,14 +655,14 @@ def test_the_real_file_is_known(shared: Path, real_tokenizer: ChatGLMTokenizer) 
     ],
 )
 def test_fake_inputs_of_published_rows_are_the_known_ones(
-    shared: Path, encoder: Encoder, name: str, key: str, num_rows: int
+    shared: Path, tokenizer: ChatGLMTokenizer, name: str, key: str, num_rows: int
 ) -> None:
     path = shared / "data" / "alpaca" / name
     known = json.loads((shared / "golden" / "instructions.json").read_text("utf-8"))[key]
     rows = [row for row in open_data(path).rows() if not isinstance(row, DataError)]
     found = [i for i, row in enumerate(rows) if is_fake_input(row.columns["input"])]
     assert found == known["fake_inputs"]["indices"]
-    counts = check_file(path, encoder, FORMAT, show_progress=False)
+    counts = check_file(path, tokenizer, FORMAT, show_progress=False)
     assert counts.places["fake_input"] == [rows[i].line for i in found]
     assert len(found) == num_rows == find(counts)["fake_input"].count
 
@@ -668,9 +677,9 @@ def test_fake_inputs_of_published_rows_are_the_known_ones(
     ],
 )
 def test_placeholders_of_published_rows_are_found(
-    shared: Path, encoder: Encoder, name: str, num_rows: int, words: set[str]
+    shared: Path, tokenizer: ChatGLMTokenizer, name: str, num_rows: int, words: set[str]
 ) -> None:
     path = shared / "data" / "lima" / name
-    counts = check_file(path, encoder, FORMAT, show_progress=False)
+    counts = check_file(path, tokenizer, FORMAT, show_progress=False)
     assert len(counts.places["placeholder"]) == num_rows
     assert set(counts.words["placeholder"]) == words
