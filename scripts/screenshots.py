@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ptuning.serve.defaults import NEWEST_NAME, choose_served
+from ptuning.serve.startup import NEWEST_NAME, choose_served
 from scripts.local_server import ROOT, free_port, running
 from scripts.terminal_sessions import record_api, record_chat, to_page
 

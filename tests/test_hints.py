@@ -149,7 +149,7 @@ def run(line: str, folders: Path, monkeypatch, capsys) -> tuple[int | None, str]
     def reached(*_args: object, **_kwargs: object) -> None:
         raise ReachedError
 
-    for place in ("serve.session.Session", "serve.session_process.SessionProcess"):
+    for place in ("serve.session_local.Session", "serve.client.SessionProcess"):
         monkeypatch.setattr(f"ptuning.{place}.load", reached)
     monkeypatch.setattr("ptuning.commands.answer.load_tokenizer", reached)
     monkeypatch.setattr("ptuning.serve.server.check_address", check_host)

@@ -22,12 +22,12 @@ from ptuning.serve.api_answers import (
     follow,
     start_answer,
 )
-from ptuning.serve.api_guard import Guard
 from ptuning.serve.api_replies import Reply, error_body, error_response, event
-from ptuning.serve.api_requests import ChatBody, CommonBody, CompletionBody, PrefixBody
+from ptuning.serve.api_schema import ChatBody, CommonBody, CompletionBody, PrefixBody
 from ptuning.serve.metrics import CONTENT_TYPE, Metrics
+from ptuning.serve.middleware import Guard
 from ptuning.serve.scheduler import EngineError, QueueFullError, SessionClosedError
-from ptuning.serve.session_front import BASE_NAME, SessionFront, UnknownPrefixError
+from ptuning.serve.session import BASE_NAME, SessionFront, UnknownPrefixError
 
 MAX_BODY_KIB = 256  # ChatGLM-6B's context of 2,048 tokens is about 10 KiB of Chinese
 TIMEOUT_S = 300.0

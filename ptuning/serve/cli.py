@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TextIO
 
 from ptuning.serve.answer import Answer
-from ptuning.serve.session import Session
-from ptuning.serve.session_front import BASE_NAME, SamplingOptions, UnknownPrefixError
+from ptuning.serve.session import BASE_NAME, SamplingOptions, UnknownPrefixError
+from ptuning.serve.session_local import Session
 
 HELP = """\
 /prefix NAME   answer with this prefix; without a name, list them

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ptuning.engine.request import FinishReason, Request
 from ptuning.engine.sampling import TokenLogprob
-from ptuning.serve.session_front import Load, Weighted
+from ptuning.serve.session import Load, Weighted
 from ptuning.tunings.artefact import TunedInfo
 
 # From the front

@@ -12,8 +12,8 @@ from ptuning.data.prompts import RowFormat, TextRow, to_example
 from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.serve.scheduler import QueueFullError
-from ptuning.serve.session import Session
-from ptuning.serve.session_front import UnknownPrefixError
+from ptuning.serve.session import UnknownPrefixError
+from ptuning.serve.session_local import Session
 from ptuning.serve.text_stream import clean_response
 from ptuning.tunings.loading import NANO_DIR
 from tests.data.one_row import to_generation_prompt

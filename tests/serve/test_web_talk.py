@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from ptuning.serve.session_front import UnknownPrefixError
+from ptuning.serve.session import UnknownPrefixError
 from ptuning.serve.web_talk import EMPTY, Options, WebTalk, take_back
 from tests.serve.slow_engine import slow_down
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ptuning.model.cpu.threads import leave_a_processor
 from ptuning.serve.scheduler import EngineError, Ticket
-from ptuning.serve.session import Session
+from ptuning.serve.session_local import Session
 from ptuning.serve.session_messages import (
     AddPrefix,
     Close,

@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from ptuning.serve.addresses import is_loopback
-from ptuning.serve.defaults import choose_served, find_newest
 from ptuning.serve.server import check_address
+from ptuning.serve.startup import choose_served, find_newest
 from ptuning.tunings.loading import NANO_DIR
 
 

@@ -15,11 +15,11 @@ import psutil
 import pytest
 
 from ptuning.engine.request import Request
+from ptuning.serve.client import EndedProcessError, SessionProcess
 from ptuning.serve.scheduler import EngineError, QueueFullError, SessionClosedError
-from ptuning.serve.session import Session
-from ptuning.serve.session_front import Load, UnknownPrefixError
+from ptuning.serve.session import Load, UnknownPrefixError
+from ptuning.serve.session_local import Session
 from ptuning.serve.session_messages import portable
-from ptuning.serve.session_process import EndedProcessError, SessionProcess
 from ptuning.tunings.artefact import PREFIX_CONFIG_NAME
 from ptuning.tunings.loading import NANO_DIR
 

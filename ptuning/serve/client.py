@@ -27,8 +27,7 @@ from typing import Any, Self
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.request import Request, Row
 from ptuning.serve.scheduler import SessionClosedError, Ticket, check_queue
-from ptuning.serve.session_child import LOADING, run
-from ptuning.serve.session_front import Load, NamedPrefix, SessionFront, Weighted
+from ptuning.serve.session import Load, NamedPrefix, SessionFront, Weighted
 from ptuning.serve.session_messages import (
     AddPrefix,
     Close,
@@ -40,6 +39,7 @@ from ptuning.serve.session_messages import (
     Start,
     Stop,
 )
+from ptuning.serve.worker import LOADING, run
 from ptuning.tunings.loading import find_model, load_tokenizer
 
 END_S = 10.0  # how long a decoding step may still take when the session is closed
