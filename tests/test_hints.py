@@ -149,10 +149,10 @@ def run(line: str, folders: Path, monkeypatch, capsys) -> tuple[int | None, str]
     def reached(*_args: object, **_kwargs: object) -> None:
         raise ReachedError
 
-    for place in ("serve.session_local.Session", "serve.client.SessionProcess"):
+    for place in ("serve.session.Session", "serve.client.EngineClient"):
         monkeypatch.setattr(f"ptuning.{place}.load", reached)
     monkeypatch.setattr("ptuning.commands.answer.load_tokenizer", reached)
-    monkeypatch.setattr("ptuning.serve.server.check_address", check_host)
+    monkeypatch.setattr("ptuning.commands.serving.check_address", check_host)
     try:
         status = program.main(line.replace("DIR", str(folders)).split())
     except ReachedError:
@@ -162,7 +162,7 @@ def run(line: str, folders: Path, monkeypatch, capsys) -> tuple[int | None, str]
 
 def check_host(host: str, port: int, api_key: str | None) -> None:
     """Check the address but for the port, which another program may be listening on."""
-    from ptuning.serve.addresses import check_guarded
+    from ptuning.serve.startup import check_guarded
 
     check_guarded(host, api_key, flag="--api_key")
 

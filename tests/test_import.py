@@ -107,7 +107,7 @@ import importlib, sys, threading
 import ptuning
 import transformers  # whose own import is not safe in several threads: it replaces its module
 names = ["transformers", "ptuning.model.config", "ptuning.data.tokenizer", "ptuning.model.chatglm",
-         "ptuning.train.progress", "ptuning.serve.session_local"]
+         "ptuning.train.progress", "ptuning.serve.session"]
 start, errors, found = threading.Barrier(2 * len(names)), [], []
 
 def work(name):

@@ -124,7 +124,7 @@ def test_imports_go_one_way(file: Path) -> None:
         ("ptuning.train.fit", "from main import main", ["main.main"]),
         ("ptuning.train.fit", "from ptuning.train import guards\nfrom ptuning.model.config import C", []),
         ("ptuning.train.fit", "from ptuning.output import track", []),
-        ("ptuning.serve.session_local", "from ptuning.scoring import report", ["ptuning.scoring.report"]),
+        ("ptuning.serve.session", "from ptuning.scoring import report", ["ptuning.scoring.report"]),
         ("main", "import arguments, trainer_seq2seq\nfrom ptuning.scoring import answering", []),
         ("scripts.environment", "import main", []),
     ],

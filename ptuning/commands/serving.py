@@ -12,8 +12,7 @@ import os
 import sys
 
 from ptuning.commands.registry import KEY_VARIABLE, PASSWORD_VARIABLE
-from ptuning.serve.addresses import check_guarded
-from ptuning.serve.startup import choose_served, loading_options
+from ptuning.serve.startup import check_address, check_guarded, choose_served, loading_options
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ def chat(arguments: argparse.Namespace) -> int:
     """Chat in the terminal, or over a pipe, until the end of the input."""
     served = choose_served(arguments.model, arguments.prefix)
     from ptuning.serve.cli import TerminalChat
-    from ptuning.serve.session_local import Session
+    from ptuning.serve.session import Session
 
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal and importlib.util.find_spec("readline") is not None:  # Windows has none
@@ -66,14 +65,13 @@ def serve(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"not installed: {', '.join(missing)}; type: python -m pip install {' '.join(missing)}"
         )
-    from ptuning.serve.api import build_app
-    from ptuning.serve.server import check_address, make_server
-    from ptuning.serve.server import serve as run_server
-    from ptuning.serve.client import EndedProcessError, SessionProcess
+    from ptuning.serve.api import build_app, make_server
+    from ptuning.serve.api import serve as run_server
+    from ptuning.serve.client import EndedProcessError, EngineClient
 
     api_key = arguments.api_key or os.environ.get(KEY_VARIABLE)
     check_address(arguments.host, arguments.port, api_key)
-    with SessionProcess.load(
+    with EngineClient.load(
         served.model,
         max_rows=arguments.max_rows,
         max_queue=arguments.max_queue,
@@ -107,7 +105,7 @@ def web(arguments: argparse.Namespace) -> int:
         )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio polls its own server
-    from ptuning.serve.session_local import Session
+    from ptuning.serve.session import Session
     from ptuning.serve.web import build_page, launch
     from ptuning.serve.web_talk import WebTalk
 

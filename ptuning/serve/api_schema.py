@@ -1,15 +1,25 @@
-"""What may be asked over HTTP: OpenAI's request bodies, and this project's options beside them.
+"""OpenAI's forms of requests, replies and errors, with this project's additions.
 
-A parameter that cannot be honoured is refused, never ignored, unless its value asks for nothing.
+A parameter that cannot be honoured is rejected, never ignored, unless its value requests nothing.
 """
 
-from collections.abc import Mapping
+import json
+import math
+import re
+import secrets
+import time
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST_STOPS = 16
-IGNORED = {  # who asks and how it is booked: nothing that changes an answer
+from ptuning.data.tokenizer import ChatGLMTokenizer, restore_whitespace
+from ptuning.engine.sampling import TokenLogprob
+from ptuning.serve.text_stream import Answer
+
+MAX_STOPS = 16
+IGNORED = {  # who asks and how it is billed; no effect on the answer
     "user",
     "metadata",
     "store",
@@ -17,7 +27,7 @@ IGNORED = {  # who asks and how it is booked: nothing that changes an answer
     "safety_identifier",
     "prompt_cache_key",
 }
-NEUTRAL: dict[str, list[Any]] = {  # not available: only values that ask for nothing
+NO_OPS: dict[str, list[Any]] = {  # not supported: only values that request nothing
     "n": [1],
     "best_of": [1],
     "echo": [False],
@@ -32,25 +42,33 @@ NEUTRAL: dict[str, list[Any]] = {  # not available: only values that ask for not
     "response_format": [{"type": "text"}],
     "modalities": [["text"]],
 }
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
 
-Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
+
+class ChatRequest(NamedTuple):
+    """A request as `AbstractSession.chat` takes it; options are fields of `ChatOptions`."""
+
+    query: str
+    history: list[tuple[str, str]]
+    options: dict[str, Any]
 
 
 class Strict(BaseModel):
-    """Refuses unknown keys and numbers that are none."""
+    """Rejects unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
-    """Whether the last chunk tells the token counts."""
+    """What a stream contains besides the text."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class Blend(Strict):
-    """Another prefix beside the one asked for; weight 1 is the other alone."""
+    """A second prefix; weight 1 is the second alone."""
 
     model: str
     weight: Annotated[float, Field(ge=0, le=1)]
@@ -65,9 +83,9 @@ class CommonBody(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    # Beside OpenAI's:
+    # Not in OpenAI's API:
     top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     prefix_strength: Annotated[float, Field(ge=0, le=1000)] = 1.0
@@ -77,39 +95,46 @@ class CommonBody(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def leave_out_what_asks_for_nothing(cls, data: Any) -> Any:
-        """Drop parameters that are not available where their value has no effect."""
+    def drop_no_ops(cls, data: Any) -> Any:
+        """Drop unsupported parameters whose value has no effect; reject other values."""
         if not isinstance(data, Mapping):
             return data
-        kept = {}
-        for name, value in data.items():
-            if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
-                raise ValueError(
-                    f"{name} is {_short(value)}, which this server does not do; leave it out."
-                )
-            if name not in NEUTRAL and name not in IGNORED:
-                kept[name] = value
-        return kept
-
-    def sampling(self) -> dict[str, Any]:
-        """Return the options of `Sampling`: greedy unless the request asks for a draw."""
-        draws = self.top_p is not None or self.top_k is not None
-        given = {
-            "temperature": 1.0 if draws and self.temperature is None else self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
+        for name, harmless in NO_OPS.items():
+            value = data.get(name)
+            if value is not None and value not in harmless:
+                shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+                raise ValueError(f"{name} is {shown}, which is not supported; leave it out.")
+        return {
+            name: value
+            for name, value in data.items()
+            if name not in NO_OPS and name not in IGNORED
         }
-        return {name: value for name, value in given.items() if value is not None}
 
     def stops(self) -> list[str]:
         """Return the stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    def common_options(self) -> dict[str, Any]:
+        """Return fields of `ChatOptions`: greedy unless the request has a sampling parameter."""
+        samples = self.top_p is not None or self.top_k is not None
+        sampling = {
+            "temperature": 1.0 if samples and self.temperature is None else self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": self.seed,
+        }
+        return {
+            "strength": self.prefix_strength,
+            "blend": None if self.blend is None else (self.blend.model, self.blend.weight),
+            "stop": self.stops(),
+            "max_source_length": self.max_source_length,
+            **{name: value for name, value in sampling.items() if value is not None},
+        }
+
 
 class TextPart(Strict):
-    """A part of a message; text is all this model reads."""
+    """A part of a message; the model reads text only."""
 
     type: Literal["text"]
     text: str
@@ -130,14 +155,6 @@ class Message(Strict):
         return "".join(part.text for part in self.content)
 
 
-class Turns(NamedTuple):
-    """A chat as the prompt builder takes it."""
-
-    system: str
-    history: list[tuple[str, str]]
-    query: str
-
-
 class ChatBody(CommonBody):
     """POST /v1/chat/completions."""
 
@@ -146,32 +163,33 @@ class ChatBody(CommonBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    @property
-    def num_logprobs(self) -> int | None:
-        """How many likeliest tokens to tell; None for no log-probabilities at all."""
-        return (self.top_logprobs or 0) if self.logprobs else None
+    def to_request(self) -> ChatRequest:
+        """Return the request.
 
-    def turns(self) -> Turns:
-        """Return system text, earlier turns and the question.
-
-        ValueError unless user and assistant take turns and the user speaks last.
+        ValueError unless user and assistant take turns and the user's message is the last.
         """
         messages = list(self.messages)
         system = []
         while messages and messages[0].role in ("system", "developer"):
             system.append(messages.pop(0).text)
         for index, message in enumerate(messages):
-            due = "assistant" if index % 2 else "user"
-            if message.role != due:
+            expected = "assistant" if index % 2 else "user"
+            if message.role != expected:
                 raise ValueError(
-                    f"messages[{index + len(system)}] has the role {message.role} where {due} is "
-                    "due; after system messages, user and assistant take turns."
+                    f"messages[{index + len(system)}] has the role {message.role}, but {expected} "
+                    "is expected; after system messages, user and assistant take turns."
                 )
         if len(messages) % 2 == 0:
-            raise ValueError("messages end without a question; the last one is the user's.")
+            raise ValueError("messages end without a question; the last one must be the user's.")
         pairs = zip(messages[:-1:2], messages[1::2], strict=True)
+        options = self.common_options() | {
+            "system": "\n".join(system),
+            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
+            "num_logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "clean": self.clean is not False,
+        }
         history = [(question.text, answer.text) for question, answer in pairs]
-        return Turns("\n".join(system), history, messages[-1].text)
+        return ChatRequest(messages[-1].text, history, options)
 
 
 class CompletionBody(CommonBody):
@@ -180,10 +198,15 @@ class CompletionBody(CommonBody):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    @property
-    def query(self) -> str:
-        """The prompt as one text."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def to_request(self) -> ChatRequest:
+        """Return the request; like evaluation's, its answer is the raw text."""
+        options = self.common_options() | {
+            "max_new_tokens": self.max_tokens,
+            "num_logprobs": self.logprobs,
+            "clean": self.clean is True,
+        }
+        prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        return ChatRequest(prompt, [], options)
 
 
 class PrefixBody(Strict):
@@ -194,6 +217,141 @@ class PrefixBody(Strict):
     allow_other_base: bool = False
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+class ReplyFormatter:
+    """Formats one answer as a chat completion or a plain one."""
+
+    def __init__(self, tokenizer: ChatGLMTokenizer, *, model: str, is_chat: bool) -> None:
+        """Give the answer its id and time."""
+        self.is_chat = is_chat
+        self._tokenizer = tokenizer
+        self._kind = "chat.completion" if is_chat else "text_completion"
+        self._chunk_kind = "chat.completion.chunk" if is_chat else "text_completion"
+        self._head = {
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """Return a finished answer."""
+        choice: dict[str, Any] = {
+            "index": 0,
+            "finish_reason": answer.finish_reason,
+            "logprobs": self.logprobs(answer.logprobs, 0),
+        }
+        if self.is_chat:
+            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+        else:
+            choice["text"] = answer.text
+        reply = {**self._head, "object": self._kind, "choices": [choice]}
+        return reply | {"usage": _usage(answer)} | _notices(answer)
+
+    def chunk(
+        self,
+        text: str | None,
+        *,
+        logprobs: Mapping[str, Any] | None = None,
+        finish_reason: str | None = None,
+        is_first: bool = False,
+    ) -> dict[str, Any]:
+        """Return one chunk of a stream."""
+        choice: dict[str, Any] = {
+            "index": 0,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        if self.is_chat:
+            delta = {"role": "assistant"} if is_first else {}
+            choice["delta"] = delta if text is None else delta | {"content": text}
+        else:
+            choice["text"] = text or ""
+        return {**self._head, "object": self._chunk_kind, "choices": [choice]}
+
+    def end_chunk(self, answer: Answer) -> dict[str, Any]:
+        """Return the chunk with the finish reason and what was left out of the prompt."""
+        return self.chunk(None, finish_reason=answer.finish_reason) | _notices(answer)
+
+    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
+        """Return the last chunk of a stream with `include_usage`."""
+        return {
+            **self._head,
+            "object": self._chunk_kind,
+            "choices": [],
+            "usage": _usage(answer),
+        }
+
+    def logprobs(self, found: Sequence[TokenLogprob], text_offset: int) -> dict[str, Any] | None:
+        """Return log-probabilities in this form, or None if there are none."""
+        if not found:
+            return None
+        if self.is_chat:
+            content = [
+                self._entry(one.token_id, one.logprob)
+                | {"top_logprobs": [self._entry(*pair) for pair in one.top]}
+                for one in found
+            ]
+            return {"content": content, "refusal": None}
+        texts = [self._token_text(one.token_id) for one in found]
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(one.logprob) for one in found],
+            "top_logprobs": [
+                {self._token_text(token): _finite(value) for token, value in one.top}
+                for one in found
+            ],
+            "text_offset": [
+                text_offset + sum(map(len, texts[:index])) for index in range(len(texts))
+            ],
+        }
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._token_text(token_id)
+        byte = BYTE_PIECE.fullmatch(text)
+        encoded = [int(byte[1], 16)] if byte else list(text.encode("utf-8"))
+        return {"token": text, "logprob": _finite(logprob), "bytes": encoded}
+
+    def _token_text(self, token_id: int) -> str:
+        """Return one token as text with its spaces; a single byte by its name `<0xE4>`."""
+        piece = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        return restore_whitespace(piece).replace("▁", " ")
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    counts = answer.usage._asdict()
+    return counts | {"total_tokens": sum(counts.values())}
+
+
+def _notices(answer: Answer) -> dict[str, Any]:
+    """Return what was left out of the prompt, under a key that OpenAI's API does not have."""
+    return {} if answer.notice is None else {"notices": [answer.notice]}
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else LOWEST_LOGPROB
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """Return one server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+
+
+class ApiError(NamedTuple):
+    """An error in OpenAI's form."""
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON body."""
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        default = "invalid_request_error" if self.status < 500 else "server_error"
+        message = self.message.encode("utf-8", "replace").decode("utf-8")
+        kind = kinds.get(self.status, default)
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return the HTTP response."""
+        headers = {"Retry-After": "1"} if self.status == 429 else None
+        return JSONResponse(self.body(), status_code=self.status, headers=headers)

@@ -1,22 +1,21 @@
-"""A chat in the terminal, or in a pipe: one line is one question, answers come as they are made.
+"""A chat in the terminal, or in a pipe: every line is a question, answers are written as generated.
 
 Ctrl-C stops an answer, not the program; Ctrl-D ends it. In a pipe only answers are written, and an
-empty line for an empty one, so that answers and questions stay in step.
+empty line for an empty question, so that lines of input and output correspond.
 """
 
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
-from ptuning.serve.answer import Answer
-from ptuning.serve.session import BASE_NAME, SamplingOptions, UnknownPrefixError
-from ptuning.serve.session_local import Session
+from ptuning.serve.session import BASE_NAME, AbstractSession, UnknownPrefixError
+from ptuning.serve.text_stream import Answer
 
 HELP = """\
 /prefix NAME   answer with this prefix; without a name, list them
 /base          answer with the untouched base
-/clear         forget the conversation
-/help          show this
-/quit          end (so does Ctrl-D); Ctrl-C stops an answer"""
+/clear         start a new conversation
+/help          show this list
+/quit          end the chat, as does Ctrl-D; Ctrl-C stops an answer"""
 
 
 class TerminalChat:
@@ -24,18 +23,18 @@ class TerminalChat:
 
     def __init__(
         self,
-        session: Session,
+        session: AbstractSession,
         *,
         prefix: str | None,
-        sampling: SamplingOptions,
+        sampling: Mapping[str, Any],
         read_line: Callable[[str], str],
         output: TextIO,
         notices: TextIO,
         is_terminal: bool,
     ) -> None:
-        """Read lines with read_line(prompt), which raises EOFError at the end; write to output.
+        """Read lines with read_line(prompt), which raises EOFError at the end.
 
-        Everything that is not an answer goes to notices, and in a pipe only what went wrong.
+        Answers go to output, everything else to notices; in a pipe, only warnings go there.
         """
         self.session = session
         self.prefix = prefix
@@ -48,20 +47,20 @@ class TerminalChat:
 
     def run(self) -> None:
         """Answer until the end of the input or /quit."""
-        self._say(f"Answering with {self._speaker}. /help lists the commands.")
+        self._inform(f"Answering with {self._speaker}. /help lists the commands.")
         while True:
             try:
                 line = self._read_line(f"{self._speaker}> " if self._is_terminal else "").strip()
             except EOFError:
-                self._say("")
+                self._inform("")
                 return
             except KeyboardInterrupt:
-                self._say("\nCtrl-D or /quit ends the chat.")
+                self._inform("\nCtrl-D or /quit ends the chat.")
                 continue
             if line == "/quit":
                 return
             if line.startswith("/"):
-                self._obey(line)
+                self._run_command(line)
             elif line:
                 self._answer(line)
             elif not self._is_terminal:
@@ -71,36 +70,34 @@ class TerminalChat:
     def _speaker(self) -> str:
         return self.prefix or BASE_NAME
 
-    def _obey(self, line: str) -> None:
+    def _run_command(self, line: str) -> None:
         command, _, name = line.partition(" ")
         if command == "/base":
-            self._switch(None)
+            self._switch(BASE_NAME)
         elif command == "/prefix" and name.strip():
             self._switch(name.strip())
         elif command == "/prefix":
-            self._say("\n".join([*self.session.prefixes, BASE_NAME]))
+            self._inform("\n".join([*self.session.prefixes, BASE_NAME]))
         elif command == "/clear":
             self.history.clear()
-            self._say("The conversation is forgotten.")
+            self._inform("This is a new conversation.")
         elif command == "/help":
-            self._say(HELP)
+            self._inform(HELP)
         else:
-            self._complain(f"There is no command {command}; /help lists them.")
+            self._warn(f"There is no command {command}; /help lists them.")
 
-    def _switch(self, name: str | None) -> None:
+    def _switch(self, name: str) -> None:
         try:
-            if name not in (None, BASE_NAME):
-                self.session.find_prefix(str(name))
+            self.prefix = None if name == BASE_NAME else self.session.find_prefix(name).name
         except UnknownPrefixError as error:
-            self._complain(str(error))
-            return
-        self.prefix = None if name == BASE_NAME else name
-        self._say(f"Answering with {self._speaker}.")
+            self._warn(str(error))
+        else:
+            self._inform(f"Answering with {self._speaker}.")
 
     def _answer(self, question: str) -> None:
         with self.session.chat(question, self.history, self.prefix, **self.sampling) as answer:
             if answer.notice is not None:
-                self._complain(f"[{answer.notice}]")
+                self._warn(f"[{answer.notice}]")
             self._write(answer)
         self._end_line()
         self.history.append((question, answer.text))
@@ -110,19 +107,19 @@ class TerminalChat:
         self._output.flush()
 
     def _write(self, answer: Answer) -> None:
-        """Write pieces as they come; Ctrl-C keeps what was written."""
+        """Write pieces as they arrive; Ctrl-C keeps what was written."""
         try:
             for piece in answer:
                 self._output.write(piece)
                 self._output.flush()
         except KeyboardInterrupt:
             answer.close()
-            self._complain(" [stopped]")
+            self._warn(" [stopped]")
 
-    def _say(self, text: str) -> None:
+    def _inform(self, text: str) -> None:
         if self._is_terminal:
-            self._complain(text)
+            self._warn(text)
 
-    def _complain(self, text: str) -> None:
+    def _warn(self, text: str) -> None:
         self._notices.write(f"{text}\n")
         self._notices.flush()

@@ -1,23 +1,87 @@
-"""What every HTTP request passes first: the key, the size limit, and the count."""
+"""What every HTTP request passes first: the key, the size limit, and the metrics."""
 
 import asyncio
 import hmac
 import time
-from collections.abc import Collection
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 
-from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ptuning.serve.api_replies import error_response
-from ptuning.serve.metrics import Metrics
+from ptuning.serve.api_schema import ApiError
 
-OPEN_PATHS = {"/health"}  # answered without a key
-DRAINED_BYTES = 8 * 2**20  # of an oversized body, so that its sender gets to read the answer
+OPEN_PATHS = {"/health"}  # served without a key
+DRAINED_BYTES = 8 * 2**20  # read from an oversized body, so that its sender gets to the reply
 BODY_TIMEOUT_S = 30.0
+CLIENT_GONE = 499  # nginx's status for a client that disconnected before the reply
+BUCKETS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
-class Guard:
-    """ASGI middleware; bodies are read whole here, so no handler meets one that is too large."""
+class Metrics:
+    """Counters since the start; use them in the event loop only.
+
+    Format: https://prometheus.io/docs/instrumenting/exposition_formats/
+    """
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self) -> None:
+        self._requests: Counter[tuple[str, int]] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._in_bucket: Counter[tuple[str, float]] = Counter()
+        self._tokens: Counter[tuple[str, str]] = Counter()
+
+    def count_request(self, path: str, status: int, seconds: float) -> None:
+        """Count a finished request."""
+        self._requests[path, status] += 1
+        self._seconds[path] += seconds
+        self._in_bucket.update((path, bound) for bound in BUCKETS_S if seconds <= bound)
+
+    def count_tokens(self, model: str, *, prompt: int, completion: int) -> None:
+        """Count the tokens of one answer."""
+        self._tokens[model, "prompt"] += prompt
+        self._tokens[model, "completion"] += completion
+
+    def to_text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
+        """Return all metrics; gauges are name -> (help, current value)."""
+        histogram: list[tuple[str, object]] = []
+        for path, seconds in sorted(self._seconds.items()):
+            label = f'path="{path}"'
+            total = sum(count for (known, _), count in self._requests.items() if known == path)
+            for bound in BUCKETS_S:
+                histogram.append((f'_bucket{{{label},le="{bound}"}}', self._in_bucket[path, bound]))
+            histogram.append((f'_bucket{{{label},le="+Inf"}}', total))
+            histogram.append((f"_sum{{{label}}}", f"{seconds:.6f}"))
+            histogram.append((f"_count{{{label}}}", total))
+        requests = [
+            (f'{{path="{path}",status="{status}"}}', count)
+            for (path, status), count in sorted(self._requests.items())
+        ]
+        tokens = [
+            (f'{{model="{model}",kind="{kind}"}}', count)
+            for (model, kind), count in sorted(self._tokens.items())
+        ]
+        lines = [
+            *_metric("requests_total", "counter", "Requests by path and status.", requests),
+            *_metric("request_seconds", "histogram", "Time from request to last byte.", histogram),
+            *_metric("tokens_total", "counter", "Tokens of prompts and answers by model.", tokens),
+        ]
+        for name, (help_text, value) in gauges.items():
+            lines += _metric(name, "gauge", help_text, [("", f"{value:g}")])
+        return "\n".join(lines) + "\n"
+
+
+def _metric(
+    name: str, kind: str, help_text: str, samples: Iterable[tuple[str, object]]
+) -> list[str]:
+    """Return the lines of one metric; samples are (suffix and labels, value)."""
+    head = [f"# HELP ptuning_{name} {help_text}", f"# TYPE ptuning_{name} {kind}"]
+    return head + [f"ptuning_{name}{labels} {value}" for labels, value in samples]
+
+
+class AuthAndLimitsMiddleware:
+    """ASGI middleware; it reads whole bodies, so that no handler receives one that is too large."""
 
     def __init__(
         self,
@@ -28,7 +92,7 @@ class Guard:
         metrics: Metrics,
         paths: Collection[str],
     ) -> None:
-        """Let requests through to app; paths are those that are counted by name."""
+        """Pass requests on to app; paths are counted by name, all others as `other`."""
         self.app = app
         self.api_key = api_key
         self.max_body_bytes = max_body_bytes
@@ -36,80 +100,76 @@ class Guard:
         self.paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check, pass on, and count."""
+        """Check the request, pass it on, and count it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = time.monotonic()
-        status = 499  # the client went before any answer
+        started_s = time.monotonic()
+        status = CLIENT_GONE
 
-        async def watched_send(message: Message) -> None:
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._pass(scope, receive, watched_send)
+            await self._handle(scope, receive, send_and_note_status)
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.count_request(path, status, time.monotonic() - started)
+            self.metrics.count_request(path, status, time.monotonic() - started_s)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._has_key(scope):
-            refusal = error_response(
-                401,
-                "the key is missing or wrong; send 'Authorization: Bearer KEY' with the server's "
-                "--api_key.",
-                code="invalid_api_key",
-            )
-            await refusal(scope, receive, send)
-            return
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                body = await self._read_body(receive)
-        except TimeoutError:
-            late = error_response(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s.")
-            await late(scope, receive, send)
-            return
-        if body is None:
-            return  # the client went
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        body = b""
+        error = None if self._has_key(request) else WRONG_KEY
+        if error is None:
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    body = await self._read_body(request)
+            except ClientDisconnect:
+                return
+            except TimeoutError:
+                error = ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s.")
         if len(body) > self.max_body_bytes:
-            refusal = error_response(
-                413,
-                f"the body has more than {self.max_body_bytes} bytes, which is all that is taken; "
-                "send less history.",
-                code="request_too_large",
+            message = (
+                f"the body has more than {self.max_body_bytes} bytes, which is the limit; send "
+                "less history."
             )
-            await refusal(scope, receive, send)
-            return
-        await self.app(scope, _with_body(body, receive), send)
+            error = ApiError(413, message, code="request_too_large")
+        if error is not None:
+            await error.response()(scope, receive, send)
+        else:
+            await self.app(scope, _with_body(body, receive), send)
 
-    def _has_key(self, scope: Scope) -> bool:
-        if self.api_key is None or scope["path"] in OPEN_PATHS:
+    def _has_key(self, request: Request) -> bool:
+        if self.api_key is None or request.scope["path"] in OPEN_PATHS:
             return True
-        kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
-        return kind.lower() == "bearer" and right
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_right = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
+        return scheme.lower() == "bearer" and is_right
 
-    async def _read_body(self, receive: Receive) -> bytes | None:
-        """Return the body, one byte too much of an oversized one; None when the client left."""
+    async def _read_body(self, request: Request) -> bytes:
+        """Return the body; of an oversized one, one byte more than the limit."""
         body = b""
         num_bytes = 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None
-            chunk: bytes = message.get("body", b"")
+        async for chunk in request.stream():
             num_bytes += len(chunk)
             body = (body + chunk)[: self.max_body_bytes + 1]
-            is_last = not message.get("more_body", False)
-            if is_last or num_bytes > self.max_body_bytes + DRAINED_BYTES:
-                return body
+            if num_bytes > self.max_body_bytes + DRAINED_BYTES:
+                break
+        return body
+
+
+WRONG_KEY = ApiError(
+    401,
+    "the key is missing or wrong; send 'Authorization: Bearer KEY' with the server's --api_key.",
+    code="invalid_api_key",
+)
 
 
 def _with_body(body: bytes, receive: Receive) -> Receive:
-    """Return a receive that gives the body once more, then what comes after it."""
+    """Return a receive function that gives the body again, then what follows it."""
     is_given = False
 
     async def receive_again() -> Message:

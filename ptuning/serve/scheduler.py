@@ -1,97 +1,123 @@
-"""The one thread that owns the model: requests come in from any thread, tokens go out to theirs."""
+"""The engine's thread: requests arrive from any thread, new tokens leave through callbacks."""
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ptuning.engine.engine import Engine
-from ptuning.engine.request import FinishReason, Request, Row
+from ptuning.engine.request import FinishReason, Row
 from ptuning.engine.sampling import TokenLogprob
 
 logger = logging.getLogger(__name__)
 
 
 class QueueFullError(RuntimeError):
-    """More requests wait than are allowed to."""
+    """The queue holds as many waiting requests as allowed."""
 
 
 class SessionClosedError(RuntimeError):
-    """Nothing is answered any more."""
+    """The session no longer answers."""
 
 
 class EngineError(RuntimeError):
     """The computation of a request failed; the cause is attached."""
 
 
-class Ticket:
-    """One request on its way; its tokens may be read from any thread."""
+class RowUpdate(NamedTuple):
+    """What one decoding step added to an answer."""
 
-    def __init__(self, row: Row, on_progress: Callable[[bool], None] | None) -> None:
-        self.row = row
-        self.error: BaseException | None = None
-        self._on_progress = on_progress
-        self._changed = threading.Condition()
-        self._num_tokens = 0
+    tokens: Sequence[int]
+    logprobs: Sequence[TokenLogprob]
+    finish_reason: FinishReason | None
+    error: Exception | None = None
+
+
+OnUpdate = Callable[[RowUpdate], None]  # called in the engine's thread
+
+
+class TokenBuffer:
+    """The tokens of one answer: written by the engine's thread, read by any other."""
+
+    def __init__(self, on_progress: Callable[[bool], None] | None = None) -> None:
+        """on_progress(finished) is called by the writing thread after every update."""
+        self.logprobs: list[TokenLogprob] = []
+        self._tokens: list[int] = []
         self._finish_reason: FinishReason | None = None
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+        self._on_progress = on_progress
 
-    def progress(self) -> tuple[int, FinishReason | None]:
-        """Return how many tokens there are, and why it ended if it did.
+    def update(self, new: RowUpdate) -> None:
+        """Append new tokens and wake the readers."""
+        with self._changed:
+            self._tokens += new.tokens
+            self.logprobs += new.logprobs
+            self._finish_reason, self._error = new.finish_reason, new.error
+            self._changed.notify_all()
+        if self._on_progress is not None:
+            self._on_progress(new.finish_reason is not None)
+
+    def read(self, start: int) -> tuple[list[int], FinishReason | None]:
+        """Return the tokens from `start` on, and the finish reason of a complete answer.
 
         EngineError when the computation failed.
         """
         with self._changed:
-            if self.error is not None:
-                raise EngineError(f"the answer could not be computed: {self.error}") from self.error
-            return self._num_tokens, self._finish_reason
+            if self._error is not None:
+                raise EngineError(
+                    f"the answer could not be computed: {self._error}"
+                ) from self._error
+            return self._tokens[start:], self._finish_reason
 
     def wait(self, num_seen: int, timeout_s: float | None) -> None:
-        """Wait until there are more than num_seen tokens, or the end, or timeout_s seconds."""
+        """Wait for more than num_seen tokens, the end of the answer, or the timeout."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._num_tokens > num_seen or self._finish_reason is not None, timeout_s
+                lambda: len(self._tokens) > num_seen or self._finish_reason is not None, timeout_s
             )
 
-    def logprobs(self, num_tokens: int) -> list[TokenLogprob]:
-        """Return those of the first num_tokens tokens; none where they were not asked for."""
-        return self.row.logprobs[:num_tokens]
 
-    def publish(self, error: BaseException | None = None) -> None:
-        """Show what the engine did to the row; called by the engine's thread."""
-        with self._changed:
-            self.error = error
-            self._num_tokens = len(self.row.answer)
-            self._finish_reason = "cancelled" if error is not None else self.row.finish_reason
-            self._changed.notify_all()
-        if self._on_progress is not None:
-            self._on_progress(self._finish_reason is not None)
+@dataclass
+class _Job:
+    """A submitted row, and how many of its tokens have been reported."""
+
+    row: Row
+    on_update: OnUpdate
+    num_reported: int = 0
 
 
 def check_queue(num_unfinished: int, max_rows: int, max_queue: int | None) -> None:
-    """Refuse one more request (QueueFullError) where as many wait as may; None: any number may."""
+    """Raise QueueFullError if max_queue requests wait already; None means no limit."""
     if max_queue is not None and num_unfinished >= max_rows + max_queue:
         raise QueueFullError(
-            f"{max_rows} requests are being answered and {max_queue} wait, which is as many as "
-            "may; try again later."
+            f"{max_rows} requests are being answered and {max_queue} wait, which is the limit; "
+            "try again later."
         )
 
 
 class Scheduler:
-    """Runs an engine in a thread of its own, which starts with the first request."""
+    """Runs an engine in a thread, which starts with the first request."""
 
     def __init__(self, engine: Engine, *, max_queue: int | None = None) -> None:
-        """Refuse requests while max_queue of them wait; None accepts any number."""
+        """Refuse a request while max_queue others wait; None means no limit."""
         self.engine = engine
         self.max_queue = max_queue
-        self.after_step: Callable[[], None] | None = None  # called by the engine's thread
+        self.after_step: Callable[[], None] | None = None  # called in the engine's thread
         self.num_tokens = 0  # generated since the start
-        self._num_unfinished = 0
-        self._tickets: dict[Row, Ticket] = {}  # of the engine's thread
-        self._inbox: list[Ticket] = []
-        self._cancelled: list[Ticket] = []
-        self._is_to_release = False
-        self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._jobs: dict[Row, _Job] = {}  # known to the engine; changed by its thread only
+        self._wake = threading.Condition()  # guards the following
+        self._inbox: list[_Job] = []
+        self._cancelled: list[Row] = []
+        self._release_requested = False
         self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Requests being decoded."""
+        return len(self.engine.rows)
 
     @property
     def num_waiting(self) -> int:
@@ -99,42 +125,36 @@ class Scheduler:
         return max(self._num_unfinished - self.num_rows, 0)
 
     @property
-    def num_rows(self) -> int:
-        """Requests being decoded now."""
-        return len(self.engine.rows)
+    def _num_unfinished(self) -> int:
+        with self._wake:
+            return len(self._inbox) + len(self._jobs)
 
-    def submit(self, request: Request, on_progress: Callable[[bool], None] | None = None) -> Ticket:
-        """Queue a request; on_progress(finished) is called in the engine's thread.
-
-        QueueFullError when too many wait.
-        """
-        ticket = Ticket(self.engine.new_row(request), on_progress)
+    def submit(self, row: Row, on_update: OnUpdate) -> None:
+        """Queue a row of the engine; QueueFullError when too many wait."""
         with self._wake:
             if self._is_closed:
                 raise SessionClosedError("the session is closed; load a new one.")
             check_queue(self._num_unfinished, self.engine.max_rows, self.max_queue)
-            self._inbox.append(ticket)
-            self._num_unfinished += 1
+            self._inbox.append(_Job(row, on_update))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
                 self._thread.start()
             self._wake.notify()
-        return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Stop computing a request; a finished one stays as it is."""
+    def cancel(self, row: Row) -> None:
+        """Stop computing a row; no effect on a finished one."""
         with self._wake:
-            self._cancelled.append(ticket)
+            self._cancelled.append(row)
             self._wake.notify()
 
     def release(self) -> None:
-        """Have the engine give back what it keeps for requests to come, say a prefix's."""
+        """Have the engine free what it caches for future requests, such as a removed prefix."""
         with self._wake:
-            self._is_to_release = self._thread is not None
+            self._release_requested = self._thread is not None
             self._wake.notify()
 
     def close(self) -> None:
-        """End the thread; what is not finished is cancelled."""
+        """End the thread; unfinished requests are cancelled."""
         with self._wake:
             self._is_closed = True
             self._wake.notify()
@@ -143,65 +163,58 @@ class Scheduler:
             thread.join()
 
     def _run(self) -> None:
-        while self._take_in():
+        while self._process_inbox():
             try:
                 moved = self.engine.step()
-            except Exception as error:  # whoever waits for a row gets it
-                logger.exception("a decoding step failed; its %d rows are lost", len(self._tickets))
+            except Exception as error:  # reported to every request in the engine
+                logger.exception("decoding failed; %d requests are lost", len(self._jobs))
                 self._end_all(error)
             else:
+                self.num_tokens += len(moved)
                 for row in moved:
-                    self.num_tokens += 1
-                    self._publish(row)
-            self._tell()
+                    self._report(row)
+            if self.after_step is not None:
+                self.after_step()
         self._end_all(None)
-        self._tell()
-
-    def _tell(self) -> None:
         if self.after_step is not None:
             self.after_step()
 
-    def _take_in(self) -> bool:
-        """Wait for work and hand it to the engine; False when closed."""
+    def _process_inbox(self) -> bool:
+        """Wait for work and pass it to the engine; return False once closed."""
         with self._wake:
             self._wake.wait_for(
                 lambda: (
                     self._is_closed
                     or self._inbox
                     or self._cancelled
-                    or self._is_to_release
+                    or self._release_requested
                     or not self.engine.is_idle
                 )
             )
-            is_to_release, self._is_to_release = self._is_to_release, False
-            inbox, self._inbox = self._inbox, []
+            release, self._release_requested = self._release_requested, False
             cancelled, self._cancelled = self._cancelled, []
-            for ticket in inbox:
-                self._tickets[ticket.row] = ticket
-                self.engine.add_row(ticket.row)
-        if is_to_release:
+            for job in self._inbox:
+                self._jobs[job.row] = job
+                self.engine.add_row(job.row)
+            self._inbox.clear()
+        if release:
             self.engine.release()
-        for ticket in cancelled:
-            if ticket.row in self._tickets:
-                self.engine.cancel(ticket.row)
-                self._publish(ticket.row)
+        for row in cancelled:
+            if row in self._jobs:
+                self.engine.cancel(row)
+                self._report(row)
         return not self._is_closed
 
-    def _publish(self, row: Row) -> None:
-        ticket = self._tickets[row]
+    def _report(self, row: Row, error: Exception | None = None) -> None:
+        job = self._jobs[row]
         if row.finish_reason is not None:
-            self._forget(row)
-        ticket.publish()
+            del self._jobs[row]
+        start, job.num_reported = job.num_reported, len(row.answer)
+        job.on_update(RowUpdate(row.answer[start:], row.logprobs[start:], row.finish_reason, error))
 
-    def _forget(self, row: Row) -> None:
-        del self._tickets[row]
-        with self._wake:
-            self._num_unfinished -= 1
-
-    def _end_all(self, error: BaseException | None) -> None:
-        """Take every row out: after a failure, or when closing."""
+    def _end_all(self, error: Exception | None) -> None:
+        """Take every row out of the engine, after a failure or on closing."""
         self.engine.cancel_all()
-        for ticket in list(self._tickets.values()):
-            ticket.row.finish_reason = "cancelled"
-            self._forget(ticket.row)
-            ticket.publish(error)
+        for row in list(self._jobs):
+            row.finish_reason = "cancelled"
+            self._report(row, error)

@@ -1,6 +1,12 @@
-"""What is served when nothing is named: what was tuned last here, else the nano model alone."""
+"""What `chat`, `serve` and `web` decide and check before anything heavy is loaded.
+
+Without a named model they take the newest tuning result, or the nano model. An address that other
+machines can reach requires a key or a password.
+"""
 
 import argparse
+import ipaddress
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,16 +19,14 @@ NEWEST_NAME = "newest"
 
 
 class Served(NamedTuple):
-    """A model (directory or hub id; an adapter's directory too) and prefixes by name."""
+    """A model (directory, adapter's directory or hub id), and prefixes by name."""
 
     model: str
     prefixes: dict[str, Path]
 
 
 def find_newest(output: Path) -> Path | None:
-    """Return what was tuned last under output, as evaluate.sh finds it: a prefix, an adapter or a
-    whole model; None without any.
-    """
+    """Return the newest prefix, adapter or tuned model under output, as evaluate.sh finds it."""
     found = [
         file
         for name in (PREFIX_CONFIG_NAME, INFO_NAME)
@@ -32,7 +36,7 @@ def find_newest(output: Path) -> Path | None:
 
 
 def parse_prefixes(given: Sequence[str]) -> dict[str, Path]:
-    """Read `NAME=DIRECTORY` words; a DIRECTORY alone is named after its last part.
+    """Parse `NAME=DIRECTORY`; a DIRECTORY alone is named after its last part.
 
     >>> parse_prefixes(["adgen=output/run-1", "output/run-2"])
     {'adgen': PosixPath('output/run-1'), 'run-2': PosixPath('output/run-2')}
@@ -55,7 +59,7 @@ def parse_prefixes(given: Sequence[str]) -> dict[str, Path]:
 def choose_served(
     model: str | None, prefixes: Sequence[str] = (), *, output: Path = Path("output")
 ) -> Served:
-    """Fill in what is not named: what was tuned last here, and the base of the first prefix.
+    """Complete what is named: a prefix with its base, nothing with the newest under output.
 
     A model without prefixes is served alone.
     """
@@ -69,14 +73,52 @@ def choose_served(
     if model is None and named:
         model = base_of(next(iter(named.values())))
     model = model or str(NANO_DIR)
-    find_model(model)  # a name that stands for no model is refused before anything heavy is loaded
+    find_model(model)  # refuses a name that stands for no model
     return Served(model, named)
 
 
 def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what `Session.load` takes of the flags."""
+    """Return the flags that `Session.load` takes."""
     return {
         "dtype": arguments.dtype,
         "device": arguments.device,
         "quantization_bit": arguments.quantization_bit,
     }
+
+
+def check_guarded(host: str, secret: str | None, *, flag: str) -> None:
+    """Refuse (ValueError) a host that other machines can reach, unless flag gives a secret."""
+    if secret is not None and not secret.strip():
+        raise ValueError(f"{flag} is empty; give a word, or leave it out on 127.0.0.1.")
+    if secret is None and not is_loopback(host):
+        raise ValueError(
+            f"--host is {host}, which other machines can reach; add {flag} SECRET, or use "
+            "--host 127.0.0.1."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can reach host.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+    (True, True, False)
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may point anywhere
+        return False
+
+
+def check_address(host: str, port: int, api_key: str | None) -> None:
+    """Refuse (ValueError) an open address without a key, and one that is in use or impossible."""
+    check_guarded(host, api_key, flag="--api_key")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"cannot listen on --host {host} --port {port}: {error}; give another --port, or stop "
+            "what listens there."
+        ) from error

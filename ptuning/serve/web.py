@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from ptuning.serve.addresses import check_guarded
 from ptuning.serve.session import BASE_NAME, UnknownPrefixError
+from ptuning.serve.startup import check_guarded
 from ptuning.serve.web_talk import (
     EMPTY,
     Options,

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from ptuning.serve.answer import CANCEL_CHECK_S, Answer
-from ptuning.serve.session import BASE_NAME, BASE_NEW_TOKENS
-from ptuning.serve.session_local import Session
+from ptuning.serve.session import BASE_NAME, BASE_NEW_TOKENS, Session
+from ptuning.serve.text_stream import CANCEL_CHECK_S, Answer
 
 Turns = tuple[tuple[str, str], ...]  # question and answer, oldest first
 Panes = tuple[Turns, Turns]  # the model, and what it is compared with

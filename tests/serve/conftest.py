@@ -8,7 +8,7 @@ import torch
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.serve.session_local import Session
+from ptuning.serve.session import Session
 from ptuning.tunings.loading import NANO_DIR
 from tests.serve.live_server import KEY, Command, command, wait_until_gone
 

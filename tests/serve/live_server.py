@@ -14,9 +14,8 @@ import httpx2
 import psutil
 from openai import OpenAI
 
-from ptuning.serve.api import build_app
-from ptuning.serve.server import make_server
-from ptuning.serve.session_local import Session
+from ptuning.serve.api import build_app, make_server
+from ptuning.serve.session import Session
 from ptuning.tunings.loading import NANO_DIR
 from scripts.local_server import free_port
 

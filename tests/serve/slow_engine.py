@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from ptuning.serve.session_local import Session
+from ptuning.serve.session import Session
 
 STEP_S = 0.03
 

@@ -180,9 +180,9 @@ def test_errors_are_the_client_s_own_kinds(api, address):
         api.chat.completions.create(model="gpt-4", messages=USER)
     assert missing.value.code == "model_not_found"
     assert missing.value.param == "model"
-    with pytest.raises(openai.BadRequestError, match="n is 2, which this server does not do"):
+    with pytest.raises(openai.BadRequestError, match="n is 2, which is not supported"):
         api.chat.completions.create(model="base", messages=USER, n=2)
-    with pytest.raises(openai.BadRequestError, match="last one is the user's"):
+    with pytest.raises(openai.BadRequestError, match="last one must be the user"):
         api.chat.completions.create(
             model="base", messages=[*USER, {"role": "assistant", "content": "x"}]
         )

@@ -14,7 +14,7 @@ import httpx2
 import openai
 import pytest
 
-from ptuning.serve.session_local import Session
+from ptuning.serve.session import Session
 from tests.serve.live_server import (
     KEY,
     client,

@@ -4,7 +4,7 @@ import pytest
 
 from ptuning.data.prompts import RowFormat, TextRow, to_example
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.serve.chat_prompt import build_chat_prompt
+from ptuning.serve.session import build_chat_prompt
 from ptuning.tunings.loading import NANO_DIR
 from tests.data.one_row import to_generation_prompt
 
@@ -27,27 +27,27 @@ def test_prompts_are_those_of_evaluation(tokenizer, limit, history, source_prefi
         for_training=False,
     )
     expected = to_generation_prompt(tokenizer, example, max_source_length=limit)
-    prompt = build_chat_prompt(
+    input_ids, notice = build_chat_prompt(
         tokenizer, question, history, max_source_length=limit, source_prefix=source_prefix
     )
-    assert prompt.input_ids == expected
+    assert input_ids == expected
     whole = to_generation_prompt(tokenizer, example, max_source_length=5000)
-    assert (prompt.notice is None) == (expected == whole)
+    assert (notice is None) == (expected == whole)
 
 
 def test_a_system_message_stays_when_turns_are_dropped(tokenizer):
-    prompt = build_chat_prompt(
+    input_ids, notice = build_chat_prompt(
         tokenizer, "你好", HISTORY, max_source_length=70, system="请用活泼的语气"
     )
-    text = tokenizer.decode(prompt.input_ids, skip_special_tokens=True)
+    text = tokenizer.decode(input_ids, skip_special_tokens=True)
     assert text.startswith("[Round 0]\n问:请用活泼的语气\n类型#裤")
     assert text.endswith("问:你好\n答:")
-    assert prompt.notice.startswith("The prompt may have 70 tokens: the oldest ")
-    assert len(prompt.input_ids) <= 70
+    assert notice.startswith("The prompt may have 70 tokens: the oldest ")
+    assert len(input_ids) <= 70
 
 
 def test_the_notice_says_what_is_missing(tokenizer):
-    notice = build_chat_prompt(tokenizer, "类型#裤" * 20, HISTORY, max_source_length=20).notice
+    _, notice = build_chat_prompt(tokenizer, "类型#裤" * 20, HISTORY, max_source_length=20)
     assert notice == (
         "The prompt may have 20 tokens: the oldest 4 turns were left out and the end of the "
         "question was cut off."

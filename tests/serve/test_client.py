@@ -15,27 +15,31 @@ import psutil
 import pytest
 
 from ptuning.engine.request import Request
-from ptuning.serve.client import EndedProcessError, SessionProcess
-from ptuning.serve.scheduler import EngineError, QueueFullError, SessionClosedError
-from ptuning.serve.session import Load, UnknownPrefixError
-from ptuning.serve.session_local import Session
-from ptuning.serve.session_messages import portable
+from ptuning.serve.client import EndedProcessError, EngineClient
+from ptuning.serve.scheduler import (
+    EngineError,
+    QueueFullError,
+    SessionClosedError,
+    TokenBuffer,
+)
+from ptuning.serve.session import Load, Session, UnknownPrefixError
+from ptuning.serve.worker import portable
 from ptuning.tunings.artefact import PREFIX_CONFIG_NAME
 from ptuning.tunings.loading import NANO_DIR
 
 QUESTION = "类型#裤*版型#宽松"
 LONG = {"temperature": 5.0, "seed": 1, "max_new_tokens": 1500}
-THREAD_NAME = "model's answers"
+THREAD_NAME = "engine client"
 
 
-def load(**options) -> SessionProcess:
+def load(**options) -> EngineClient:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # as in this process, see tests/conftest.py
-        return SessionProcess.load(str(NANO_DIR), device="cpu", **options)
+        return EngineClient.load(str(NANO_DIR), device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
-def apart(prefix_dirs) -> Iterator[SessionProcess]:
+def apart(prefix_dirs) -> Iterator[EngineClient]:
     """As `session`, but in a process of its own; the last test closes it."""
     with load(max_rows=32) as loaded:
         for name, path in prefix_dirs.items():
@@ -44,7 +48,7 @@ def apart(prefix_dirs) -> Iterator[SessionProcess]:
 
 
 @pytest.fixture(scope="module")
-def tight() -> Iterator[SessionProcess]:
+def tight() -> Iterator[EngineClient]:
     """One row, and one that may wait; the last of its tests kills the process."""
     with load(max_rows=1, max_queue=1) as loaded:
         yield loaded
@@ -190,7 +194,9 @@ def test_an_answer_that_the_garbage_collector_ends_while_another_is_sent_hangs_n
         assert apart.load_now.num_rows == 1, "nobody collected it yet"
         prompt = CollectedWhenSent(apart.tokenizer("你好")["input_ids"])
         sender = threading.Thread(
-            target=apart.start, args=(Request(prompt, 2), (), None), daemon=True
+            target=apart.start,
+            args=(Request(prompt, 2), (), TokenBuffer().update),
+            daemon=True,
         )
         sender.start()
         sender.join(10)
@@ -305,9 +311,10 @@ def test_a_request_that_fails_there_is_an_engine_error_and_the_next_is_answered(
     wrong = Request([10**7], 4)  # no such token: nothing checks ids on their way
 
     def compute(s):
-        ticket = s.start(wrong, (), None)
-        ticket.wait(0, 30)
-        return ticket.progress()
+        tokens = TokenBuffer()
+        s.start(wrong, (), tokens.update)
+        tokens.wait(0, 30)
+        return tokens.read(0)
 
     found, expected = (error_of(lambda s=s: compute(s)) for s in (apart, session))
     assert found == expected
@@ -335,7 +342,7 @@ def test_a_killed_process_is_told_to_everyone(tight, prefix_dirs):
     before = len(readers())
     held = [tight.chat("你好", **LONG) for _ in range(2)]
     next(held[0])
-    process = next(p for p in model_processes() if p.pid == tight._link._process.pid)
+    process = next(p for p in model_processes() if p.pid == tight._process.pid)
     os.kill(process.pid, signal.SIGKILL)
     for answer in held:
         with pytest.raises(
@@ -368,7 +375,7 @@ def test_a_killed_process_is_told_to_everyone(tight, prefix_dirs):
 def test_a_model_that_is_not_there_is_refused_in_the_same_words_and_leaves_nothing(tmp_path):
     missing = str(tmp_path / "no-model")
     before = (len(model_processes()), len(readers()))
-    found = error_of(lambda: SessionProcess.load(missing, max_rows=1, device="cpu"))
+    found = error_of(lambda: EngineClient.load(missing, max_rows=1, device="cpu"))
     assert found == error_of(lambda: Session.load(missing, device="cpu"))
     assert issubclass(found[0], (ValueError, OSError))
     assert (len(model_processes()), len(readers())) == before
@@ -377,7 +384,7 @@ def test_a_model_that_is_not_there_is_refused_in_the_same_words_and_leaves_nothi
 def test_closing_ends_what_runs_the_process_and_the_thread(apart):
     told = threading.Event()
     apart.when_ended(told.set)
-    pid = apart._link._process.pid
+    pid = apart._process.pid
     before = len(readers())
     held = [apart.chat("你好", **LONG) for _ in range(3)]
     next(held[0])

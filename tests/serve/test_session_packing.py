@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ptuning.model.cpu.linear import Linear, has_onednn
-from ptuning.serve.session_local import Session
+from ptuning.serve.session import Session
 from ptuning.tunings.loading import NANO_DIR
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ptuning.model.adapter import adapter_parameters, add_adapter, save_adapter
-from ptuning.serve.session_local import Session
+from ptuning.serve.session import Session
 from ptuning.serve.startup import choose_served
 from ptuning.serve.web_talk import WebTalk
 from ptuning.tunings.artefact import FULL, LORA, TunedInfo, write_tuned_info

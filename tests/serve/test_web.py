@@ -10,7 +10,7 @@ import pytest
 
 from ptuning.__main__ import main
 from ptuning.commands.registry import PASSWORD_VARIABLE
-from ptuning.serve.addresses import check_guarded
+from ptuning.serve.startup import check_guarded
 from ptuning.serve.web_talk import EMPTY, WebTalk
 
 gr = pytest.importorskip("gradio", reason="needs the extra `web`", exc_type=ImportError)

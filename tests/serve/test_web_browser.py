@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from ptuning.serve.session_local import Session
+from ptuning.serve.session import Session
 from ptuning.serve.web_talk import WebTalk
 from tests.serve.live_server import wait_until_idle
 from tests.serve.slow_engine import slow_down
