@@ -36,7 +36,8 @@ from ptuning.data.formats import NoAnswers
 from ptuning.data.mixing import MixSource
 from ptuning.data.parsing import write_json
 from ptuning.data.prompts import COLUMN_FIELDS, RowFormat, TextRow, to_example
-from ptuning.data.reading import as_places, find_files
+from ptuning.data.raw_file import as_places
+from ptuning.data.reading import find_files
 from ptuning.output import Progress
 from ptuning.scoring.pictures import Lengths, Limit, check_picture_name, draw_length_histogram
 from ptuning.storage import write_atomically

@@ -92,7 +92,7 @@ def _add(made: Conversion, raw_row: RawRow, row: TextRow, template: Template) ->
         made.placeholders[name].append(row.line)
     prompt, history = row.prompt, row.history
     if template in ALPACA:
-        prompt = build_alpaca(*split_input(made.path, raw_row, made.read.layout, row), template)
+        prompt = build_alpaca(*split_input(raw_row, made.read.layout, row), template)
     elif template == "round" and history:
         prompt, history = build_rounds(prompt, history), ()
     row_id, source, meta = _origin(made, raw_row, row)
@@ -155,12 +155,12 @@ def number_repeats(rows: Sequence[ContractRow]) -> list[str]:
 # Templates
 
 
-def split_input(path: Path, raw_row: RawRow, layout: Layout, row: TextRow) -> tuple[str, str]:
+def split_input(raw_row: RawRow, layout: Layout, row: TextRow) -> tuple[str, str]:
     """Return the instruction and what it is about, which `row.prompt` joins; "" where nothing."""
     if layout.input is None:
         return row.prompt, ""
-    alone = to_text_rows(path, raw_row, replace(layout, input=None))[0].prompt
-    text = to_text_rows(path, raw_row, Layout("columns", prompt=layout.input))[0].prompt
+    alone = to_text_rows(raw_row, replace(layout, input=None))[0].prompt
+    text = to_text_rows(raw_row, Layout("columns", prompt=layout.input))[0].prompt
     if not alone.strip() or not text.strip():
         return row.prompt, ""
     return alone, text

@@ -1,8 +1,7 @@
 """Steps 1 and 2 of 5: a data file to checked rows, or `file:line: what is wrong, what is needed`.
 
-Nothing is left out silently: a row that training cannot use is dropped and counted with its reason
-and line, columns that are not used are counted too. Every other fault ends the reading; `check`
-continues after it.
+Nothing is dropped silently: a row that training cannot use is counted with its reason and line, and
+so are unused columns. Every other fault ends the reading; `data check` continues after it.
 """
 
 import glob
@@ -15,16 +14,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from ptuning.data.formats import (
-    TURN_KEYS,
-    Layout,
-    UnknownColumns,
-    find_layout,
-    to_text_rows,
-)
-from ptuning.data.parsing import DataFile, encoding_fault, open_data, parse_json
-from ptuning.data.prompts import RowFormat, TextRow
-from ptuning.data.raw_file import (
+from ptuning.data.formats import TURN_KEYS, Layout, UnknownColumns, find_layout, to_text_rows
+from ptuning.data.parsing import (
     HISTORY,
     INPUT_NAMES,
     PROMPT_NAMES,
@@ -32,11 +23,14 @@ from ptuning.data.raw_file import (
     SYSTEM,
     TOOLS,
     TURN_NAMES,
-    DataError,
-    RawRow,
+    DataFile,
+    open_data,
+    parse_json,
 )
+from ptuning.data.prompts import RowFormat, TextRow
+from ptuning.data.raw_file import MAX_PLACES, DataError, RawRow, as_places
 
-# Columns that belong to a prompt where they are filled, and columns that never do.
+# Columns that belong to a prompt if they are filled, and columns that never do
 PROMPT_PARTS = {
     *(*PROMPT_NAMES, *INPUT_NAMES, *TURN_NAMES, SYSTEM, TOOLS),
     *("passage", "document", "background", "knowledge", "上下文", "背景"),
@@ -47,34 +41,55 @@ NEVER_PROMPT_PARTS = re.compile(
     r"|model|来源|类别|类型|分类|标签|标题|作者|时间|日期|理由|解释"
 )
 ORIGIN = ("id", "source", "meta")  # fields of the row contract that say where a row comes from
-REPEATED_SHARE = 0.1  # of all rows, above which another column is taken for a part of the prompt
-MOST_PLACES = 5
+REPEATED_SHARE = 0.1  # share of rows above which another column is taken for a part of the prompt
+
+
+class LeftOut(NamedTuple):
+    """A filled column that is not used, though rows with the same prompt differ in it.
+
+    flags: those that use the column; "" if it can only be joined to the prompt in the file.
+    """
+
+    column: str
+    num_rows: int
+    flags: str
+
+    def __str__(self) -> str:
+        """Say what is wrong."""
+        return (
+            f'{self.num_rows:,} rows differ only in the column "{self.column}", which is not used, '
+            "so that one prompt has different answers"
+        )
+
+    @property
+    def remedy(self) -> str:
+        """Say what to do."""
+        return f"use it: {self.flags}" if self.flags else "join it to the prompt in the file"
 
 
 @dataclass
 class FileRows:
-    """What a file held: the rows kept, and what was left out of them and why.
+    """The rows of a file that were kept, and what was left out of them and why.
 
-    num_read counts rows of the file. A place is a line, or the number of a row where unit is "row".
-    sources: the row of the file behind each row kept. dropped: places by reason. unused: columns,
-    with the rows that fill them. leaks: places of rows whose history already holds their own
-    question and answer.
+    A place is a line, or the number of a row where unit is "row". sources: the raw row behind each
+    row kept. dropped: places by reason. unused: columns, with the number of rows that fill them.
+    leaks: places of rows whose history already holds their own question and answer.
     """
 
     layout: Layout
     unit: str
     kept: list[TextRow] = field(default_factory=list)
     sources: list[RawRow] = field(default_factory=list)
-    num_read: int = 0
+    num_read: int = 0  # rows of the file
     dropped: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     unused: dict[str, int] = field(default_factory=dict)
     leaks: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    left_out: "LeftOut | None" = None
+    left_out: LeftOut | None = None
 
     @property
     def num_made(self) -> int:
-        """Rows that the file's rows became; more, where it has conversations."""
+        """Rows that the file's rows became: more than those if it has conversations."""
         return len(self.kept) + sum(map(len, self.dropped.values()))
 
     def heading(self, num_kept: int, kept: str) -> str:
@@ -82,7 +97,7 @@ class FileRows:
         made = "" if self.num_made == self.num_read else f", {self.num_made:,} answers in them"
         return f"{_number(self.num_read)} read{made}, {num_kept:,} {kept}"
 
-    def lines(self, *, left_out: str, most: int | None = MOST_PLACES) -> list[str]:
+    def lines(self, *, left_out: str, most: int | None = MAX_PLACES) -> list[str]:
         """Say what was found and what was not used; left_out is the verb for rows not kept.
 
         most places are named for one reason; None names all.
@@ -114,29 +129,6 @@ def _number(count: int) -> str:
     return f"{count:,} row" if count == 1 else f"{count:,} rows"
 
 
-class LeftOut(NamedTuple):
-    """A filled column that is not used, though rows with one prompt differ in it.
-
-    flags use it; "" where the columns of the file can only be joined there.
-    """
-
-    column: str
-    num_rows: int
-    flags: str
-
-    def __str__(self) -> str:
-        """Say what is wrong."""
-        return (
-            f'{self.num_rows:,} rows differ only in the column "{self.column}", which is not used, '
-            "so that one prompt has different answers"
-        )
-
-    @property
-    def remedy(self) -> str:
-        """Say what to do."""
-        return f"use it: {self.flags}" if self.flags else "join it to the prompt in the file"
-
-
 def read_rows(
     path: Path | str,
     row_format: RowFormat,
@@ -145,12 +137,12 @@ def read_rows(
     for_training: bool = True,
     strict: bool = True,
 ) -> FileRows:
-    """Read and check the rows of a file; open_data says which kinds of file.
+    """Read and check the rows of a file of any form.
 
     max_rows stops after that many rows of the file, dropped ones included; None reads all.
-    for_training False keeps every row: those to be answered need no answer, nor a prompt to be
-    counted. Raises DataError for everything a file can get wrong; strict False drops broken rows
-    with the others, and raises where no row is left to tell the columns by.
+    for_training False keeps every row: a row to be answered needs no answer, nor even a prompt.
+    Raises DataError for every fault of a file; strict False drops broken rows like the others, and
+    raises only if no row is left to detect the columns by.
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(
@@ -172,9 +164,7 @@ def read_rows(
     rows.unused = count_unused(raw_rows, layout)
     for raw_row in raw_rows:
         try:
-            made = to_text_rows(
-                path, raw_row, layout, turns=row_format.turns, needs_answers=for_training
-            )
+            made = to_text_rows(raw_row, layout, turns=row_format.turns, needs_answers=for_training)
         except DataError as error:
             if strict:
                 raise
@@ -196,10 +186,10 @@ def read_rows(
 def _raw_rows(
     file: DataFile, max_rows: int | None, *, strict: bool
 ) -> tuple[list[RawRow], list[DataError]]:
-    """Return the rows as they are and, unless strict, the faults between them."""
-    fault = encoding_fault(file)
-    if fault is not None:
-        raise fault
+    """Return the raw rows and, unless strict, the faults between them."""
+    encoding_fault = file.encoding_fault
+    if encoding_fault is not None:
+        raise encoding_fault
     rows: list[RawRow] = []
     faults: list[DataError] = []
     for item in file.rows():
@@ -217,23 +207,23 @@ def _raw_rows(
 
 
 def count_unused(rows: Sequence[RawRow], layout: Layout) -> dict[str, int]:
-    """Return the columns that are not used and filled in some rows, with the number of those.
+    """Return the columns that are not used, with the number of rows that fill them.
 
-    What the row contract has next to prompt, response and history is not meant to be used.
+    In rows of the row contract, those that say where a row comes from do not count.
     """
     used = set(layout.columns.values())
     if rows and all(is_contract(row.columns) for row in rows):
         used |= {*ORIGIN}
-    filled: dict[str, int] = {}
+    filled: defaultdict[str, int] = defaultdict(int)
     for row in rows:
         if not row.columns.keys() <= used:
             for name, value in row.columns.items():
                 if name not in used and _is_filled(value):
-                    filled[name] = filled.get(name, 0) + 1
+                    filled[name] += 1
         if layout.conversation is not None:
             for name in _unused_in_turns(row, layout.conversation):
-                filled[name] = filled.get(name, 0) + 1
-    return filled
+                filled[name] += 1
+    return dict(filled)
 
 
 def is_contract(columns: dict[str, Any]) -> bool:
@@ -264,37 +254,42 @@ def _is_filled(value: Any) -> bool:
 def find_left_out(
     rows: Sequence[TextRow], sources: Sequence[RawRow], unused: Iterable[str], layout: Layout
 ) -> LeftOut | None:
-    """Return the unused column that most rows with a repeated prompt differ in; None without any.
+    """Return the unused column in which most rows with a repeated prompt differ; None if none do.
 
-    A column with a name that prompts have counts from the first such row, another one with text
-    from a tenth of all rows on. sources: the row of the file behind each of rows.
+    A column with a usual name of a prompt counts from the first such row, another one with text
+    from a tenth of all rows. sources: the raw row behind each of rows.
     """
     candidates = [
         name
         for name in unused
-        if (bare := name.strip().lower()) in PROMPT_PARTS or not NEVER_PROMPT_PARTS.search(bare)
+        if _is_prompt_part(name) or not NEVER_PROMPT_PARTS.search(name.strip().lower())
     ]
     if not candidates:
         return None
-    groups: defaultdict[Any, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[row.prompt, row.history].append(index)
+    groups: defaultdict[Any, list[RawRow]] = defaultdict(list)
+    for row, source in zip(rows, sources, strict=True):
+        groups[row.prompt, row.history].append(source)
     repeated = [group for group in groups.values() if len(group) > 1]
     found = []
     for name in candidates:
-        num_rows = 0
-        for group in repeated:
-            values = {repr(sources[index].columns.get(name)) for index in group}
-            num_rows += len(group) if len(values) > 1 else 0
-        is_part = name.strip().lower() in PROMPT_PARTS
-        is_part = is_part or (num_rows >= REPEATED_SHARE * len(rows) and _is_text(sources, name))
-        if num_rows and is_part:
+        differing = [
+            len(group)
+            for group in repeated
+            if len({repr(source.columns.get(name)) for source in group}) > 1
+        ]
+        num_rows = sum(differing)
+        is_frequent = num_rows >= REPEATED_SHARE * len(rows)
+        if num_rows and (_is_prompt_part(name) or (is_frequent and _is_text(sources, name))):
             found.append(LeftOut(name, num_rows, _flags_that_use(name, layout)))
     return max(found, key=lambda one: one.num_rows, default=None)
 
 
+def _is_prompt_part(name: str) -> bool:
+    return name.strip().lower() in PROMPT_PARTS
+
+
 def _flags_that_use(column: str, layout: Layout) -> str:
-    """Return the flags that make a column a part of the prompt; "" where there is no place."""
+    """Return the flags that make a column a part of the prompt; "" if there is no place for it."""
     added = {"history": column} if column.strip().lower() == HISTORY else {"input": column}
     if layout.conversation is not None or added.keys() & layout.columns.keys():
         return ""
@@ -304,7 +299,7 @@ def _flags_that_use(column: str, layout: Layout) -> str:
 
 
 def _is_text(rows: Sequence[RawRow], name: str) -> bool:
-    """Say whether most values are text, and no numbers, names or ids, which hold no white space."""
+    """Say whether most values are text; numbers, names and ids hold no white space."""
     values = [value for row in rows if _is_filled(value := row.columns.get(name))]
     texts = [
         value
@@ -314,29 +309,10 @@ def _is_text(rows: Sequence[RawRow], name: str) -> bool:
     return 2 * len(texts) > len(values)
 
 
-def as_places(places: Sequence[int], unit: str, most: int | None = MOST_PLACES) -> str:
-    """Name places, consecutive ones as a range; most None names all.
-
-    >>> as_places([2, 5, 6, 7, 9], "line"), as_places([3], "row")
-    ('lines 2, 5-7, 9', 'row 3')
-    """
-    ranges: list[list[int]] = []
-    for place in places:
-        if ranges and place <= ranges[-1][1] + 1:
-            ranges[-1][1] = place
-        else:
-            ranges.append([place, place])
-    shown = ranges if most is None else ranges[:most]
-    words = [str(first) if first == last else f"{first}-{last}" for first, last in shown]
-    more = ", ..." if len(shown) < len(ranges) else ""
-    is_one = len(ranges) == 1 and ranges[0][0] == ranges[0][1]
-    return f"{unit if is_one else f'{unit}s'} {', '.join(words)}{more}"
-
-
 def find_files(given: str) -> list[Path]:
     """Return the files that a name stands for: itself, or what a pattern such as `a*` matches.
 
-    A name that matches nothing is returned as it is: it is reported when it is read.
+    A name that matches nothing is returned as it is: reading it reports the error.
     """
     if Path(given).exists() or not glob.has_magic(given):
         return [Path(given)]

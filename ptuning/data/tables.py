@@ -1,7 +1,7 @@
-"""Step 1b of 5 for CSV and its kin: text to rows, under the names of the first line.
+"""Step 1b of 5 for tables: CSV with any delimiter, and Parquet, to rows by column name.
 
-Which character separates the fields is found in that line, or obeyed where Excel's `sep=;` stands
-before it.
+The first line names the columns. Its delimiter is detected, unless Excel's `sep=;` is before it.
+Values are those that the JSON of the same rows would have: a number is its digits as a string.
 """
 
 import csv
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptuning.data.raw_file import MARK, MARKS, DataError, RawRow, Skipped, shown
+from ptuning.data.raw_file import BOM, BOM_NAME, DataError, RawRow, Skipped, quoted
 
 DELIMITERS = {
     ",": "commas",
@@ -24,10 +24,10 @@ DELIMITERS = {
     "，": "full-width commas",
     "；": "full-width semicolons",
 }
-_HEADERS = "repeated header line"  # a kind of Skipped
-_BLANK_LINES = re.compile(rf"(?:[{MARK} \t]*(?:\r\n|\r|\n))*{MARK}*")
+_HEADERS = "repeated header line"  # a key of Skipped
+_BLANK_LINES = re.compile(rf"(?:[{BOM} \t]*(?:\r\n|\r|\n))*{BOM}*")
 _SEPARATOR_LINE = re.compile(r'"?sep=([^"\r\n ])"?[ \t,;]*(?:\r\n|\r|\n|$)', re.IGNORECASE)
-_NOTHING = " \t\x1a"  # a line of these is blank; old Windows programs end a file in the last
+_BLANK = " \t\x1a"  # old Windows programs end a file in the last one
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
@@ -35,7 +35,7 @@ _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 class Header(NamedTuple):
     """Where the table begins in the text, and how it is written.
 
-    nameless: the first column has no name; it is the index that pandas writes, and left out.
+    nameless: the first column has no name. It is the index that pandas writes, and is left out.
     """
 
     start: int  # of the names, in characters
@@ -43,15 +43,15 @@ class Header(NamedTuple):
     delimiter: str
     names: list[str]
     nameless: bool
-    separator_record: list[str]  # Excel's line as a record of its own; [] where there is none
+    separator_record: list[str]  # the fields of Excel's `sep=;` line; [] if there is none
 
     @property
     def delimiter_name(self) -> str:
-        """The separating character in words, plural."""
+        """The delimiter in words, plural."""
         return DELIMITERS.get(self.delimiter, repr(self.delimiter))
 
     def notes(self) -> list[str]:
-        """Say what was found that need not be what was meant."""
+        """Say what was detected, since it may not be what was meant."""
         notes = []
         if self.delimiter != ",":
             notes.append(f"fields are separated by {self.delimiter_name}")
@@ -61,11 +61,11 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path, text: str, default: str) -> Header:
-    """Find the names and the delimiter; DataError where they are not usable.
+    """Find the column names and the delimiter; DataError if they cannot be used.
 
-    default: the delimiter where the header has none, and the first choice where it has several.
+    default: the delimiter if the header has none, and the first choice if it has several.
     """
-    csv.field_size_limit(2**31 - 1)  # none, as in JSON; the most that every platform takes
+    csv.field_size_limit(2**31 - 1)  # the maximum of every platform; JSON has no limit either
     blank = _BLANK_LINES.match(text)
     start = blank.end() if blank else 0
     line = len(_LINE_END.findall(text, 0, start)) + 1
@@ -76,9 +76,9 @@ def read_header(path: Path, text: str, default: str) -> Header:
     separator_line = _SEPARATOR_LINE.match(text, start)
     separator_record: list[str] = []
     if separator_line:
-        separator_record = next(csv.reader([separator_line[0]], delimiter=separator_line[1]))
-        start, line = separator_line.end(), line + 1
         candidates = [separator_line[1]]
+        separator_record = next(csv.reader([separator_line[0]], delimiter=candidates[0]))
+        start, line = separator_line.end(), line + 1
     else:
         end = _LINE_END.search(text, start)
         first_line = text[start : end.start() if end else len(text)]
@@ -90,57 +90,56 @@ def read_header(path: Path, text: str, default: str) -> Header:
         lines = (match[0] for match in _LINE.finditer(text, start))  # no more than are needed
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            found[delimiter] = next(reader, [])
-            fits[delimiter] = len(found[delimiter]) > 1
-            fits[delimiter] &= len(next(filter(None, reader), [])) == len(found[delimiter])
+            found[delimiter] = names = next(reader, [])
+            fits[delimiter] = 1 < len(names) == len(next(filter(None, reader), []))
         except csv.Error as error:
-            fault, fits[delimiter] = _say_broken(error, delimiter), False
+            fault, fits[delimiter] = _broken(error, delimiter), False
     if not found:
         raise DataError(path, line, fault)
     delimiter = max(found, key=lambda one: (fits[one], len(found[one])))
     names = found[delimiter]
     nameless = len(names) > 1 and not names[0].strip()
-    _check_names(path, line, names, int(nameless))
+    named = names[nameless:]
+    blank_at = next((index for index, name in enumerate(named) if not name.strip()), None)
+    if blank_at is not None:
+        number = blank_at + nameless + 1
+        message = f"column {number} of {len(names)} has no name; name or delete it."
+        raise DataError(path, line, message)
+    refuse_repeated_names(path, line, named)
+    if not names:
+        raise DataError(path, line, "no names; write the names of the columns on this line.")
     return Header(start, line, delimiter, names, nameless, separator_record)
 
 
-def _check_names(path: Path, line: int, names: list[str], first: int) -> None:
-    """Refuse names that are blank or not unique, from the column with index `first` on."""
-    for index, name in enumerate(names[first:], start=first):
-        if not name.strip():
-            raise DataError(
-                path, line, f"column {index + 1} of {len(names)} has no name; name or delete it."
-            )
-        if name in names[first:index]:
-            raise DataError(
-                path, line, f"two columns are named {shown(name)}; rename or delete one."
-            )
-    if not names:
-        raise DataError(path, line, "no names; write the names of the columns on this line.")
+def refuse_repeated_names(path: Path, line: int | None, names: list[str]) -> None:
+    """Refuse columns of one name."""
+    name, count = (Counter(names).most_common(1) or [("", 0)])[0]
+    if count > 1:
+        message = f"two columns are named {quoted(name)}; rename or delete one."
+        raise DataError(path, line, message)
 
 
 def read_delimited(
     path: Path, text: str, header: Header, skipped: Skipped
 ) -> Iterator[RawRow | DataError]:
-    """Yield the rows under the header; a record that repeats the header is left out."""
+    """Yield the rows under the header; a record that repeats the header is skipped."""
     begins_record = True
 
     def lines() -> Iterator[str]:
-        """Leave out a mark before a record; inside a quoted field it is text."""
+        """Skip a mark before a record; inside a quoted field it is text."""
         nonlocal begins_record
         for number, line in enumerate(body, start=header.line):
-            if begins_record and line.startswith(MARK):
-                skipped[MARKS].append(number)
-                line = line.lstrip(MARK)
+            if begins_record and line.startswith(BOM):
+                skipped[BOM_NAME].append(number)
+                line = line.lstrip(BOM)
             begins_record = False
             yield line
 
     body = io.StringIO(text[header.start :], newline="")
-    source = lines() if MARK in text else body
+    source = lines() if BOM in text else body
     reader = csv.reader(source, delimiter=header.delimiter, strict=True)
-    names, nameless, offset = next(reader), header.nameless, header.line
-    known = {*names, *header.separator_record[:1]}  # what a repeated header may begin with
-    place = "first line" if header.line == 1 else f"header on line {header.line}"
+    names, offset = next(reader), header.line
+    known = {*names, *header.separator_record[:1]}  # first fields of a repeated header
     is_empty = True
     while True:
         begins_record = True
@@ -151,47 +150,53 @@ def read_delimited(
             break
         except csv.Error as error:
             is_empty = False
-            yield DataError(path, number, _say_broken(error, header.delimiter))
+            yield DataError(path, number, _broken(error, header.delimiter))
             continue
-        if not fields or (len(fields) == 1 < len(names) and not fields[0].strip(_NOTHING)):
+        if not fields or (len(fields) == 1 < len(names) and not fields[0].strip(_BLANK)):
             continue
         if fields[0] in known and sorted(fields) == sorted(names):  # files joined with cat
             names = fields  # which need not have their columns in one order
             skipped[_HEADERS].append(number)
-        elif fields[0] in known and fields == header.separator_record:
+            continue
+        if fields[0] in known and fields == header.separator_record:
             skipped[_HEADERS].append(number)
-        elif len(fields) != len(names):
-            is_empty = False
+            continue
+        is_empty = False
+        if len(fields) != len(names):
+            place = "first line" if header.line == 1 else f"header on line {header.line}"
             yield DataError(
                 path,
                 number,
                 f"{len(fields)} fields, but the {place} names {len(names)}; put quotes around "
                 f"fields with {header.delimiter_name}.",
             )
-        else:
-            columns = dict(zip(names, fields, strict=True))
-            if nameless:
-                del columns[header.names[0]]
-            is_empty = False
-            yield RawRow(number, columns)
+            continue
+        columns = dict(zip(names, fields, strict=True))
+        if header.nameless:
+            del columns[header.names[0]]
+        yield RawRow(path, number, columns)
     if is_empty:
-        cure = "write one row per line under it."
-        yield DataError(path, header.line, f"no rows, the header alone; {cure}")
+        message = "no rows, the header alone; write one row per line under it."
+        yield DataError(path, header.line, message)
 
 
-def _say_broken(error: csv.Error, delimiter: str) -> str:
+def _broken(error: csv.Error, delimiter: str) -> str:
+    """Say what is wrong with a record, and how to mend it."""
     kind = "TSV" if delimiter == "\t" else "CSV"
-    noun = DELIMITERS.get(delimiter, repr(delimiter))
     if "unexpected end of data" in str(error):
         return (
             f"broken {kind}: a quote that opens in this row is never closed; close it, and write a "
             'quote inside a field as "".'
         )
-    return f"broken {kind}: {error}; put quotes around fields with {noun} or quotes."
+    name = DELIMITERS.get(delimiter, repr(delimiter))
+    return f"broken {kind}: {error}; put quotes around fields with {name} or quotes."
+
+
+# Parquet
 
 
 def open_parquet(path: Path, content: bytes) -> Any:
-    """Return pyarrow's ParquetFile; DataError where there is none, or no pyarrow."""
+    """Return pyarrow's ParquetFile; DataError if it cannot be read, or pyarrow is missing."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -204,19 +209,15 @@ def open_parquet(path: Path, content: bytes) -> Any:
         ) from error
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
-        names = Counter(file.schema_arrow.names)
+        names = file.schema_arrow.names
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(path, None, _say_fault(error)) from error
-    for name, count in names.items():
-        if count > 1:
-            raise DataError(
-                path, None, f"two columns are named {shown(name)}; rename or delete one."
-            )
+        raise DataError(path, None, _unreadable(error)) from error
+    refuse_repeated_names(path, None, names)
     return file
 
 
 def read_parquet(path: Path, content: bytes, skipped: Skipped) -> Iterator[RawRow | DataError]:
-    """Yield the rows; a broken part of the file ends them. Nothing is ever left out."""
+    """Yield the rows up to a broken part of the file; nothing is ever skipped."""
     import pyarrow
 
     number = 0
@@ -233,18 +234,18 @@ def read_parquet(path: Path, content: bytes, skipped: Skipped) -> Iterator[RawRo
             ]
             rows = pyarrow.record_batch(columns, names=batch.schema.names).to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            yield DataError(path, number + 1, _say_fault(error), "row")
+            yield DataError(path, number + 1, _unreadable(error), "row")
             return
         for row in rows:
             number += 1
             try:
-                yield RawRow(number, {name: _as_json(value) for name, value in row.items()}, "row")
+                yield RawRow(path, number, _as_json(row), "row")
             except ValueError as error:
                 yield DataError(path, number, str(error), "row")
 
 
 def _as_json(value: Any) -> Any:
-    """Return a value as parsing.DECODER would; ValueError says what has no such form."""
+    """Return a value as parsing.DECODER would; ValueError if JSON has no such value."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, float):
@@ -263,7 +264,6 @@ def _as_json(value: Any) -> Any:
     return str(value)
 
 
-def _say_fault(error: Exception) -> str:
-    """Return pyarrow's message on one line."""
-    what = " ".join(str(error).split())
+def _unreadable(error: Exception) -> str:
+    what = " ".join(str(error).split())  # pyarrow's message, on one line
     return f"a Parquet file that cannot be read ({what}); download or write it again."

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ptuning.data.formats import Layout, UnknownColumns
 from ptuning.data.prompts import RowFormat
-from ptuning.data.raw_file import DataError
-from ptuning.data.reading import FileRows, as_places, find_files, read_rows
+from ptuning.data.raw_file import DataError, as_places
+from ptuning.data.reading import FileRows, find_files, read_rows
 
 
 def write(path: Path, rows: list[dict]) -> Path:

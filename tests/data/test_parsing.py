@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ptuning.data.conversion import convert_file
-from ptuning.data.parsing import DataFile, encoding_fault, open_data
+from ptuning.data.parsing import DataFile, open_data
 from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_file import DataError, RawRow
 from ptuning.data.reading import read_rows
@@ -101,7 +101,7 @@ def test_a_mark_before_an_element_is_left_out_and_one_in_a_text_stays(tmp_path: 
     row = json.dumps({"a": f"{MARK}x{MARK}"}, ensure_ascii=False)
     file, rows, _ = read(tmp_path / "a.json", f"[{row},\n{MARK}{row},{MARK}{row}]")
     assert rows == [{"a": f"{MARK}x{MARK}"}] * 3
-    assert file.notes == ["2 byte order marks inside the file left out (lines 2, 2)"]
+    assert file.notes == ["2 byte order marks inside the file left out (line 2)"]
     csv = f'a,b\n"x\n{MARK}y",z\n{MARK}"c,d",e\n'
     file, rows, faults = read(tmp_path / "a.csv", csv)
     assert rows == [{"a": f"x\n{MARK}y", "b": "z"}, {"a": "c,d", "b": "e"}]
@@ -149,7 +149,7 @@ def test_the_separator_line_of_excel_is_obeyed(tmp_path: Path, first: str) -> No
     file, rows, faults = read(tmp_path / "a.csv", table + MARK + table)
     assert rows == [{"content": "甲", "summary, short": "一"}] * 2
     assert (file.header_line, faults) == (2, [])
-    assert "2 repeated header lines inside the file left out (lines 4, 5)" in file.notes
+    assert "2 repeated header lines inside the file left out (lines 4-5)" in file.notes
     assert refusal(tmp_path / "a.csv", "sep=,\na,a\n").startswith(":2: two columns")
 
 
@@ -410,7 +410,7 @@ def test_one_conversation_is_one_row_whatever_its_name_is_written_like(tmp_path:
 def test_western_text_is_not_taken_for_chinese(tmp_path: Path) -> None:
     text = "content,summary\nit’s here,don’t go\ncafé,naïve – déjà vu\n"
     file = open_data(save(tmp_path / "a.csv", text.encode("cp1252")))
-    message = str(encoding_fault(file))
+    message = str(file.encoding_fault)
     assert "not UTF-8; it looks like Windows-1252. Convert it: iconv -f CP1252 -t UTF-8" in message
     assert file.decoded.text == text
 
@@ -425,7 +425,7 @@ def test_a_file_of_two_encodings_is_converted_in_parts(tmp_path: Path) -> None:
     lines = [f'{{"a": "{text}", "b": "衣服"}}\n' for text in ("你好，世界", "谢谢，再见", "早上好")]
     content = lines[0].encode() + lines[1].encode("gbk") + lines[2].encode()
     file = open_data(save(tmp_path / "a.json", content))
-    assert str(encoding_fault(file)).startswith(
+    assert str(file.encoding_fault).startswith(
         f"{tmp_path / 'a.json'}:2: not UTF-8, though other lines are; mend these lines, or convert"
     )
     assert file.decoded.damaged_lines == (2,)
@@ -468,7 +468,7 @@ def test_parquet_values_are_those_of_json(tmp_path: Path) -> None:
         {"text": "甲", "number": "12345678901234567", "share": "0.5", "flag": True, "turns": turns, "raw": "乙"},
         {"text": None, "number": None, "share": None, "flag": None, "turns": [], "raw": ""},
     ]  # fmt: skip
-    assert (file.unit, file.size, faults, encoding_fault(file)) == ("row", 2, [], None)
+    assert (file.unit, file.size, faults, file.encoding_fault) == ("row", 2, [], None)
     _, rows, faults = read(tmp_path / "a.json", _parquet({"a": [1.0, float("inf"), 2.0]}))
     assert [row["a"] for row in rows] == ["1.0", "2.0"]
     assert faults[0].startswith(", row 2: an infinite number")
@@ -498,7 +498,7 @@ def test_bytes_that_are_two_encodings_are_shown_in_both(tmp_path: Path) -> None:
     for codec in ("gbk", "cp950"):
         text = '{"a": "牛仔"}\n'
         file = open_data(save(tmp_path / "a.json", text.encode(codec)))
-        message = str(encoding_fault(file))
+        message = str(file.encoding_fault)
         assert message.startswith(f"{tmp_path / 'a.json'}:1: not UTF-8. As GBK it reads “")
         assert "“牛仔”" in message
         assert "as Big5 it reads “" in message
@@ -509,7 +509,7 @@ def test_bytes_that_are_two_encodings_are_shown_in_both(tmp_path: Path) -> None:
 def test_hong_kong_characters_are_read_as_such(tmp_path: Path) -> None:
     text = '{"a": "嘅咗喺"}\n'
     file = open_data(save(tmp_path / "a.json", text.encode("big5hkscs")))
-    assert "“嘅咗喺”" in str(encoding_fault(file))
+    assert "“嘅咗喺”" in str(file.encoding_fault)
 
 
 @pytest.mark.parametrize("codec", ["gbk", "utf-16", "utf-16-le", "utf-16-be"])
@@ -523,7 +523,7 @@ def test_the_printed_command_converts_and_overwrites_nothing(
     name = "a b.json.gz" if packed else "a b.json"
     save(tmp_path / "a b-utf8.json", "mine")
     path = save(Path(name), gzip.compress(content) if packed else content)
-    message = str(encoding_fault(open_data(path)))
+    message = str(open_data(path).encoding_fault)
     command = message[message.index("gzip -dc" if packed else "iconv") :].split(" or ")[0]
     assert shlex.split(command)[-1] == "a b-utf8-2.json"
     subprocess.run(command, shell=True, check=True)
@@ -581,7 +581,7 @@ def test_any_bytes_yield_rows_or_a_located_fault(tmp_path: Path) -> None:
             seen["refused"] += 1
         else:
             items = list(file.rows())
-            encoding_fault(file)
+            assert file.encoding_fault is None or file.encoding_fault.path == path
             seen["rows"] += sum(isinstance(item, RawRow) for item in items)
             seen["faults"] += sum(isinstance(item, DataError) for item in items)
             text = file.decoded.text

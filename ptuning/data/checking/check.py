@@ -19,7 +19,7 @@ from ptuning.data.dataset import CHUNK_ROWS, collector_paused
 from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
 from ptuning.data.parsing import DataFile, open_data
 from ptuning.data.prompts import Example, RowFormat, TextRow, to_example
-from ptuning.data.raw_file import DataError, RawRow, say_encoding_fault
+from ptuning.data.raw_file import DataError, RawRow
 from ptuning.data.reading import count_unused, find_left_out
 from ptuning.data.tokenizer import LEADING_PIECES, TRAILING_PIECES, ChatGLMTokenizer
 from ptuning.output import Progress
@@ -98,7 +98,8 @@ def _read(counts: FileCounts, file: DataFile, show_progress: bool) -> list[RawRo
                 rows.append(item)
                 if len(rows) % CHUNK_ROWS == 0:
                     progress.update(max(0, item.line - progress.done))
-    counts.encoding_fault = say_encoding_fault(file.path, file.decoded, is_gzip=file.is_gzip)
+    fault = file.encoding_fault
+    counts.encoding_fault = None if fault is None else fault.message
     counts.decoded = file.decoded._replace(text="")
     counts.unit, counts.notes, counts.num_read = file.unit, file.notes, len(rows)
     filled = count_unused(rows, Layout("columns"))
@@ -131,7 +132,7 @@ def _used_rows(counts: FileCounts, sources: list[RawRow], layout: Layout) -> lis
     made: list[tuple[TextRow, RawRow]] = []
     for source in sources:
         try:
-            rows = to_text_rows(counts.path, source, layout, turns=counts.row_format.turns)
+            rows = to_text_rows(source, layout, turns=counts.row_format.turns)
         except DataError as error:
             counts.add("broken_row", source.line, str(error))
         else:

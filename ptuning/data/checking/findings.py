@@ -24,8 +24,8 @@ from ptuning.data.checking.lengths import (
 )
 from ptuning.data.formats import Layout, suggest_flags
 from ptuning.data.prompts import RowFormat
-from ptuning.data.raw_file import DecodedText
-from ptuning.data.reading import LeftOut, as_places
+from ptuning.data.raw_file import DecodedText, as_places
+from ptuning.data.reading import LeftOut
 
 MOST_EXAMPLES = 5  # places and examples listed for one finding
 MOST_COLUMNS = 8  # columns that are named
