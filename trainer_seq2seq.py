@@ -51,7 +51,7 @@ from ptuning.train.checkpoints import (
     staging_path,
     start_checkpoint,
 )
-from ptuning.train.endings import DiskError, explain_disk_error, is_disk_error, memory_explained
+from ptuning.train.endings import DiskError, is_disk_error, memory_explained
 from ptuning.train.fit import Workload
 from ptuning.train.guards import (
     BAD_BATCH_NAME,
@@ -457,8 +457,7 @@ class Seq2SeqTrainer(transformers.Trainer):
                 raise
             shutil.rmtree(staging_path(checkpoint), ignore_errors=True)
             num_bytes = self._checkpoint_bytes()
-            text = explain_disk_error(error, checkpoint.name, checkpoint.parent, num_bytes)
-            raise DiskError(text) from error
+            raise DiskError(error, checkpoint.name, checkpoint.parent, num_bytes) from error
         self._saved_step = self.state.global_step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))

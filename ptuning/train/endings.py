@@ -1,4 +1,4 @@
-"""How a run ends that does not end well: an exit code, and a text that says what to type.
+"""How a failed or stopped run ends: an exit code, and a text that says what to type.
 
 | code | meaning |
 |---|---|
@@ -32,23 +32,25 @@ from ptuning.tunings.loading import BaseModelError
 CANNOT_START, BAD_STEPS, OUT_OF_MEMORY, DISK, LOST_PEER, CTRL_C = 2, 3, 4, 5, 6, 130
 USAGE_ERRORS = (UsageError, DataError, BaseModelError, OutputDirectoryError, FileNotFoundError)
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-# torch.save and safetensors have errors of their own for a write that failed.
+# torch.save and safetensors raise errors of their own for a failed write.
 DISK_WORDS = ("PytorchStreamWriter", "inline_container", "No space left", "os error 28")
+# torch's CPU allocator raises a plain RuntimeError with these words.
+MEMORY_WORDS = ("can't allocate memory", "not enough memory")
 
 
 class Ending(NamedTuple):
-    """What a run that stopped returns to the shell, and what it says."""
+    """The exit code and the message of a run that failed or was stopped."""
 
     exit_code: int
     text: str
 
 
 def ending_of(error: BaseException, config: RunConfig) -> Ending | None:
-    """Explain an error that a user can do something about; None for a fault of the program.
+    """Explain an error that a user can do something about; None for a bug.
 
-    The text begins with the number of this process if there are several.
+    With several processes the text begins with the rank of this one.
     """
     ending = _explain(error, config)
     return ending and ending._replace(text=f"{process_name()}{ending.text}")
@@ -57,31 +59,30 @@ def ending_of(error: BaseException, config: RunConfig) -> Ending | None:
 def _explain(error: BaseException, config: RunConfig) -> Ending | None:
     if isinstance(error, USAGE_ERRORS):
         return Ending(CANNOT_START, str(error))
+    if isinstance(error, Stopped):
+        what = "stopped after a complete step." if error.saved else "stopped at once."
+        return Ending(error.exit_code, f"{what} {how_to_resume(config)}")
     if isinstance(error, KeyboardInterrupt):
-        code = error.exit_code if isinstance(error, Stopped) else CTRL_C
-        saved = isinstance(error, Stopped) and error.saved
-        what = "stopped after a complete step." if saved else "stopped at once."
-        return Ending(code, f"{what} {how_to_resume(config)}")
+        return Ending(CTRL_C, f"stopped at once. {how_to_resume(config)}")
     if isinstance(error, BadStepsError):
         return Ending(BAD_STEPS, f"{error} {_with_other_flags(config)}")
     if isinstance(error, OutOfMemoryStop):
         return Ending(OUT_OF_MEMORY, f"{error}\n{how_to_resume(config, changed=True)}")
     if is_disk_error(error) and not isinstance(error, DiskError):
         where = Path(str(getattr(error, "filename", None) or config.output_dir))
-        error = DiskError(explain_disk_error(error, "a result", where))
+        error = DiskError(error, "a result", where)
     if isinstance(error, DiskError):
         return Ending(DISK, f"{error} Make room, then: {how_to_resume(config)}")
     if num_launched() > 1 and is_lost_peer(error):
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         why = "its own message says why, unless it was killed"
-        return Ending(LOST_PEER, f"another process ended first; {why} ({first_line})")
+        return Ending(LOST_PEER, f"another process ended first; {why} ({_first_line(error)})")
     return None
 
 
 def how_to_resume(config: RunConfig, *, changed: bool = False) -> str:
     """Say what a stopped run left and what to type, for python main.py and bash train.sh alike.
 
-    changed: the command will be typed with other settings, so that it has to ask for the resume.
+    changed: other flags are typed, so the resume has to be asked for.
     """
     directory = RunDirectory(config.output_dir)
     left = directory.checkpoints()
@@ -119,11 +120,28 @@ def _with_other_flags(config: RunConfig) -> str:
     )
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 # ---- Disks ----
 
 
 class DiskError(RuntimeError):
-    """Results could not be written; the text says what was tried and what to type."""
+    """Results could not be written."""
+
+    def __init__(
+        self, error: BaseException, what: str, where: Path, needed: int | None = None
+    ) -> None:
+        """Say what was being written where, and the bytes needed (None: unknown) and free."""
+        reason = getattr(error, "strerror", None) or "the disk is full or fails"
+        need = "" if needed is None else f"; it takes about {needed / MIB:,.1f} MiB"
+        folder = next(path for path in (where, *where.parents) if path.exists())
+        try:
+            free = f"{shutil.disk_usage(folder).free / MIB:,.1f} MiB are free there"
+        except OSError as failure:
+            free = f"free space is not known ({failure.strerror})"
+        super().__init__(f"{what} could not be written to {where}: {reason}{need}, {free}.")
 
 
 def is_disk_error(error: BaseException) -> bool:
@@ -137,67 +155,62 @@ def is_disk_error(error: BaseException) -> bool:
     return isinstance(error, Exception) and any(words in str(error) for words in DISK_WORDS)
 
 
-def explain_disk_error(
-    error: BaseException, what: str, where: Path, needed: int | None = None
-) -> str:
-    """Say what was being written where, and the bytes needed (None: not known) and free."""
-    reason = getattr(error, "strerror", None) or "the disk is full or fails"
-    need = "" if needed is None else f"; it takes about {needed / MIB:,.1f} MiB"
-    folder = next(path for path in (where, *where.parents) if path.exists())
-    try:
-        free = f"{shutil.disk_usage(folder).free / MIB:,.1f} MiB are free there"
-    except OSError as failure:
-        free = f"free space is not known ({failure.strerror})"
-    return f"{what} could not be written to {where}: {reason}{need}, {free}."
-
-
 # ---- Memory ----
-
-GIB = 2**30
-# torch's CPU allocator raises a plain RuntimeError with these words.
-CPU_WORDS = ("can't allocate memory", "not enough memory")
 
 
 class OutOfMemoryStop(RuntimeError):
-    """A run ended for lack of memory; the text says which setting to change."""
+    """A run ended for lack of memory."""
+
+    def __init__(
+        self,
+        error: BaseException,
+        workload: Workload,
+        phase: str,
+        batch_shape: tuple[int, int] | None = None,
+    ) -> None:
+        """Say what was computed, what memory the device had, and what to type."""
+        batch = "" if batch_shape is None else " a batch of {} x {} tokens".format(*batch_shape)
+        lines = [
+            f"out of memory on {workload.device} while {phase}{batch}: "
+            f"{memory_line(workload.device)} ({_first_line(error)[:200]})",
+            "Type the same command with one of these:",
+            *(f"  {advice}" for advice in advice_for(workload, phase)),
+        ]
+        super().__init__("\n".join(lines))
+
+
+@contextmanager
+def memory_explained(
+    phase: str, workload: Workload, batch_shape: tuple[int, int] | None = None
+) -> Iterator[None]:
+    """Turn an out-of-memory error into an OutOfMemoryStop.
+
+    phase is "training", "validating", "answering" or "loading the base"; batch_shape is (rows,
+    tokens of the longest row), None without a batch.
+    """
+    try:
+        yield
+    except OutOfMemoryStop:
+        raise  # from an inner block, which knew the batch
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryStop(error, workload, phase, batch_shape) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory was short.
+    """Tell whether an error means that memory ran out.
 
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."))
     True
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_WORDS)
-
-
-def explain_out_of_memory(
-    error: BaseException,
-    workload: Workload,
-    *,
-    phase: str,
-    batch_shape: tuple[int, int] | None = None,
-) -> str:
-    """Say what was computed, what memory the device had, and what to type, cheapest change first.
-
-    phase is "training", "validating", "answering" or "loading the base"; batch_shape is (rows,
-    tokens of the longest row), None without a batch.
-    """
-    batch = "" if batch_shape is None else f" a batch of {batch_shape[0]} x {batch_shape[1]} tokens"
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    lines = [
-        f"out of memory on {workload.device} while {phase}{batch}: "
-        f"{memory_line(workload.device)} ({first_line[:200]})",
-        "Type the same command with one of these:",
-        *(f"  {advice}" for advice in advice_for(workload, phase)),
-    ]
-    return "\n".join(lines)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_WORDS)
 
 
 def advice_for(workload: Workload, phase: str) -> list[str]:
-    """Return what to type, cheapest first."""
+    """Return what to type, cheapest change first."""
     advice = [f"{change.flags} ({change.note})" for change in memory_savers(workload, phase)]
     if phase != "loading the base":
         advice.append("--max_source_length and --max_target_length lower (shorter rows)")
@@ -217,19 +230,3 @@ def memory_line(device: torch.device) -> str:
         free, total = free_bytes(device), psutil.virtual_memory().total
         return f"{free / GIB:.2f} GiB free of {total / GIB:.2f}"
     return "its memory is not known"
-
-
-@contextmanager
-def memory_explained(
-    phase: str, workload: Workload, batch_shape: tuple[int, int] | None = None
-) -> Iterator[None]:
-    """Turn an out-of-memory error into an OutOfMemoryStop that says what to type."""
-    try:
-        yield
-    except OutOfMemoryStop:
-        raise  # explained already, where the batch was known
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        text = explain_out_of_memory(error, workload, phase=phase, batch_shape=batch_shape)
-        raise OutOfMemoryStop(text) from error
