@@ -1,8 +1,4 @@
-"""Answer the rows of a data set, tuned and with the untouched base, score as rows finish, and
-gather the report.
-
-It joins decoding (`ptuning.model`) and scoring (`ptuning.evaluate`), which do not know each other.
-"""
+"""Answer the rows of a data set with the tuned model and its base, score them, write the report."""
 
 import hashlib
 import json
@@ -40,7 +36,7 @@ from ptuning.scoring.predictions import (
     PredictionFile,
     write_results,
 )
-from ptuning.scoring.report import METHODS, ReportData, ReportRow, write_report
+from ptuning.scoring.report import ReportData, ReportRow, run_name, write_report
 from ptuning.scoring.retention import Retention, RetentionRun
 from ptuning.train.processes import (
     gather,
@@ -62,32 +58,31 @@ BASE_PREDICTIONS_NAME = "generated_predictions_base.txt"
 logger = logging.getLogger("main")
 
 
+class AnsweredRow(NamedTuple):
+    """One row's answer and its scores."""
+
+    row_index: int
+    text: str | None  # None: the row has no prompt
+    scores: PairScores | None  # None: nothing to compare, without a label or a prompt
+
+
 @dataclass(frozen=True)
 class Answers:
-    """One pass over the rows."""
+    """One model's answers to every row, in row order."""
 
-    texts: list[str | None]  # None: the row has no prompt
-    scores: list[PairScores | None]  # None: nothing to compare, without a label or a prompt
+    rows: list[AnsweredRow]
     runtime_s: float
 
     @property
     def means(self) -> CorpusScores:
-        """The means over the rows that have scores, blank answers counted."""
-        return mean_scores(self.texts, self.scores)
-
-
-class AnsweredRow(NamedTuple):
-    """One row's answer and its scores, None as in `Answers`."""
-
-    row_index: int
-    text: str | None
-    scores: PairScores | None
+        """The means over the rows that have scores; blank answers are counted."""
+        return mean_scores([row.text for row in self.rows], [row.scores for row in self.rows])
 
 
 def deal_rows(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Return the row numbers of each share, ascending: like numbers of rows, like lengths.
+    """Return the row numbers of each share, ascending: equal in number and similar in length.
 
-    The longest rows are dealt first, back and forth. The same for the same lengths everywhere.
+    The longest rows are dealt first, in alternating order. Deterministic.
 
     >>> deal_rows([5, 1, 9, 5, 7], 2)
     [[1, 2, 3], [0, 4]]
@@ -101,10 +96,10 @@ def deal_rows(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
 
 
 class BackgroundScores(ThreadPoolExecutor):
-    """Scores by row number, computed in a thread while the next rows are generated.
+    """Scores rows in a thread while the next rows are generated.
 
-    One thread is enough: a row takes milliseconds to score and far longer to generate, and torch's
-    kernels run in parallel. Left by an error or Ctrl-C, it drops what is not scored yet.
+    One thread is enough: scoring a row takes milliseconds, generating it far longer. An error or
+    Ctrl-C drops the rows that are not scored yet.
     """
 
     def __init__(self) -> None:
@@ -112,27 +107,24 @@ class BackgroundScores(ThreadPoolExecutor):
         self._scores: dict[int, Future[PairScores | None]] = {}
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for the row being scored; after an error, for no other."""
+        """Wait for the row being scored; cancel the others after an error."""
         self.shutdown(cancel_futures=kind is not None)
 
     def add(self, index: int, prediction: str | None, label: str) -> None:
-        """Have row `index` scored; returns at once."""
+        """Queue row `index` for scoring."""
         self._scores[index] = self.submit(score_pair, prediction, label)
 
     def in_row_order(self) -> list[PairScores | None]:
-        """Wait for every row added and return the scores in row order.
-
-        What scoring a row raised is raised here.
-        """
+        """Wait for every row added; return the scores in row order, or raise a row's exception."""
         return [self._scores[index].result() for index in sorted(self._scores)]
 
 
 @dataclass(frozen=True)
 class AnswerRun:
-    """What both passes share.
+    """The rows of a run and how they are answered, by the tuned model and by the base.
 
-    A row without a prompt is never given to a model: it has an empty answer in the files. Of
-    several processes each answers a share of the rows, and has all answers in the end.
+    A row without a prompt is not given to a model: its answer in the files is empty. Each of
+    several processes answers a share of the rows; every process returns all answers.
     """
 
     config: RunConfig
@@ -142,7 +134,7 @@ class AnswerRun:
 
     @cached_property
     def decoding(self) -> Decoding:
-        """How answers are decoded: greedily or with beams, or as the published code sampled."""
+        """Greedy or beam search, or the published code's sampling."""
         if self.config.recipe == "published":
             return PUBLISHED_SAMPLING
         return Decoding(
@@ -152,10 +144,10 @@ class AnswerRun:
         )
 
     def answer(self, model: ChatGLMForConditionalGeneration, *, is_tuned: bool) -> Answers:
-        """Answer every row; model is the tuned one, or the untouched base.
+        """Answer every row with the tuned model, or with the untouched base.
 
-        A file that an earlier run left unfinished is continued. A finished one is used again if it
-        is the base's, or if the run was stopped before its scores were written.
+        An earlier run's unfinished file is continued. A finished file is reused if it is the
+        base's, or if the run was stopped before its scores were written.
         """
         name = PREDICTIONS_NAME if is_tuned else BASE_PREDICTIONS_NAME
         path, started = Path(self.config.output_dir) / name, time.monotonic()
@@ -170,12 +162,11 @@ class AnswerRun:
                     file.restart()
                 rows = self._answer_rows(model, file, range(len(self.rows)), is_tuned=is_tuned)
             self._remove_parts(path)
-        texts, scores = [row.text for row in rows], [row.scores for row in rows]
-        return Answers(texts, scores, time.monotonic() - started)
+        return Answers(rows, time.monotonic() - started)
 
     @property
     def results(self) -> Path:
-        """The file of scores; it is there when a scoring was finished."""
+        """The file of scores, written when everything is scored."""
         return Path(self.config.output_dir) / RESULTS_NAME
 
     def _answer_rows(
@@ -186,14 +177,14 @@ class AnswerRun:
         *,
         is_tuned: bool,
     ) -> list[AnsweredRow]:
-        """Return the rows of these numbers; those that file has are taken from there."""
+        """Return the rows at indices; those that are in file are not answered again."""
         first = len(file.finished)
         texts: list[str | None] = [None] * len(indices)
         title = f"answering with the {'tuned model' if is_tuned else 'base'}"
         if num_processes() > 1:
             title += f", 1 share of {num_processes()}"
         if first and is_main_process():
-            logger.info("%s: %d of %d rows are there already", title, first, len(indices))
+            logger.info("%s: %d of %d rows are already answered", title, first, len(indices))
         progress = Progress(len(indices), title, initial=first, visible=is_main_process())
         with BackgroundScores() as scores, progress:
             for place, row in enumerate(file.finished):
@@ -204,7 +195,7 @@ class AnswerRun:
                 label = self.labels[indices[place]]
                 texts[place] = text
                 if is_tuned and file.next_index == first:
-                    self.results.unlink(missing_ok=True)  # those of answers that are replaced now
+                    self.results.unlink(missing_ok=True)  # the answers it scored are replaced now
                 file.add(place, label, text or "")
                 scores.add(place, text, label)
                 progress.update()
@@ -216,8 +207,8 @@ class AnswerRun:
     ) -> Iterator[tuple[int, str | None]]:
         """Yield (place in indices, answer) as rows finish; None for rows without a prompt.
 
-        Those come right after the first answer: a run that fails before it replaces no old row, and
-        one that is stopped later keeps the answers behind them.
+        The latter follow the first answer: a run that fails before that replaces no old row, and a
+        run that is stopped after it keeps the answers to the rows behind them.
         """
         asked = [place for place, index in enumerate(indices) if self.rows[index].input_ids]
         answers = generate_answers(
@@ -241,10 +232,10 @@ class AnswerRun:
         is_tuned: bool,
         repeats: bool,
     ) -> list[AnsweredRow]:
-        """Answer this process's share into a file of its own, and return the rows of all.
+        """Answer this rank's share into its own part file; return the rows of every rank.
 
-        Rows that `path` has are not answered again; a share that was stopped goes on with as many
-        processes. The main process puts the shares together.
+        Rows in `path` are not answered again. A part that was stopped is continued if the number of
+        processes is the same. The main process merges the parts.
         """
         finished = self._finished_of(path, fingerprint, repeats=repeats)
         first = len(finished)
@@ -262,18 +253,18 @@ class AnswerRun:
                     file.restart()
                 for row in rows[first:]:
                     file.add(row.row_index, self.labels[row.row_index], row.text or "")
-        gather(None)  # the rows are in their file before the parts go
+        gather(None)  # a barrier: the rows are in their file before the parts are deleted
         self._remove_parts(path)
         return rows
 
     def _remove_parts(self, path: Path) -> None:
-        """Delete this process's part; the main one deletes what other runs left unfinished too."""
+        """Delete this rank's part; the main process also deletes those of earlier runs."""
         whose = "*" if is_main_process() else f"{process_index()}of*"
         for part in path.parent.glob(f"{path.stem}.part{whose}"):
             part.unlink(missing_ok=True)
 
     def _finished_of(self, path: Path, fingerprint: str, *, repeats: bool) -> list[AnsweredRow]:
-        """Return the rows that the main process finds in path, the same for every process."""
+        """Return the rows that the main process finds in path, on every rank."""
         rows: list[AnsweredRow] = []
         if is_main_process():
             found = PredictionFile(path, fingerprint=fingerprint).finished
@@ -286,14 +277,14 @@ class AnswerRun:
         return list(gather(rows)[0])
 
     def _answer_in(self, row: Prediction, index: int) -> str | None:
-        """Return the answer that a file has to row `index`; None if the row has no prompt."""
+        """Return a file's answer to row `index`; None if the row has no prompt."""
         return row.prediction if self.rows[index].input_ids else None
 
     @cached_property
     def labels(self) -> list[str]:
-        """The wanted answers as published: cut to max_target_length - 2 tokens and decoded again.
+        """The reference answers as published: cut to max_target_length - 2 tokens and decoded.
 
-        So they are normalised (NFKC) exactly as the generated answers are. "" is no label.
+        Decoding normalises them (NFKC) like the generated answers. "" means no label.
         """
         encoded = self.tokenizer.encode_batch([row.label for row in self.rows.rows])
         return [self._text_of(ids[: self.config.max_target_length - 2]) for ids in encoded]
@@ -302,7 +293,7 @@ class AnswerRun:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _fingerprint(self, model: ChatGLMForConditionalGeneration, *, is_tuned: bool) -> str:
-        """Return a hash of all that shapes an answer; sampled answers are never continued."""
+        """Return a hash of everything that determines an answer, unique if answers are sampled."""
         digest = hashlib.sha256()
         parts: list[Any] = [base_fingerprint(model), str(model.dtype), asdict(self.decoding)]
         if self.decoding.do_sample:
@@ -317,7 +308,7 @@ class AnswerRun:
     def write_results(
         self, tuned: Answers, base: Answers | None, retention: Retention | None = None
     ) -> None:
-        """Write predict_results.json, the base's figures and those of forgetting beside it."""
+        """Write predict_results.json: scores of the tuned model, the base, and forgetting."""
         metrics: dict[str, float | None] = tuned.means.by_published_name("predict")
         metrics["predict_runtime"] = round(tuned.runtime_s, 3)
         if base is not None:
@@ -327,24 +318,21 @@ class AnswerRun:
         write_results(Path(self.config.output_dir) / RESULTS_NAME, metrics)
 
     def report_rows(self, tuned: Answers, base: Answers | None) -> list[ReportRow]:
-        """Return the rows side by side."""
+        """Return the rows with both answers."""
+        unasked = [AnsweredRow(row.row_index, None, None) for row in tuned.rows]
+        pairs = zip(tuned.rows, base.rows if base else unasked, strict=True)
         return [
             ReportRow(
-                index=index,
+                index=new.row_index,
                 prompt=row.prompt,
-                label=self.labels[index],
-                tuned=tuned.texts[index],
-                tuned_bleu=_bleu_of(tuned, index),
-                base=base.texts[index] if base else None,
-                base_bleu=_bleu_of(base, index) if base else None,
+                label=self.labels[new.row_index],
+                tuned=new.text,
+                tuned_bleu=new.scores.bleu_4 if new.scores else None,
+                base=old.text,
+                base_bleu=old.scores.bleu_4 if old.scores else None,
             )
-            for index, row in enumerate(self.rows.rows)
+            for row, (new, old) in zip(self.rows.rows, pairs, strict=True)
         ]
-
-
-def _bleu_of(answers: Answers, index: int) -> float | None:
-    scores = answers.scores[index]
-    return scores.bleu_4 if scores else None
 
 
 def score(
@@ -356,10 +344,10 @@ def score(
     *,
     batch_size: int,
 ) -> str:
-    """Answer the test rows tuned and with the untouched base, score both; return their table.
+    """Answer and score the test rows with the tuned model and the base; return a table of scores.
 
-    Writes predictions, predict_results.json and the report. Where no row has a label, a line that
-    says so stands for the table. Processes but the first return "".
+    Writes the predictions, predict_results.json and the report. Without a label in any row the
+    table is replaced by a line that says so. Ranks other than 0 return "".
     """
     assert rows.test is not None, "asked for only with rows to answer"
     dtype = choose_dtype(model.device, config.dtype_name)
@@ -386,10 +374,10 @@ def score(
     info = read_tuned_info(scored)
     states = [Path(folder) / TRAINER_STATE_NAME for folder in (scored, output_dir)]
     report = ReportData(
-        title=f"ChatGLM {METHODS[config.tuning or PTUNING]}",
+        run=run_name(scored),
         made_at=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         model=config.model_name_or_path,
-        prefix=scored,
+        tuned_path=scored,
         tuning=config.tuning or PTUNING,
         step=info.step if info else None,
         tuned=tuned.means,

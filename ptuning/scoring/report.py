@@ -26,6 +26,7 @@ from ptuning.storage import write_atomically
 DEFAULT_MAX_ROWS = 200
 TEXT_BUDGET_BYTES = 360_000  # of all texts; with 200 rows' markup the page stays under 500 kB
 TEXT_LIMITS = (100_000, 4000, 2000, 1000, 600, 400, 300, 200, 150, 100)  # characters of one text
+NUM_OPEN_ROWS = 3  # the others are collapsed
 UNSCORED_SHARE = 4  # where too many rows are scored to show all, a quarter is kept for the others
 RETENTION_MAX_ROWS = 60  # a file of one's own may hold more; the most changed are shown
 RETENTION_TEXT_LIMIT = 400  # characters of one text
@@ -72,10 +73,10 @@ class ReportRow:
 class ReportData:
     """Everything the page shows."""
 
-    title: str
-    made_at: str  # date and time, as it shall be read
+    run: str  # see `run_name`
+    made_at: str  # date and time as text
     model: str  # name or path of the base model
-    prefix: str  # name or path of the tuned prefix, adapter or model
+    tuned_path: str  # of the prefix, adapter or model
     tuned: CorpusScores
     rows: Sequence[ReportRow]
     tuning: str = "ptuning"  # or "lora", "full"
@@ -87,6 +88,17 @@ class ReportData:
     max_rows: int = DEFAULT_MAX_ROWS
 
 
+def run_name(tuned_path: str) -> str:
+    """Return the name of a run, and of its checkpoint where it is one.
+
+    >>> run_name("output/adgen-pt-128"), run_name("output/adgen-pt-128/checkpoint-1000")
+    ('adgen-pt-128', 'adgen-pt-128/checkpoint-1000')
+    """
+    path = Path(tuned_path).absolute()
+    is_checkpoint = path.name.startswith("checkpoint-")
+    return f"{path.parent.name}/{path.name}" if is_checkpoint else path.name
+
+
 def write_report(path: Path, report: ReportData) -> None:
     """Write the page; a lone surrogate in a text becomes a character reference."""
     write_atomically(path, render_report(report).encode("utf-8", "xmlcharrefreplace"))
@@ -96,8 +108,8 @@ def render_report(report: ReportData) -> str:
     """Return the page as text."""
     history = read_log_history(report.log_history)
     facts: dict[str, object] = {
-        "原模型 base model": report.model,
-        TUNED_LABELS[report.tuning]: report.prefix,
+        "基座模型 base model": report.model,
+        TUNED_LABELS[report.tuning]: report.tuned_path,
     }
     if report.step is not None:
         facts["步数 step"] = report.step
@@ -112,6 +124,8 @@ def render_report(report: ReportData) -> str:
         general_limit=RETENTION_TEXT_LIMIT,
         history=history,
         plot=_plot(history) if history.steps else None,
+        method=METHODS[report.tuning],
+        num_open=NUM_OPEN_ROWS,
         facts=facts,
         rows=rows,
         num_shown_scored=sum(row.tuned_bleu is not None for row in rows),

@@ -16,7 +16,7 @@ from ptuning.scoring.retention import Retention, RetentionRow
 HOSTILE = "</bdi><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\"'"
 BASE = CorpusScores(PairScores(20.0, 4.0, 15.5, 2.25), samples=300, scored=300, empty=3)
 TUNED = CorpusScores(PairScores(31.12, 7.11, 14.97, 8.1), samples=300, scored=300, empty=0)
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -44,6 +44,9 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.words.append(data)
 
+    def rows(self) -> list[dict[str, str | None]]:
+        return [found for found in self.attributes("details") if found.get("class") == "row"]
+
     def attributes(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
@@ -61,10 +64,10 @@ def unscored(index: int, **changes: object) -> ReportRow:
 
 def report(**changes: object) -> ReportData:
     plain = ReportData(
-        title="ADGEN",
+        run="adgen-pt-128/checkpoint-3000",
         made_at="2025-01-02 12:00",
         model="THUDM/chatglm-6b",
-        prefix="output/checkpoint-3000",
+        tuned_path="output/checkpoint-3000",
         step=3000,
         tuned=TUNED,
         base=BASE,
@@ -83,6 +86,17 @@ def test_the_page_holds_scores_settings_and_curve() -> None:
         assert wanted in words
     assert len(page.attributes("svg")) == 1
     assert page.attributes("html")[0]["lang"] == "zh"
+
+
+def test_the_title_names_the_run_and_its_base() -> None:
+    text = render_report(report())
+    assert "<title>adgen-pt-128/checkpoint-3000 · THUDM/chatglm-6b</title>" in text
+    assert "<h1>adgen-pt-128/checkpoint-3000 <small>THUDM/chatglm-6b</small></h1>" in text
+
+
+def test_all_rows_but_the_first_are_collapsed() -> None:
+    page = Page(render_report(report()))
+    assert ["open" in found for found in page.rows()] == [True] * 3 + [False] * 197
 
 
 @pytest.mark.parametrize(
@@ -113,7 +127,7 @@ def test_settings_are_written_as_on_a_command_line_and_not_as_in_python() -> Non
 
 def test_the_terms_are_those_of_the_chinese_readme() -> None:
     text = render_report(report(retention=Retention("x", [RetentionRow("", "", "", 1, 0, 0, 0)])))
-    assert "原模型" in text
+    assert "基座模型" in text
     assert "基座 base" not in text
     assert "词元" not in text
 
@@ -126,7 +140,7 @@ def test_a_worse_score_is_marked_worse_and_fewer_empty_answers_better() -> None:
 
 def test_hostile_text_is_shown_and_never_markup() -> None:
     hostile = report(
-        title=HOSTILE,
+        run=HOSTILE,
         model=HOSTILE,
         settings={HOSTILE: HOSTILE},
         rows=[ReportRow(0, HOSTILE, HOSTILE, HOSTILE, 1.0, HOSTILE, 1.0)],
@@ -135,7 +149,9 @@ def test_hostile_text_is_shown_and_never_markup() -> None:
     assert page.open == []
     assert len(page.attributes("script")) == 1
     assert page.attributes("img") == []
-    assert sum(HOSTILE in words for words in page.words) == 9  # title twice, model, 2 settings, 4
+    assert (
+        sum(HOSTILE in words for words in page.words) == 10
+    )  # window title, run, model twice, 2 settings, 4
 
 
 def test_only_the_script_of_the_page_may_run_and_nothing_is_fetched() -> None:
@@ -152,7 +168,7 @@ def test_only_the_script_of_the_page_may_run_and_nothing_is_fetched() -> None:
 def test_too_many_rows_are_thinned_and_it_says_so() -> None:
     text = render_report(report(max_rows=50))
     assert "50 of 300 rows" in text
-    assert text.count("<article") == 50
+    assert text.count('<details class="row"') == 50
     assert "All 300 rows" in render_report(report(max_rows=300))
 
 
@@ -171,9 +187,7 @@ def test_links_lead_to_the_best_middle_and_worst_row() -> None:
     rows = [row(index, tuned_bleu=float(index)) for index in range(5)]
     page = Page(render_report(report(rows=rows)))
     assert [link["href"] for link in page.attributes("a")] == ["#row4", "#row2", "#row0"]
-    assert [card["id"] for card in page.attributes("article")] == [
-        f"row{index}" for index in (4, 3, 2, 1, 0)
-    ]
+    assert [card["id"] for card in page.rows()] == [f"row{index}" for index in (4, 3, 2, 1, 0)]
 
 
 @pytest.mark.parametrize("unit", ["好" * 5000, "<" * 5000, "ab " * 5000])
@@ -188,7 +202,7 @@ def test_two_hundred_long_rows_stay_under_500_kilobytes(tmp_path: Path, unit: st
 def test_a_run_without_base_log_or_rows_has_a_page() -> None:
     text = render_report(report(base=None, step=None, rows=[], settings={}, log_history=[]))
     assert Page(text).open == []
-    assert "原模型 base<" not in text
+    assert "基座模型 base<" not in text
     assert "<svg" not in text
     assert "<script" not in text
 
@@ -212,7 +226,7 @@ def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path: Path) -> None:
 
 
 def cards(text: str) -> list[str]:
-    return re.findall("<article.*?</article>", text, flags=re.DOTALL)
+    return re.findall('<details class="row".*?</details>', text, flags=re.DOTALL)
 
 
 def test_rows_that_are_not_scored_say_why_and_come_last() -> None:
@@ -220,7 +234,7 @@ def test_rows_that_are_not_scored_say_why_and_come_last() -> None:
     rows = [unscored(0), no_prompt, row(2), row(3)]
     text = render_report(report(rows=rows))
     page = Page(text)
-    assert [card["id"] for card in page.attributes("article")] == ["row3", "row2", "row0", "row1"]
+    assert [card["id"] for card in page.rows()] == ["row3", "row2", "row0", "row1"]
     assert [link["href"] for link in page.attributes("a")] == ["#row3", "#row2", "#row2"]
     *_, without_label, without_prompt = cards(text)
     assert "no answer to compare with: not scored" in without_label
@@ -247,7 +261,7 @@ def test_a_page_without_any_label_has_no_scores_no_order_and_no_script() -> None
     assert "200 of 300 rows" in text
     assert page.attributes("select") == []
     assert page.attributes("script") == []
-    assert [card["id"] for card in page.attributes("article")][:2] == ["row0", "row2"]
+    assert [card["id"] for card in page.rows()][:2] == ["row0", "row2"]
 
 
 def test_a_report_of_which_few_rows_are_scored_shows_them_all() -> None:

@@ -114,7 +114,7 @@ def test_one_row_lacks_something_and_the_others_score_as_without_it(
     report = (tmp_path / "report.html").read_text("utf-8")
     why = "no answer to compare with: not scored" if is_asked else "no prompt: not answered"
     assert report.count(why) == 1
-    assert report.count("<article") == 3
+    assert report.count('<details class="row"') == 3
 
 
 def test_a_test_set_without_any_label_is_answered_and_has_no_scores(scored, tmp_path):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ptuning.scoring import answering as prediction
+from ptuning.scoring import answering
 from ptuning.scoring.answering import BackgroundScores
 from ptuning.scoring.metrics import PairScores, score_pair
 
@@ -24,7 +24,7 @@ def test_adding_a_row_does_not_wait_for_its_score(monkeypatch: pytest.MonkeyPatc
         assert go_on.wait(10)
         return PairScores(1.0, 1.0, 1.0, 1.0)
 
-    monkeypatch.setattr(prediction, "score_pair", slow)
+    monkeypatch.setattr(answering, "score_pair", slow)
     with BackgroundScores() as scores:
         scores.add(0, "a", "b")
         scores.add(1, "a", "b")  # reached although row 0 waits for the next line
@@ -49,7 +49,7 @@ def test_an_interrupted_run_scores_no_further_rows(monkeypatch: pytest.MonkeyPat
             threading.Timer(0.05, go_on.set).start()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(prediction, "score_pair", slow)
+    monkeypatch.setattr(answering, "score_pair", slow)
     with pytest.raises(KeyboardInterrupt):
         interrupted_run()
     assert scored == ["0"]
@@ -61,7 +61,7 @@ def test_what_scoring_raises_is_raised_where_the_scores_are_read(
     def broken(prediction: str, label: str) -> PairScores:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(prediction, "score_pair", broken)
+    monkeypatch.setattr(answering, "score_pair", broken)
     with BackgroundScores() as scores:
         scores.add(0, "a", "b")
         with pytest.raises(RecursionError, match="too deep"):
