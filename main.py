@@ -58,7 +58,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         from ptuning.train.rows import check_files, load_rows
         from ptuning.train.run_directory import RunDirectory, fingerprint_rows
         from ptuning.tunings.loading import load_tokenizer
-        from ptuning.tunings.tuning import load_model, open_tuning
+        from ptuning.train.tuning import load_model, open_tuning
         from trainer_seq2seq import Run, Seq2SeqTrainer
 
     started = time.monotonic()

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from main import main
-from ptuning.tunings.tuning import PrefixTuning
+from ptuning.train.tuning import PrefixTuning
 from tests.tiny import make_base, rows, write_rows
 from trainer_seq2seq import Seq2SeqTrainer
 
@@ -405,7 +405,7 @@ def test_wrong_flags_are_told_before_the_model_is_loaded(case, base, files, monk
     def must_not_load(*_args, **_options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("ptuning.tunings.tuning.load_base", must_not_load)
+    monkeypatch.setattr("ptuning.train.tuning.load_base", must_not_load)
     more, needed = WRONG[case]
     assert main(train_flags(base, files, *more)) == 2
     error = capsys.readouterr().err
@@ -436,7 +436,7 @@ def test_an_output_folder_that_cannot_be_made_is_told_before_the_model_is_loaded
     base, files, monkeypatch, capsys
 ):
     monkeypatch.setattr(
-        "ptuning.tunings.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
+        "ptuning.train.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
     )
     (files / "out").write_text("a file")
     assert main(train_flags(base, files)) == 2
@@ -450,7 +450,7 @@ def test_a_damaged_prefix_is_told_before_the_model_is_loaded(base, files, monkey
     whole = (files / "out" / "prefix.safetensors").read_bytes()
     (files / "out" / "prefix.safetensors").write_bytes(whole[: len(whole) // 2])
     monkeypatch.setattr(
-        "ptuning.tunings.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
+        "ptuning.train.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
     )
     flags = ["--do_predict", "--test_file", str(files / "dev.json")]
     flags += ["--model_name_or_path", str(base), "--output_dir", str(files / "scores")]

@@ -204,7 +204,7 @@ def test_a_damaged_adapter_is_told_before_the_model_is_loaded(base, files, monke
     weights = files / "out" / WEIGHTS["lora"]
     weights.write_bytes(weights.read_bytes()[:100])
     monkeypatch.setattr(
-        "ptuning.tunings.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
+        "ptuning.train.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
     )
     flags = [
         "--do_predict",

@@ -50,7 +50,7 @@ from ptuning.train.run_config import RunConfig
 from ptuning.tunings.artefact import PTUNING, read_tuned_info
 from ptuning.tunings.loading import choose_dtype
 from ptuning.tunings.prefix import base_fingerprint
-from ptuning.tunings.tuning import Tuning
+from ptuning.train.tuning import Tuning
 
 REPORT_NAME = "report.html"
 BASE_PREDICTIONS_NAME = "generated_predictions_base.txt"

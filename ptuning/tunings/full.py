@@ -26,7 +26,7 @@ from ptuning.train.run_config import RunConfig, UsageError
 from ptuning.tunings.artefact import FULL, TunedInfo, kind_of, read_tuned_info, write_tuned_info
 from ptuning.tunings.loading import load_base, load_tokenizer
 from ptuning.tunings.prefix import base_fingerprint
-from ptuning.tunings.tuning import TrainedState
+from ptuning.train.tuning import TrainedState
 
 UNFINISHED = ".unfinished"  # the folder inside an artefact's that is being filled
 

@@ -27,7 +27,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.train.run_config import RunConfig, UsageError
 from ptuning.tunings.artefact import LORA, TunedInfo, kind_of
 from ptuning.tunings.prefix import base_fingerprint
-from ptuning.tunings.tuning import TrainedState, checkpoint_explained, frozen_base
+from ptuning.train.tuning import TrainedState, checkpoint_explained, frozen_base
 
 RANK, ALPHA, DROPOUT = 8, 16.0, 0.1  # what unset flags mean; flags.py says so
 

@@ -13,7 +13,7 @@ from ptuning.scoring.answering import score
 from ptuning.train.processes import trainer_arguments
 from ptuning.train.rows import Rows
 from ptuning.train.run_config import parse_arguments
-from ptuning.tunings.tuning import load_model, open_tuning
+from ptuning.train.tuning import load_model, open_tuning
 from tests.tiny import rows, write_rows
 from tests.train.test_many_processes import (  # noqa: F401
     COMMON,

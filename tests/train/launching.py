@@ -130,7 +130,7 @@ def be_a_process(request: dict[str, Any], index: int, log: Path, port: int) -> N
 
 def leave_dropout_out() -> None:
     """Train the prefix without dropout, whose masks depend on how rows lie in batches."""
-    from ptuning.tunings.tuning import PrefixTuning
+    from ptuning.train.tuning import PrefixTuning
 
     attach = PrefixTuning.attach
 

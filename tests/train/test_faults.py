@@ -417,7 +417,7 @@ def test_a_read_only_folder_is_told_before_the_base_is_loaded(
 ):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     monkeypatch.setattr(
-        "ptuning.tunings.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
+        "ptuning.train.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
     )
     assert short_run.start(out=small_disk / "out") == 2
     assert "cannot be written (Read-only file system)" in capsys.readouterr().err

@@ -139,7 +139,7 @@ def test_a_run_that_cannot_report_does_not_start(
 ):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(
-        "ptuning.tunings.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
+        "ptuning.train.tuning.load_base", lambda *_a, **_o: pytest.fail("was loaded")
     )
     assert short_run.start(*flags) == 2
     error = capsys.readouterr().err

@@ -416,7 +416,7 @@ def test_a_start_that_fails_leaves_no_folder(short_run, monkeypatch):
     def fail(*_args, **_options):
         raise FileNotFoundError("no weights")
 
-    monkeypatch.setattr("ptuning.tunings.tuning.load_base", fail)
+    monkeypatch.setattr("ptuning.train.tuning.load_base", fail)
     assert short_run.start(out=short_run.out / "deeper") == 2
     assert not short_run.out.exists()
 

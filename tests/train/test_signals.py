@@ -79,7 +79,7 @@ def test_a_signal_before_training_stops_at_once(short_run, monkeypatch, capsys):
     def interrupted(*_args, **_options):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("ptuning.tunings.tuning.load_base", interrupted)
+    monkeypatch.setattr("ptuning.train.tuning.load_base", interrupted)
     assert short_run.start() == 143
     assert "No checkpoint was written yet" in capsys.readouterr().err
 
