@@ -57,8 +57,8 @@ def run(config: RunConfig, stop: StopRequest) -> None:
         from ptuning.train.progress import check_run
         from ptuning.train.rows import check_files, load_rows
         from ptuning.train.run_directory import RunDirectory, fingerprint_rows
-        from ptuning.tunings.loading import load_tokenizer
         from ptuning.train.tuning import load_model, open_tuning
+        from ptuning.tunings.loading import load_tokenizer
         from trainer_seq2seq import Run, Seq2SeqTrainer
 
     started = time.monotonic()

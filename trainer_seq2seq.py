@@ -67,7 +67,8 @@ from ptuning.train.rows import Rows
 from ptuning.train.run_config import RunConfig
 from ptuning.train.run_directory import RunDirectory
 from ptuning.train.signals import Stopped, StopRequest
-from ptuning.train.tuning import TrainedState, Tuning, newest_metrics
+from ptuning.train.tuning import Tuning, newest_metrics
+from ptuning.tunings.artefact import TrainedState
 
 # Schedules whose learning rate does not depend on the number of steps.
 STEADY_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")

@@ -24,13 +24,13 @@ from ptuning.model.checkpoint.files import BIN_FILE, BIN_INDEX
 from ptuning.model.checkpoint.layout import (
     EMBEDDING,
     HEAD,
-    LAYER_LINEARS,
     SCALE_SUFFIX,
     float_shapes,
     is_layer_linear,
 )
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.reference import packed_columns
+from ptuning.storage import LAYER_LINEARS
 
 BITS = (0, 4, 8)  # 0 is float16
 NUM_SHARDS = 8  # of the published float16 release

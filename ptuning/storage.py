@@ -1,7 +1,8 @@
-"""Files written whole or not at all, JSON objects read back, names of an adapter's files."""
+"""How things are stored: files written atomically, JSON objects read back, and published names."""
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,15 @@ INFO_NAME = "tuning_config.json"  # how an adapter or a whole model was tuned
 ADAPTER_CONFIG_NAME = "adapter_config.json"  # peft's names
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_FILES = (ADAPTER_WEIGHTS_NAME, "adapter_model.bin")
+
+# The linears of a layer, which quantisation and LoRA apply to.
+LAYER_LINEARS = (
+    "attention.query_key_value",
+    "attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+)
+SUPPORTED_BITS = (4, 8)  # of quantised weights
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,6 +33,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # still there only if writing or renaming failed
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, indented, in UTF-8."""
+    text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+    write_atomically(path, text.encode())
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ptuning import __main__ as program
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.train.rows import load_rows
 from ptuning.train.run_config import parse_arguments
-from ptuning.tunings.artefact import read_tuned_info
+from ptuning.tunings.artefact import read_info
 from tests.test_main import base, files, train_flags  # noqa: F401
 from tests.tiny import rows, write_rows
 
@@ -70,11 +70,11 @@ def test_a_chat_is_remembered_as_one(base, files, log):  # noqa: F811
     assert main(train_flags(base, files)) == 0
     assert "5 rows read, 10 answers in them, 10 kept" in log.text
     assert "format sharegpt: the turns of conversations" in log.text
-    settings = read_tuned_info(files / "out").settings
+    settings = read_info(files / "out").settings
     assert (settings["multi_turn"], settings["format"]) == (True, "auto")
     write_rows(files / "train.json", rows(5))
     assert main([*train_flags(base, files), "--overwrite_output_dir"]) == 0
-    assert read_tuned_info(files / "out").settings["multi_turn"] is False
+    assert read_info(files / "out").settings["multi_turn"] is False
 
 
 def loaded(base, files, *more):  # noqa: F811

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from ptuning.model.checkpoint.convert import convert_checkpoint
-from ptuning.model.checkpoint.hub import find_directory
+from ptuning.model.checkpoint.files import find_directory
 from ptuning.model.checkpoint.layout import read_config
 from ptuning.tunings.loading import find_base
 from ptuning.tunings.prefix import export_prefix

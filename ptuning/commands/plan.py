@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from ptuning.data.dataset import GenerationDataset, TokenDataset
-from ptuning.model.checkpoint.hub import CONFIG_FILE
+from ptuning.model.checkpoint.files import CONFIG_FILE
 from ptuning.model.checkpoint.layout import read_config
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, pack_weights_

@@ -1,12 +1,10 @@
-"""LoRA adapters on a ChatGLM: given, written, read, put aside; the peft library does the layers.
+"""Adapters on a ChatGLM: new ones, stored ones, and the untouched base; peft provides the layers.
 
 The model stays a ChatGLMForConditionalGeneration whose chosen linears are peft's, so that the
-decoding engine and `generate` work unchanged. A directory holds `adapter_model.safetensors` and
-`adapter_config.json` as peft reads them, and tuning_config.json with what the run was.
-peft is imported when an adapter is asked for, never before.
+decoding engine and `generate` work unchanged. Weights of an adapter are float32 whatever the base's
+are, and the base may be quantised. peft is imported only when an adapter is asked for.
 """
 
-import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,29 +13,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint.files import map_bin, open_safetensors
-from ptuning.model.checkpoint.layout import EMBEDDING
-from ptuning.model.quantization.layers import QuantizedLinear, lora_linear_class
+from ptuning.model.checkpoint.files import check_finite, map_bin, open_safetensors
+from ptuning.model.checkpoint.layout import EMBEDDING, check_base
 from ptuning.storage import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FILES,
     ADAPTER_WEIGHTS_NAME,
-    write_atomically,
+    INFO_NAME,
+    read_json,
 )
-from ptuning.tunings.artefact import (
-    DEFAULT_TARGETS,
-    LORA,
-    TunedInfo,
-    check_base,
-    check_targets,
-    read_tuned_info,
-    write_tuned_info,
-)
-from ptuning.tunings.prefix import base_fingerprint, check_finite
 
 ADAPTER = "default"  # the name inside the model; it is not stored
 PEFT_PREFIX = "base_model.model."  # of stored names: peft wraps a model twice
@@ -56,116 +43,35 @@ def load_peft() -> ModuleType:
 
 
 def add_adapter(
-    model: ChatGLMForConditionalGeneration,
+    model: PreTrainedModel,
     *,
     rank: int,
     alpha: float,
     dropout: float = 0.0,
-    target_modules: Sequence[str] = DEFAULT_TARGETS,
+    target_modules: Sequence[str] | None = None,
 ) -> None:
-    """Give model a fresh float32 adapter and freeze everything else.
+    """Give model a new LoRA adapter and freeze everything else.
 
     Each target linear's output gains alpha / rank x B(A(x)), with A (rank, in_features) random and
-    B (out_features, rank) zero, so that the model's answers are the base's until it is trained.
-    ValueError for names that are not a layer's linears, and for a model that has an adapter.
+    B (out_features, rank) zero, so that the answers are the base's until it is trained. None
+    targets peft's own choice, query_key_value. ValueError for a model that has an adapter.
     """
-    check_targets(target_modules)
     base = model.name_or_path or ""
     config = load_peft().LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=list(target_modules),
+        target_modules=target_modules and list(target_modules),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(Path(base).absolute())
-        if base and Path(base).is_dir()
-        else base,
+        base_model_name_or_path=str(Path(base).absolute()) if Path(base).is_dir() else base,
     )
-    _inject(model, config)
+    _inject(model, config, ADAPTER)
 
 
-def _inject(model: ChatGLMForConditionalGeneration, config: Any) -> None:
-    """Put peft's layers around the linears that config names, frozen or quantised ones alike."""
-    peft = load_peft()
-    if adapter_parameters(model):
-        raise ValueError("this model has a LoRA adapter already; load the base again for another.")
-    _adapt_quantized(config)
-    peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    for parameter in adapter_parameters(model).values():
-        parameter.data = parameter.data.float()  # like the prefix, whatever the base is
-
-
-def _adapt_quantized(config: Any) -> None:
-    """Tell peft which LoRA layer wraps our quantised linears."""
-    config._register_custom_module({QuantizedLinear: lora_linear_class()})
-
-
-def adapter_parameters(model: ChatGLMForConditionalGeneration) -> dict[str, nn.Parameter]:
-    """Return the adapter's parameters by peft's stored names; empty for a model without one."""
-    return {
-        _stored_name(name): value
-        for name, value in model.named_parameters()
-        if "lora_" in name and f".{ADAPTER}" in name
-    }
-
-
-def _stored_name(name: str) -> str:
-    """Return peft's name for an adapter parameter of the model.
-
-    >>> _stored_name("transformer.layers.0.attention.dense.lora_A.default.weight")
-    'base_model.model.transformer.layers.0.attention.dense.lora_A.weight'
-    """
-    return PEFT_PREFIX + name.replace(f".{ADAPTER}", "")
-
-
-def save_adapter(
-    model: ChatGLMForConditionalGeneration,
-    directory: str | Path,
-    info: TunedInfo,
-    tensors: Mapping[str, Tensor] | None = None,
+def attach_adapter(
+    model: PreTrainedModel, directory: Path, *, name: str = ADAPTER, trainable: bool = False
 ) -> None:
-    """Write the adapter to directory, its description last.
-
-    tensors are the model's by name where they were gathered from several processes; None takes the
-    model's own. ValueError when the model has no adapter.
-    """
-    directory = Path(directory)
-    values: dict[str, Tensor] = dict(adapter_parameters(model))
-    if not values:
-        raise ValueError("this model has no adapter to save; give it one with add_adapter.")
-    if tensors is not None:
-        values = {_stored_name(k): v for k, v in tensors.items() if _stored_name(k) in values}
-    stored = {name: value.detach().float().cpu().contiguous() for name, value in values.items()}
-    write_atomically(directory / ADAPTER_WEIGHTS_NAME, save(stored, metadata={"format": "pt"}))
-    config = copy.copy(model.peft_config[ADAPTER])
-    config.inference_mode = True  # as peft stores it: whoever loads it is not training
-    config.save_pretrained(directory)
-    write_tuned_info(directory, info)
-
-
-def load_adapter(
-    model: ChatGLMForConditionalGeneration, directory: str | Path, *, trainable: bool = False
-) -> TunedInfo:
-    """Attach the adapter in directory to its base and return its description.
-
-    trainable keeps its dropout and lets gradients flow to it; else it is frozen. ValueError when it
-    was made for another base or is damaged; FileNotFoundError when there is none.
-    """
-    directory = Path(directory)
-    info = read_tuned_info(directory)
-    if not isinstance(info, TunedInfo) or info.tuning != LORA:
-        raise ValueError(f"{directory} holds no LoRA adapter ({ADAPTER_CONFIG_NAME}).")
-    check_base(info, model.name_or_path, base_fingerprint(model), directory)
-    tensors = read_adapter_tensors(directory)
-    config = load_peft().LoraConfig.from_pretrained(str(directory))
-    config.inference_mode = not trainable
-    _inject(model, config)
-    fill_adapter(model, tensors, directory)
-    return info
-
-
-def attach_adapter(model: ChatGLMForConditionalGeneration, directory: Path, *, name: str) -> None:
-    """Attach an adapter of any of peft's kinds, frozen; the base may be quantised.
+    """Attach a stored adapter of any of peft's kinds; trainable: it is trained further.
 
     ValueError where transformers' load_adapter warns of random values or says nothing: an adapter
     that is incomplete, damaged or made for another base.
@@ -177,22 +83,55 @@ def attach_adapter(model: ChatGLMForConditionalGeneration, directory: Path, *, n
             "a device_map that keeps the whole model in memory."
         )
     config = peft.PeftConfig.from_pretrained(str(directory))
-    if config.peft_type == peft.PeftType.LORA:
-        info = read_tuned_info(directory)
-        if isinstance(info, TunedInfo) and info.tuning == LORA:
-            check_base(info, model.name_or_path, base_fingerprint(model), directory)
+    if (directory / INFO_NAME).is_file():
+        info = read_json(directory / INFO_NAME)
+        if info.get("tuning") == "lora" and config.peft_type == peft.PeftType.LORA:
+            base, fingerprint = info.get("base_model_name_or_path"), info.get("base_fingerprint")
+            check_base(model, f"the adapter at {directory}", base, fingerprint)
     stored = read_adapter_tensors(directory)
     tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in stored.items()}
-    if isinstance(config, peft.LoraConfig):
-        _adapt_quantized(config)
-    peft.inject_adapter_in_model(config, model, adapter_name=name)
+    config.inference_mode = not trainable
+    _inject(model, config, name)
     needed = peft.get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=EMBEDDING in tensors
     )
     _check_fit(needed, tensors, directory)
     peft.set_peft_model_state_dict(model, tensors, adapter_name=name)
-    model.eval().requires_grad_(False)
-    model._hf_peft_config_loaded = True
+    if not trainable:
+        model.eval().requires_grad_(False)
+
+
+def _inject(model: PreTrainedModel, config: Any, name: str) -> None:
+    """Put peft's layers around the linears that config names, frozen or quantised ones alike."""
+    peft = load_peft()
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    from ptuning.model.quantization.layers import QuantizedLinear, lora_linear_class
+
+    if adapter_parameters(model):
+        raise ValueError("this model has a LoRA adapter already; load the base again for another.")
+    if isinstance(config, peft.LoraConfig):
+        config._register_custom_module({QuantizedLinear: lora_linear_class()})
+    peft.inject_adapter_in_model(config, model, adapter_name=name)
+    cast_adapter_dtype(model, name)  # to float32
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the LoRA adapter's parameters by peft's stored names; empty without one."""
+    return {
+        stored_name(name): value
+        for name, value in model.named_parameters()
+        if "lora_" in name and f".{ADAPTER}" in name
+    }
+
+
+def stored_name(name: str) -> str:
+    """Return peft's name for an adapter parameter of the model.
+
+    >>> stored_name("transformer.layers.0.attention.dense.lora_A.default.weight")
+    'base_model.model.transformer.layers.0.attention.dense.lora_A.weight'
+    """
+    return PEFT_PREFIX + name.replace(f".{ADAPTER}", "")
 
 
 def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
@@ -213,10 +152,10 @@ def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill_adapter(
-    model: ChatGLMForConditionalGeneration, tensors: Mapping[str, Tensor], directory: Path
-) -> None:
-    """Copy stored values into the adapter that is attached; ValueError where they do not fit."""
+def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Copy the tensors of directory into the adapter that is attached; ValueError if they differ in
+    names or shapes.
+    """
     parameters = adapter_parameters(model)
     _check_fit(parameters, tensors, directory)
     for name, parameter in parameters.items():
@@ -226,7 +165,6 @@ def fill_adapter(
 def _check_fit(
     needed: Mapping[str, Tensor], tensors: Mapping[str, Tensor], directory: Path
 ) -> None:
-    """Raise ValueError where the stored tensors are not those that the model needs."""
     if needed.keys() != tensors.keys():
         odd = sorted(needed.keys() ^ tensors.keys())
         raise ValueError(
@@ -244,12 +182,12 @@ def _check_fit(
 
 
 @contextmanager
-def without_adapter(model: ChatGLMForConditionalGeneration) -> Iterator[None]:
-    """Answer as the untouched base inside the block; the adapter is on again after it."""
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Switch the adapter off inside the block, so that the model answers as the untouched base."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {p: p.requires_grad for p in model.parameters()}
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -257,7 +195,5 @@ def without_adapter(model: ChatGLMForConditionalGeneration) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for parameter, is_trained in trained.items():
+            parameter.requires_grad_(is_trained)

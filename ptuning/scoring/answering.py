@@ -20,6 +20,7 @@ from ptuning.data.tokenization import pad_left
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import PUBLISHED_SAMPLING, Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.checkpoint.layout import base_fingerprint
 from ptuning.output import Progress
 from ptuning.scoring.metrics import (
     CorpusScores,
@@ -47,10 +48,9 @@ from ptuning.train.processes import (
 )
 from ptuning.train.rows import Rows
 from ptuning.train.run_config import RunConfig
-from ptuning.tunings.artefact import PTUNING, read_tuned_info
-from ptuning.tunings.loading import choose_dtype
-from ptuning.tunings.prefix import base_fingerprint
 from ptuning.train.tuning import Tuning
+from ptuning.tunings.artefact import PTUNING, read_info
+from ptuning.tunings.loading import choose_dtype
 
 REPORT_NAME = "report.html"
 BASE_PREDICTIONS_NAME = "generated_predictions_base.txt"
@@ -371,7 +371,7 @@ def score(
         return ""
     run.write_results(tuned, base, retention)
     scored = config.output_dir if config.do_train else tuning.checkpoint or tuning.weights
-    info = read_tuned_info(scored)
+    info = read_info(scored)
     states = [Path(folder) / TRAINER_STATE_NAME for folder in (scored, output_dir)]
     report = ReportData(
         run=run_name(scored),

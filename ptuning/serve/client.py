@@ -39,7 +39,7 @@ from ptuning.serve.worker import (
     receive,
     run_worker,
 )
-from ptuning.tunings.artefact import PrefixInfo
+from ptuning.tunings.artefact import Info
 from ptuning.tunings.loading import find_model, load_tokenizer
 
 END_S = 10.0  # for a decoding step in progress when the session is closed
@@ -79,7 +79,7 @@ class EngineClient(AbstractSession):
         self._lock = threading.Lock()  # for what may start, and in which order
         self._is_closed = False
         self._requests: dict[int, OnUpdate] = {}
-        self._loading: dict[int, Future[PrefixInfo]] = {}
+        self._loading: dict[int, Future[Info]] = {}
         self._on_end: Callable[[], None] | None = None
         self._reader = threading.Thread(target=self._read, name="engine client", daemon=True)
         self._reader.start()
@@ -161,7 +161,7 @@ class EngineClient(AbstractSession):
 
     def _load_prefix(self, name: str, path: Path, *, allow_other_base: bool) -> NamedPrefix:
         number = next(self._numbers)
-        loading: Future[PrefixInfo] = Future()
+        loading: Future[Info] = Future()
         with self._lock:
             self._check_open()
             self._loading[number] = loading
@@ -245,7 +245,7 @@ class EngineClient(AbstractSession):
             on_end()
 
 
-def _settle(future: Future[PrefixInfo], result: PrefixInfo | Exception) -> None:
+def _settle(future: Future[Info], result: Info | Exception) -> None:
     if isinstance(result, Exception):
         future.set_exception(result)
     else:

@@ -33,13 +33,12 @@ from ptuning.engine.engine import Engine
 from ptuning.engine.request import Request, Row
 from ptuning.engine.sampling import Sampling
 from ptuning.engine.shared_prefix import SharedPrefix, check_weight, mix_prefixes
-from ptuning.model.adapter import load_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import pack_where_roomy
 from ptuning.model.cpu.threads import limit_threads, release_helper_threads
 from ptuning.serve.scheduler import OnUpdate, Scheduler, TokenBuffer
 from ptuning.serve.text_stream import Answer, TextStream
-from ptuning.tunings.artefact import LORA, PrefixInfo, TunedInfo
+from ptuning.tunings.artefact import LORA, Info
 from ptuning.tunings.loading import (
     choose_dtype,
     find_model,
@@ -47,6 +46,7 @@ from ptuning.tunings.loading import (
     load_tokenizer,
     refuse_other_kinds,
 )
+from ptuning.tunings.lora import load_adapter
 from ptuning.tunings.prefix import load_prefix
 
 BASE_NAME = "base"  # the model without a prefix, wherever a name is asked for
@@ -91,7 +91,7 @@ class NamedPrefix:
 
     name: str
     path: Path
-    info: PrefixInfo
+    info: Info
     shared: SharedPrefix | None = None
 
 
@@ -113,7 +113,7 @@ class AbstractSession(ABC):
     """
 
     def __init__(
-        self, tokenizer: ChatGLMTokenizer, *, context_length: int, tuned: TunedInfo | None
+        self, tokenizer: ChatGLMTokenizer, *, context_length: int, tuned: Info | None
     ) -> None:
         """Take the most tokens of prompt and answer together, and how the model was tuned."""
         self.tokenizer = tokenizer
@@ -148,9 +148,7 @@ class AbstractSession(ABC):
         """The prefixes by name, in the order they were added."""
         return dict(self._prefixes)
 
-    def add_prefix(
-        self, name: str, path: str | Path, *, allow_other_base: bool = False
-    ) -> PrefixInfo:
+    def add_prefix(self, name: str, path: str | Path, *, allow_other_base: bool = False) -> Info:
         """Load a prefix (see `ptuning.load_prefix`) under a new name and return its description."""
         if name == BASE_NAME or not PREFIX_NAME.fullmatch(name):
             raise ValueError(
@@ -298,7 +296,7 @@ class Session(AbstractSession):
         *,
         max_rows: int = MAX_ROWS,
         max_queue: int | None = None,
-        tuned: TunedInfo | None = None,
+        tuned: Info | None = None,
     ) -> None:
         """Take over a model, without the prefix attached to it; tuned describes LoRA or full."""
         super().__init__(tokenizer, context_length=model.config.max_sequence_length, tuned=tuned)

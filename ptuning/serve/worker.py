@@ -23,7 +23,7 @@ from ptuning.engine.request import Request, Row
 from ptuning.model.cpu.threads import leave_a_processor
 from ptuning.serve.scheduler import RowUpdate
 from ptuning.serve.session import Load, Session, Weighted
-from ptuning.tunings.artefact import PrefixInfo, TunedInfo
+from ptuning.tunings.artefact import Info
 
 SMALL_MODEL = 2**24  # parameters; in smaller models a step is mostly threads waiting for each other
 
@@ -61,14 +61,14 @@ class Loaded(NamedTuple):
     """To the client, first: the model is loaded. An exception in its place says why it is not."""
 
     context_length: int
-    tuned: TunedInfo | None
+    tuned: Info | None
 
 
 class PrefixResult(NamedTuple):
     """To the client: the prefix that was loaded, or the error."""
 
     number: int
-    result: PrefixInfo | Exception
+    result: Info | Exception
 
 
 class StepResult(NamedTuple):
@@ -182,7 +182,7 @@ class EngineWorker:
             self._send(StepResult(updates, self._session.load_now))
 
     def _add_prefix(self, message: AddPrefix) -> None:
-        result: PrefixInfo | Exception
+        result: Info | Exception
         try:
             result = self._session.add_prefix(
                 message.name, message.path, allow_other_base=message.allow_other_base

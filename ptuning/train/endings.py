@@ -27,10 +27,10 @@ from ptuning.train.processes import is_lost_peer, num_launched, process_name
 from ptuning.train.run_config import RunConfig, UsageError
 from ptuning.train.run_directory import OutputDirectoryError, RunDirectory
 from ptuning.train.signals import Stopped
-from ptuning.tunings.loading import BaseModelError
+from ptuning.tunings.artefact import ModelError
 
 CANNOT_START, BAD_STEPS, OUT_OF_MEMORY, DISK, LOST_PEER, CTRL_C = 2, 3, 4, 5, 6, 130
-USAGE_ERRORS = (UsageError, DataError, BaseModelError, OutputDirectoryError, FileNotFoundError)
+USAGE_ERRORS = (UsageError, DataError, ModelError, OutputDirectoryError, FileNotFoundError)
 
 MIB, GIB = 2**20, 2**30
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)

@@ -21,7 +21,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ptuning.data.dataset import TokenDataset
-from ptuning.model.adapter import DEFAULT_TARGETS
 from ptuning.model.attention import Attention
 from ptuning.model.backbone import ChatGLMModel
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
@@ -48,7 +47,7 @@ from ptuning.train.memory import (
 from ptuning.train.processes import gather
 from ptuning.train.rows import Rows
 from ptuning.train.run_config import RunConfig
-from ptuning.tunings.artefact import FULL, PTUNING
+from ptuning.tunings.artefact import DEFAULT_TARGETS, FULL, PTUNING
 from ptuning.tunings.lora import RANK
 
 FREE_SHARE = 0.9  # of free memory is planned with; allocators lose the rest to fragmentation

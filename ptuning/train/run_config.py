@@ -33,7 +33,7 @@ from ptuning.tunings.artefact import (
     TUNINGS,
     check_targets,
     kind_of,
-    read_tuned_info,
+    read_info,
 )
 from ptuning.tunings.loading import WORDS_OF_MAIN, find_base
 
@@ -303,7 +303,7 @@ def remembered_settings(typed: Mapping[str, Any], tuning: str | None) -> dict[st
     if checkpoint is None or not Path(checkpoint).exists():
         return {}
     try:
-        info = read_tuned_info(checkpoint)
+        info = read_info(checkpoint)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"{flag}: {error}") from error
     settings = {} if info is None else info.settings

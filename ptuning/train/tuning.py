@@ -1,46 +1,25 @@
-"""What a run trains, and how that is attached, written and read back.
+"""From a RunConfig to what it tunes and the model with that attached.
 
-The trainer and main.py know a Tuning only. P-Tuning v2's prefix is here, the two others in `lora`
-and `full`; `open_tuning` picks one.
+The trainer and main.py know only the protocol `Tuning`; its three kinds are in `ptuning.tunings`.
+They take plain values and raise ValueError; errors in a checkpoint become UsageErrors here.
 """
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.quantization.layers import QuantizedLinear
 from ptuning.train.processes import shards_weights
 from ptuning.train.run_config import RunConfig, UsageError
-from ptuning.tunings.artefact import FULL, LORA, PTUNING, remove_other_marks
+from ptuning.tunings.artefact import FULL, LORA, TrainedState
+from ptuning.tunings.full import FullTuning
 from ptuning.tunings.loading import check_weights, choose_dtype, load_base
-from ptuning.tunings.prefix import (
-    load_prefix,
-    prefix_shape,
-    read_prefix_tensors,
-    save_prefix,
-)
-
-logger = logging.getLogger("main")
-
-
-class TrainedState(NamedTuple):
-    """What an artefact remembers of the run: step, newest figures, and how rows became tokens.
-
-    tensors are the model's by name where a launcher gathered them from several processes
-    (DeepSpeed, FSDP); None: the model holds its own.
-    """
-
-    step: int
-    metrics: dict[str, float]
-    settings: dict[str, Any]
-    tensors: Mapping[str, Tensor] | None = None
+from ptuning.tunings.lora import LoraTuning
+from ptuning.tunings.prefix import PrefixTuning
 
 
 class Tuning(Protocol):
@@ -52,19 +31,22 @@ class Tuning(Protocol):
 
     @property
     def checkpoint(self) -> str | None:
-        """What training starts from or what is scored, besides the base; None for a fresh one."""
+        """What training starts from or what is scored, besides the base; None for a new one."""
 
     @property
     def base(self) -> str | None:
         """The untouched base to compare with; None when it is not known."""
 
+    def check_files(self) -> None:
+        """Refuse a damaged checkpoint before the base is loaded (ValueError, FileNotFoundError)."""
+
     def load_dtype(self, answering: torch.dtype) -> torch.dtype:
         """Return the dtype to load the model in, given the one that it answers in."""
 
     def attach(self, model: ChatGLMForConditionalGeneration) -> None:
-        """Give model what is trained, fresh or from a checkpoint, and freeze everything else.
+        """Give model what is trained, new or from a checkpoint, and freeze everything else.
 
-        UsageError when the checkpoint does not fit.
+        ValueError when the checkpoint does not fit.
         """
 
     def describe(self, model: ChatGLMForConditionalGeneration) -> str:
@@ -84,108 +66,40 @@ class Tuning(Protocol):
         """Give the untouched base to answer with inside a block; model is as before after it."""
 
 
-class PrefixTuning:
-    """P-Tuning v2: a prefix of keys and values in every layer, the base frozen."""
-
-    def __init__(self, config: RunConfig) -> None:
-        """Read the prefix to start from once, so that a damaged one is reported before the base
-        loads (UsageError).
-        """
-        self.config = config
-        self.weights = config.model_name_or_path
-        self.base: str | None = self.weights
-        self.checkpoint = config.checkpoint
-        if self.checkpoint is not None:
-            path = Path(self.checkpoint)
-            with checkpoint_explained(config.checkpoint_flag):
-                prefix_shape(read_prefix_tensors(path), path)
-
-    def load_dtype(self, answering: torch.dtype) -> torch.dtype:
-        """Return the frozen base's dtype; the prefix is float32 in any case."""
-        return answering
-
-    def attach(self, model: ChatGLMForConditionalGeneration) -> None:
-        """Attach the prefix to start from, or a new one; freeze the base."""
-        config = self.config
-        if self.checkpoint is not None:
-            with checkpoint_explained(config.checkpoint_flag):
-                info = load_prefix(
-                    model,
-                    self.checkpoint,
-                    expected_length=config.pre_seq_len,
-                    expected_projection=config.prefix_projection,
-                )
-            step = "" if info.step is None else f", step {info.step}"
-            logger.info("Prefix %s: %d tokens%s", self.checkpoint, info.prefix_length, step)
-        else:
-            encoder = model.add_prefix(
-                int(config.pre_seq_len or 0), project=bool(config.prefix_projection)
-            )
-            if config.prefix_init_std is not None:
-                encoder.scale_entries(config.prefix_init_std)
-        model.freeze_base()
-
-    def describe(self, model: ChatGLMForConditionalGeneration) -> str:
-        """Count prefix tokens, trained and frozen parameters."""
-        encoder = model.prefix_encoder
-        assert encoder is not None, "attach ran before"
-        trained = sum(p.numel() for p in encoder.parameters())
-        mlp = " through an MLP" if encoder.project else ""
-        return (
-            f"a prefix of {encoder.prefix_length} tokens{mlp}, {trained:,} parameters; "
-            f"{frozen_base(model)}"
-        )
-
-    def save(
-        self, model: ChatGLMForConditionalGeneration, directory: Path, state: TrainedState
-    ) -> None:
-        """Write a prefix artefact."""
-        save_prefix(
-            model, directory, step=state.step, metrics=state.metrics, settings=state.settings
-        )
-        remove_other_marks(directory, PTUNING)
-
-    def restore(self, model: ChatGLMForConditionalGeneration, directory: Path) -> None:
-        """Put the checkpoint's values into the prefix that is attached."""
-        encoder = model.prefix_encoder
-        assert encoder is not None, "attach ran before"
-        load_prefix(
-            model,
-            directory,
-            expected_length=encoder.prefix_length,
-            expected_projection=encoder.project,
-        )
-        loaded = model.prefix_encoder
-        assert loaded is not None, "load_prefix attaches one"
-        encoder.load_state_dict(loaded.state_dict())
-        model.attach_prefix(encoder)
-
-    @contextmanager
-    def untuned(
-        self, model: ChatGLMForConditionalGeneration
-    ) -> Iterator[ChatGLMForConditionalGeneration]:
-        """Take the prefix off inside the block."""
-        encoder = model.prefix_encoder
-        assert encoder is not None, "attach ran before"
-        model.remove_prefix()
-        try:
-            yield model
-        finally:
-            model.attach_prefix(encoder)
-
-
 def open_tuning(config: RunConfig) -> Tuning:
-    """Return the kind of tuning that a run asks for; its checkpoint is sound, no base is loaded."""
-    check_weights(config.model_name_or_path)
+    """Return the tuning that a run asks for; its checkpoint is sound, no base is loaded."""
+    base, checkpoint = config.model_name_or_path, config.checkpoint
+    check_weights(base)
+    tuning: Tuning
     if config.tuning == LORA:
-        from ptuning.tunings.lora import LoraTuning
-
-        return LoraTuning(config)
-    if config.tuning == FULL:
-        from ptuning.tunings.full import FullTuning
-
-        return FullTuning(config)
-    return PrefixTuning(config)
+        targets = config.lora_target_modules
+        tuning = LoraTuning(
+            base,
+            checkpoint,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=None if targets is None else targets.split(","),
+        )
+    elif config.tuning == FULL:
+        tuning = FullTuning(
+            base,
+            checkpoint,
+            trains=config.do_train,
+            tokenizer_name=config.tokenizer_name,
+            hub=config.hub,
+        )
+    else:
+        tuning = PrefixTuning(
+            base,
+            checkpoint,
+            length=config.pre_seq_len,
+            project=config.prefix_projection,
+            init_std=config.prefix_init_std,
+        )
+    with _usage_errors(config):
+        tuning.check_files()
+    return tuning
 
 
 def load_model(
@@ -204,30 +118,23 @@ def load_model(
         quantize_embeddings=config.quantize_embeddings,
         **config.hub,
     )
-    tuning.attach(model)
+    with _usage_errors(config):
+        tuning.attach(model)
     if not (config.do_train and shards_weights(arguments)):
         model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
     return model
 
 
 @contextmanager
-def checkpoint_explained(flag: str) -> Iterator[None]:
-    """Turn a checkpoint's fault into a UsageError that names the flag of the checkpoint."""
+def _usage_errors(config: RunConfig) -> Iterator[None]:
+    """Turn an error in what is tuned into a UsageError that names the flag that asked for it."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
+        flag = f"--tuning is {config.tuning}"
+        if config.checkpoint is not None and config.checkpoint != config.model_name_or_path:
+            flag = config.checkpoint_flag
         raise UsageError(f"{flag}: {error}") from error
-
-
-def frozen_base(model: ChatGLMForConditionalGeneration) -> str:
-    """Say how many parameters the frozen base has, and in how many bits quantized ones are."""
-    frozen = (p for _, p in model.base_parameters() if not p.requires_grad)
-    count = sum(p.numel() for p in frozen)
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):  # stored in bytes of one or two codes each
-            count += module.in_features * module.out_features - module.weight.numel()
-    bits = model.config.quantization_bit
-    return f"the base's {count:,} stay frozen" + (f", its layers in int{bits}" if bits else "")
 
 
 def newest_metrics(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

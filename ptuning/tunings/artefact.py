@@ -1,24 +1,27 @@
-"""What a training run left in a directory: a prefix, a LoRA adapter, or a whole model.
+"""What training left in a directory: a prefix, a LoRA adapter, or a whole model.
 
 `kind_of` tells them apart. A prefix describes itself in prefix_config.json, an adapter and a whole
-model in tuning_config.json; either file is written last. Importing this module loads no torch, so
-that a command line is checked before anything heavy is; the tensors are read by
-`ptuning.tunings.prefix` and `ptuning.model.adapter`.
+model in tuning_config.json; either file is written last. Importing this module does not import
+torch, so that a command line is checked at once; the tensors are read by `ptuning.tunings.prefix`
+and `ptuning.model.adapter`.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ptuning.storage import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     INFO_NAME,
+    LAYER_LINEARS,
     read_json,
-    write_atomically,
+    write_json,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PTUNING, LORA, FULL = "ptuning", "lora", "full"
 TUNINGS = (PTUNING, LORA, FULL)
@@ -27,50 +30,44 @@ PREFIX_CONFIG_NAME = "prefix_config.json"
 PREFIX_WEIGHTS_NAME = "prefix.safetensors"
 PUBLISHED_NAME = "pytorch_model.bin"
 EXPORT_FORMATS = ("published", "peft", "kv")
-# What names the kind of a directory; a run that writes one kind takes the others' away.
+# The files that tell the kind of a directory; a run that writes one kind deletes the others'.
 MARKS = {
     PTUNING: (PREFIX_CONFIG_NAME, PREFIX_WEIGHTS_NAME),
     LORA: (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME),
     FULL: (),
 }
 # The linears of a layer that LoRA can adapt; the first is peft's own choice for ChatGLM.
-TARGET_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+TARGET_MODULES = tuple(name.rpartition(".")[2] for name in LAYER_LINEARS)
 DEFAULT_TARGETS = TARGET_MODULES[:1]
 
-
-@dataclass(frozen=True)
-class PrefixInfo:
-    """What a prefix is and what it was made for; the contents of prefix_config.json.
-
-    base_fingerprint is None for a published file, which does not say what it was trained on.
-    `settings` holds the prompt columns, lengths and recipe of the run; `metrics` its newest
-    figures.
-    """
-
-    prefix_length: int
-    prefix_projection: bool
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    vocab_size: int
-    base_model_name_or_path: str = ""
-    base_fingerprint: str | None = None
-    step: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+# Keys of one of the two files alone.
+SIZES_OF_A_PREFIX = (
+    *("prefix_length", "prefix_projection", "num_layers", "hidden_size", "num_attention_heads"),
+    "vocab_size",
+)
+OF_OTHER_TUNINGS = ("tuning", "trained_parameters")
 
 
-@dataclass(frozen=True)
-class TunedInfo:
-    """What an adapter or a whole model was made from; the contents of tuning_config.json.
+class ModelError(ValueError):
+    """A base, or what was tuned on it, cannot be used as asked."""
 
-    base_fingerprint is that of the base before training, None where it is not known (an adapter
-    that peft itself wrote). `settings` holds the prompt columns, lengths and recipe of the run;
-    `metrics` its newest figures.
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """What was trained and on which base: the contents of prefix_config.json or tuning_config.json.
+
+    base_fingerprint is that of the base before training, None where it is not known (a published
+    prefix, an adapter that peft wrote). settings holds how rows became tokens, metrics the newest
+    figures. The sizes are those of a prefix, 0 for other tunings.
     """
 
     tuning: str
+    prefix_length: int = 0
+    prefix_projection: bool = False
+    num_layers: int = 0
+    hidden_size: int = 0
+    num_attention_heads: int = 0
+    vocab_size: int = 0
     base_model_name_or_path: str = ""
     base_fingerprint: str | None = None
     trained_parameters: int | None = None
@@ -80,14 +77,22 @@ class TunedInfo:
     format_version: int = FORMAT_VERSION
 
 
-Info = TypeVar("Info", PrefixInfo, TunedInfo)
+class TrainedState(NamedTuple):
+    """What an Info takes from the trainer, and the model's tensors by name where a launcher
+    gathered them from several processes (DeepSpeed, FSDP); None: the model holds its own.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+    tensors: "Mapping[str, Tensor] | None" = None
 
 
 def kind_of(path: str | Path) -> str:
     """Return what a directory or file holds: "ptuning", "lora" or "full".
 
     A published P-Tuning directory has a config.json too, so there the names of the stored tensors
-    decide. FileNotFoundError for a path with none of the three, ValueError for PEFT's other kinds
+    decide. FileNotFoundError for a path with none of the three, ValueError for peft's other kinds
     of adapters and for damaged weights.
     """
     path = Path(path)
@@ -97,8 +102,8 @@ def kind_of(path: str | Path) -> str:
         kind = read_json(path / ADAPTER_CONFIG_NAME).get("peft_type")
         if kind != "LORA":
             raise ValueError(
-                f"{path} holds PEFT's kind of adapter {kind}; LORA is read, and a prefix in the "
-                "form that training wrote it: give that directory."
+                f"{path} holds a peft adapter of the kind {kind}; give a LoRA adapter, or a prefix "
+                "as training wrote it."
             )
         return LORA
     if not (path / "config.json").is_file():
@@ -116,26 +121,60 @@ def kind_of(path: str | Path) -> str:
     return PTUNING if any("prefix_encoder." in name for name in names) else FULL
 
 
-def read_tuned_info(path: str | Path) -> PrefixInfo | TunedInfo | None:
-    """Return what the directory or file at path says of itself, None where it says nothing."""
+def read_info(path: str | Path) -> Info | None:
+    """Return what the artefact at path, a directory or a file, says of itself, if anything."""
     path = Path(path)
     kind = kind_of(path)
     if kind == PTUNING:
         return read_prefix_info(path)
     if (path / INFO_NAME).is_file():
-        return _read_info(path / INFO_NAME, TunedInfo)
+        return _parse_info(path / INFO_NAME)
     if kind == LORA:  # written by peft alone
         base = read_json(path / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
-        return TunedInfo(LORA, base_model_name_or_path=str(base or ""))
+        return Info(tuning=LORA, base_model_name_or_path=str(base or ""))
     return None
 
 
-def read_prefix_info(path: Path) -> PrefixInfo | None:
+def read_prefix_info(path: Path) -> Info | None:
     """Return the description next to the prefix at path, None for a published checkpoint."""
     file = (path if path.is_dir() else path.parent) / PREFIX_CONFIG_NAME
     if not file.is_file() or find_prefix_weights(path).name != PREFIX_WEIGHTS_NAME:
         return None
-    return _read_info(file, PrefixInfo)
+    return _parse_info(file)
+
+
+def _parse_info(file: Path) -> Info:
+    values = read_json(file)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format_version {version}; this version reads {FORMAT_VERSION}: update the "
+            "toolkit."
+        )
+    of_a_prefix = file.name == PREFIX_CONFIG_NAME
+    needed = SIZES_OF_A_PREFIX if of_a_prefix else ("tuning",)
+    missing = [key for key in needed if key not in values]
+    if missing:
+        raise ValueError(
+            f"{file} is incomplete (it lacks {', '.join(missing)}); restore it from the run."
+        )
+    known = {f.name: values[f.name] for f in fields(Info) if f.name in values}
+    return Info(**({"tuning": PTUNING} | known))
+
+
+def write_info(directory: Path, info: Info) -> None:
+    """Write the description, which makes an artefact complete: call it after the weights."""
+    of_a_prefix = info.tuning == PTUNING
+    unused = OF_OTHER_TUNINGS if of_a_prefix else SIZES_OF_A_PREFIX
+    values = {key: value for key, value in asdict(info).items() if key not in unused}
+    write_json(directory / (PREFIX_CONFIG_NAME if of_a_prefix else INFO_NAME), values)
+
+
+def remove_other_marks(directory: Path, kind: str) -> None:
+    """Delete the files that would make directory be taken for another kind than kind."""
+    others = [name for other, names in MARKS.items() if other != kind for name in names]
+    for name in (*others, INFO_NAME) if kind == PTUNING else others:
+        (directory / name).unlink(missing_ok=True)
 
 
 def find_prefix_weights(path: Path) -> Path:
@@ -147,7 +186,7 @@ def find_prefix_weights(path: Path) -> Path:
             return path / name
     if (path / ADAPTER_CONFIG_NAME).is_file():
         raise FileNotFoundError(
-            f"{path} holds an adapter of peft, not a prefix of ours; load it and its base by "
+            f"{path} holds a peft adapter and no prefix; load it and its base with "
             f"AutoModelForCausalLM.from_pretrained({str(path)!r})."
         )
     what = "has no" if path.is_dir() else "does not exist, so it has no"
@@ -157,52 +196,11 @@ def find_prefix_weights(path: Path) -> Path:
     )
 
 
-def _read_info(file: Path, kind: type[Info]) -> Info:
-    values = read_json(file)
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format_version {version}; this version reads {FORMAT_VERSION}: update the "
-            "toolkit."
-        )
-    try:
-        return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-    except TypeError as error:
-        raise ValueError(f"{file} is incomplete ({error}); restore it from the run.") from error
-
-
-def write_tuned_info(directory: Path, info: TunedInfo) -> None:
-    """Write tuning_config.json, which makes the directory complete; take other kinds' marks away.
-
-    Call it after the weights are in place.
-    """
-    remove_other_marks(directory, info.tuning)
-    text = json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n"
-    write_atomically(directory / INFO_NAME, text.encode())
-
-
-def remove_other_marks(directory: Path, kind: str) -> None:
-    """Delete what would make directory be taken for another kind than it holds now."""
-    others = [name for other, names in MARKS.items() if other != kind for name in names]
-    if kind == PTUNING:
-        others.append(INFO_NAME)
-    for name in others:
-        (directory / name).unlink(missing_ok=True)
-
-
-def check_base(
-    info: PrefixInfo | TunedInfo, base: str | None, fingerprint: str, path: Path
-) -> None:
-    """Refuse a prefix or adapter trained on another base than this one (ValueError)."""
-    if info.base_fingerprint is None or info.base_fingerprint == fingerprint:
-        return
-    is_prefix = isinstance(info, PrefixInfo)
-    raise ValueError(
-        f"the {'prefix' if is_prefix else 'adapter'} at {path} was trained on "
-        f"{info.base_model_name_or_path or 'a base'} (fingerprint {info.base_fingerprint[:8]}), "
-        f"but {base or 'this base'} has {fingerprint[:8]}; load the base it was trained on"
-        f"{', or pass allow_other_base=True to try it anyway' if is_prefix else ''}."
-    )
+def check_kind(directory: Path, wanted: str) -> None:
+    """Refuse a checkpoint of another kind of tuning (ModelError)."""
+    kind = kind_of(directory)
+    if kind != wanted:
+        raise ModelError(f"{directory} is of the kind {kind}, and --tuning is {wanted}.")
 
 
 def check_targets(target_modules: Sequence[str]) -> None:

@@ -3,8 +3,8 @@
 A name stands for a base, for a whole model that was tuned, or for a LoRA adapter, which names its
 base. `nano` is the embedded model.
 
-Importing this module loads neither torch nor transformers: `find_base` refuses a wrong name at
-once. The loading functions take main.py's words; a command whose flags have other names calls
+Importing this module imports neither torch nor transformers: `find_base` refuses a wrong name at
+once. Errors of the loading functions name main.py's flags; a command with other flags calls
 `find_base` first and passes on what it returns.
 """
 
@@ -17,9 +17,10 @@ from ptuning.tunings.artefact import (
     PREFIX_CONFIG_NAME,
     PTUNING,
     PUBLISHED_NAME,
-    TunedInfo,
+    Info,
+    ModelError,
     kind_of,
-    read_tuned_info,
+    read_info,
 )
 
 if TYPE_CHECKING:
@@ -28,21 +29,16 @@ if TYPE_CHECKING:
     from ptuning.data.tokenizer import ChatGLMTokenizer
     from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 
-
 NANO_DIR = Path(__file__).resolve().parents[1] / "nano" / "weights"
 SAMPLE_DIR = Path(__file__).resolve().parents[2] / "AdvertiseGen" / "sample"  # in a checkout
 WORDS_OF_MAIN = {"flag": "--model_name_or_path", "tuned_flag": "--ptuning_checkpoint"}
 
 
-class BaseModelError(ValueError):
-    """The base cannot be loaded as asked."""
-
-
 def find_base(name_or_path: str, *, flag: str, tuned_flag: str | None = None) -> str:
     """Return the directory or hub id of the base that a flag names; nothing of it is loaded.
 
-    nano is the embedded model. BaseModelError in the words of the command: flag is what was typed
-    before the name, tuned_flag takes a prefix or an adapter (None where the command takes neither).
+    ModelError names flags of the command: flag is what precedes the name, tuned_flag takes a prefix
+    or an adapter (None where the command takes neither).
     """
     path = Path(name_or_path)
     if name_or_path == "nano" and not path.exists():
@@ -50,7 +46,7 @@ def find_base(name_or_path: str, *, flag: str, tuned_flag: str | None = None) ->
     if not path.exists() and name_or_path.count("/") == 1 and name_or_path[0] not in "./~":
         return name_or_path  # a hub id
     if not path.is_dir():
-        raise BaseModelError(
+        raise ModelError(
             f"{flag} is {name_or_path}, which is not a folder; give a folder with the published "
             "files, a hub id such as THUDM/chatglm-6b, or nano, the embedded model."
         )
@@ -58,15 +54,15 @@ def find_base(name_or_path: str, *, flag: str, tuned_flag: str | None = None) ->
         try:
             kind = kind_of(path)
         except FileNotFoundError as error:
-            raise BaseModelError(
+            raise ModelError(
                 f"{flag} is {name_or_path}, a folder without config.json; give the folder with the "
                 "published files."
             ) from error
         what = "a LoRA adapter" if kind == LORA else "a prefix"
-        info = read_tuned_info(path)
+        info = read_info(path)
         base = (info and info.base_model_name_or_path) or "BASE"
         typed = f"{flag} {base}" + (f" {tuned_flag} {path}" if tuned_flag else "")
-        raise BaseModelError(
+        raise ModelError(
             f"{flag} is {name_or_path}, which holds {what} and no model; give the model it was "
             f"trained on: {typed}"
         )
@@ -77,10 +73,8 @@ def _has_model(path: Path) -> bool:
     """Say whether a folder has a model; a published prefix may have a model's config.json."""
     if not (path / "config.json").is_file():
         return False
-    if (path / PREFIX_CONFIG_NAME).is_file() and not [
-        *path.glob("*model*.safetensors"),
-        *path.glob("*model*.bin"),
-    ]:
+    has_weights = any(path.glob("*model*.safetensors")) or any(path.glob("*model*.bin"))
+    if (path / PREFIX_CONFIG_NAME).is_file() and not has_weights:
         return False
     if not (path / PUBLISHED_NAME).is_file():
         return True
@@ -90,10 +84,10 @@ def _has_model(path: Path) -> bool:
 
 
 def check_weights(name_or_path: str) -> None:
-    """Refuse a folder of a base that has no weights (BaseModelError); a hub id is not looked up."""
+    """Refuse a folder of a base that has no weights (ModelError); a hub id is not looked up."""
     path = Path(name_or_path)
     if path.is_dir() and not [*path.glob("*.safetensors"), *path.glob("*.bin")]:
-        raise BaseModelError(
+        raise ModelError(
             f"{WORDS_OF_MAIN['flag']} is {name_or_path}, a folder without weights (*.safetensors, "
             "*.bin); give the folder with all of the published files."
         )
@@ -104,7 +98,7 @@ def load_tokenizer(name_or_path: str, **hub: Any) -> "ChatGLMTokenizer":
     from transformers import AutoTokenizer
 
     from ptuning.data.tokenizer import ChatGLMTokenizer
-    from ptuning.model.checkpoint.hub import has_network
+    from ptuning.model.checkpoint.files import has_network
 
     name_or_path = find_base(name_or_path, **WORDS_OF_MAIN)
     if not Path(name_or_path).is_dir() and not has_network():
@@ -112,9 +106,9 @@ def load_tokenizer(name_or_path: str, **hub: Any) -> "ChatGLMTokenizer":
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
     except (OSError, ValueError) as error:
-        raise BaseModelError(_explain("tokenizer", name_or_path, error)) from error
+        raise ModelError(_explain("tokenizer", name_or_path, error)) from error
     if not isinstance(tokenizer, ChatGLMTokenizer):
-        raise BaseModelError(
+        raise ModelError(
             f"{name_or_path} has a {type(tokenizer).__name__}; needed is the first ChatGLM-6B's "
             f"(ice_text.model)."
         )
@@ -132,9 +126,8 @@ def load_base(
 ) -> "ChatGLMForConditionalGeneration":
     """Load the weights of a base in dtype, frozen; hub holds cache_dir, revision and token.
 
-    An adapter in its folder is not attached: the caller names the one to use.
-    quantization_bit 4 or 8 quantises float weights as they are read; None keeps what is stored.
-    quantize_embeddings makes the embedding int8 unless it is stored quantised.
+    An adapter in its folder is not attached. quantization_bit 4 or 8 quantises float weights as
+    they are read, None keeps them as stored; quantize_embeddings makes a float embedding int8.
     """
     from transformers import AutoModelForCausalLM
 
@@ -152,9 +145,9 @@ def load_base(
             name_or_path, dtype=dtype, adapter_name=None, **hub
         )
     except (OSError, ValueError) as error:
-        raise BaseModelError(_explain("weights", name_or_path, error)) from error
+        raise ModelError(_explain("weights", name_or_path, error)) from error
     if not isinstance(model, ChatGLMForConditionalGeneration):
-        raise BaseModelError(
+        raise ModelError(
             f"{name_or_path} is a {type(model).__name__}, not a first-generation ChatGLM."
         )
     if quantize_embeddings and not model.config.embedding_quantization_bit:
@@ -175,33 +168,38 @@ def choose_dtype(device: "torch.device", requested: str | None) -> "torch.dtype"
     if requested is not None:
         dtype: torch.dtype = getattr(torch, requested)
         return dtype
-    if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    if device.type in ("mps", "xpu"):
-        return torch.float16
-    return torch.float32
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16 if device.type in ("cuda", "mps", "xpu") else torch.float32
 
 
 def _explain(what: str, name_or_path: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    needed = (
-        ""
-        if Path(name_or_path).is_dir()
-        else " To work offline, download it once and give its folder."
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    offline = " To work offline, download it once and give its folder."
+    return (
+        f"the {what} of {name_or_path} cannot be loaded: {first_line}"
+        f"{'' if Path(name_or_path).is_dir() else offline}"
     )
-    return f"the {what} of {name_or_path} cannot be loaded: {first_line}{needed}"
+
+
+def describe_frozen(model: "ChatGLMForConditionalGeneration") -> str:
+    """Say how many parameters the frozen base has, and in how many bits quantised ones are."""
+    from ptuning.model.quantization.layers import QuantizedLinear
+
+    count = sum(p.numel() for _, p in model.base_parameters() if not p.requires_grad)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):  # stored in bytes of one or two codes each
+            count += module.in_features * module.out_features - module.weight.numel()
+    bits = model.config.quantization_bit
+    return f"the base's {count:,} stay frozen" + (f", its layers in int{bits}" if bits else "")
 
 
 class NamedModel(NamedTuple):
-    """Where the weights lie (directory or hub id), the adapter on them, and how it was tuned."""
+    """The weights (directory or hub id), an adapter to attach, and how the model was tuned."""
 
     weights: str
     adapter: Path | None
-    info: TunedInfo | None
+    info: Info | None
 
 
 def find_model(name_or_path: str) -> NamedModel:
@@ -211,12 +209,10 @@ def find_model(name_or_path: str) -> NamedModel:
     """
     path = Path(name_or_path)
     if (path / ADAPTER_CONFIG_NAME).is_file() and kind_of(path) == LORA:
-        info = read_tuned_info(path)
-        assert isinstance(info, TunedInfo), "an adapter describes itself, or peft did"
-        return NamedModel(base_of(path), path, info)
+        return NamedModel(base_of(path), path, read_info(path))
     weights = find_base(name_or_path, flag="--model", tuned_flag="--prefix")
-    info = read_tuned_info(path) if (path / INFO_NAME).is_file() else None
-    return NamedModel(weights, None, info if isinstance(info, TunedInfo) else None)
+    info = read_info(path) if (path / INFO_NAME).is_file() else None
+    return NamedModel(weights, None, info if info and info.tuning != PTUNING else None)
 
 
 def base_of(tuned: Path) -> str:
@@ -225,7 +221,7 @@ def base_of(tuned: Path) -> str:
     if (tuned / ADAPTER_CONFIG_NAME).is_file():
         file = INFO_NAME if (tuned / INFO_NAME).is_file() else ADAPTER_CONFIG_NAME
         remedy = f"write it as base_model_name_or_path into {tuned / file}"
-    info = read_tuned_info(tuned)
+    info = read_info(tuned)
     if info is None or not info.base_model_name_or_path:
         raise ValueError(
             f"{tuned} does not name the base it was trained on ({PREFIX_CONFIG_NAME} or "
@@ -237,7 +233,7 @@ def base_of(tuned: Path) -> str:
         return str(checkout / base)  # trained by train.sh, which runs in the checkout
     try:
         return find_base(base, flag="--model")
-    except BaseModelError as error:
+    except ModelError as error:
         raise ValueError(
             f"{tuned} was trained on {base}, and no model is there; where it is now, {remedy}."
         ) from error

@@ -1,33 +1,45 @@
-"""LoRA: low-rank products beside a layer's linears, trained through the peft library; base frozen.
+"""LoRA: low-rank products next to a layer's linears, trained with the peft library; base frozen.
 
-The adapter is float32 whatever the base is, and the base may be quantised.
+A directory holds `adapter_model.safetensors` and `adapter_config.json` as peft reads them, and
+tuning_config.json with what the run was.
 """
 
+import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
 from ptuning.model.adapter import (
     ADAPTER,
-    DEFAULT_TARGETS,
     adapter_parameters,
     add_adapter,
+    attach_adapter,
     fill_adapter,
-    load_adapter,
     load_peft,
     read_adapter_tensors,
-    save_adapter,
+    stored_name,
     without_adapter,
 )
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.train.run_config import RunConfig, UsageError
-from ptuning.tunings.artefact import LORA, TunedInfo, kind_of
-from ptuning.tunings.prefix import base_fingerprint
-from ptuning.train.tuning import TrainedState, checkpoint_explained, frozen_base
+from ptuning.model.checkpoint.layout import base_fingerprint
+from ptuning.storage import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, write_atomically
+from ptuning.tunings.artefact import (
+    DEFAULT_TARGETS,
+    LORA,
+    Info,
+    TrainedState,
+    check_kind,
+    read_info,
+    remove_other_marks,
+    write_info,
+)
+from ptuning.tunings.loading import describe_frozen
 
 RANK, ALPHA, DROPOUT = 8, 16.0, 0.1  # what unset flags mean; flags.py says so
 
@@ -35,65 +47,71 @@ logger = logging.getLogger("main")
 
 
 class LoraTuning:
-    """An adapter in the chosen linears of every layer, the base frozen."""
+    """An adapter in the chosen linears of every layer, float32; the base is frozen."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Read the adapter to start from once, so that a damaged one is reported before the base
-        loads; UsageError, also without the peft library.
-        """
-        self.config = config
-        self.weights = config.model_name_or_path
-        self.base: str | None = self.weights
-        self.checkpoint = config.checkpoint
+    def __init__(
+        self,
+        base: str,
+        checkpoint: str | None,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        dropout: float | None = None,
+        target_modules: Sequence[str] | None = None,
+    ) -> None:
+        """Start from a checkpoint, or from a new adapter of these values; None is the default."""
+        self.weights = base
+        self.base: str | None = base
+        self.checkpoint = checkpoint
         self.fingerprint: str | None = None
-        with checkpoint_explained("--tuning is lora"):
-            load_peft()
+        self.rank = RANK if rank is None else rank
+        self.alpha = ALPHA if alpha is None else alpha
+        self.dropout = DROPOUT if dropout is None else dropout
+        self.target_modules = DEFAULT_TARGETS if target_modules is None else target_modules
+
+    def check_files(self) -> None:
+        """Refuse a damaged checkpoint, and a machine without the peft library."""
+        load_peft()
         if self.checkpoint is not None:
-            with checkpoint_explained(config.checkpoint_flag):
-                read_adapter_tensors(Path(self.checkpoint))
+            read_adapter_tensors(Path(self.checkpoint))
 
     def load_dtype(self, answering: torch.dtype) -> torch.dtype:
-        """Return the frozen base's dtype; the adapter is float32 in any case."""
+        """Return the frozen base's dtype."""
         return answering
 
     def attach(self, model: ChatGLMForConditionalGeneration) -> None:
-        """Attach the adapter to start from, or a fresh one; freeze the base."""
-        config = self.config
+        """Attach the adapter to start from, or a new one; freeze the base."""
         self.fingerprint = base_fingerprint(model)
-        if self.checkpoint is not None:
-            with checkpoint_explained(config.checkpoint_flag):
-                info = load_adapter(model, self.checkpoint, trainable=True)
-            step = "" if info.step is None else f", step {info.step}"
-            logger.info("Adapter %s%s", self.checkpoint, step)
+        if self.checkpoint is None:
+            add_adapter(
+                model,
+                rank=self.rank,
+                alpha=self.alpha,
+                dropout=self.dropout,
+                target_modules=self.target_modules,
+            )
             return
-        targets = config.lora_target_modules
-        add_adapter(
-            model,
-            rank=RANK if config.lora_rank is None else config.lora_rank,
-            alpha=ALPHA if config.lora_alpha is None else config.lora_alpha,
-            dropout=DROPOUT if config.lora_dropout is None else config.lora_dropout,
-            target_modules=DEFAULT_TARGETS if targets is None else targets.split(","),
-        )
+        info = load_adapter(model, self.checkpoint, trainable=True)
+        step = "" if info.step is None else f", step {info.step}"
+        logger.info("Adapter %s%s", self.checkpoint, step)
 
     def describe(self, model: ChatGLMForConditionalGeneration) -> str:
         """Count trained and frozen parameters."""
-        adapter = adapter_parameters(model)
-        trained = sum(p.numel() for p in adapter.values())
         config: Any = model.peft_config[ADAPTER]
         return (
             f"a LoRA adapter of rank {config.r} on {', '.join(sorted(config.target_modules))}, "
-            f"{trained:,} parameters; {frozen_base(model)}"
+            f"{_count_trained(model):,} parameters; {describe_frozen(model)}"
         )
 
     def save(
         self, model: ChatGLMForConditionalGeneration, directory: Path, state: TrainedState
     ) -> None:
         """Write an adapter directory that peft reads too."""
-        info = TunedInfo(
-            LORA,
+        info = Info(
+            tuning=LORA,
             base_model_name_or_path=self.weights,
             base_fingerprint=self.fingerprint,
-            trained_parameters=sum(p.numel() for p in adapter_parameters(model).values()),
+            trained_parameters=_count_trained(model),
             step=state.step,
             metrics=state.metrics,
             settings=state.settings,
@@ -102,9 +120,7 @@ class LoraTuning:
 
     def restore(self, model: ChatGLMForConditionalGeneration, directory: Path) -> None:
         """Put the checkpoint's values into the adapter that is attached."""
-        kind = kind_of(directory)
-        if kind != LORA:
-            raise UsageError(f"{directory} is of the kind {kind}, and --tuning is lora.")
+        check_kind(directory, LORA)
         fill_adapter(model, read_adapter_tensors(directory), directory)
 
     @contextmanager
@@ -114,3 +130,49 @@ class LoraTuning:
         """Switch the adapter off inside the block."""
         with without_adapter(model):
             yield model
+
+
+def _count_trained(model: ChatGLMForConditionalGeneration) -> int:
+    return sum(p.numel() for p in adapter_parameters(model).values())
+
+
+def save_adapter(
+    model: ChatGLMForConditionalGeneration,
+    directory: str | Path,
+    info: Info,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter to directory, its description last.
+
+    tensors are the model's by name where they were gathered from several processes; None takes the
+    model's own. ValueError when the model has no adapter.
+    """
+    directory = Path(directory)
+    values: dict[str, Tensor] = dict(adapter_parameters(model))
+    if not values:
+        raise ValueError("this model has no adapter to save; give it one with add_adapter.")
+    if tensors is not None:
+        values = {stored_name(k): v for k, v in tensors.items() if stored_name(k) in values}
+    stored = {name: value.detach().float().cpu().contiguous() for name, value in values.items()}
+    write_atomically(directory / ADAPTER_WEIGHTS_NAME, save(stored, metadata={"format": "pt"}))
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.inference_mode = True  # as peft stores it
+    config.save_pretrained(directory)
+    remove_other_marks(directory, LORA)
+    write_info(directory, info)
+
+
+def load_adapter(
+    model: ChatGLMForConditionalGeneration, directory: str | Path, *, trainable: bool = False
+) -> Info:
+    """Attach the LoRA adapter in directory to its base and return its description.
+
+    trainable keeps its dropout and lets gradients flow to it; else it is frozen. ValueError when it
+    was made for another base or is damaged; FileNotFoundError when there is none.
+    """
+    directory = Path(directory)
+    info = read_info(directory)
+    if info is None or info.tuning != LORA:
+        raise ValueError(f"{directory} holds no LoRA adapter ({ADAPTER_CONFIG_NAME}).")
+    attach_adapter(model, directory, trainable=trainable)
+    return info

@@ -1,4 +1,4 @@
-"""Prefixes in and out: our directory, a published `pytorch_model.bin`, safetensors, PEFT's files.
+"""P-Tuning v2: the prefix as a Tuning, and its files (ours, published, for other programs).
 
 An artefact is a self-describing directory with `prefix.safetensors` (published key names, float32)
 and `prefix_config.json` (everything needed to use it), which is written last. Exports for other
@@ -6,11 +6,12 @@ programs are float32 too; a projection is kept in the published form and applied
 Shapes: P prefix tokens, L layers, H heads, D width of a head, E = H x D hidden size.
 """
 
-import hashlib
 import io
 import json
+import logging
 import pickle
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint.layout import PREFIX_KEYS, prefix_shapes
+from ptuning.model.checkpoint.files import check_finite
+from ptuning.model.checkpoint.layout import (
+    PREFIX_KEYS,
+    base_fingerprint,
+    check_base,
+    prefix_shapes,
+)
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.prefix_encoder import PrefixEncoder
 from ptuning.storage import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, write_atomically
@@ -28,37 +35,115 @@ from ptuning.tunings.artefact import (
     EXPORT_FORMATS,
     PREFIX_CONFIG_NAME,
     PREFIX_WEIGHTS_NAME,
+    PTUNING,
     PUBLISHED_NAME,
-    PrefixInfo,
-    check_base,
+    Info,
+    TrainedState,
     find_prefix_weights,
     read_prefix_info,
+    remove_other_marks,
+    write_info,
 )
+from ptuning.tunings.loading import describe_frozen
 
 KEY_VALUE_NAME = "prefix_key_values.safetensors"
 
+logger = logging.getLogger("main")
 
-def base_fingerprint(model: ChatGLMForConditionalGeneration) -> str:
-    """Return a short hash of the frozen base, the same in every dtype and at 8 and 4 bits.
 
-    It covers the layer norms and biases, which no quantisation touches, rounded to bfloat16. That
-    holds for a base stored in float16, as published: float32 values rounded to float16 first may
-    come out one bfloat16 apart.
-    """
-    digest = hashlib.sha256()
-    # LoRA wraps a linear, whose bias is then called base_layer.bias.
-    named = {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in model.base_parameters()
-        if "lora_" not in name
-    }
-    for name, parameter in sorted(named.items()):
-        if "layernorm" in name or name.endswith(".bias"):
-            digest.update(name.encode())
-            digest.update(
-                parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+class PrefixTuning:
+    """A prefix of keys and values in every layer, float32; the base is frozen."""
+
+    def __init__(
+        self,
+        base: str,
+        checkpoint: str | None,
+        *,
+        length: int | None = None,
+        project: bool | None = None,
+        init_std: float | None = None,
+    ) -> None:
+        """Start from a checkpoint, which length and project must agree with, or from a new prefix
+        of these values, its table scaled to init_std.
+        """
+        self.weights = base
+        self.base: str | None = base
+        self.checkpoint = checkpoint
+        self.length, self.project, self.init_std = length, project, init_std
+
+    def check_files(self) -> None:
+        """Refuse a damaged checkpoint."""
+        if self.checkpoint is not None:
+            path = Path(self.checkpoint)
+            prefix_shape(read_prefix_tensors(path), path)
+
+    def load_dtype(self, answering: torch.dtype) -> torch.dtype:
+        """Return the frozen base's dtype."""
+        return answering
+
+    def attach(self, model: ChatGLMForConditionalGeneration) -> None:
+        """Attach the prefix to start from, or a new one; freeze the base."""
+        if self.checkpoint is not None:
+            info = load_prefix(
+                model,
+                self.checkpoint,
+                expected_length=self.length,
+                expected_projection=self.project,
             )
-    return digest.hexdigest()[:32]
+            step = "" if info.step is None else f", step {info.step}"
+            logger.info("Prefix %s: %d tokens%s", self.checkpoint, info.prefix_length, step)
+        else:
+            encoder = model.add_prefix(int(self.length or 0), project=bool(self.project))
+            if self.init_std is not None:
+                encoder.scale_entries(self.init_std)
+        model.freeze_base()
+
+    def describe(self, model: ChatGLMForConditionalGeneration) -> str:
+        """Count prefix tokens, trained and frozen parameters."""
+        encoder = _attached(model)
+        trained = sum(p.numel() for p in encoder.parameters())
+        mlp = " through an MLP" if encoder.project else ""
+        return (
+            f"a prefix of {encoder.prefix_length} tokens{mlp}, {trained:,} parameters; "
+            f"{describe_frozen(model)}"
+        )
+
+    def save(
+        self, model: ChatGLMForConditionalGeneration, directory: Path, state: TrainedState
+    ) -> None:
+        """Write a prefix artefact."""
+        save_prefix(
+            model, directory, step=state.step, metrics=state.metrics, settings=state.settings
+        )
+        remove_other_marks(directory, PTUNING)
+
+    def restore(self, model: ChatGLMForConditionalGeneration, directory: Path) -> None:
+        """Put the checkpoint's values into the prefix that is attached."""
+        encoder = _attached(model)
+        stored, _ = _read_for(
+            model,
+            directory,
+            expected_length=encoder.prefix_length,
+            expected_projection=encoder.project,
+        )
+        encoder.load_state_dict(stored.state_dict())
+
+    @contextmanager
+    def untuned(
+        self, model: ChatGLMForConditionalGeneration
+    ) -> Iterator[ChatGLMForConditionalGeneration]:
+        """Detach the prefix inside the block."""
+        encoder = _attached(model)
+        model.remove_prefix()
+        try:
+            yield model
+        finally:
+            model.attach_prefix(encoder)
+
+
+def _attached(model: ChatGLMForConditionalGeneration) -> PrefixEncoder:
+    assert model.prefix_encoder is not None, "attach ran before"
+    return model.prefix_encoder
 
 
 def save_prefix(
@@ -68,7 +153,7 @@ def save_prefix(
     step: int | None = None,
     metrics: dict[str, float] | None = None,
     settings: dict[str, Any] | None = None,
-) -> PrefixInfo:
+) -> Info:
     """Write the model's prefix to directory as an artefact and return its description.
 
     Raises ValueError when the model has no prefix.
@@ -90,15 +175,15 @@ def save_prefix(
     )
     weights = save(published_tensors(encoder), metadata={"format": "pt"})
     write_atomically(directory / PREFIX_WEIGHTS_NAME, weights)
-    text = json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n"
-    write_atomically(directory / PREFIX_CONFIG_NAME, text.encode())
+    write_info(directory, info)
     return info
 
 
 def _describe(
     model: ChatGLMForConditionalGeneration, encoder: PrefixEncoder, **details: Any
-) -> PrefixInfo:
-    return PrefixInfo(
+) -> Info:
+    return Info(
+        tuning=PTUNING,
         prefix_length=encoder.prefix_length,
         prefix_projection=encoder.project,
         num_layers=model.config.num_layers,
@@ -124,7 +209,7 @@ def load_prefix(
     expected_length: int | None = None,
     expected_projection: bool | None = None,
     allow_other_base: bool = False,
-) -> PrefixInfo:
+) -> Info:
     """Attach the prefix at path to model and return its description.
 
     path is an artefact directory, a directory with a published pytorch_model.bin (prefix keys alone
@@ -133,7 +218,26 @@ def load_prefix(
     prefix made for another base (its sizes, or its fingerprint unless allow_other_base).
     FileNotFoundError when there is no prefix at path.
     """
-    path = Path(path)
+    encoder, info = _read_for(
+        model,
+        Path(path),
+        expected_length=expected_length,
+        expected_projection=expected_projection,
+        allow_other_base=allow_other_base,
+    )
+    model.attach_prefix(encoder)
+    return info or _describe(model, encoder)
+
+
+def _read_for(
+    model: ChatGLMForConditionalGeneration,
+    path: Path,
+    *,
+    expected_length: int | None,
+    expected_projection: bool | None,
+    allow_other_base: bool = False,
+) -> tuple[PrefixEncoder, Info | None]:
+    """Return the prefix at path, checked to fit model, and its description if it has one."""
     tensors = read_prefix_tensors(path)
     length, project = prefix_shape(tensors, path)
     for flag, expected, found in (
@@ -151,13 +255,31 @@ def load_prefix(
             f"{info.prefix_projection} in {PREFIX_CONFIG_NAME}, but {PREFIX_WEIGHTS_NAME} has "
             f"{length}, {project}: they were not written together, so give another checkpoint."
         )
+    config = model.config
+    sizes = f"{config.num_layers} layers of {config.hidden_size}"
+    other = "it was trained on another model, so load that one."
     encoder = model.transformer.new_prefix_encoder(length, project=project)
-    _check_sizes(model, encoder, tensors, info, path)
+    for name, value in encoder.state_dict().items():
+        if tensors[name].shape != value.shape:
+            raise ValueError(
+                f"the prefix at {path} has {name} of shape {tuple(tensors[name].shape)}; this base "
+                f"of {sizes} needs {tuple(value.shape)}: {other}"
+            )
+    if info is not None and info.num_attention_heads != config.num_attention_heads:
+        raise ValueError(
+            f"the prefix at {path} is for {info.num_attention_heads} heads; this base of {sizes} "
+            f"has {config.num_attention_heads}: {other}"
+        )
     if info is not None and not allow_other_base:
-        check_base(info, model.name_or_path, base_fingerprint(model), path)
+        check_base(
+            model,
+            f"the prefix at {path}",
+            info.base_model_name_or_path,
+            info.base_fingerprint,
+            hint=", or pass allow_other_base=True to try it anyway",
+        )
     encoder.load_state_dict(tensors)
-    model.attach_prefix(encoder)
-    return info or _describe(model, encoder)
+    return encoder, info
 
 
 def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
@@ -199,20 +321,11 @@ def _checked_tensor(name: str, value: Any, file: Path) -> Tensor:
             f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "that is no tensor"
         )
         raise ValueError(
-            f"{file} does not hold a prefix: it has {name} {what}, and needed are {num_axes} axes "
-            "with something in them; give a P-Tuning v2 checkpoint."
+            f"{file} does not hold a prefix: it has {name} {what}, and {num_axes} non-empty axes "
+            "are needed; give a P-Tuning v2 checkpoint."
         )
     check_finite(name, value, file)
     return value.float()
-
-
-def check_finite(name: str, value: Tensor, file: Path) -> None:
-    """Refuse a stored tensor with entries that are NaN or infinite (ValueError)."""
-    if not value.isfinite().all():
-        raise ValueError(
-            f"{file} has {name} with entries that are not finite: its training had diverged, so "
-            "give an earlier checkpoint."
-        )
 
 
 def prefix_shape(tensors: dict[str, Tensor], path: Path) -> tuple[int, bool]:
@@ -226,30 +339,6 @@ def prefix_shape(tensors: dict[str, Tensor], path: Path) -> tuple[int, bool]:
             f"alone or, with a projection, {sorted(projection)}."
         )
     return tensors["embedding.weight"].shape[0], names == projection
-
-
-def _check_sizes(
-    model: ChatGLMForConditionalGeneration,
-    encoder: PrefixEncoder,
-    tensors: dict[str, Tensor],
-    info: PrefixInfo | None,
-    path: Path,
-) -> None:
-    """Refuse tensors that do not fit encoder, which is built for this model."""
-    config = model.config
-    sizes = f"{config.num_layers} layers of {config.hidden_size}"
-    for name, value in encoder.state_dict().items():
-        if tensors[name].shape != value.shape:
-            raise ValueError(
-                f"the prefix at {path} has {name} of shape {tuple(tensors[name].shape)}; this base "
-                f"of {sizes} needs {tuple(value.shape)}: it was trained on another model, so load "
-                "that one."
-            )
-    if info is not None and info.num_attention_heads != config.num_attention_heads:
-        raise ValueError(
-            f"the prefix at {path} is for {info.num_attention_heads} heads; this base of {sizes} "
-            f"has {config.num_attention_heads}: it was trained on another model, so load that one."
-        )
 
 
 def export_prefix(
@@ -331,9 +420,9 @@ def _key_values(encoder: PrefixEncoder) -> dict[str, Tensor]:
 
 
 def _peft_files(encoder: PrefixEncoder, base_name: str) -> dict[str, bytes]:
-    """Return a PEFT prefix-tuning adapter: its config and the table as `prompt_embeddings`.
+    """Return a peft prefix-tuning adapter: its config and the table as `prompt_embeddings`.
 
-    PEFT views the table as (P, 2L, H, D) with keys before values, which is the order it has here.
+    peft views the table as (P, 2L, H, D) with keys before values, which is the order it has here.
     It keeps a projection only while it trains, so the table is the projected one.
     """
     hidden_size = encoder.num_heads * encoder.head_dim

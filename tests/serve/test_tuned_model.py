@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 
-from ptuning.model.adapter import adapter_parameters, add_adapter, save_adapter
+from ptuning.model.adapter import adapter_parameters, add_adapter
+from ptuning.model.checkpoint.layout import base_fingerprint
 from ptuning.serve.session import Session
 from ptuning.serve.startup import choose_served
 from ptuning.serve.web_talk import WebTalk
-from ptuning.tunings.artefact import FULL, LORA, TunedInfo, write_tuned_info
+from ptuning.tunings.artefact import FULL, LORA, Info, write_info
 from ptuning.tunings.loading import NANO_DIR, find_model
-from ptuning.tunings.prefix import base_fingerprint
+from ptuning.tunings.lora import save_adapter
 from tests.serve.conftest import ADGEN
 
 QUESTION = "类型#裤*版型#宽松"
@@ -33,7 +34,16 @@ def tuned_nano(nano):
 def adapter(tuned_nano, tmp_path_factory):
     folder = tmp_path_factory.mktemp("output") / "lora"
     fingerprint = base_fingerprint(tuned_nano)
-    save_adapter(tuned_nano, folder, TunedInfo(LORA, str(NANO_DIR), fingerprint, settings=ADGEN))
+    save_adapter(
+        tuned_nano,
+        folder,
+        Info(
+            tuning=LORA,
+            base_model_name_or_path=str(NANO_DIR),
+            base_fingerprint=fingerprint,
+            settings=ADGEN,
+        ),
+    )
     return folder
 
 
@@ -48,7 +58,7 @@ def whole(nano, session, tmp_path_factory):
         )
     model.save_pretrained(folder)
     session.tokenizer.save_pretrained(folder)
-    write_tuned_info(folder, TunedInfo(FULL, str(NANO_DIR), settings=ADGEN))
+    write_info(folder, Info(tuning=FULL, base_model_name_or_path=str(NANO_DIR), settings=ADGEN))
     return model, folder
 
 

@@ -12,7 +12,7 @@ import pytest
 from ptuning.train.flags import UsageError
 from ptuning.train.parser import make_parser, transformers_flags
 from ptuning.train.run_config import RunConfig, find_tuning, parse_arguments, preset_values
-from ptuning.tunings.artefact import TunedInfo, write_tuned_info
+from ptuning.tunings.artefact import Info, write_info
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -211,7 +211,7 @@ def test_a_checkpoint_remembers_columns_and_lengths_and_what_is_typed_wins(tmp_p
     settings = {"prompt_column": "q", "max_source_length": 64, "recipe": "published"}
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    write_tuned_info(tmp_path / "old", TunedInfo("lora", settings=settings))
+    write_info(tmp_path / "old", Info(tuning="lora", settings=settings))
     start = ["--ptuning_checkpoint", str(tmp_path / "old")]
     config = parse_arguments(train(tmp_path, *start, "--max_source_length", "32"))
     assert (config.prompt_column, config.max_source_length, config.recipe) == ("q", 32, "published")
@@ -222,7 +222,7 @@ def test_columns_and_formats_that_are_typed_replace_each_other(tmp_path):
     def remembering(**settings):
         (tmp_path / "old").mkdir(exist_ok=True)
         (tmp_path / "old" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-        write_tuned_info(tmp_path / "old", TunedInfo("lora", settings=settings))
+        write_info(tmp_path / "old", Info(tuning="lora", settings=settings))
         return train(tmp_path, "--ptuning_checkpoint", str(tmp_path / "old"))
 
     start = remembering(prompt_column="q", response_column="a", turns="last")
@@ -330,7 +330,7 @@ def test_mixed_precision_is_for_the_whole_model_alone(tmp_path):
 
 def test_what_is_trained_is_found_without_the_flag(tmp_path, adapter):
     (tmp_path / "full").mkdir()
-    write_tuned_info(tmp_path / "full", TunedInfo("full"))
+    write_info(tmp_path / "full", Info(tuning="full"))
     assert find_tuning({"pre_seq_len": 128}) == "ptuning"
     assert find_tuning({"ptuning_checkpoint": str(adapter)}) == "lora"
     assert find_tuning({"ptuning_checkpoint": "nowhere"}) == "ptuning"
@@ -342,7 +342,7 @@ def test_what_is_trained_is_found_without_the_flag(tmp_path, adapter):
 
 
 def test_a_fully_tuned_model_given_as_the_model_is_the_checkpoint(tmp_path):
-    write_tuned_info(tmp_path, TunedInfo("full", settings={"prompt_column": "q"}))
+    write_info(tmp_path, Info(tuning="full", settings={"prompt_column": "q"}))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     flags = ["--do_predict", "--test_file", "t", "--output_dir", "o"]

@@ -14,15 +14,14 @@ from ptuning.model.adapter import (
     adapter_parameters,
     add_adapter,
     fill_adapter,
-    load_adapter,
     read_adapter_tensors,
-    save_adapter,
     without_adapter,
 )
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.checkpoint.layout import base_fingerprint
 from ptuning.model.quantization.layers import QuantizedLinear, quantize_model_
-from ptuning.tunings.artefact import LORA, TunedInfo
-from ptuning.tunings.prefix import base_fingerprint
+from ptuning.tunings.artefact import LORA, Info
+from ptuning.tunings.lora import load_adapter, save_adapter
 from tests.conftest import EOP, GMASK, SOP
 from tests.model.test_full_gradient import ROWS, batch
 
@@ -152,8 +151,12 @@ def written(build_small, tmp_path):
     """A base, the model with its adapter, and the adapter's directory."""
     base = build_small()
     model = give_adapter(copy.deepcopy(base)).eval()
-    info = TunedInfo(
-        LORA, "some/base", base_fingerprint(model), step=7, settings={"recipe": "corrected"}
+    info = Info(
+        tuning=LORA,
+        base_model_name_or_path="some/base",
+        base_fingerprint=base_fingerprint(model),
+        step=7,
+        settings={"recipe": "corrected"},
     )
     save_adapter(model, tmp_path / "adapter", info)
     return base, model, tmp_path / "adapter"
@@ -202,7 +205,7 @@ def test_an_adapter_that_peft_wrote_loads(build_small, tmp_path):
 def test_gathered_tensors_are_written_in_place_of_the_models_own(written, tmp_path):
     _, model, _ = written
     tensors = {n: torch.ones_like(p) for n, p in model.named_parameters()}
-    save_adapter(model, tmp_path / "gathered", TunedInfo(LORA), tensors)
+    save_adapter(model, tmp_path / "gathered", Info(tuning=LORA), tensors)
     stored = load_file(tmp_path / "gathered" / "adapter_model.safetensors")
     assert stored.keys() == adapter_parameters(model).keys()
     assert all(bool((value == 1).all()) for value in stored.values())

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ptuning.model.adapter import add_adapter, save_adapter
+from ptuning.model.adapter import add_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.checkpoint.layout import base_fingerprint
 from ptuning.storage import INFO_NAME
-from ptuning.tunings.artefact import FULL, LORA, TunedInfo, find_prefix_weights
-from ptuning.tunings.prefix import base_fingerprint
+from ptuning.tunings.artefact import FULL, LORA, Info, find_prefix_weights
+from ptuning.tunings.lora import save_adapter
 from tests.model.checkpoint.test_checkpoint_hub import COMMIT
 from tests.model.test_full_gradient import ROWS
 from tests.tunings.test_adapter import give_adapter
@@ -37,7 +38,11 @@ def logits(model):
 
 def by_training(base, folder):
     model = give_adapter(base)
-    info = TunedInfo(LORA, base.name_or_path, base_fingerprint(base))
+    info = Info(
+        tuning=LORA,
+        base_model_name_or_path=base.name_or_path,
+        base_fingerprint=base_fingerprint(base),
+    )
     save_adapter(model, folder, info)
     return model
 
@@ -149,7 +154,7 @@ def test_a_model_with_an_adapter_beside_it_loads_with_it(written, auto, tmp_path
     base, tuned, folder = written
     base.save_pretrained(folder)
     change_config(folder, base_model_name_or_path="gone/elsewhere")
-    info = TunedInfo(FULL, base_fingerprint="of the weights before they were tuned")
+    info = Info(tuning=FULL, base_fingerprint="of the weights before they were tuned")
     (folder / INFO_NAME).write_text(json.dumps(asdict(info)), encoding="utf-8")
     loaded = auto.from_pretrained(folder)
     assert loaded.name_or_path == str(folder)
@@ -319,5 +324,5 @@ def test_a_new_adapter_names_its_base_for_every_folder(
 
 def test_an_adapter_is_no_prefix(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(FileNotFoundError, match=r"holds an adapter of peft.*AutoModelForCausalLM"):
+    with pytest.raises(FileNotFoundError, match=r"holds a peft adapter.*AutoModelForCausalLM"):
         find_prefix_weights(tmp_path)

@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 
+from ptuning.model.checkpoint.layout import base_fingerprint, check_base
 from ptuning.tunings.artefact import (
     FULL,
     LORA,
     PTUNING,
-    TunedInfo,
-    check_base,
+    Info,
     kind_of,
-    read_tuned_info,
-    write_tuned_info,
+    read_info,
+    remove_other_marks,
+    write_info,
 )
 from ptuning.tunings.prefix import save_prefix
 
@@ -66,31 +67,40 @@ def test_other_adapters_of_peft_are_refused(tmp_path):
 
 def test_the_description_is_read_back(prefix, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", base_model_name_or_path="some/base")
-    assert read_tuned_info(adapter) == TunedInfo(LORA, base_model_name_or_path="some/base")
-    info = TunedInfo(LORA, "other/base", "f" * 32, 10, 3, {"loss": 1.0}, {"recipe": "corrected"})
-    write_tuned_info(adapter, info)
-    assert read_tuned_info(adapter) == info
-    assert read_tuned_info(prefix).step == 5
+    assert read_info(adapter) == Info(tuning=LORA, base_model_name_or_path="some/base")
+    info = Info(
+        tuning=LORA,
+        base_model_name_or_path="other/base",
+        base_fingerprint="f" * 32,
+        trained_parameters=10,
+        step=3,
+        metrics={"loss": 1.0},
+        settings={"recipe": "corrected"},
+    )
+    write_info(adapter, info)
+    assert read_info(adapter) == info
+    assert read_info(prefix).step == 5
 
 
 def test_a_plain_model_says_nothing_of_a_run(build_small, tmp_path):
     build_small().save_pretrained(tmp_path)
-    assert read_tuned_info(tmp_path) is None
+    assert read_info(tmp_path) is None
 
 
 def test_a_description_of_another_version_or_no_json_is_refused(tmp_path):
     adapter = write_adapter(tmp_path / "adapter")
-    write_tuned_info(adapter, TunedInfo(LORA, format_version=99))
+    write_info(adapter, Info(tuning=LORA, format_version=99))
     with pytest.raises(ValueError, match="format_version 99"):
-        read_tuned_info(adapter)
+        read_info(adapter)
     (adapter / "tuning_config.json").write_text('{"tuning": ')
     with pytest.raises(ValueError, match="is not JSON"):
-        read_tuned_info(adapter)
+        read_info(adapter)
 
 
 def test_writing_one_kind_takes_the_marks_of_the_others_away(prefix):
     write_adapter(prefix)
-    write_tuned_info(prefix, TunedInfo(LORA))
+    write_info(prefix, Info(tuning=LORA))
+    remove_other_marks(prefix, LORA)
     assert kind_of(prefix) == LORA
     assert sorted(path.name for path in prefix.iterdir()) == [
         "adapter_config.json",
@@ -98,9 +108,9 @@ def test_writing_one_kind_takes_the_marks_of_the_others_away(prefix):
     ]
 
 
-def test_only_the_base_it_was_trained_on_fits(tmp_path):
-    info = TunedInfo(LORA, "some/base", "a" * 32)
-    check_base(info, "this/base", "a" * 32, tmp_path)
-    check_base(TunedInfo(LORA), "this/base", "b" * 32, tmp_path)  # it does not say
+def test_only_the_base_it_was_trained_on_fits(build_small):
+    model = build_small()
+    check_base(model, "the adapter", "some/base", base_fingerprint(model))
+    check_base(model, "the adapter", "some/base", None)  # it does not say
     with pytest.raises(ValueError, match="trained on some/base"):
-        check_base(info, "this/base", "b" * 32, tmp_path)
+        check_base(model, "the adapter", "some/base", "b" * 32)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from ptuning import save_prefix
-from ptuning.model.adapter import adapter_parameters, add_adapter, save_adapter
+from ptuning.model.adapter import adapter_parameters, add_adapter
 from ptuning.model.quantization.layers import QuantizedLinear
-from ptuning.tunings.artefact import LORA, TunedInfo
-from ptuning.tunings.loading import NANO_DIR, BaseModelError, find_base, load_base, load_tokenizer
-from ptuning.tunings.prefix import base_fingerprint
+from ptuning.tunings.artefact import LORA, Info
+from ptuning.tunings.loading import NANO_DIR, ModelError, find_base, load_base, load_tokenizer
+from ptuning.tunings.lora import save_adapter
 
 LOADS = {
     "float32": {"dtype": torch.float32},
@@ -43,7 +43,7 @@ def test_an_adapter_in_the_folder_of_the_base_is_left_alone(tmp_path):
     model = load_base(str(NANO_DIR), dtype=torch.float32)
     model.save_pretrained(tmp_path)
     add_adapter(model, rank=2, alpha=4)
-    save_adapter(model, tmp_path, TunedInfo(LORA, str(NANO_DIR), base_fingerprint(model)))
+    save_adapter(model, tmp_path, Info(tuning=LORA))
     assert not adapter_parameters(load_base(str(tmp_path), dtype=torch.float32))
 
 
@@ -52,7 +52,7 @@ def test_nano_names_the_embedded_model_unless_a_folder_has_that_name(tmp_path, m
     assert find_base("nano", flag="--model") == str(NANO_DIR)
     assert load_tokenizer("nano").vocab_size > 0
     (tmp_path / "nano").mkdir()
-    with pytest.raises(BaseModelError, match=r"--model is nano, a folder without config\.json"):
+    with pytest.raises(ModelError, match=r"--model is nano, a folder without config\.json"):
         find_base("nano", flag="--model")
 
 
@@ -63,7 +63,7 @@ def test_a_hub_id_and_a_folder_stand_for_themselves(name):
 
 @pytest.mark.parametrize("name", ["nowhere", "./a/b", "../b", "~/b", "a/b/c", "/no/folder", ""])
 def test_what_is_neither_is_refused(name):
-    with pytest.raises(BaseModelError, match=r"^--model is .*which is not a folder|without config"):
+    with pytest.raises(ModelError, match=r"^--model is .*which is not a folder|without config"):
         find_base(name, flag="--model")
 
 
@@ -71,7 +71,7 @@ def test_a_prefix_in_the_place_of_a_base_is_told_where_it_belongs(tmp_path):
     model = load_base(str(NANO_DIR), dtype=torch.float32)
     model.add_prefix(2)
     save_prefix(model, tmp_path)
-    with pytest.raises(BaseModelError) as caught:
+    with pytest.raises(ModelError) as caught:
         load_base(str(tmp_path), dtype=torch.float32)
     assert str(caught.value) == (
         f"--model_name_or_path is {tmp_path}, which holds a prefix and no model; give the model it "

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,16 @@ from transformers import AutoModelForCausalLM
 
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint.layout import PREFIX_KEYS
+from ptuning.model.checkpoint.layout import PREFIX_KEYS, base_fingerprint
+from ptuning.storage import read_json
 from ptuning.tunings.artefact import (
     FORMAT_VERSION,
     PREFIX_CONFIG_NAME,
     PREFIX_WEIGHTS_NAME,
+    PTUNING,
     PUBLISHED_NAME,
-    PrefixInfo,
+    Info,
 )
-from ptuning.tunings.prefix import base_fingerprint
 
 Model = ChatGLMForConditionalGeneration
 Build = Callable[..., Model]
@@ -64,7 +64,7 @@ def test_saved_equals_loaded(
     model = build_small()
     loaded = ptuning.load_prefix(model, tmp_path)
     assert loaded == saved
-    assert asdict(loaded) == {
+    assert read_json(tmp_path / PREFIX_CONFIG_NAME) == {
         "prefix_length": 5,
         "prefix_projection": project,
         "num_layers": 3,
@@ -185,7 +185,8 @@ def test_our_own_file_comes_before_a_published_one(small: Model, artefact: Path)
 def test_bare_safetensors_are_read(tiny: Model, golden: Path, name: str, project: bool) -> None:
     file = golden / "chatglm-tiny" / name
     info = ptuning.load_prefix(tiny, file)
-    assert info == PrefixInfo(
+    assert info == Info(
+        tuning=PTUNING,
         prefix_length=8,
         prefix_projection=project,
         num_layers=28,

@@ -1,25 +1,45 @@
-"""Weight files on disk: which ones there are, what their headers say, and their tensors on demand.
+"""Weight files: fetch them from the hub, find them, read their headers, and tensors on demand.
 
-Headers are the JSON at the start of a .safetensors file, or the zip directory and tensor table of a
-.bin file, read with torch's `weights_only` reader, which runs no code. Tensors are memory-mapped,
-so that a checkpoint is never in memory twice: a tensor used in its stored dtype shares the file's
-pages; one that is converted or moved to a GPU is copied, and its mapping is dropped soon after.
+Of a hub repository only JSON files, the vocabulary and weights are fetched, never code. Headers are
+the JSON at the start of a .safetensors file, or the zip directory and tensor table of a .bin file,
+read with torch's `weights_only` reader, which runs no code. Tensors are memory-mapped, so that a
+checkpoint is never in memory twice: a tensor used in its stored dtype shares the file's pages; one
+that is converted or moved to a GPU is copied, and its mapping is dropped soon after.
 """
 
 import json
 import math
+import os
 import pickle
+import socket
 import struct
 import threading
+import urllib.parse
+import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ptuning.storage import ADAPTER_CONFIG_NAME, ADAPTER_FILES, INFO_NAME
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+COMPANION_FILES = ("tokenizer_config.json", GENERATION_CONFIG_FILE, "ice_text.model")
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_FILE = "model.safetensors"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -27,6 +47,13 @@ BIN_FILE = "pytorch_model.bin"
 INDEX_OF = {SAFETENSORS_FILE: SAFETENSORS_INDEX, BIN_FILE: BIN_INDEX}
 # What use_safetensors accepts, in order of preference.
 ACCEPTED = {None: (SAFETENSORS_FILE, BIN_FILE), True: (SAFETENSORS_FILE,), False: (BIN_FILE,)}
+
+NOT_ON_THE_HUB = (
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    EntryNotFoundError,
+)
 
 # The dtype names of the safetensors format that a ChatGLM checkpoint can use.
 SAFETENSORS_DTYPES = {
@@ -54,6 +81,102 @@ _GIT_LFS_MAGIC = b"version https://git-lfs"
 _COPY_AGAIN = "copy or download it again"
 
 
+def find_directory(
+    name_or_path: str | os.PathLike[str],
+    *,
+    subfolder: str = "",
+    use_safetensors: bool | None = None,
+    **hub_arguments: Any,
+) -> Path:
+    """Return the directory of a model, given by its path or as a hub id, whose files are fetched.
+
+    hub_arguments are hf_hub_download's: cache_dir, force_download, local_files_only, token,
+    revision. FileNotFoundError when there is neither such a directory nor such a repository, or the
+    repository has no weights.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        return path / subfolder
+    repository = os.fspath(name_or_path)
+    fetch = _fetcher(repository, subfolder, hub_arguments)
+    try:
+        directory = Path(fetch(CONFIG_FILE)).parent
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repository} is not a directory, and it is neither in the hub's cache nor can the "
+            "hub be reached; give a model's directory, or download it first."
+        ) from error
+    except NOT_ON_THE_HUB as error:
+        raise FileNotFoundError(
+            f"{repository} is neither a directory nor a model on the hub with a {CONFIG_FILE} "
+            f"({type(error).__name__}); check the spelling, e.g. THUDM/chatglm-6b."
+        ) from error
+    accepted = ACCEPTED[use_safetensors]
+    if not any(_fetch_weights(fetch, name) for name in accepted):
+        raise FileNotFoundError(
+            f"{repository} has no {' or '.join(accepted)} on the hub; give another model, or a "
+            "directory."
+        )
+    for name in COMPANION_FILES:
+        _fetch_if_there(fetch, name)
+    return directory
+
+
+def find_adapter(
+    name_or_path: str | os.PathLike[str], *, subfolder: str = "", **hub_arguments: Any
+) -> Path | None:
+    """Return the directory of an adapter given as find_directory's; None where there is none."""
+    path = Path(name_or_path)
+    if path.exists():
+        directory = path / subfolder
+        return directory if (directory / ADAPTER_CONFIG_NAME).is_file() else None
+    fetch = _fetcher(os.fspath(name_or_path), subfolder, hub_arguments)
+    try:
+        directory = Path(fetch(ADAPTER_CONFIG_NAME)).parent
+    except NOT_ON_THE_HUB:
+        return None  # find_directory says what is wrong, if anything is
+    any(_fetch_if_there(fetch, name) for name in ADAPTER_FILES)
+    _fetch_if_there(fetch, INFO_NAME)
+    return directory
+
+
+def has_network() -> bool:
+    """Say whether the hub's name resolves; without a network huggingface_hub retries for long."""
+    if urllib.request.getproxies():
+        return True  # the proxy resolves names
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
+
+
+def _fetcher(
+    repository: str, subfolder: str, hub_arguments: dict[str, Any]
+) -> Callable[[str], str]:
+    """Return a function that fetches a file of the repository by its name and returns its path."""
+    if not has_network():
+        hub_arguments = hub_arguments | {"local_files_only": True}
+    return partial(hf_hub_download, repository, subfolder=subfolder or None, **hub_arguments)
+
+
+def _fetch_if_there(fetch: Callable[[str], str], name: str) -> Path | None:
+    try:
+        return Path(fetch(name))
+    except EntryNotFoundError:
+        return None
+
+
+def _fetch_weights(fetch: Callable[[str], str], name: str) -> bool:
+    """Fetch weights under one of the names of ACCEPTED, or the shards its index lists, if any."""
+    index = _fetch_if_there(fetch, INDEX_OF[name])
+    if index is None:
+        return _fetch_if_there(fetch, name) is not None
+    for shard in sorted(set(_read_weight_map(index).values())):
+        fetch(shard)
+    return True
+
+
 class TensorHeader(NamedTuple):
     """What is known of a stored tensor before it is read."""
 
@@ -67,18 +190,13 @@ class TensorHeader(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class WeightFiles(NamedTuple):
-    """The files of one checkpoint; weight_map is tensor -> file name, empty without an index."""
+def find_weight_files(
+    directory: Path, *, use_safetensors: bool | None = None
+) -> dict[Path, list[str]]:
+    """Return the weight files in directory, each with the tensors that an index says it holds.
 
-    files: tuple[Path, ...]
-    weight_map: dict[str, str]
-
-
-def find_weight_files(directory: Path, *, use_safetensors: bool | None = None) -> WeightFiles:
-    """Return the weight files in directory, safetensors before .bin where both are there.
-
-    use_safetensors True or False accepts only that kind. FileNotFoundError names every file that is
-    missing.
+    Safetensors are preferred to .bin; use_safetensors True or False accepts only that kind.
+    FileNotFoundError names every file that is missing.
     """
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
@@ -87,9 +205,9 @@ def find_weight_files(directory: Path, *, use_safetensors: bool | None = None) -
         )
     for name in ACCEPTED[use_safetensors]:
         if (directory / INDEX_OF[name]).is_file():
-            return _read_index(directory / INDEX_OF[name])
+            return _shards_of(directory / INDEX_OF[name])
         if (directory / name).is_file():
-            return WeightFiles((directory / name,), {})
+            return {directory / name: []}
     shards = sorted(
         path.name
         for path in directory.iterdir()
@@ -107,60 +225,66 @@ def find_weight_files(directory: Path, *, use_safetensors: bool | None = None) -
     raise FileNotFoundError(f"{directory} has no weights ({wanted}); download the model into it.")
 
 
-def _read_index(index: Path) -> WeightFiles:
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Return the file name of each tensor; ValueError for an index that is damaged or forged."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{index} is not an index of weight files ({type(error).__name__}: {error}); "
             f"{_COPY_AGAIN}."
         ) from error
-    directory = index.parent
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise ValueError(f"{index} points outside its directory ({outside[0]!r}); {_COPY_AGAIN}.")
-    missing = [name for name in names if not (directory / name).is_file()]
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} points outside its directory ({name!r}); {_COPY_AGAIN}.")
+    return weight_map
+
+
+def _shards_of(index: Path) -> dict[Path, list[str]]:
+    """Return the tensors that an index lists, by file; FileNotFoundError names missing files."""
+    shards: dict[Path, list[str]] = {}
+    for name, file in sorted(_read_weight_map(index).items(), key=itemgetter(1)):
+        shards.setdefault(index.parent / file, []).append(name)
+    missing = [file for file in shards if not file.is_file()]
     if missing:
-        lost = sum(1 for file in weight_map.values() if file in missing)
         raise FileNotFoundError(
-            f"{directory} lacks {', '.join(missing)} ({len(missing)} of {len(names)} shards, "
-            f"{lost} tensors), which {index.name} lists; download what is missing."
+            f"{index.parent} lacks {', '.join(file.name for file in missing)} ({len(missing)} of "
+            f"{len(shards)} shards, {sum(len(shards[file]) for file in missing)} tensors), which "
+            f"{index.name} lists; download what is missing."
         )
-    return WeightFiles(tuple(directory / name for name in names), weight_map)
+    return shards
 
 
-def read_headers(weight_files: WeightFiles) -> dict[str, TensorHeader]:
+def read_headers(weight_files: Mapping[Path, list[str]]) -> dict[str, TensorHeader]:
     """Return the header of every tensor; ValueError names a file that is damaged or incomplete."""
     headers: dict[str, TensorHeader] = {}
-    for file in weight_files.files:
-        expected = [name for name, shard in weight_files.weight_map.items() if shard == file.name]
+    for file, expected in weight_files.items():
         found = dict(_headers_of(file, expected))
-        for name in expected:
-            if name not in found:
-                raise ValueError(
-                    f"{file} does not hold {name}, although the index next to it lists it; "
-                    f"{_COPY_AGAIN}, or the index."
-                )
+        missing = next((name for name in expected if name not in found), None)
+        if missing:
+            raise ValueError(
+                f"{file} does not hold {missing}, although the index next to it lists it; "
+                f"{_COPY_AGAIN}, or the index."
+            )
         headers.update(found)
     return headers
 
 
 def _headers_of(file: Path, expected: list[str]) -> Iterator[tuple[str, TensorHeader]]:
-    if file.suffix == ".safetensors":
-        with open_safetensors(file) as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                piece = opened.get_slice(name)
-                dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
-                if dtype is None:
-                    raise ValueError(
-                        f"{file}: {name} has dtype {piece.get_dtype()}; ChatGLM checkpoints hold "
-                        f"{', '.join(SAFETENSORS_DTYPES)}: convert it with the tool that wrote it."
-                    )
-                yield name, TensorHeader(file, dtype, tuple(piece.get_shape()))
+    if file.suffix != ".safetensors":
+        for name, value in map_bin(file, expected).items():
+            yield name, TensorHeader(file, value.dtype, tuple(value.shape))
         return
-    for name, value in map_bin(file, expected).items():
-        yield name, TensorHeader(file, value.dtype, tuple(value.shape))
+    with open_safetensors(file) as opened:
+        for name in opened.keys():  # noqa: SIM118  (not a mapping)
+            piece = opened.get_slice(name)
+            dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
+            if dtype is None:
+                raise ValueError(
+                    f"{file}: {name} has dtype {piece.get_dtype()}; ChatGLM checkpoints hold "
+                    f"{', '.join(SAFETENSORS_DTYPES)}: convert it with the tool that wrote it."
+                )
+            yield name, TensorHeader(file, dtype, tuple(piece.get_shape()))
 
 
 def open_safetensors(file: Path) -> safe_open:
@@ -177,11 +301,9 @@ def open_safetensors(file: Path) -> safe_open:
 def map_bin(file: Path, expected: list[str] | None = None) -> dict[str, Tensor]:
     """Return a .bin file's tensors, mapped and not read; ValueError says how it is damaged.
 
-    expected are the names the index promises, which is all that is known of a file that was cut
-    short.
+    expected are the names that the index lists: all that is known of a file that was cut short.
     """
-    start = _check_first_bytes(file)
-    if start != _ZIP_MAGIC:
+    if _check_first_bytes(file) != _ZIP_MAGIC:
         raise ValueError(
             f"{file} is not in the format torch.save has written since version 1.6: it is "
             f"damaged, so {_COPY_AGAIN}, or very old, so save it again with a current torch."
@@ -222,19 +344,14 @@ def _check_first_bytes(file: Path) -> bytes:
 
 
 def _first_tensor_cut(file: Path) -> str | None:
-    """Return the first tensor a cut-short .safetensors file lacks a part of, None if unknown."""
+    """Return the first tensor that a truncated .safetensors file lacks part of, None if unknown."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length_bytes = stream.read(8)
-        if len(length_bytes) < 8:
-            return None
-        (length,) = struct.unpack("<Q", length_bytes)
-        if length > size - 8:
-            return None
         try:
-            table = json.loads(stream.read(length))
+            (length,) = struct.unpack("<Q", stream.read(8))
+            table = json.loads(stream.read(length)) if length <= size else {}
             ends = {n: v["data_offsets"][1] for n, v in table.items() if n != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
             return None  # the header itself is damaged: the caller says so
     cut = [name for name, end in ends.items() if end > size - 8 - length]
     return min(cut, key=ends.__getitem__) if cut else None
@@ -278,16 +395,11 @@ class StoredTensor:
         self._read = read
 
     @classmethod
-    def of(cls, reader: CheckpointReader, name: str) -> "StoredTensor":
-        """Return the named tensor of the reader's checkpoint."""
+    def of(cls, reader: CheckpointReader, name: str, *, copied: bool = False) -> "StoredTensor":
+        """Return a tensor of the reader's checkpoint; copied: it shares no page of the file."""
         header = reader.headers[name]
-        return cls(header.dtype, header.shape, lambda: reader.read(name))
-
-    @classmethod
-    def copy_of(cls, reader: CheckpointReader, name: str) -> "StoredTensor":
-        """Return the same values as a private copy, never a view of the mapped file."""
-        header = reader.headers[name]
-        return cls(header.dtype, header.shape, lambda: reader.read(name).clone())
+        read = partial(reader.read, name)
+        return cls(header.dtype, header.shape, (lambda: read().clone()) if copied else read)
 
     @property
     def num_bytes(self) -> int:
@@ -311,6 +423,15 @@ def same_values(headers: dict[str, TensorHeader], first: str, second: str) -> bo
     return torch.equal(
         CheckpointReader(headers).read(first), CheckpointReader(headers).read(second)
     )
+
+
+def check_finite(name: str, value: Tensor, file: Path) -> None:
+    """Refuse a trained tensor with entries that are NaN or infinite (ValueError)."""
+    if not value.isfinite().all():
+        raise ValueError(
+            f"{file} has {name} with entries that are not finite: its training had diverged, so "
+            "give an earlier checkpoint."
+        )
 
 
 def shorten(names: list[str]) -> str:

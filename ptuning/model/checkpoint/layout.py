@@ -1,4 +1,4 @@
-"""A checkpoint on disk: what it must hold, and whether it does, checked before any weight is read.
+"""A checkpoint on disk: the tensors that it must hold, checked before any weight is read.
 
 Published shards, slim int8 and int4 releases and safetensors are read alike. A quantised release
 stores the four linear weights of a layer as int8 (two columns per byte at 4 bits) with one float16
@@ -7,14 +7,17 @@ Source of the names:
 https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/pytorch_model.bin.index.json
 """
 
+import hashlib
 import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from ptuning.model.checkpoint.files import (
+    CONFIG_FILE,
     TensorHeader,
     find_weight_files,
     read_headers,
@@ -22,7 +25,7 @@ from ptuning.model.checkpoint.files import (
 )
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.reference import check_bits, packed_columns
-from ptuning.storage import read_json
+from ptuning.storage import LAYER_LINEARS, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +33,7 @@ EMBEDDING = "transformer.word_embeddings.weight"
 HEAD = "lm_head.weight"
 PREFIX_KEYS = "transformer.prefix_encoder."
 SCALE_SUFFIX = "_scale"  # a quantised `x.weight` has its scales in `x.weight_scale`
-LAYER_LINEARS = (
-    "attention.query_key_value",
-    "attention.dense",
-    "mlp.dense_h_to_4h",
-    "mlp.dense_4h_to_h",
-)
-RECOMPUTED = ".rotary_emb.inv_freq"  # stored by the published code, derived here
+NOT_LOADED = ".rotary_emb.inv_freq"  # stored by the published code, computed here
 # A tied head shares the scale too; transformers must know, or it refuses to save the model.
 TIED_SCALE = {HEAD + SCALE_SUFFIX: EMBEDDING + SCALE_SUFFIX}
 
@@ -53,9 +50,8 @@ OLDER_NUM_IMAGE_TOKENS = 20_000
 class CheckpointSummary:
     """What a directory holds, from its configuration and headers alone.
 
-    quantization_bits is 0 for float weights; prefix_length is None where no prefix is among
-    them. num_bytes counts the tensors as stored. dtype is that of the norms, the embedding and,
-    unless quantised, the weights.
+    dtype is that of all tensors that are not quantised. quantization_bits and embedding_bits are 0
+    for floats; prefix_length is None without a prefix among the weights.
     """
 
     release: str
@@ -83,8 +79,7 @@ class CheckpointSummary:
 class Checkpoint:
     """A checked checkpoint: every tensor its model needs is there, in the right shape.
 
-    headers holds the model's own tensors and those of a prefix; neither what is recomputed nor what
-    is unknown.
+    headers holds the tensors of the model and of a prefix, and no others.
     """
 
     directory: Path
@@ -94,10 +89,10 @@ class Checkpoint:
 
 
 def check_checkpoint(directory: str | Path) -> CheckpointSummary:
-    """Check the checkpoint in directory by its configuration and headers, and say what it is.
+    """Check the checkpoint in directory without reading a weight; return what it is.
 
-    No weight is read. FileNotFoundError names a missing file; ValueError a damaged file, a missing
-    tensor or one of the wrong shape, or another model's checkpoint.
+    FileNotFoundError names a missing file; ValueError a damaged file, a missing tensor or one of
+    the wrong shape, or another model's checkpoint.
     """
     return read_checkpoint(Path(directory)).summary
 
@@ -105,9 +100,9 @@ def check_checkpoint(directory: str | Path) -> CheckpointSummary:
 def read_checkpoint(
     directory: Path, config: ChatGLMConfig | None = None, *, use_safetensors: bool | None = None
 ) -> Checkpoint:
-    """Return what directory holds, checked; config is read from it unless given.
+    """Return the checked checkpoint in directory; config is read from it unless given.
 
-    Raises as check_checkpoint does.
+    Raises what check_checkpoint raises.
     """
     weight_files = find_weight_files(directory, use_safetensors=use_safetensors)
     if config is None:
@@ -119,18 +114,18 @@ def read_checkpoint(
     prefix_length = _add_prefix(expected, headers, config)
     _check_tensors(directory, headers, expected)
     unknown = sorted(
-        name for name in headers if name not in expected and not name.endswith(RECOMPUTED)
+        name for name in headers.keys() - expected.keys() if not name.endswith(NOT_LOADED)
     )
     if unknown:
         logger.warning(
-            "%s also holds %s, which ChatGLM-6B does not have; left aside.",
+            "%s also holds %s, which ChatGLM-6B does not have; not loaded.",
             directory,
             shorten(unknown),
         )
     summary = CheckpointSummary(
         release=release_name(config, _num_image_tokens(directory, config)),
         dtype=headers["transformer.final_layernorm.weight"].dtype,
-        num_shards=len(weight_files.files),
+        num_shards=len(weight_files),
         num_bytes=sum(header.num_bytes for header in headers.values()),
         quantization_bits=bits,
         embedding_bits=embedding_bits,
@@ -141,18 +136,20 @@ def read_checkpoint(
 
 def read_config(directory: Path) -> ChatGLMConfig:
     """Return the configuration in directory; ValueError when it is another model's."""
-    file = directory / "config.json"
+    file = directory / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(
             f"{directory} has no config.json; give a model's directory, as downloaded."
         )
-    model_type = read_json(file).get("model_type")
+    values = read_json(file)
+    model_type = values.get("model_type")
     if model_type != ChatGLMConfig.model_type:
         raise ValueError(
             f"{file} is for model_type {model_type!r}; this toolkit is for the first ChatGLM-6B, "
             f"whose model_type is {ChatGLMConfig.model_type!r}."
         )
-    return ChatGLMConfig.from_pretrained(directory)
+    config: ChatGLMConfig = ChatGLMConfig.from_dict(values)
+    return config
 
 
 def _num_image_tokens(directory: Path, config: ChatGLMConfig) -> int:
@@ -173,11 +170,10 @@ def _packed_bits(header: TensorHeader | None, columns: int) -> int:
 def _weight_bits(headers: dict[str, TensorHeader], config: ChatGLMConfig) -> int:
     """Return the bits of the layers' weights; ValueError when config.json says otherwise."""
     name = f"transformer.layers.0.{LAYER_LINEARS[0]}.weight"
-    bits = _packed_bits(headers.get(name), config.hidden_size)
-    given = config.quantization_bit
+    bits, given = _packed_bits(headers.get(name), config.hidden_size), config.quantization_bit
     if given:
         check_bits(given)
-    if bits and given and bits != given:
+    if given and bits not in (0, given):
         raise ValueError(
             f"quantization_bit is {given}, but the weights in {headers[name].file.parent} are "
             f"stored with {bits} bits; leave it out, or give the float16 release."
@@ -202,17 +198,17 @@ def _expected_shapes(
     headers: dict[str, TensorHeader], config: ChatGLMConfig, bits: int
 ) -> dict[str, Shape]:
     expected: dict[str, Shape] = {}
-    for name, shape in float_shapes(config).items():
+    for name, (rows, *columns) in float_shapes(config).items():
         if name == HEAD and config.tie_word_embeddings and HEAD not in headers:
             continue
-        tensor_bits = 0
-        if is_layer_linear(name):
-            tensor_bits = bits
-        elif name in (EMBEDDING, HEAD):
+        tensor_bits = bits if is_layer_linear(name) else 0
+        if name in (EMBEDDING, HEAD):
             tensor_bits = _packed_bits(headers.get(name), config.hidden_size)
-        expected[name] = (shape[0], packed_columns(shape[1], tensor_bits)) if tensor_bits else shape
         if tensor_bits:
-            expected[name + SCALE_SUFFIX] = (shape[0],)
+            expected[name] = (rows, packed_columns(columns[0], tensor_bits))
+            expected[name + SCALE_SUFFIX] = (rows,)
+        else:
+            expected[name] = (rows, *columns)
     return expected
 
 
@@ -244,8 +240,7 @@ def _check_tensors(
     missing = [name for name in expected if name not in headers]
     if missing and all(name.startswith(PREFIX_KEYS) for name in headers):
         raise ValueError(
-            f"{directory} holds a prefix and no model; give the model it was trained on in its "
-            "place."
+            f"{directory} holds a prefix and no model; give the model it was trained on instead."
         )
     if EMBEDDING in missing and EMBEDDING.removeprefix("transformer.") in headers:
         raise ValueError(
@@ -341,3 +336,48 @@ def release_name(config: ChatGLMConfig, num_image_tokens: int = 0) -> str:
         f"{name} with {config.vocab_size:,} tokens{older if num_image_tokens else ''}"
         f"{'' if is_published_size else size}"
     )
+
+
+def base_fingerprint(model: PreTrainedModel) -> str:
+    """Return a short hash of the frozen base, the same in every dtype and at 8 and 4 bits.
+
+    It covers the layer norms and biases, which no quantisation touches, rounded to bfloat16. The
+    base must be stored in float16, as published: float32 values rounded to float16 first may differ
+    by one bfloat16.
+    """
+    # LoRA wraps a linear, whose bias is then called base_layer.bias.
+    named = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if "prefix_encoder." not in name and "lora_" not in name
+    }
+    digest = hashlib.sha256()
+    for name, parameter in sorted(named.items()):
+        if "layernorm" in name or name.endswith(".bias"):
+            values = parameter.detach().to("cpu", torch.bfloat16).view(torch.int16)
+            digest.update(name.encode())
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def check_base(
+    model: PreTrainedModel,
+    what: str,
+    base_name: str | None,
+    fingerprint: str | None,
+    *,
+    hint: str = "",
+) -> None:
+    """Refuse what was trained on a base of another fingerprint (ValueError); None is not known.
+
+    what names the prefix or adapter in the message, hint a remedy besides loading its base.
+    """
+    if fingerprint is None:
+        return
+    found = base_fingerprint(model)
+    if fingerprint != found:
+        raise ValueError(
+            f"{what} was trained on {base_name or 'a base'} (fingerprint {fingerprint[:8]}), but "
+            f"{model.name_or_path or 'this base'} has {found[:8]}; load the base it was trained "
+            f"on{hint}."
+        )

@@ -1,10 +1,10 @@
-"""From a checked checkpoint to a model: transformers' loader, fed with tensors read on demand.
+"""From a name to a model: transformers' loader, fed with tensors that are read on demand.
 
 Everything that can be wrong is found before the first weight is read. The output head is tied to
 the embedding when their values are equal, unless tie_word_embeddings is false, and float weights
-are quantised as they are read when the configuration asks for it. The model is first built empty in
-the form that its configuration names, so that the stored tensors fit; the quantised layers are
-imported when one is needed. The directory of an adapter loads its base and the adapter on top.
+are quantised as they are read when the configuration asks for it. A model is first built empty,
+with the quantised layers that its configuration names, so that the stored tensors fit; quantised
+layers are imported only when needed. An adapter's directory loads its base and the adapter on it.
 """
 
 import copy
@@ -19,12 +19,16 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ptuning.model.checkpoint.files import CheckpointReader, StoredTensor, same_values, shorten
-from ptuning.model.checkpoint.hub import (
+from ptuning.model.adapter import attach_adapter, load_peft
+from ptuning.model.checkpoint.files import (
     CONFIG_FILE,
-    HUB_ARGUMENTS,
+    GENERATION_CONFIG_FILE,
+    CheckpointReader,
+    StoredTensor,
     find_adapter,
     find_directory,
+    same_values,
+    shorten,
 )
 from ptuning.model.checkpoint.layout import (
     EMBEDDING,
@@ -44,7 +48,8 @@ from ptuning.storage import ADAPTER_CONFIG_NAME, read_json
 
 logger = logging.getLogger(__name__)
 
-GENERATION_CONFIG_FILE = "generation_config.json"
+# What says where a model is: find_directory's keywords.
+LOCATION = ("subfolder", "cache_dir", "force_download", "local_files_only", "token", "revision")
 NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "attn_implementation")  # the loader takes these itself
 
 
@@ -53,10 +58,10 @@ def load_pretrained(
 ) -> Any:
     """Return a model of the checkpoint at name_or_path, a directory or a hub id.
 
-    quantization_bit=4 or 8 quantises float weights as they are read, and quantization_backend names
-    what runs them. load is transformers' `from_pretrained`, bound to the class; kwargs are its
-    arguments, and adapter_name=None attaches no adapter. Raises what `check_checkpoint` raises,
-    before any weight is read; never runs code that came with the weights.
+    load is transformers' `from_pretrained`, bound to the class; kwargs are its arguments and three
+    more: quantization_bit=4 or 8 quantises float weights as they are read, quantization_backend
+    names what runs them, adapter_name=None attaches no adapter. Raises what `check_checkpoint`
+    raises, before any weight is read; never runs code that came with the weights.
     """
     _refuse_arguments(name_or_path, kwargs)
     use_safetensors = kwargs.pop("use_safetensors", None)
@@ -65,32 +70,36 @@ def load_pretrained(
         name_or_path, use_safetensors, kwargs, with_adapter=adapter_name is not None
     )
     backend = kwargs.pop("quantization_backend", None)
-    config = _settle_config(directory, kwargs.pop("config", None), kwargs)
-    checkpoint = _read_with_tying(directory, config, use_safetensors=use_safetensors)
+    config, may_lack_head = _settle_config(directory, kwargs.pop("config", None), kwargs)
+    unties = config.tie_word_embeddings is False
+    config.tie_word_embeddings = may_lack_head
+    checkpoint = read_checkpoint(directory, config, use_safetensors=use_safetensors)
+    summary = checkpoint.summary
+    config.tie_word_embeddings = not unties and head_is_embedding(checkpoint)
     _check_device_map(kwargs.get("device_map"), config)
-    logger.info("%s: %s", name_or_path, checkpoint.summary)
-    if checkpoint.summary.prefix_length is not None and config.pre_seq_len is None:
+    logger.info("%s: %s", name_or_path, summary)
+    if summary.prefix_length is not None and config.pre_seq_len is None:
         logger.warning(
             "%s also holds a trained prefix of %d tokens, which is not loaded with the model; load "
-            "it from the same directory as a prefix of its own, in Python "
-            "ptuning.load_prefix(model, %r).",
+            "it in Python with ptuning.load_prefix(model, %r).",
             name_or_path,
-            checkpoint.summary.prefix_length,
+            summary.prefix_length,
             str(directory),
         )
-    config.quantization_bit = config.quantization_bit or checkpoint.summary.quantization_bits
-    config.embedding_quantization_bit = checkpoint.summary.embedding_bits
+    config.quantization_bit = config.quantization_bit or summary.quantization_bits
+    config.embedding_quantization_bit = summary.embedding_bits
     wants_info = kwargs.pop("output_loading_info", False)
-    with bars_for(checkpoint.summary.num_bytes):
+    tensors = stored_tensors(
+        checkpoint,
+        with_prefix=config.pre_seq_len is not None,
+        device=_only_device(kwargs.get("device_map")),
+    )
+    with bars_for(summary.num_bytes):
         model, info = load(
             None,
             *model_args,
             config=config,
-            state_dict=stored_tensors(
-                checkpoint,
-                with_prefix=config.pre_seq_len is not None,
-                device=_only_device(kwargs.get("device_map")),
-            ),
+            state_dict=tensors,
             output_loading_info=True,
             **kwargs,
         )
@@ -102,16 +111,13 @@ def load_pretrained(
     if kwargs.get("generation_config") is None and (directory / GENERATION_CONFIG_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     if adapter is not None:
-        from ptuning.model.adapter import attach_adapter
-
         attach_adapter(model, adapter, name=adapter_name)
+        model._hf_peft_config_loaded = True
     return (model, info) if wants_info else model
 
 
 def _refuse_arguments(name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for transformers arguments this loader does not support; pop them from
-    kwargs.
-    """
+    """Take transformers' arguments that are not supported out of kwargs; ValueError where set."""
     if kwargs.pop("variant", None) is not None:
         raise ValueError("variant is given; ChatGLM-6B has no variants of its files: leave it out.")
     if kwargs.pop("state_dict", None) is not None:
@@ -136,24 +142,22 @@ def _locate(
 ) -> tuple[str | os.PathLike[str], Path, Path | None]:
     """Return the model's name, its directory, and that of an adapter to attach to the model.
 
-    Pops the location arguments from kwargs. A directory with a model and an adapter is the base of
-    its own adapter, as in transformers.
+    Takes the arguments that say where out of kwargs. As in transformers, a directory with a model
+    and an adapter is the base of its own adapter.
     """
-    where = {key: kwargs.pop(key) for key in ("subfolder", *HUB_ARGUMENTS) if key in kwargs}
+    where = {key: kwargs.pop(key) for key in LOCATION if key in kwargs}
     of_adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
-    path = of_adapter.pop("_adapter_model_path", None)  # from an Auto class, which found the base
-    finds_base = path is None
-    if finds_base:
-        path, of_adapter = name_or_path, where | of_adapter
-    adapter = find_adapter(path, **of_adapter) if with_adapter else None
+    # An Auto class has found the adapter's base already, and says where the adapter is.
+    found_by_auto = of_adapter.pop("_adapter_model_path", None)
+    if found_by_auto is None:
+        of_adapter = where | of_adapter
+    adapter = find_adapter(found_by_auto or name_or_path, **of_adapter) if with_adapter else None
     if adapter is not None:
-        from ptuning.model.adapter import load_peft
-
-        load_peft()  # or say now that it is missing
-        if finds_base and not Path(path, where.get("subfolder", ""), CONFIG_FILE).is_file():
+        load_peft()  # ValueError when it is missing
+        own_model = Path(name_or_path, where.get("subfolder", ""), CONFIG_FILE)
+        if found_by_auto is None and not own_model.is_file():
             name_or_path = _base_of(adapter)
-            for key in ("subfolder", "revision"):
-                where.pop(key, None)
+            where = {key: where[key] for key in where.keys() - {"subfolder", "revision"}}
     try:
         directory = find_directory(name_or_path, use_safetensors=use_safetensors, **where)
     except FileNotFoundError as error:
@@ -178,44 +182,34 @@ def _base_of(adapter: Path) -> str:
     return str(base)
 
 
-def _settle_config(directory: Path, given: Any, kwargs: dict[str, Any]) -> ChatGLMConfig:
-    """Return the configuration to load with; takes its keys out of kwargs."""
+def _settle_config(
+    directory: Path, given: Any, kwargs: dict[str, Any]
+) -> tuple[ChatGLMConfig, bool]:
+    """Return the configuration to load with, and whether config.json ties the output head.
+
+    Takes keys of the configuration out of kwargs.
+    """
     if isinstance(given, PreTrainedConfig):
-        config = copy.deepcopy(given)
-        assert isinstance(config, ChatGLMConfig), (
-            "transformers picks this class by its configuration"
-        )
-        return config
+        assert isinstance(given, ChatGLMConfig), "transformers picks this class by its config"
+        file = directory / CONFIG_FILE
+        tied = file.is_file() and read_json(file).get("tie_word_embeddings")
+        return copy.deepcopy(given), bool(tied or given.tie_word_embeddings)
     config = read_config(directory if given is None else Path(given))
+    tied = bool(config.tie_word_embeddings)
     overrides = {
         key: kwargs.pop(key)
         for key in list(kwargs)
         if key not in NOT_OF_THE_CONFIG and hasattr(config, key)
     }
-    return ChatGLMConfig.from_dict(config.to_dict() | overrides) if overrides else config
-
-
-def _read_with_tying(
-    directory: Path, config: ChatGLMConfig, *, use_safetensors: bool | None
-) -> Checkpoint:
-    """Return the checked checkpoint, with tie_word_embeddings of config settled.
-
-    False leaves the head untied, even where only the embedding is stored; else the values decide.
-    """
-    unties = config.tie_word_embeddings is False
-    file = directory / CONFIG_FILE
-    if file.is_file() and read_json(file).get("tie_word_embeddings"):
-        config.tie_word_embeddings = True  # so that the head may be missing
-    checkpoint = read_checkpoint(directory, config, use_safetensors=use_safetensors)
-    config.tie_word_embeddings = not unties and head_is_embedding(checkpoint)
-    return checkpoint
+    if overrides:
+        config = ChatGLMConfig.from_dict(config.to_dict() | overrides)
+    return config, tied or bool(config.tie_word_embeddings)
 
 
 def _check_device_map(device_map: Any, config: ChatGLMConfig) -> None:
     """Raise ValueError for a model that cannot be split between disk and memory in this way."""
     if not isinstance(device_map, dict):
         return
-
     on_disk = tuple(key and f"{key}." for key, device in device_map.items() if device == "disk")
     if config.tie_word_embeddings and EMBEDDING.startswith(on_disk) != HEAD.startswith(on_disk):
         raise ValueError(
@@ -246,10 +240,9 @@ def stored_tensors(
 ) -> dict[str, StoredTensor]:
     """Return the checkpoint's tensors, unread, as its configuration wants them.
 
-    The head is left out where tie_word_embeddings is set; where it is not and no head is stored, it
-    is a copy of the embedding. The prefix is left out unless with_prefix. With quantization_bit, a
-    layer's float weight becomes two tensors, quantised on device (None is the CPU) at the moment it
-    is read.
+    A tied head is left out; an untied one that is not stored is a copy of the embedding. The prefix
+    is left out unless with_prefix. With quantization_bit, a layer's float weight becomes two
+    tensors, quantised on device (None is the CPU) when it is read.
     """
     reader = CheckpointReader(checkpoint.headers)
     bits = checkpoint.config.quantization_bit
@@ -267,7 +260,7 @@ def stored_tensors(
     if HEAD not in checkpoint.headers and not checkpoint.config.tie_word_embeddings:
         for name, stored_name in {HEAD: EMBEDDING, **TIED_SCALE}.items():
             if stored_name in checkpoint.headers:
-                tensors[name] = StoredTensor.copy_of(reader, stored_name)
+                tensors[name] = StoredTensor.of(reader, stored_name, copied=True)
     return tensors
 
 
@@ -307,10 +300,10 @@ def _share_offloaded_embedding(model: PreTrainedModel) -> None:
 
 
 def prepare_for_config_(model: PreTrainedModel) -> None:
-    """Give a new model the empty quantised layers its configuration calls for, if any.
+    """Give a new model the empty quantised layers that its configuration calls for, if any.
 
-    With embedding_quantization_bit the (V, E) embedding and the head are packed as well, and tying
-    them means their scales too.
+    With embedding_quantization_bit the (V, E) embedding and the head are quantised as well; tying
+    them ties their scales too.
     """
     config = model.config
     if not (config.quantization_bit or config.embedding_quantization_bit):
@@ -335,7 +328,7 @@ def prepare_for_config_(model: PreTrainedModel) -> None:
 
 
 def set_backend_(model: PreTrainedModel, backend: str) -> None:
-    """Let every quantised layer of the model run on this back end; ValueError if unknown."""
+    """Run every quantised layer of the model on this back end; ValueError if unknown."""
     from ptuning.model.quantization.backends import check_backend_name
     from ptuning.model.quantization.layers import QuantizedLinear
 
@@ -355,9 +348,8 @@ def quantized_when_read(
 ) -> dict[str, StoredTensor]:
     """Return the packed weight and its scales in place of a float weight, neither computed yet.
 
-    Both are computed when the first of them is read; the other is kept until it is read too. Each
-    weight is quantised on device (None is the CPU); turn is shared by all of them, so that one
-    float weight is in memory at a time however many threads read.
+    Both are computed when the first of them is read; the other is kept until it is read too. All
+    weights share turn, so that one float weight is in memory at a time however many threads read.
     """
     header = reader.headers[name]
     halves: dict[int, Tensor] = {}

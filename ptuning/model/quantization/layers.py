@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from ptuning.model.checkpoint.layout import LAYER_LINEARS, TIED_SCALE
+from ptuning.model.checkpoint.layout import TIED_SCALE
 from ptuning.model.quantization.backends import AUTO, check_backend_name, pick_backend
 from ptuning.model.quantization.reference import (
     QuantizedWeight,
@@ -26,6 +26,7 @@ from ptuning.model.quantization.reference import (
     quantize_in_blocks,
     quantize_weight,
 )
+from ptuning.storage import LAYER_LINEARS
 
 # Custom operators, which a compiler takes as one node: the back end is picked inside, by device and
 # dtype.

@@ -8,7 +8,6 @@ from ptuning.model.checkpoint import files as checkpoint_files
 from ptuning.model.checkpoint.files import (
     CheckpointReader,
     StoredTensor,
-    WeightFiles,
     read_headers,
     same_values,
 )
@@ -29,7 +28,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reader(file: Path) -> CheckpointReader:
-    return CheckpointReader(read_headers(WeightFiles((file,), {})))
+    return CheckpointReader(read_headers({file: []}))
 
 
 def test_values_are_read_when_they_are_indexed(reader: CheckpointReader) -> None:
@@ -64,7 +63,7 @@ def test_tensors_outlive_the_mapping_they_came_from(
 
 def test_small_tensors_are_copies_and_do_not_hold_the_file(tmp_path: Path) -> None:
     torch.save({"small": torch.ones(8), "large": torch.ones(ROWS)}, tmp_path / "w.bin")
-    reader = CheckpointReader(read_headers(WeightFiles((tmp_path / "w.bin",), {})))
+    reader = CheckpointReader(read_headers({tmp_path / "w.bin": []}))
     assert reader.read("small").untyped_storage().nbytes() == 32
     with (tmp_path / "w.bin").open("r+b") as stream:  # writing through shows in what is mapped
         content = stream.read()
@@ -86,4 +85,4 @@ def test_equal_values_are_told_from_others(reader: CheckpointReader) -> None:
 def test_nan_equals_nothing(tmp_path: Path) -> None:
     values = torch.tensor([1.0, float("nan")])
     torch.save({"a": values, "b": values.clone()}, tmp_path / "w.bin")
-    assert not same_values(read_headers(WeightFiles((tmp_path / "w.bin",), {})), "a", "b")
+    assert not same_values(read_headers({tmp_path / "w.bin": []}), "a", "b")

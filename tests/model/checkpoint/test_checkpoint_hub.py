@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModel
 
-from ptuning.model.checkpoint.hub import find_adapter, find_directory
+from ptuning.model.checkpoint.files import find_adapter, find_directory
 from tests.model.published import make_published, make_safetensors
 
 REPOSITORY = "someone/chatglm-6b"
@@ -93,8 +93,8 @@ def test_fetching_asks_for_weights_and_settings_and_never_for_code(
             raise LocalEntryNotFoundError(name)
         return str(snapshot / name)
 
-    monkeypatch.setattr("ptuning.model.checkpoint.hub.has_network", lambda: True)
-    monkeypatch.setattr("ptuning.model.checkpoint.hub.hf_hub_download", fetch)
+    monkeypatch.setattr("ptuning.model.checkpoint.files.has_network", lambda: True)
+    monkeypatch.setattr("ptuning.model.checkpoint.files.hf_hub_download", fetch)
     assert find_directory(REPOSITORY, revision="v1") == snapshot
     shards = {f"pytorch_model-{k:05d}-of-00008.bin" for k in range(1, 9)}
     assert shards <= set(asked)
@@ -112,8 +112,8 @@ def test_fetching_an_adapter_asks_for_its_weights_and_its_description(
             raise EntryNotFoundError(name)
         return str(tmp_path / name)
 
-    monkeypatch.setattr("ptuning.model.checkpoint.hub.has_network", lambda: True)
-    monkeypatch.setattr("ptuning.model.checkpoint.hub.hf_hub_download", fetch)
+    monkeypatch.setattr("ptuning.model.checkpoint.files.has_network", lambda: True)
+    monkeypatch.setattr("ptuning.model.checkpoint.files.hf_hub_download", fetch)
     assert find_adapter("someone/adapter") == tmp_path
     weights = ["adapter_model.safetensors", "adapter_model.bin"]
     assert asked == ["adapter_config.json", *weights, "tuning_config.json"]

@@ -15,7 +15,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint.layout import LAYER_LINEARS
 from ptuning.model.quantization import reference
 from ptuning.model.quantization.layers import (
     QuantizedEmbedding,
@@ -26,6 +25,7 @@ from ptuning.model.quantization.layers import (
     quantize_model_,
 )
 from ptuning.model.quantization.reference import dequantize_weight, quantize_weight
+from ptuning.storage import LAYER_LINEARS
 
 Model = ChatGLMForConditionalGeneration
 BITS = [4, 8]
