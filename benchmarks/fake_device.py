@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ptuning.model import rotary, rotary_triton
+from ptuning.model import rotary_triton
 from ptuning.model.quantization import torch_backend, triton_backend
 from ptuning.model.quantization.backends import pick_backend
 from ptuning.model.quantization.triton_backend import TritonBackend
@@ -45,7 +45,7 @@ MASK_ALIGNMENT = 8
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
 CACHED = (  # functions that remember a device's answers
     pick_backend,
-    rotary.can_rotate,
+    rotary_triton.can_rotate,
     triton_backend.capability,
     torch_backend.total_memory,
 )

@@ -40,7 +40,7 @@ from ptuning.engine.engine import Engine
 from ptuning.engine.request import Request, Row
 from ptuning.engine.shared_prefix import SharedPrefix, Shares, mix_prefixes
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.cpu.linear import pack_where_roomy
+from ptuning.model.cpu.linear import prepack_if_room
 
 NO_END: frozenset[int] = frozenset()  # every row goes to its budget
 # Of the tensor that is read to measure the device: far above any cache, and on CUDA long enough
@@ -274,7 +274,7 @@ def main(argv: list[str]) -> int:
     """Print the table."""
     flags = parse(argv)
     model = make_model(flags).eval()
-    pack_where_roomy(model)
+    prepack_if_room(model)
     bandwidth = memory_gb_per_s(flags.device)
     sys.stdout.write(
         f"{machine()}\n{flags.size}, {weights_of(flags)}, P {flags.prefix}, up to "

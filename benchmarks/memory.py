@@ -40,7 +40,7 @@ from benchmarks.setting import (
 from ptuning.data.tokenization import pad_right
 from ptuning.engine.engine import GreedyEngine
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.cpu.linear import pack_where_roomy
+from ptuning.model.cpu.linear import prepack_if_room
 from ptuning.train.fit import checkpoint_layers, gpu_terms, keep_freed_memory
 from ptuning.train.memory import (
     Batch,
@@ -166,7 +166,7 @@ def measure(case: Case, flags: Namespace) -> Result:
         model.dtype,
         on_cpu=on_cpu,
         weight_bits=case.bits,
-        prepacked=pack_where_roomy(model) > 0,
+        prepacked=prepack_if_room(model) > 0,
         prefix_length=flags.prefix,
         **gpu_terms(torch.device(flags.device), None),
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.row_lengths import ADGEN, RowLength, lengths_of
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.cpu.linear import Linear, pack_weights_
+from ptuning.model.cpu.linear import Linear, prepack_weights_
 from ptuning.model.quantization.layers import quantize_model_
 from ptuning.model.quantization.reference import SUPPORTED_BITS
 from ptuning.tunings.loading import NANO_DIR
@@ -154,7 +154,7 @@ def matmul_flops_per_s(flags: Namespace) -> float:
     linear.requires_grad_(False)
     x = torch.randn(size, size, device=flags.device, dtype=dtype)
     best = min(seconds(flags.device, lambda: linear.product(x)) for _ in range(6))
-    pack_weights_(linear, room_bytes=2**30)
+    prepack_weights_(linear, room_bytes=2**30)
     best = min(best, *(seconds(flags.device, lambda: linear.product(x)) for _ in range(6)))
     return 2 * size**3 / best
 

@@ -36,7 +36,7 @@ from benchmarks.setting import (
 )
 from ptuning.data.tokenization import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.cpu.linear import pack_where_roomy, plain_torch
+from ptuning.model.cpu.linear import plain_torch, prepack_if_room
 from ptuning.train.fit import keep_freed_memory
 
 ROWS_PER_STEP = 16  # as published: one row at a time, accumulated over 16
@@ -152,7 +152,7 @@ def measure(name: str, flags: Namespace) -> dict[str, float]:
     """Time one recipe on a model of its own."""
     model = make_model(flags)
     if name == "ours":
-        pack_where_roomy(model)
+        prepack_if_room(model)
     rows = make_rows(flags, model.config, flags.rows)
     return measure_steps(name, model, rows, flags, matmul_flops_per_s(flags))
 

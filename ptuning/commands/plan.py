@@ -24,7 +24,7 @@ from ptuning.data.dataset import GenerationDataset, TokenDataset
 from ptuning.model.checkpoint.files import CONFIG_FILE
 from ptuning.model.checkpoint.layout import read_config
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.cpu.linear import Linear, pack_weights_
+from ptuning.model.cpu.linear import Linear, prepack_weights_
 from ptuning.output import duration
 from ptuning.train.fit import (
     FREE_SHARE,
@@ -134,7 +134,7 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Time the product of a large linear map, as a run computes it, best of four: FLOP/s."""
     length = PRODUCT_SIZE.get(device.type, PRODUCT_SIZE["cpu"])
     linear = Linear(length, length, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    pack_weights_(linear, room_bytes=2 * linear.weight.nbytes)
+    prepack_weights_(linear, room_bytes=2 * linear.weight.nbytes)
     x = torch.ones(length, length, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):

@@ -23,7 +23,7 @@ from ptuning.engine.request import Row
 from ptuning.engine.shared_prefix import Shares
 from ptuning.engine.slots import Slots
 from ptuning.engine.step import decode_step, run_step, step_numbers
-from ptuning.model.backbone import ChatGLMModel
+from ptuning.model.chatglm import ChatGLMModel
 
 ROWS_STEP = 8  # row counts above 8 are padded to a multiple of it, smaller ones to a power of 2
 COLUMNS_STEP = 64

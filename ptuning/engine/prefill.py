@@ -1,4 +1,4 @@
-"""Reading prompts for the decoding engine: one packed pass over rows, each with its own prefixes.
+"""Reading prompts for the decoding engine: one pass over flat rows, each with its own prefixes.
 
 The layers are those of `ChatGLMModel`; what differs from its forward pass is that rows have
 prefixes of their own, with weights that stand in the mask.
@@ -14,12 +14,19 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ptuning.engine.prefixes import PrefixRows
-from ptuning.model.attention import LayerInputs, additive_mask
-from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.cpu.packing import pack, pack_positions, pack_prompts
+from ptuning.model.attention import LayerInputs
+from ptuning.model.chatglm import ChatGLMModel
 from ptuning.model.cpu.varlen_attention import find_rows
-from ptuning.model.positions import Context, position_ids, visible_keys
-from ptuning.model.rotary import rotation_at
+from ptuning.model.positions import (
+    Context,
+    additive_mask,
+    flatten_positions,
+    flatten_rows,
+    position_ids,
+    prompt_layout,
+    rotation_at,
+    visible_keys,
+)
 
 
 class ReadPrompts(NamedTuple):
@@ -47,15 +54,15 @@ def read_prompts(
     columns = torch.arange(width, device=device)
     real = (columns < lengths[:, None]).long()  # (B, S)
     context = transformer.find_context(input_ids, real)
-    packing = pack_prompts([len(prompt) for prompt in prompts], device)
+    layout = prompt_layout([len(prompt) for prompt in prompts], device)
     positions = position_ids(context, 0, width)  # (B, 2, S)
     dtype = transformer.final_layernorm.weight.dtype
     visible = visible_keys(context.end, real, 0, width, width)  # (B, 1, S, S)
     rows = mask = None
-    if transformer.attends_by_rows():
+    if transformer.uses_varlen():
         rotation = rotation_at(positions, transformer.inverse_frequencies)
         rows = find_rows(
-            packing,
+            layout,
             additive_mask(visible, dtype),
             rotation,
             num_heads=transformer.config.num_attention_heads,
@@ -64,12 +71,12 @@ def read_prompts(
         if prefixes is not None:
             rows = rows._replace(prefix_mask=_prefix_mask(prefixes, dtype))
     else:
-        positions = pack_positions(positions, packing)  # (1, 2, T)
+        positions = flatten_positions(positions, layout)  # (1, 2, T)
         rotation = rotation_at(positions, transformer.inverse_frequencies)
         mask = _mask_of(visible, prefixes, dtype)
-    inputs = LayerInputs(rotation, mask, 0.0, packing, rows)
+    inputs = LayerInputs(rotation, mask, 0.0, layout, rows)
     cache = DynamicCache()
-    states = pack(transformer.word_embeddings(input_ids), packing)  # (1, T, E)
+    states = flatten_rows(transformer.word_embeddings(input_ids), layout)  # (1, T, E)
     for index, layer in enumerate(transformer.layers):
         states, _ = layer(
             states,

@@ -15,9 +15,8 @@ from torch import Tensor
 from ptuning.engine.prefixes import PrefixRows, float_product
 from ptuning.engine.request import Row
 from ptuning.engine.slots import Slots, round_up
-from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.layers import SKIP_SCALE, Layer
-from ptuning.model.rotary import Rotation, rotate, rotation_at
+from ptuning.model.chatglm import SKIP_SCALE, ChatGLMModel, Layer
+from ptuning.model.positions import Rotation, rotate, rotation_at
 
 
 class Step(NamedTuple):

@@ -1,7 +1,8 @@
-"""Key/value caches that keep their rows' context: 2-D positions follow from where it lies.
+"""Key/value caches that keep their rows' context, from which 2-D positions follow.
 
-transformers' caches hold keys and values only, and move rows (beams, several samples) by methods of
-their own. A cache that the model fills becomes one of a class whose methods move the context too.
+transformers' caches hold keys and values only, and reorder, repeat and select rows (for beams and
+samples) by their own methods. A cache that the model fills changes its class to one of these, whose
+methods move the context too.
 Shapes: B rows.
 """
 
@@ -16,11 +17,11 @@ from ptuning.model.positions import Context
 
 
 class ContextKeeper:
-    """Mixed into a cache's class: its context moves with its rows, and goes when they do."""
+    """Mixed into a cache's class: moves the context with its rows and drops it with them."""
 
     # The fields of a Context: transformers exports plain tuples only.
     glm_context: tuple[Tensor, ...] | None = None
-    glm_prefix_length = 0  # columns in front, filled by another program (peft's PrefixTuning)
+    glm_prefix_length = 0  # columns in front that another program filled (peft's PrefixTuning)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Make row i the former row beam_idx[i]."""
@@ -39,7 +40,7 @@ class ContextKeeper:
             self.glm_context = tuple(part.repeat_interleave(repeats) for part in self.glm_context)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Cut the last tokens off; a prefix left alone may precede other prompts."""
+        """Cut the last tokens off; once only a prefix is left, other prompts may follow it."""
         super().crop(*args, **kwargs)  # type: ignore[misc]
         if self.get_seq_length() <= self.glm_prefix_length:  # type: ignore[attr-defined]
             self.glm_context = None
@@ -70,7 +71,7 @@ class ChatGLMQuantizedCache(ContextKeeper, QuantizedCache):
 
 @cache
 def _keeping_class(kind: Any) -> type[Cache]:
-    """Return the class of this kind of cache that keeps the context."""
+    """Return the subclass of this kind of cache that keeps the context."""
     for keeping in (ChatGLMCache, ChatGLMStaticCache, ChatGLMQuantizedCache):
         if kind is keeping.__bases__[1]:
             return keeping
@@ -78,9 +79,9 @@ def _keeping_class(kind: Any) -> type[Cache]:
 
 
 def remember_context(past_key_values: Cache, context: Context, *, prefix_length: int = 0) -> None:
-    """Let a cache keep the context of its rows, prefix_length columns of another program before it.
+    """Keep the rows' context in a cache; another program filled prefix_length columns before it.
 
-    The class of a cache cannot change while a graph is traced; the next call outside changes it.
+    A cache cannot change its class while a graph is traced; the next call outside changes it.
     """
     if not (isinstance(past_key_values, ContextKeeper) or torch.compiler.is_compiling()):
         kind: Any = type(past_key_values)
@@ -89,12 +90,46 @@ def remember_context(past_key_values: Cache, context: Context, *, prefix_length:
     kept.glm_context, kept.glm_prefix_length = tuple(context), prefix_length
 
 
-def remembered_context(past_key_values: Cache) -> Context | None:
-    """Return the context of the rows in a cache; None where this model did not fill it."""
+def remembered_context(past_key_values: Cache | None) -> Context | None:
+    """Return the context of a cache's rows; None if there is no cache or another program's."""
     kept = getattr(past_key_values, "glm_context", None)
-    if kept is None:
+    if kept is None or past_key_values is None:
         return None
     if not isinstance(past_key_values, ContextKeeper):  # filled by a compiled graph
         prefix_length = getattr(past_key_values, "glm_prefix_length", 0)
         remember_context(past_key_values, Context(*kept), prefix_length=prefix_length)
     return Context(*kept)
+
+
+def is_filled(past_key_values: Cache | None) -> bool:
+    """Tell whether a cache holds tokens, or may: a static one counts them on the device."""
+    if past_key_values is None:
+        return False
+    length = past_key_values.get_seq_length()
+    return isinstance(length, Tensor) or length > 0
+
+
+def context_after(
+    past_key_values: Cache, num_cached: int, found: Context, num_columns: int
+) -> Context:
+    """Return the context of rows that continue another program's cache (peft's PrefixTuning).
+
+    Its keys and values are a prefix to whole prompts: every token sees them, and positions do not
+    count them. `found` is the context in the num_columns columns of this call.
+    """
+    if bool((found.end == num_columns).any()):
+        raise ValueError(
+            "past_key_values was filled by another program, and a row of input_ids has no <sop>, "
+            "so the positions of the new tokens are unknown; give position_ids (B, 2, S)."
+        )
+    return found.shift(num_cached)
+
+
+def check_rows(context: Context, num_rows: int) -> None:
+    """Refuse a cache of more or fewer rows than the tokens that continue it."""
+    if context.end.shape[0] != num_rows:
+        raise ValueError(
+            f"past_key_values holds {context.end.shape[0]} row(s) for {num_rows} of input_ids; "
+            "move its rows by its own methods (reorder_cache, batch_select_indices, "
+            "batch_repeat_interleave), or give position_ids (B, 2, S)."
+        )

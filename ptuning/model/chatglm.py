@@ -1,54 +1,456 @@
-"""ChatGLM-6B as a transformers model: frozen base, optional prefix, every `generate` option.
+"""ChatGLM-6B from the block to the loss, with the prefix of P-Tuning v2.
 
-Shapes: B batch, S tokens of this call, L layers, H heads, P prefix, D head width, V vocabulary.
+Read it from top to bottom: `FeedForward` and `Layer` make one block, `ChatGLMModel` puts L blocks
+between word embedding and final norm, `ChatGLMForConditionalGeneration` adds output head and loss.
+Beside it: `attention`; `positions` (2-D positions, mask, rotary embedding); `prefix_encoder`.
+What differs from a GPT: two position channels, attention in both directions within the context, and
+a skip connection that carries the normalised input, scaled by SKIP_SCALE.
+Module and parameter names are the keys of published checkpoints.
+Source: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/modeling_chatglm.py
+Shapes: B batch, S tokens of this call, T real tokens of all rows, N tokens whose output is read, K
+key columns, P prefix, L layers, H heads, D head width, E = H x D hidden, V vocabulary. Hidden
+states are (B, S, E), or flat, rows end to end without padding: (1, T, E).
 """
 
 import os
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationConfig, GenerationMixin
+from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
-from ptuning.model.backbone import (
-    ChatGLMModel,
-    ChatGLMPreTrainedModel,
-    check_tokens,
-    mask_of_call,
-    refuse_others,
+from ptuning.model.attention import Attention, LayerInputs
+from ptuning.model.cache import (
+    ChatGLMCache,
+    check_rows,
+    context_after,
+    is_filled,
+    remember_context,
+    remembered_context,
 )
-from ptuning.model.cache import remember_context
 from ptuning.model.checkpoint.load import load_pretrained, prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.cpu.linear import Linear
-from ptuning.model.cpu.packing import Packing, find_packing, pack
-from ptuning.model.loss import IGNORED_LABEL, summed_loss
-from ptuning.model.positions import Context, position_ids, visible_keys
-from ptuning.model.prefix_encoder import PrefixEncoder
+from ptuning.model.cpu.linear import Linear, gelu
+from ptuning.model.cpu.varlen_attention import find_rows
+from ptuning.model.generation import (
+    ChatGLMGenerationMixin,
+    check_attention,
+    check_positions,
+    check_prefix,
+    check_tokens,
+    refuse_unknown,
+    warn_of_context,
+)
+from ptuning.model.loss import (
+    IGNORED_LABEL,
+    labelled_layout,
+    shift_left,
+    summed_loss,
+    without_padding,
+)
+from ptuning.model.positions import (
+    Context,
+    FlatLayout,
+    additive_mask,
+    find_context,
+    find_layout,
+    flatten_positions,
+    flatten_rows,
+    inverse_frequencies,
+    is_full_mask,
+    keep_needed,
+    mask_of_call,
+    position_ids,
+    rotation_at,
+    unflatten_rows,
+    visible_keys,
+)
+from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTable
 
-# What generate has among the model's arguments, but not for the model (the tokenizers: for
-# stop_strings and for an assistant with another vocabulary).
-OF_GENERATE_ALONE = ("labels", "tokenizer", "assistant_tokenizer")
+# sqrt(2 * 28): the published code never passes the layer count to the block, so 28 holds at any
+# depth.
+SKIP_SCALE = 56**0.5
 
 logger = logging.get_logger(__name__)
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
-    """ChatGLM with its output head, the published class that `chat` and `generate` use."""
+class FeedForward(nn.Module):
+    """Two linear layers with the tanh form of GELU between them, under the published names."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map (B, S, E) to (B, S, E)."""
+        return self.dense_4h_to_h(gelu(self.dense_h_to_4h(hidden_states)))
+
+
+class Layer(GradientCheckpointingLayer):
+    """Attention and feed-forward; gradient checkpointing recomputes it in the backward pass."""
+
+    def __init__(self, config: ChatGLMConfig, layer_index: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = Attention(config, layer_index)
+        self.post_attention_layernorm = nn.LayerNorm(
+            config.hidden_size, eps=config.layernorm_epsilon
+        )
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        shared: LayerInputs,
+        prefix: Tensor | None,
+        past_key_values: Cache | None = None,
+        only_needed: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the next hidden states (B, S, E) and the attention weights, None unless eager.
+
+        Flat hidden states are (1, T, E); only_needed makes them (1, N, E).
+        """
+        normalised = self.input_layernorm(hidden_states)
+        attended, weights = self.attention(
+            normalised, shared, prefix, past_key_values, only_needed=only_needed
+        )
+        if only_needed and shared.layout is not None:
+            normalised = keep_needed(normalised, shared.layout)  # (1, N, E)
+        hidden_states = torch.add(attended, normalised, alpha=SKIP_SCALE)
+        normalised = self.post_attention_layernorm(hidden_states)
+        return torch.add(self.mlp(normalised), normalised, alpha=SKIP_SCALE), weights
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of both classes below."""
+
+    config: ChatGLMConfig
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = False
+    _can_compile_fullgraph = True  # with a static cache
+    # transformers declares these lists as instance attributes, so that ClassVar would be an error.
+    _no_split_modules = ["Layer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["prefix_encoder"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"attention\.rotary_emb\.inv_freq"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"transformer\.prefix_encoder\."]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module: the prefix as published, others N(0, initializer_range)."""
+        if isinstance(module, PrefixTable):
+            init.normal_(module.weight)
+        elif isinstance(module, PrefixLinear):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, ChatGLMModel):
+            init.copy_(module.inverse_frequencies, inverse_frequencies(self.config.head_dim))
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Word embedding, L layers and the final norm; carries the prefix encoder if there is one."""
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.word_embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.register_buffer(
+            "inverse_frequencies", inverse_frequencies(config.head_dim), persistent=False
+        )
+        self.prefix_encoder: PrefixEncoder | None = None
+        if config.pre_seq_len is not None:
+            self.prefix_encoder = self.new_prefix_encoder(
+                config.pre_seq_len, project=config.prefix_projection
+            )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        use_prefix: bool = True,
+        prefix_key_values: Sequence[Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+        layout: FlatLayout | None = None,
+        next_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return the hidden states (B, S, E) of input_ids (B, S), or with a layout (1, N, E).
+
+        Args:
+            attention_mask: (B, cached + S) of 0/1 marking padding on either side, or a full bool
+                mask (B, 1, S, K).
+            position_ids: (B, 2, S), in place of the derived ones.
+            use_prefix: False leaves the prefix out of this call.
+            prefix_key_values: L tensors (2, 1 or B, H, P, D), in place of the model's own prefix.
+            output_hidden_states: also return the L inputs of the layers and the final output.
+            layout: only its needed tokens are returned; without one, padding may return zeros.
+            next_labels: (B, S) each token's next token's label, only looked at for a warning.
+        """
+        input_ids = check_tokens(input_ids, inputs_embeds)
+        refuse_unknown(kwargs)
+        check_attention(self.config._attn_implementation)
+        check_positions(position_ids, input_ids)
+        if self.training and self.gradient_checkpointing and is_filled(past_key_values):
+            raise ValueError(
+                "past_key_values is filled, as by peft's PrefixTuning, but gradient checkpointing "
+                "leaves caches out; turn one of the two off: gradient_checkpointing=False."
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if self.training:
+            use_cache = False  # nothing is generated while training
+        if use_cache and past_key_values is None:
+            past_key_values = ChatGLMCache()
+        wants_hidden_states = self._wants("output_hidden_states", output_hidden_states)
+        wants_attentions = self._wants("output_attentions", output_attentions)
+
+        flat = None  # the layout of the hidden states while they are flat
+        if not (wants_hidden_states or is_filled(past_key_values) or is_full_mask(attention_mask)):
+            flat = _padding_layout(input_ids, attention_mask) if layout is None else layout
+        positions, visible = self._place(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            next_labels,
+            may_warn=position_ids is None and (layout is None or next_labels is not None),
+        )
+        prefix = self.prefix_for(use_prefix, prefix_key_values)
+        if prefix is not None:
+            check_prefix(prefix, self.config, len(input_ids))
+        shared = self._layer_inputs(
+            positions, visible, prefix, flat, has_cache=past_key_values is not None
+        )
+
+        hidden_states = self.word_embeddings(input_ids)  # (B, S, E)
+        if flat is not None:
+            hidden_states = flatten_rows(hidden_states, flat)  # (1, T, E)
+        all_hidden_states, all_weights = [], []
+        layers = self.layers[: self.config.num_layers]  # fewer in an assistant with an early exit
+        for index, layer in enumerate(layers):
+            all_hidden_states.append(hidden_states)
+            hidden_states, weights = layer(
+                hidden_states,
+                shared,
+                None if prefix is None else prefix[index],
+                past_key_values=past_key_values,
+                only_needed=index == len(layers) - 1,
+            )
+            all_weights.append(weights)
+        hidden_states = self.final_layernorm(hidden_states)
+        all_hidden_states.append(hidden_states)
+        if flat is not None and layout is None:
+            hidden_states = unflatten_rows(hidden_states, flat)  # (B, S, E)
+        elif flat is None and layout is not None:
+            hidden_states = flatten_rows(hidden_states, layout, only_needed=True)  # (1, N, E)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(all_hidden_states) if wants_hidden_states else None,
+            attentions=tuple(all_weights) if wants_attentions else None,
+        )
+
+    def _place(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        given_positions: Tensor | None,
+        past_key_values: Cache | None,
+        next_labels: Tensor | None,
+        *,
+        may_warn: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return positions (B, 2, S) and visible keys (B, 1, S, K), None when all are visible."""
+        is_full = is_full_mask(attention_mask)
+        if is_full and given_positions is not None:
+            return given_positions, attention_mask
+        mask = None if is_full else attention_mask
+        num_rows, num_queries = input_ids.shape
+        past, num_keys = 0, num_queries
+        if past_key_values is not None:
+            past = int(past_key_values.get_seq_length())  # a static cache counts in a tensor
+            num_keys = past_key_values.get_mask_sizes(num_queries, 0)[0]
+        if past and mask is not None and mask.shape[1] < past + num_queries:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns for {past} cached tokens and "
+                f"{num_queries} of this call; give one column for each."
+            )
+        context = None
+        if past == 0 or given_positions is None:
+            context = remembered_context(past_key_values)
+            is_known = context is not None
+            if context is not None and past:
+                check_rows(context, num_rows)
+            else:
+                own_mask = mask_of_call(mask, num_queries) if past else mask
+                context = self.find_context(input_ids, own_mask)
+                if may_warn and not is_known and not is_full:
+                    warn_of_context(
+                        context.end,
+                        input_ids,
+                        own_mask,
+                        next_labels,
+                        self.config.bos_token_id,
+                        is_training=self.training and torch.is_grad_enabled(),
+                    )
+                if past_key_values is not None:
+                    if past:
+                        context = context_after(past_key_values, past, context, num_queries)
+                    remember_context(past_key_values, context, prefix_length=past)
+            if given_positions is None:
+                given_positions = position_ids(context, past, num_queries)  # (B, 2, S)
+        if is_full:
+            return given_positions, attention_mask
+        if past > 0 and num_queries == 1 and mask is None and num_keys == past + 1:
+            return given_positions, None
+        # Without a context: the second channel counts from <sop> on, all that is cached is visible.
+        end = past + (given_positions[:, 1] == 0).sum(dim=1) if context is None else context.end
+        return given_positions, visible_keys(end, mask, past, num_queries, num_keys)
+
+    def find_context(self, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
+        """Find each row's context by this model's token ids."""
+        return find_context(
+            input_ids,
+            attention_mask,
+            bos_token_id=self.config.bos_token_id,
+            mask_token_id=self.config.mask_token_id,
+            gmask_token_id=self.config.gmask_token_id,
+        )
+
+    def prefix_for(
+        self, use_prefix: bool, prefix_key_values: Sequence[Tensor] | None = None
+    ) -> Sequence[Tensor] | None:
+        """Return this call's prefix, L tensors (2, 1 or B, H, P, D), or None."""
+        if not use_prefix:
+            return None
+        if prefix_key_values is not None or self.prefix_encoder is None:
+            return prefix_key_values
+        # The norms keep the model's floating type where other weights are quantised.
+        return self.prefix_encoder(self.final_layernorm.weight.dtype)
+
+    def _layer_inputs(
+        self,
+        positions: Tensor,
+        visible: Tensor | None,
+        prefix: Sequence[Tensor] | None,
+        flat: FlatLayout | None,
+        *,
+        has_cache: bool,
+    ) -> LayerInputs:
+        """Return what the layers share; every token sees the prefix."""
+        dropout = 0.0
+        if self.training and self.prefix_encoder is not None:
+            dropout = self.prefix_encoder.dropout
+        dtype = self.final_layernorm.weight.dtype
+        prefix_length = 0 if prefix is None else prefix[0].shape[3]
+        if flat is not None and visible is not None and not has_cache and self.uses_varlen():
+            rotation = rotation_at(positions, self.inverse_frequencies)
+            rows = find_rows(
+                flat,
+                additive_mask(visible, dtype),
+                rotation,
+                num_heads=self.config.num_attention_heads,
+                prefix_length=prefix_length,
+            )
+            return LayerInputs(rotation, None, dropout, flat, rows)
+        if flat is not None:
+            positions = flatten_positions(positions, flat)  # (1, 2, T)
+        rotation = rotation_at(positions, self.inverse_frequencies)
+        if visible is not None and prefix_length:
+            visible = functional.pad(visible, (prefix_length, 0), value=True)  # (B, 1, S, P + K)
+        mask = None if visible is None else additive_mask(visible, dtype)
+        return LayerInputs(rotation, mask, dropout, flat)
+
+    def uses_varlen(self) -> bool:
+        """Tell whether flat rows are attended without a grid: on a CPU, unless eager."""
+        on_cpu = self.inverse_frequencies.device.type == "cpu"
+        return on_cpu and self.config._attn_implementation != "eager"
+
+    def _wants(self, name: str, given: bool | None) -> bool:
+        wanted = bool(getattr(self.config, name, False) if given is None else given)
+        if wanted and name == "output_attentions" and self.config._attn_implementation != "eager":
+            if not torch.compiler.is_compiling():  # a warning breaks a graph
+                logger.warning_once(
+                    "output_attentions: no weights are returned, since "
+                    f"{self.config._attn_implementation!r} attention never forms them; load the "
+                    "model with attn_implementation='eager'."
+                )
+            return False
+        return wanted
+
+    def new_prefix_encoder(self, prefix_length: int, *, project: bool) -> PrefixEncoder:
+        """Build a prefix encoder of this model's sizes without attaching it."""
+        return PrefixEncoder(
+            prefix_length=prefix_length,
+            num_layers=self.config.num_layers,
+            num_heads=self.config.num_attention_heads,
+            head_dim=self.config.head_dim,
+            project=project,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ChatGLMModel":
+        """Move or cast, but keep the frequencies float32: bfloat16 would change the angles."""
+        super()._apply(fn, recurse)
+        exact = inverse_frequencies(self.config.head_dim)
+        self.inverse_frequencies = exact.to(self.inverse_frequencies.device)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the word embedding (V, E)."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embedding."""
+        self.word_embeddings = value
+
+
+def _padding_layout(input_ids: Tensor, attention_mask: Tensor | None) -> FlatLayout | None:
+    """Return the layout that skips padding; None without padding or while a graph is traced."""
+    if attention_mask is None or attention_mask.shape != input_ids.shape:
+        return None
+    if torch.compiler.is_compiling():  # a shape that depends on the mask's values breaks a graph
+        return None
+    return None if bool(attention_mask.all()) else find_layout(attention_mask, None)
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
+    """ChatGLM with its output head: the published class."""
 
     accepts_loss_kwargs = True
     _tied_weights_keys = {  # noqa: RUF012
         "lm_head.weight": "transformer.word_embeddings.weight"
     }
 
-    loss_chunk_tokens: int | None = None  # answer tokens in the loss at a time; None: by device
+    loss_chunk_tokens: int | None = None  # tokens per chunk of the loss; None: by device
     label_smoothing: float = 0.0  # of the training loss
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -57,67 +459,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, bias=False)
         prepare_for_config_(self)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
-    ) -> "ChatGLMForConditionalGeneration":
-        """Load a published or converted checkpoint, checked before any weight is read.
-
-        The arguments are transformers' own; `ptuning.model.checkpoint.load` says what differs.
-        """
-        if pretrained_model_name_or_path is None:
-            return super().from_pretrained(None, *args, **kwargs)
-        return load_pretrained(
-            super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs
-        )
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the output head (V, E)."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the output head."""
-        self.lm_head = new_embeddings
-
-    @property
-    def prefix_encoder(self) -> PrefixEncoder | None:
-        """The attached prefix encoder, or None."""
-        return self.transformer.prefix_encoder
-
-    def add_prefix(self, prefix_length: int, *, project: bool = False) -> PrefixEncoder:
-        """Attach a fresh float32 prefix, table N(0, 1), in place of an attached one.
-
-        The config records it.
-        """
-        encoder = self.transformer.new_prefix_encoder(prefix_length, project=project)
-        return self.attach_prefix(encoder)
-
-    def attach_prefix(self, encoder: PrefixEncoder) -> PrefixEncoder:
-        """Attach a prefix encoder of this model's sizes, on this model's device, in float32."""
-        self.transformer.prefix_encoder = encoder.to(device=self.device, dtype=torch.float32)
-        self.config.pre_seq_len = encoder.prefix_length
-        self.config.prefix_projection = encoder.project
-        return encoder
-
-    def remove_prefix(self) -> None:
-        """Detach the prefix; the base is untouched."""
-        self.transformer.prefix_encoder = None
-        self.config.pre_seq_len = None
-        self.config.prefix_projection = False
-
-    def freeze_base(self) -> None:
-        """Let gradients flow to the prefix only."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_("prefix_encoder." in name)
-
-    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the names and parameters that are not the prefix's."""
-        return (
-            (name, value)
-            for name, value in self.named_parameters()
-            if "prefix_encoder." not in name
-        )
 
     @can_return_tuple
     def forward(
@@ -141,39 +482,33 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         targets: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits (B, S, V); with labels (B, S) the shifted loss as well.
+        """Return logits (B, S, V); with labels the loss as well, and in training only the loss.
 
-        The arguments are ChatGLMModel.forward's. The loss is the mean over labels that are not -100
-        and whose preceding token is not padding, or their sum over num_items_in_batch.
-        shift_labels (B, S), the next token's label at each position, replace labels. While
-        training, logits are None where there is a loss: only answer tokens pass the output head.
-        logits_to_keep keeps the last n positions, 0 for all. tokens (T,), needed (N,) and targets
-        (N,) hold what labels and attention_mask say, as indices (made by
-        `ptuning.data.tokenization.pad_right`): with labels and all three, the loss is all that is
-        computed, and the host never waits for the device.
+        The arguments are ChatGLMModel.forward's and:
+
+        Args:
+            labels: (B, S), -100 where there is none. The loss is the mean over labels whose
+                preceding token is not padding, or their sum over num_items_in_batch.
+            shift_labels: in place of labels: the next token's label at each position.
+            logits_to_keep: keep the logits of the last n positions; 0 keeps all.
+            tokens, needed, targets: (T,), (N,), (N,), what labels and attention_mask say, as
+                indices (from `ptuning.data.tokenization.pad_right`). With labels and all three only
+                the loss is computed, and the host never waits for the device.
         """
         input_ids = check_tokens(input_ids, inputs_embeds)
-        next_labels = _next_labels(input_ids, labels, kwargs.pop("shift_labels", None))
-        refuse_others(kwargs)
-        wants_logits, packing = True, None
-        if next_labels is not None:
-            wants_logits = not self.training
-            if torch.compiler.is_compiling():
-                targets = None  # nothing is packed: no shape of a graph may depend on the labels
-            elif tokens is not None and needed is not None and targets is not None:
-                packing = Packing((input_ids.shape[0], input_ids.shape[1]), tokens, needed)
-                wants_logits = False
-            else:
-                packing, targets = _pack_labels(next_labels, attention_mask)
-                if position_ids is None:
-                    self.transformer.warn_of_context(
-                        input_ids, attention_mask, past_key_values, next_labels
-                    )
-        packs = (
-            packing is not None
-            and not wants_logits
-            and self.transformer.packs(attention_mask, past_key_values, output_hidden_states)
-        )
+        next_labels = shift_left(input_ids, labels, kwargs.pop("shift_labels", None))
+        refuse_unknown(kwargs)
+        wants_logits = next_labels is None or not self.training
+        layout = labels_to_check = None
+        if next_labels is None or torch.compiler.is_compiling():
+            targets = None  # no shape of a graph may depend on the labels
+        elif tokens is not None and needed is not None and targets is not None:
+            layout = FlatLayout((input_ids.shape[0], input_ids.shape[1]), tokens, needed)
+            wants_logits = False
+        else:
+            layout, targets = labelled_layout(next_labels, attention_mask)
+            labels_to_check = next_labels
+
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -184,24 +519,26 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             prefix_key_values=prefix_key_values,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            packing=packing if packs else None,
+            layout=None if wants_logits else layout,
+            next_labels=labels_to_check,
             return_dict=True,
         )
-        hidden_states = outputs.last_hidden_state  # (B, S, E), or packed (1, N, E)
+        hidden_states = outputs.last_hidden_state  # (B, S, E), or (1, N, E) without logits
         logits = loss = None
-        if packing is not None and targets is not None:
-            answers = hidden_states if packs else pack(hidden_states, packing, only_needed=True)
-            loss = self._answer_loss(answers.squeeze(0), targets, num_items_in_batch)
+        if layout is not None and targets is not None:
+            answers = hidden_states
+            if wants_logits:
+                answers = flatten_rows(hidden_states, layout, only_needed=True)  # (1, N, E)
+            loss = self._loss(answers.squeeze(0), targets, num_items_in_batch)
         elif next_labels is not None:
-            targets = _without_padding(next_labels, attention_mask).flatten()  # (B * S,)
-            loss = self._answer_loss(
-                hidden_states.flatten(0, 1), targets, num_items_in_batch, may_ignore=True
-            )
+            targets = without_padding(next_labels, attention_mask).flatten()  # (B * S,)
+            flat_states = hidden_states.flatten(0, 1)  # (B * S, E)
+            loss = self._loss(flat_states, targets, num_items_in_batch, may_ignore=True)
         if wants_logits:
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
-            logits = self.lm_head(hidden_states[:, kept])
+            logits = self.lm_head(hidden_states[:, kept])  # (B, S, V)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -210,7 +547,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _answer_loss(
+    def _loss(
         self,
         hidden_states: Tensor,
         targets: Tensor,
@@ -218,8 +555,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         *,
         may_ignore: bool = False,
     ) -> Tensor:
-        """Return the cross-entropy of targets (N,) given hidden_states (N, E): their mean, or
-        their sum over num_items_in_batch. may_ignore: targets may be -100.
+        """Return the mean loss of targets (N,) given hidden_states (N, E), or the sum over
+        num_items_in_batch. may_ignore: targets may be -100.
         """
         targets = targets.to(hidden_states.device)
         total = summed_loss(
@@ -236,200 +573,64 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
 
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Generate as transformers does, with the prefix computed once.
+    @property
+    def prefix_encoder(self) -> PrefixEncoder | None:
+        """The attached prefix encoder, or None."""
+        return self.transformer.prefix_encoder
 
-        use_prefix=False leaves the prefix out. Every row must end its prompt with [gMASK] <sop>,
-        which the tokenizer appends; ValueError otherwise.
+    def add_prefix(self, prefix_length: int, *, project: bool = False) -> PrefixEncoder:
+        """Attach a new prefix, its table drawn from N(0, 1), in place of an attached one."""
+        encoder = self.transformer.new_prefix_encoder(prefix_length, project=project)
+        return self.attach_prefix(encoder)
+
+    def attach_prefix(self, encoder: PrefixEncoder) -> PrefixEncoder:
+        """Attach a prefix encoder in float32, on this model's device, and record it in config."""
+        self.transformer.prefix_encoder = encoder.to(device=self.device, dtype=torch.float32)
+        self.config.pre_seq_len = encoder.prefix_length
+        self.config.prefix_projection = encoder.project
+        return encoder
+
+    def remove_prefix(self) -> None:
+        """Detach the prefix; the base stays as it is."""
+        self.transformer.prefix_encoder = None
+        self.config.pre_seq_len = None
+        self.config.prefix_projection = False
+
+    def freeze_base(self) -> None:
+        """Train the prefix only."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("prefix_encoder." in name)
+
+    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield names and parameters, without the prefix's."""
+        for name, parameter in self.named_parameters():
+            if "prefix_encoder." not in name:
+                yield name, parameter
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> "ChatGLMForConditionalGeneration":
+        """Load a published or converted checkpoint, checked before any weight is read.
+
+        The arguments are transformers' own; `ptuning.model.checkpoint.load` says what differs.
         """
-        self._check_prompts(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
-        if self.training and self.transformer.gradient_checkpointing:
-            raise ValueError(
-                "the model is in training mode with gradient checkpointing, which keeps no cache; "
-                "call model.eval() before generate."
-            )
-        settings = generation_config or self.generation_config
-        chunk_size = kwargs.get("prefill_chunk_size", settings.prefill_chunk_size)
-        if chunk_size:
-            raise ValueError(
-                f"prefill_chunk_size is {chunk_size}; ChatGLM reads its context in one piece, so "
-                "leave it out."
-            )
-        stop_strings = kwargs.get("stop_strings")
-        if stop_strings:  # the vocabulary knows NFKC text alone: "," for "，"
-            texts = [stop_strings] if isinstance(stop_strings, str) else stop_strings
-            kwargs["stop_strings"] = [unicodedata.normalize("NFKC", text) for text in texts]
-        # An assistant is handed our arguments, and has a prefix of its own or none.
-        is_alone = kwargs.get("assistant_model") is None
-        if is_alone and kwargs.get("prefix_key_values") is None:
-            with torch.no_grad():
-                prefix = self.transformer.prefix_for(kwargs.get("use_prefix", True))
-            kwargs["prefix_key_values"] = prefix
-        parent: Any = super()  # transformers types its `self` as a class only checkers know
-        return parent.generate(inputs, generation_config, *args, **kwargs)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse transformers' continuous batching, which packs several rows into one."""
-        raise ValueError(
-            "generate_batch packs several rows into one, which ChatGLM's mask cannot tell apart; "
-            "call generate with the prompts as one padded batch."
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        return load_pretrained(
+            super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs
         )
 
-    def _check_prompts(self, input_ids: Tensor | None, options: dict[str, Any]) -> None:
-        """Refuse what `generate` cannot place; the ends of the prompts are checked last."""
-        if input_ids is None or options.get("inputs_embeds") is not None:
-            raise ValueError(
-                "generate has no tokens; ChatGLM's positions come from them: give input_ids."
-            )
-        if options.get("position_ids") is not None:
-            raise ValueError(
-                "position_ids are given to generate, which derives them at every step: leave them "
-                "out."
-            )
-        mask = options.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask is {tuple(mask.shape)} for input_ids {tuple(input_ids.shape)}; "
-                "give one column for each token."
-            )
-        end = self.config.eos_token_id  # None, or several, in a config of somebody's own
-        if isinstance(end, int) and bool(input_ids.eq(end).any()):
-            logger.warning_once(
-                "A prompt given to generate holds <eop> (id %s), the end of an answer: an answer "
-                "that has ended is not continued, and one row holds one question. Give the "
-                "question alone; earlier rounds are part of it (tokenizer.apply_chat_template).",
-                end,
-            )
-        has_sop = input_ids.eq(self.config.bos_token_id).any(dim=1)
-        if not bool(has_sop.all()):
-            row = int((~has_sop).nonzero()[0, 0])
-            raise ValueError(
-                f"prompt {row} has no <sop> (id {self.config.bos_token_id}); a prompt ends with "
-                "[gMASK] <sop>: encode it with this model's tokenizer and add_special_tokens=True "
-                "(the default)."
-            )
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output head (V, E)."""
+        return self.lm_head
 
-    def _prepare_position_ids_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
-    ) -> None:
-        """Leave positions to prepare_inputs_for_generation: they are no running count."""
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Repeat every row for its beams or samples, and with it a prefix of its own."""
-        prefix = model_kwargs.get("prefix_key_values")
-        if prefix is not None and prefix[0].shape[1] > 1:
-            model_kwargs["prefix_key_values"] = [
-                layer.repeat_interleave(expand_size, dim=1) for layer in prefix
-            ]
-        parent: Any = super()  # a static method in some versions of transformers
-        return parent._expand_inputs_for_generation(
-            expand_size=expand_size,
-            is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
-            **model_kwargs,
-        )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Slice off the cached tokens and place the rest, from the full input_ids (B, all)."""
-        num_all = input_ids.shape[1]
-        num_new = num_all if next_sequence_length is None else int(next_sequence_length)
-        first_new = num_all - num_new
-        positions = None  # a dynamic cache remembers what they follow from
-        is_static = past_key_values is not None and past_key_values.is_compileable
-        if past_key_values is not None and (is_static or is_first_iteration or num_new > 1):
-            context = self.transformer.find_context(input_ids, attention_mask)
-            if is_first_iteration:
-                _check_cached(past_key_values, context, first_new, num_all)
-                remember_context(past_key_values, context)
-            if is_static or not is_first_iteration:
-                # For an assistant's candidates too: a caller that drops some of them, as peft does,
-                # then gets an error instead of other answers.
-                positions = position_ids(context, first_new, num_new)
-            if is_static:
-                num_keys = past_key_values.get_mask_sizes(num_new, 0)[0]
-                attention_mask = visible_keys(
-                    context.end, attention_mask, first_new, num_new, num_keys
-                )
-        inputs = {
-            key: value
-            for key, value in kwargs.items()
-            if value is not None and key not in OF_GENERATE_ALONE
-        }
-        inputs.update(
-            input_ids=input_ids[:, first_new:].contiguous(),
-            position_ids=positions,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-        )
-        return inputs
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output head."""
+        self.lm_head = new_embeddings
 
 
 # transformers' label smoothing shifts the labels only for a class named here.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ChatGLMConfig.model_type] = (
     ChatGLMForConditionalGeneration.__name__
 )
-
-
-def _check_cached(past_key_values: Cache, context: Context, first_new: int, num_all: int) -> None:
-    """Refuse a cache that ends inside the context, or elsewhere than where the new tokens begin."""
-    num_cached = int(past_key_values.get_seq_length())
-    if num_cached and (num_cached != first_new or bool((context.end > num_cached).any())):
-        raise ValueError(
-            f"past_key_values holds {num_cached} tokens, which are not the whole context "
-            f"of these {num_all}; every token sees the whole context, so leave "
-            "past_key_values out, or give the tokens it holds and those after them."
-        )
-
-
-def _next_labels(
-    input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None
-) -> Tensor | None:
-    """Return the label (B, S) of each token's next token, None without labels."""
-    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
-        if given is not None and given.shape != input_ids.shape:
-            raise ValueError(
-                f"{name} is {tuple(given.shape)} for input_ids {tuple(input_ids.shape)}; give one "
-                f"label for each token, {IGNORED_LABEL} where there is none."
-            )
-    if shift_labels is not None:
-        return shift_labels
-    if labels is None:
-        return None
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-
-
-def _without_padding(next_labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return next_labels (B, S), -100 at padding."""
-    mask = mask_of_call(attention_mask, next_labels.shape[1])
-    return next_labels if mask is None else next_labels.masked_fill(mask == 0, IGNORED_LABEL)
-
-
-def _pack_labels(next_labels: Tensor, attention_mask: Tensor | None) -> tuple[Packing, Tensor]:
-    """Return how next_labels (B, S) pack, needed where there is one, and those labels (N,)."""
-    mask = mask_of_call(attention_mask, next_labels.shape[1])
-    if mask is None:
-        mask = torch.ones_like(next_labels)
-    packing = find_packing(mask, next_labels != IGNORED_LABEL)
-    return packing, next_labels.flatten()[packing.tokens][packing.needed]

@@ -20,7 +20,7 @@ from ptuning.data.tokenization import IGNORED_LABEL, pad_left, pad_right, to_gen
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.cpu.packing import Packing
+from ptuning.model.positions import FlatLayout
 from ptuning.output import Progress, signed
 
 MAX_SOURCE_LENGTH = 512  # tokens of a general prompt
@@ -222,11 +222,12 @@ class RetentionRun:
         padded = pad_right(rows, pad_id=self.tokenizer.pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in padded.items()}
         input_ids, lengths = batch["input_ids"], [len(answer) for answer in answers]
+        shape = (len(input_ids), input_ids.shape[1])
         hidden_states = model.transformer(
             input_ids,
             attention_mask=batch["attention_mask"],
             use_cache=False,
-            packing=Packing((len(input_ids), input_ids.shape[1]), batch["tokens"], batch["needed"]),
+            layout=FlatLayout(shape, batch["tokens"], batch["needed"]),
         ).last_hidden_state  # (1, N, E)
         logits = model.lm_head(hidden_states[0])  # (N, V)
         targets = batch["targets"].split(lengths)

@@ -34,7 +34,7 @@ from ptuning.engine.request import Request, Row
 from ptuning.engine.sampling import Sampling
 from ptuning.engine.shared_prefix import SharedPrefix, check_weight, mix_prefixes
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.cpu.linear import pack_where_roomy
+from ptuning.model.cpu.linear import prepack_if_room
 from ptuning.model.cpu.threads import limit_threads, release_helper_threads
 from ptuning.serve.scheduler import OnUpdate, Scheduler, TokenBuffer
 from ptuning.serve.text_stream import Answer, TextStream
@@ -337,7 +337,7 @@ class Session(AbstractSession):
         if named.adapter is not None:
             load_adapter(model, named.adapter)
             logger.info("Adapter %s on %s is part of every answer", named.adapter, named.weights)
-        pack_where_roomy(model)
+        prepack_if_room(model)
         release_helper_threads()  # from here on the engine's thread computes
         return cls(model, tokenizer, max_rows=max_rows, max_queue=max_queue, tuned=named.info)
 

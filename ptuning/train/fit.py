@@ -22,11 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ptuning.data.dataset import TokenDataset
 from ptuning.model.attention import Attention
-from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration, ChatGLMModel, Layer
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.cpu.linear import PACKING_SHARE, can_pack, pack_weights_
-from ptuning.model.layers import Layer
+from ptuning.model.cpu.linear import PREPACK_SHARE, can_prepack, prepack_weights_
 from ptuning.model.quantization.torch_backend import block_bytes, device_block_bytes
 from ptuning.train.flags import LEAST_ROWS, MOST_ROWS
 from ptuning.train.memory import (
@@ -244,8 +242,8 @@ def choose_fit(size: ModelSize, workload: Workload, rows: Rows, *, free: int) ->
     """
     fit = _fit_training(Fit(workload, size, free), rows.train)
     copies = prepacked_bytes(size)
-    may_prepack = workload.on_cpu and not workload.compiles and can_pack(size.dtype)
-    if may_prepack and 0 < copies <= PACKING_SHARE * free:
+    may_prepack = workload.on_cpu and not workload.compiles and can_prepack(size.dtype)
+    if may_prepack and 0 < copies <= PREPACK_SHARE * free:
         start = Fit(workload, replace(size, prepacked=True), free - copies)
         prepacked = _fit_training(start, rows.train)
         if prepacked.fits and prepacked.checkpointed_layers == fit.checkpointed_layers:
@@ -330,7 +328,7 @@ def apply_fit(
     with freed memory.
     """
     if fit.size.prepacked:
-        pack_weights_(model, room_bytes=prepacked_bytes(fit.size))
+        prepack_weights_(model, room_bytes=prepacked_bytes(fit.size))
     if fit.needed:
         checkpoint_layers(model, fit.checkpointed_layers, checkpoint_options)
         model.loss_chunk_tokens = fit.chunk_tokens
@@ -507,7 +505,7 @@ def keep_row_attention_eager() -> None:
     bytes, which cannot be traced.
     """
     attention: Any = Attention
-    attention._attend_rows = torch.compiler.disable(attention._attend_rows)
+    attention._attend_varlen = torch.compiler.disable(attention._attend_varlen)
 
 
 def compiler_error(device: torch.device, options: dict[str, Any]) -> str:

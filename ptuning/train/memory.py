@@ -1,7 +1,7 @@
 """Peak memory of training and answering, in bytes, from sizes alone: no tensor is allocated.
 
 The terms of a layer are the tensors that its backward pass needs, so they follow
-`ptuning.model.layers`, `attention` and `cpu.varlen_attention`. tests/train/test_memory.py counts
+`ptuning.model.chatglm`, `attention` and `cpu.varlen_attention`. tests/train/test_memory.py counts
 them in a real pass, and compares a GPU's peaks with those of steps on fake tensors.
 Letters: B rows, S tokens of the longest row, T tokens of all rows, P prefix, L layers, E hidden
 size, I inner size, V vocabulary.

@@ -13,7 +13,7 @@ from ptuning.engine.request import Request
 from ptuning.engine.sampling import Sampling
 from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.engine.slots import round_up
-from ptuning.model.backbone import ChatGLMModel
+from ptuning.model.chatglm import ChatGLMModel
 
 NEVER = frozenset({1023})
 
@@ -22,7 +22,7 @@ NEVER = frozenset({1023})
 def reading(request, monkeypatch):
     """Both ways of reading prompts: that of a CPU, and that of every other device."""
     if request.param == "on a grid":
-        monkeypatch.setattr(ChatGLMModel, "attends_by_rows", lambda self: False)
+        monkeypatch.setattr(ChatGLMModel, "uses_varlen", lambda self: False)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ptuning.model.rotary import can_rotate, inverse_frequencies, rotate, rotation_at
+from ptuning.model.positions import inverse_frequencies, rotate, rotation_at
+from ptuning.model.rotary_triton import can_rotate
 
 pytestmark = pytest.mark.gpu
 

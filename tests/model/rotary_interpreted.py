@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from ptuning.model.rotary import inverse_frequencies, launch_rotate, rotate, rotation_at
+from ptuning.model.positions import inverse_frequencies, rotate, rotation_at
+from ptuning.model.rotary_triton import launch_rotate
 
 
 def main() -> None:

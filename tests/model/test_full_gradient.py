@@ -1,4 +1,4 @@
-"""Packing, chunked loss and other short cuts for a frozen base are right when every weight is trained."""
+"""Flat rows, chunked loss and other short cuts for a frozen base are right when every weight is trained."""
 
 import copy
 

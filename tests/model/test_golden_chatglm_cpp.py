@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ptuning.model.backbone import ChatGLMModel
+from ptuning.model.chatglm import ChatGLMModel
 from ptuning.model.config import ChatGLMConfig
 
 HIDDEN, HEADS, PREFIX, VOCABULARY = 32, 8, 5, 5

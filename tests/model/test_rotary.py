@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptuning.model.rotary import Rotation, inverse_frequencies, rotate, rotation_at
+from ptuning.model.positions import Rotation, inverse_frequencies, rotate, rotation_at
 
 
 def turned(x: Tensor, rotation: Rotation) -> Tensor:

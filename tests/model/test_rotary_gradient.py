@@ -2,7 +2,7 @@
 
 import torch
 
-from ptuning.model.rotary import inverse_frequencies, rotate, rotation_at
+from ptuning.model.positions import inverse_frequencies, rotate, rotation_at
 
 
 def test_the_gradient_is_that_of_finite_differences():

@@ -25,8 +25,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
 from ptuning.model.config import ChatGLMConfig
 
 pytestmark = pytest.mark.slow

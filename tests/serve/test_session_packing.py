@@ -19,6 +19,6 @@ def test_every_linear_map_of_a_session_is_frozen_and_packed():
             if isinstance(module, Linear) and module.weight.dtype is torch.float32
         ]
         assert len(maps) >= 4 * model.config.num_layers  # attention has two, the MLP two
-        assert not [name for name, module in maps if module.packed_weight() is None]
+        assert not [name for name, module in maps if module.prepacked_weight() is None]
         assert session.chat("你好", max_new_tokens=4).read()
-        assert not [name for name, module in maps if module.packed_weight() is None]
+        assert not [name for name, module in maps if module.prepacked_weight() is None]

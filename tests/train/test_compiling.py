@@ -48,7 +48,7 @@ def step(model):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("by_rows", [True, False], ids=["rows", "grid"])
 def test_compiled_equals_eager(model, monkeypatch, by_rows, dropout):
-    monkeypatch.setattr("ptuning.model.backbone.ChatGLMModel.attends_by_rows", lambda _: by_rows)
+    monkeypatch.setattr("ptuning.model.chatglm.ChatGLMModel.uses_varlen", lambda _: by_rows)
     model.prefix_encoder.dropout = dropout
     torch.manual_seed(1)
     loss, gradient = step(model)
@@ -63,7 +63,7 @@ def test_compiled_equals_eager(model, monkeypatch, by_rows, dropout):
 @pytest.mark.parametrize("bits", [0, 4])
 def test_a_layer_kind_is_one_graph_for_all_lengths(tmp_path, monkeypatch, bits):
     """The first layer's input needs no gradient, the last continues with answers: three kinds."""
-    monkeypatch.setattr("ptuning.model.backbone.ChatGLMModel.attends_by_rows", lambda _: False)
+    monkeypatch.setattr("ptuning.model.chatglm.ChatGLMModel.uses_varlen", lambda _: False)
     monkeypatch.setattr("ptuning.model.attention.fused_attention", attention_as_on_cuda)
     make_base(tmp_path, num_layers=5)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers.integrations import deepspeed
 
-from ptuning.model.layers import Layer
+from ptuning.model.chatglm import Layer
 from ptuning.train.flags import UsageError
 from ptuning.train.processes import trainer_arguments
 from ptuning.train.run_config import parse_arguments

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from ptuning.data.dataset import TokenDataset
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration, Layer
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.cpu.linear import Linear, can_pack
-from ptuning.model.layers import Layer
+from ptuning.model.cpu.linear import Linear, can_prepack
 from ptuning.train import fit
 from ptuning.train.fit import (
     FREE_SHARE,
@@ -203,8 +202,8 @@ def test_a_loaded_model_is_fitted_and_set_up(monkeypatch: pytest.MonkeyPatch) ->
     for count in (0, 2):
         apply_fit(model, replace(found, checkpointed_layers=count, chunk_tokens=2))
     assert kept == [True, False], "freed memory is returned where layers are checkpointed"
-    packed = [m.packed_weight() for m in model.modules() if isinstance(m, Linear)]
-    assert all(packed) == found.size.prepacked == can_pack(torch.float32)
+    packed = [m.prepacked_weight() for m in model.modules() if isinstance(m, Linear)]
+    assert all(packed) == found.size.prepacked == can_prepack(torch.float32)
     head: Any = model.lm_head
     formed, product = [], head.product
     head.product = lambda x: formed.append(len(x)) or product(x)
@@ -267,7 +266,7 @@ def test_only_a_batch_size_that_was_not_typed_is_lowered_and_that_is_said() -> N
 def test_training_leaves_room_for_its_gradients_and_optimizer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fit, "can_pack", lambda _: False)
+    monkeypatch.setattr(fit, "can_prepack", lambda _: False)
     rows = NO_ROWS._replace(train=training_rows((9,), num_answer_tokens=4))
     found = choose_fit(CPU_SIZE, Workload(CPU), rows, free=5 * GB)
     assert found.eval_free == 5 * GB - 3 * 4 * CPU_SIZE.trained

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
 from ptuning.model.config import ChatGLMConfig
-from ptuning.model.cpu.linear import can_pack, pack_weights_, pack_where_roomy
+from ptuning.model.cpu.linear import can_prepack, prepack_if_room, prepack_weights_
 from ptuning.model.quantization.layers import quantize_model_
 from ptuning.train.fit import Fit, Workload, choose_fit
 from ptuning.train.memory import (
@@ -120,7 +119,7 @@ def test_a_layer_keeps_what_the_arithmetic_says(
     Attention on the padded grid, as a GPU computes it, keeps the same tensors on a CPU, but for the
     dropout mask, which has the activations' dtype there and one byte an entry on a GPU.
     """
-    monkeypatch.setattr(ChatGLMModel, "attends_by_rows", lambda _: on_cpu)
+    monkeypatch.setattr(ChatGLMModel, "uses_varlen", lambda _: on_cpu)
     batch = make_batch()
     kept, expected = [], []
     for num_layers in (3, 5):
@@ -159,14 +158,14 @@ def test_packed_copies_are_counted_to_the_byte_and_only_where_there_is_room(
     size = choose_fit(plain, workload, NO_ROWS, free=free).size
     compiled = choose_fit(plain, replace(workload, compiles=True), NO_ROWS, free=free).size
     assert not compiled.prepacked, "a compiler has products of its own"
-    taken = pack_weights_(model, room_bytes=prepacked_bytes(plain))
+    taken = prepack_weights_(model, room_bytes=prepacked_bytes(plain))
     assert weight_bytes(size) - weight_bytes(plain) == taken
-    assert size.prepacked == bool(taken) == (can_pack(dtype) and not bits)
-    assert pack_where_roomy(model) == taken
+    assert size.prepacked == bool(taken) == (can_prepack(dtype) and not bits)
+    assert prepack_if_room(model) == taken
     assert prepacked_bytes(size_in(model, tuning="full")) == 0, "what is trained is not packed"
 
 
-@pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch was built without oneDNN")
+@pytest.mark.skipif(not can_prepack(torch.float32), reason="this PyTorch was built without oneDNN")
 @pytest.mark.parametrize("wanted", ["auto", "false"])
 def test_packed_copies_cost_no_checkpointed_layer_and_no_run(wanted: str) -> None:
     """However much is free, the choice next to the copies is the one without them."""

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptuning.model.cpu.packing import Packing
-from ptuning.model.rotary import Rotation, swap_quarters
+from ptuning.model.positions import FlatLayout, Rotation, swap_quarters
 
 PRODUCTS = 32  # matrices in one call: its overhead is small then, and the scores stay in the cache
 PADDED_SHARE = 8  # a row joins a group whose longest is longer by an eighth at most
@@ -46,7 +45,7 @@ class RowGroup(NamedTuple):
     mask: Tensor  # (R, 1, S, K - P), summands of the scores: 0 or very low
 
 
-class PackedRows(NamedTuple):
+class VarlenRows(NamedTuple):
     """The rows of a packed batch: where they lie, whom their tokens see, how these turn."""
 
     groups: tuple[RowGroup, ...]
@@ -55,16 +54,16 @@ class PackedRows(NamedTuple):
 
 
 def find_rows(
-    packing: Packing, mask: Tensor, rotation: Rotation, *, num_heads: int, prefix_length: int
-) -> PackedRows:
-    """Return the rows of a packing, given the grid's mask (B, 1, S, S), the prefix left out.
+    layout: FlatLayout, mask: Tensor, rotation: Rotation, *, num_heads: int, prefix_length: int
+) -> VarlenRows:
+    """Return the rows of a layout, given the grid's mask (B, 1, S, S), the prefix left out.
 
     rotation is that of the whole (B, S) grid.
     """
-    num_rows, length = packing.shape
-    sizes = torch.bincount(packing.tokens // length, minlength=num_rows)
+    num_rows, length = layout.shape
+    sizes = torch.bincount(layout.tokens // length, minlength=num_rows)
     firsts = sizes.cumsum(0) - sizes
-    cos, sin = (_of_tokens(angle, packing) for angle in rotation)
+    cos, sin = (_of_tokens(angle, layout) for angle in rotation)
     scale = cos.new_tensor([cos.shape[-1] ** -0.5, 1.0]).view(1, 1, 2, 1)
     cos, sin = cos * scale, sin * scale
     groups = []
@@ -75,7 +74,7 @@ def find_rows(
         last = sizes[rows, None] - 1  # (R, 1)
         steps = torch.arange(int(last.max()) + 1)
         source = firsts[rows, None] + torch.minimum(steps, last)  # (R, S)
-        seen = _mask_of(rows, packing.tokens[source] % length, steps > last, mask)
+        seen = _mask_of(rows, layout.tokens[source] % length, steps > last, mask)
         seen = functional.pad(
             seen,
             (0, round_up_keys(prefix_length + len(steps)) - prefix_length - len(steps)),
@@ -97,7 +96,7 @@ def find_rows(
             )
         )
         start += len(source)
-    return PackedRows(tuple(groups), tuple(spans[row] for row in range(num_rows)))
+    return VarlenRows(tuple(groups), tuple(spans[row] for row in range(num_rows)))
 
 
 def group_rows(sizes: Sequence[int], *, num_heads: int) -> list[list[int]]:
@@ -134,14 +133,14 @@ def _mask_of(rows: Tensor, columns: Tensor, beyond: Tensor, mask: Tensor) -> Ten
     return seen.masked_fill(beyond[:, None], torch.finfo(mask.dtype).min).unsqueeze(1)
 
 
-def _of_tokens(angle: Tensor, packing: Packing) -> Tensor:
+def _of_tokens(angle: Tensor, layout: FlatLayout) -> Tensor:
     """Return angle (B or 1, S, D) of every token: (T, 1, 1, D)."""
-    grid = angle.expand(packing.shape[0], -1, -1)
-    return grid.flatten(0, 1).index_select(0, packing.tokens)[:, None, None]
+    grid = angle.expand(layout.shape[0], -1, -1)
+    return grid.flatten(0, 1).index_select(0, layout.tokens)[:, None, None]
 
 
-def attend_rows(
-    fused: Tensor, prefix: Tensor | None, rows: PackedRows, *, num_heads: int, dropout: float
+def varlen_attention(
+    fused: Tensor, prefix: Tensor | None, rows: VarlenRows, *, num_heads: int, dropout: float
 ) -> Tensor:
     """Return the attention's output (1, T, E) for fused (1, T, 3E): each head's query, key, value.
 
@@ -154,10 +153,10 @@ def attend_rows(
     return output
 
 
-def read_rows(
-    fused: Tensor, prefix: Tensor | None, rows: PackedRows, *, num_heads: int
+def varlen_prefill(
+    fused: Tensor, prefix: Tensor | None, rows: VarlenRows, *, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output as `attend_rows` does, and keys and values (H, C, D); no gradients."""
+    """Return the output as `varlen_attention` does, and keys and values (H, C, D); no gradients."""
     length = 0 if prefix is None else prefix.shape[3]
     output, attended = _attend(fused, rows, _Prefix(prefix, len(rows.spans), 0.0), num_heads)
     own = [
@@ -177,7 +176,7 @@ class _Attended(NamedTuple):
 
 
 def _attend(
-    fused: Tensor, rows: PackedRows, prefix: "_Prefix", num_heads: int
+    fused: Tensor, rows: VarlenRows, prefix: "_Prefix", num_heads: int
 ) -> tuple[Tensor, list[_Attended]]:
     """Return the output (1, T, E), and what each group's attention went through."""
     tokens = fused[0].unflatten(1, (num_heads, 3, -1))  # (T, H, 3, D)
@@ -225,7 +224,7 @@ class _RowAttention(torch.autograd.Function):
         ctx: Any,
         fused: Tensor,
         prefix: Tensor | None,
-        rows: PackedRows,
+        rows: VarlenRows,
         num_heads: int,
         dropout: float,
     ) -> Tensor:
@@ -239,7 +238,7 @@ class _RowAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows: PackedRows = ctx.rows
+        rows: VarlenRows = ctx.rows
         saved = ctx.saved_tensors
         num_kept = 3 * len(rows.groups)
         keep = saved[num_kept] if len(saved) > num_kept else None

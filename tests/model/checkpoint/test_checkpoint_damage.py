@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from ptuning.model.backbone import ChatGLMModel
+from ptuning.model.chatglm import ChatGLMModel
 from ptuning.model.checkpoint.layout import check_checkpoint
 from tests.model.published import (
     golden_config,

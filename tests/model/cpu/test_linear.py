@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from ptuning.model.cpu import linear as linear_module
-from ptuning.model.cpu.linear import Linear, has_onednn, pack_weights_, plain_torch
+from ptuning.model.cpu.linear import Linear, has_onednn, plain_torch, prepack_weights_
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this PyTorch was built without oneDNN")
 PLENTY = 10**9
@@ -27,7 +27,7 @@ def frozen() -> Linear:
 def test_output_and_gradient_are_those_of_torch(frozen, shape, is_packed, is_wide, monkeypatch):
     monkeypatch.setattr(linear_module, "has_avx512", lambda: is_wide)
     if is_packed:
-        pack_weights_(frozen, room_bytes=PLENTY)
+        prepack_weights_(frozen, room_bytes=PLENTY)
     x = torch.randn(shape, requires_grad=True)
     upstream = torch.randn(*shape[:-1], 40)
     expected = functional.linear(x, frozen.weight, frozen.bias)
@@ -72,7 +72,7 @@ def test_without_avx512_many_rows_and_gradients_are_left_to_torch(
     monkeypatch.setattr(linear_module, "has_avx512", lambda: is_wide)
     for pack in (False, True):
         if pack:
-            pack_weights_(frozen, room_bytes=PLENTY)
+            prepack_weights_(frozen, room_bytes=PLENTY)
         fast_products.clear()
         frozen(torch.randn(num_rows, 24, requires_grad=True)).sum().backward()
         assert len(fast_products) == calls
@@ -110,22 +110,22 @@ def test_a_trained_weight_gets_its_gradient(frozen, name):
 def test_a_changed_moved_or_copied_weight_drops_its_packed_copy(frozen, dtype):
     frozen.to(dtype)
     x = torch.randn(8, 24).to(dtype)
-    if not pack_weights_(frozen, room_bytes=PLENTY):
+    if not prepack_weights_(frozen, room_bytes=PLENTY):
         pytest.skip("this processor has no bfloat16 products")
-    assert frozen.packed_weight() is not None
+    assert frozen.prepacked_weight() is not None
     for made in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
-        assert made.packed_weight() is None
+        assert made.prepacked_weight() is None
         torch.testing.assert_close(made(x), frozen(x))
     with torch.no_grad():
         frozen.weight.mul_(2)
-    assert frozen.packed_weight() is None
+    assert frozen.prepacked_weight() is None
     expected = functional.linear(x, frozen.weight, frozen.bias)
     torch.testing.assert_close(frozen(x), expected)
-    pack_weights_(frozen, room_bytes=PLENTY)
-    kept = frozen.packed_weight()
-    assert frozen.to("cpu").to(dtype).packed_weight() is kept, "it is there already"
+    prepack_weights_(frozen, room_bytes=PLENTY)
+    kept = frozen.prepacked_weight()
+    assert frozen.to("cpu").to(dtype).prepacked_weight() is kept, "it is there already"
     frozen.to(torch.float64)
-    assert frozen.packed_weight() is None
+    assert frozen.prepacked_weight() is None
 
 
 @needs_onednn
@@ -151,9 +151,9 @@ def test_a_replaced_or_trained_weight_drops_its_packed_copy(frozen):
         frozen.bias.data = frozen.bias.data[:7].contiguous()
 
     for change in (replaces, assigns, trains, shrinks):
-        assert pack_weights_(frozen, room_bytes=PLENTY)
+        assert prepack_weights_(frozen, room_bytes=PLENTY)
         change()
-        assert frozen.packed_weight() is None, change.__name__
+        assert frozen.prepacked_weight() is None, change.__name__
         expected = functional.linear(x, frozen.weight, frozen.bias)
         torch.testing.assert_close(frozen(x), expected)
 
@@ -171,9 +171,9 @@ def test_a_tied_head_drops_its_packed_copy_with_the_embedding(cast):
             self.head.weight = self.embedding.weight.requires_grad_(False)
 
     model = Tied()
-    assert pack_weights_(model, room_bytes=PLENTY)
+    assert prepack_weights_(model, room_bytes=PLENTY)
     getattr(model, cast)()
-    assert model.head.packed_weight() is None
+    assert model.head.prepacked_weight() is None
     states = torch.randn(3, 8).to(model.head.weight.dtype)
     torch.testing.assert_close(model.head(states), functional.linear(states, model.head.weight))
     model.float()
@@ -185,11 +185,11 @@ def test_a_tied_head_drops_its_packed_copy_with_the_embedding(cast):
 @needs_onednn
 def test_packing_counts_its_bytes_and_needs_room(frozen):
     size = 24 * 40 * 4
-    assert pack_weights_(frozen, room_bytes=size - 1) == 0
-    assert frozen.packed_weight() is None
-    assert pack_weights_(frozen, room_bytes=size) == size
+    assert prepack_weights_(frozen, room_bytes=size - 1) == 0
+    assert frozen.prepacked_weight() is None
+    assert prepack_weights_(frozen, room_bytes=size) == size
     frozen.weight.requires_grad_(True)
-    assert pack_weights_(frozen, room_bytes=size) == 0, "a trained weight changes at every step"
+    assert prepack_weights_(frozen, room_bytes=size) == 0, "a trained weight changes at every step"
 
 
 def test_autocast_is_left_to_torch(frozen):

@@ -3,11 +3,20 @@
 import pytest
 import torch
 
-from ptuning.model.attention import additive_mask
-from ptuning.model.backbone import ChatGLMModel
-from ptuning.model.cpu.packing import find_packing
-from ptuning.model.cpu.varlen_attention import attend_rows, draw_keep_mask, find_rows, group_rows
-from ptuning.model.rotary import inverse_frequencies, rotate, rotation_at
+from ptuning.model.chatglm import ChatGLMModel
+from ptuning.model.cpu.varlen_attention import (
+    draw_keep_mask,
+    find_rows,
+    group_rows,
+    varlen_attention,
+)
+from ptuning.model.positions import (
+    additive_mask,
+    find_layout,
+    inverse_frequencies,
+    rotate,
+    rotation_at,
+)
 
 H, D, P = 2, 16, 3
 LENGTHS = (5, 7, 2)
@@ -26,13 +35,13 @@ def case(side, prefix_rows, seed=0):
     torch.manual_seed(seed)
     real = padded_mask(side)
     num_rows, longest = real.shape
-    packing = find_packing(real, None)
+    layout = find_layout(real, None)
     positions = torch.randint(0, 9, (num_rows, 2, longest))
     rotation = rotation_at(positions, inverse_frequencies(D))
     visible = torch.rand(num_rows, 1, longest, longest) < 0.7
     visible |= torch.eye(longest, dtype=torch.bool)
     rows = find_rows(
-        packing,
+        layout,
         additive_mask(visible, torch.float32),
         rotation,
         num_heads=H,
@@ -40,17 +49,17 @@ def case(side, prefix_rows, seed=0):
     )
     fused = torch.randn(1, sum(LENGTHS), 3 * H * D, requires_grad=True)
     prefix = torch.randn(2, prefix_rows, H, P, D, requires_grad=True) if prefix_rows else None
-    return fused, prefix, rows, (packing, rotation, visible)
+    return fused, prefix, rows, (layout, rotation, visible)
 
 
 def plain(fused, prefix, given, keep=None, dropout=0.0):
     """The same by the book: the grid, one row at a time, softmax over visible keys."""
-    packing, rotation, visible = given
-    longest = packing.shape[1]
+    layout, rotation, visible = given
+    longest = layout.shape[1]
     output = []
-    for row in range(packing.shape[0]):
-        own = packing.tokens // longest == row
-        columns = packing.tokens[own] % longest
+    for row in range(layout.shape[0]):
+        own = layout.tokens // longest == row
+        columns = layout.tokens[own] % longest
         heads = fused[:, own].unflatten(-1, (H, 3, D))  # (1, S, H, 3, D)
         turn = type(rotation)(*(angle[row, columns][None] for angle in rotation))
         query, key, value = rotate(heads, turn)[0].transpose(0, 1).unbind(2)  # (H, S, D) each
@@ -77,7 +86,7 @@ def gradients(output, *inputs):
 @pytest.mark.parametrize("prefix_rows", [0, 1, 3])
 def test_output_and_gradients_are_those_of_plain_attention(side, prefix_rows):
     fused, prefix, rows, given = case(side, prefix_rows)
-    output = attend_rows(fused, prefix, rows, num_heads=H, dropout=0.0)
+    output = varlen_attention(fused, prefix, rows, num_heads=H, dropout=0.0)
     expected = plain(fused, prefix, given)
     torch.testing.assert_close(output, expected)
     for got, wanted in zip(
@@ -93,7 +102,7 @@ def test_dropout_zeroes_the_same_entries_in_every_type(dtype):
     for kind in (torch.float32, dtype):
         torch.manual_seed(5)
         inputs = fused.detach().to(kind), prefix.detach().to(kind)
-        exact.append(attend_rows(*inputs, rows, num_heads=H, dropout=0.5))
+        exact.append(varlen_attention(*inputs, rows, num_heads=H, dropout=0.5))
     assert exact[1].dtype == dtype
     torch.testing.assert_close(exact[1].float(), exact[0], atol=0.05, rtol=0.05)
 
@@ -102,7 +111,7 @@ def test_dropout_zeroes_the_same_entries_in_every_type(dtype):
 def test_dropout_is_on_the_prefix_alone_and_in_the_gradient_too(prefix_rows):
     fused, prefix, rows, given = case("right", prefix_rows)
     torch.manual_seed(5)
-    output = attend_rows(fused, prefix, rows, num_heads=H, dropout=0.5)
+    output = varlen_attention(fused, prefix, rows, num_heads=H, dropout=0.5)
     torch.manual_seed(5)
     drawn = draw_keep_mask((2, len(LENGTHS), H, P, D), 0.5) != 0
     assert 0 < drawn.sum() < drawn.numel()
@@ -120,7 +129,7 @@ def test_dropout_is_on_the_prefix_alone_and_in_the_gradient_too(prefix_rows):
 def test_a_frozen_input_has_no_gradient_and_the_prefix_still_has_its_own():
     fused, prefix, rows, given = case("right", 1)
     fused.requires_grad_(False)
-    (got,) = gradients(attend_rows(fused, prefix, rows, num_heads=H, dropout=0.0), prefix)
+    (got,) = gradients(varlen_attention(fused, prefix, rows, num_heads=H, dropout=0.0), prefix)
     (wanted,) = gradients(plain(fused, prefix, given), prefix)
     torch.testing.assert_close(got, wanted)
 
@@ -139,7 +148,7 @@ def test_rows_in_groups_are_the_rows_alone(prefix_rows, prefix_length, monkeypat
     assert all(
         (group.mask.shape[3] + prefix_length * bool(prefix_rows)) % 32 == 0 for group in rows.groups
     )
-    output = attend_rows(fused, prefix, rows, num_heads=H, dropout=0.0)
+    output = varlen_attention(fused, prefix, rows, num_heads=H, dropout=0.0)
     expected = plain(fused, prefix, given)
     torch.testing.assert_close(output, expected)
     for got, wanted in zip(
@@ -208,7 +217,7 @@ def test_a_training_step_is_that_of_the_padded_grid(
 
     loss, gradient = step()
     calls = []
-    monkeypatch.setattr(ChatGLMModel, "attends_by_rows", lambda self: bool(calls.append(self)))
+    monkeypatch.setattr(ChatGLMModel, "uses_varlen", lambda self: bool(calls.append(self)))
     grid_loss, grid_gradient = step()
     assert calls, "the second step took the other path"
     if dtype == torch.float32:

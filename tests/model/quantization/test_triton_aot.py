@@ -18,7 +18,7 @@ from benchmarks.fake_device import DEVICE, FakeCuda, Launch
 from ptuning.model.quantization.backends import get_backend
 from ptuning.model.quantization.reference import packed_columns
 from ptuning.model.quantization.torch_backend import MAX_FUSED_ROWS
-from ptuning.model.rotary import launch_rotate
+from ptuning.model.rotary_triton import launch_rotate
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [

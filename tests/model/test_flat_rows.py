@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
 from ptuning.data.tokenization import pad_right
-from ptuning.model.cpu.packing import find_packing, pack, take_needed, unpack
+from ptuning.model.positions import find_layout, flatten_rows, keep_needed, unflatten_rows
 
 LENGTHS = (19, 7, 30, 12)
 
@@ -78,10 +78,10 @@ def test_logits_of_real_tokens_do_not_depend_on_padding(model, side):
     rows = training_rows(model)
     ids, _, mask = batch(rows, side)
     with torch.no_grad():
-        packed = model(ids, attention_mask=mask).logits
+        flat = model(ids, attention_mask=mask).logits
         for index, (row, _) in enumerate(rows):
             alone = model(row[None]).logits[0]
-            torch.testing.assert_close(packed[index][mask[index].bool()], alone, atol=1e-4, rtol=0)
+            torch.testing.assert_close(flat[index][mask[index].bool()], alone, atol=1e-4, rtol=0)
 
 
 def test_only_real_tokens_reach_the_linear_layers(model):
@@ -104,23 +104,23 @@ def test_packing_and_unpacking_are_inverse():
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
     needed = torch.tensor([[False, True, True], [False, False, True]])
     grid = torch.randn(2, 3, 4) * mask[..., None]
-    packing = find_packing(mask, needed)
-    packed = pack(grid, packing)
-    assert packed.shape == (1, 4, 4)
-    assert unpack(packed, packing).equal(grid)
-    assert take_needed(packed, packing).equal(pack(grid, packing, only_needed=True))
-    assert take_needed(packed, packing)[0].equal(grid[mask.bool() & needed])
+    layout = find_layout(mask, needed)
+    flat = flatten_rows(grid, layout)
+    assert flat.shape == (1, 4, 4)
+    assert unflatten_rows(flat, layout).equal(grid)
+    assert keep_needed(flat, layout).equal(flatten_rows(grid, layout, only_needed=True))
+    assert keep_needed(flat, layout)[0].equal(grid[mask.bool() & needed])
 
 
 def test_unpacking_keeps_nothing_of_the_packed_tokens_for_the_backward_pass():
-    packing = find_packing(torch.tensor([[1, 1, 0], [0, 1, 1]]), None)
-    packed = torch.randn(1, 4, 5, requires_grad=True)
+    layout = find_layout(torch.tensor([[1, 1, 0], [0, 1, 1]]), None)
+    flat = torch.randn(1, 4, 5, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        grid = unpack(packed, packing)
+        grid = unflatten_rows(flat, layout)
     assert not [tensor for tensor in kept if tensor.is_floating_point()]
-    (gradient,) = torch.autograd.grad((grid * 3).sum(), packed)
-    assert gradient.equal(torch.full_like(packed, 3.0))
+    (gradient,) = torch.autograd.grad((grid * 3).sum(), flat)
+    assert gradient.equal(torch.full_like(flat, 3.0))
 
 
 def test_a_batch_as_collated_gives_the_loss_and_gradient_of_its_labels(model):
@@ -146,10 +146,10 @@ def test_indices_that_are_not_complete_are_derived(model):
 
 
 def test_hidden_states_can_be_had_beside_the_loss(model):
-    """All of them are asked for, so nothing is packed; the loss is the same."""
+    """All of them are asked for, so nothing is flat; the loss is the same."""
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in training_rows(model)]
     collated = pad_right(rows, pad_id=3)
-    packed = model(**collated)
+    flat = model(**collated)
     whole = model(**collated, output_hidden_states=True)
     assert whole.hidden_states[-1].shape[:2] == collated["input_ids"].shape
-    torch.testing.assert_close(whole.loss, packed.loss)
+    torch.testing.assert_close(whole.loss, flat.loss)

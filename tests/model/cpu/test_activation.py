@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ptuning.model import layers as layer
-from ptuning.model.cpu.linear import plain_torch
-from ptuning.model.layers import gelu
+from ptuning.model.cpu import linear
+from ptuning.model.cpu.linear import gelu, plain_torch
 
 # Rounding of float32 is 6e-8 of the value; the sigmoid's few steps lose a handful of it. Half
 # types round the value, and the slope and its product, to their own 2**-9 and 2**-11.
@@ -32,7 +31,7 @@ def exact(x, upstream):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("block", [7, 1000, 2**18])
 def test_values_and_gradient_are_those_of_the_formula(dtype, block, monkeypatch):
-    monkeypatch.setattr(layer, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", block)
     x = values().to(dtype).requires_grad_()
     upstream = torch.randn(x.shape).to(dtype)
     output = gelu(x)
@@ -63,7 +62,7 @@ def test_what_is_not_finite_stays_so():
 
 
 def test_plain_torch_and_wider_types_take_torchs_own_function(monkeypatch):
-    monkeypatch.setattr(layer, "_gelu_in_blocks", lambda *_: pytest.fail("not asked for"))
+    monkeypatch.setattr(linear, "_gelu_in_blocks", lambda *_: pytest.fail("not asked for"))
     x = values()
     with plain_torch():
         assert torch.equal(gelu(x), functional.gelu(x, approximate="tanh"))
