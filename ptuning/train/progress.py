@@ -1,14 +1,15 @@
-"""What a training run shows while it goes on: progress lines, a bar, the picture of its loss.
+"""What a training run reports: progress lines, a bar, its loss curve, and logs elsewhere.
 
-The callbacks replace transformers' own printing, which is Python dicts, in the main process; what
-reports elsewhere (--report_to) is left alone.
+The callbacks replace transformers' own printing, which is Python dicts, in the main process; those
+of --report_to stay. transformers misses a package or a hub token only once the model is loaded, so
+`check_run` looks for them at the start.
 """
 
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
@@ -26,33 +27,30 @@ logger = logging.getLogger("main")
 
 CURVE_NAME = "loss_curve.png"
 DRAW_EVERY_S = 30.0  # drawing takes about half a second
-LINE_EVERY_S = 600.0  # without a terminal, more than a line per 10 % where those take long
+LINE_EVERY_S = 600.0  # without a terminal, lines between tenths that take longer
 
 
 class ProgressLines(TrainerCallback):
     """Prints a line per log entry above a bar on a terminal, else a line per 10 % of the steps.
 
     Validations and the end of the run are always printed. A line's loss is the mean over the steps
-    taken since the line before; time left is that of this process's own steps.
+    since the previous line.
     """
 
     def __init__(self) -> None:
-        self._opened = ExitStack()  # on_train_begin opens the bar, `close` closes it
+        self._opened = ExitStack()  # closes the bar
         self._bar: tqdm | None = None  # None outside training
         self._validation: Progress | None = None
-        self._losses: list[float] = []  # of the steps taken since the last line
+        self._losses: list[float] = []  # of this process's steps, without skipped ones
+        self._num_printed = 0  # of these losses, in earlier lines
         self._num_skipped = 0  # steps since the last line
-        self._last_loss = math.nan
-        self._sum, self._num_taken = 0.0, 0  # of the losses of this process's steps
 
     def add_step(self, loss: float, *, skipped: bool = False) -> None:
-        """Take the loss of one optimiser step; that of a skipped step is left out of the mean."""
+        """Count an optimizer step and its loss; a skipped one does not enter the mean."""
         if skipped:
             self._num_skipped += 1
         else:
             self._losses.append(loss)
-            self._last_loss = loss
-            self._sum, self._num_taken = self._sum + loss, self._num_taken + 1
 
     def close(self) -> None:
         """Close the bars, also after an error."""
@@ -71,16 +69,17 @@ class ProgressLines(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
         self._first_step = self._line_step = state.global_step
-        self._started = self._first_step_over = self._line_at = time.monotonic()
-        self._has_line = False
+        self._started = self._first_step_over = time.monotonic()
+        self._line_at = -math.inf
         self._bar = self._opened.enter_context(
             open_bar(state.max_steps, "training", unit="step", initial=state.global_step)
         )
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Move the bar, or print the line of a tenth; on_log prints it where it has more to say."""
+        """Advance the bar, or print the line of a tenth unless on_log is about to."""
         assert self._bar is not None, "on_train_begin opened it"
-        self._bar.set_postfix_str(f"loss {self._last_loss:.3f}", refresh=False)
+        last = f"loss {self._losses[-1]:.3f}" if self._losses else "no usable loss"
+        self._bar.set_postfix_str(last, refresh=False)
         self._bar.update()
         if state.global_step == self._first_step + 1:
             self._first_step_over = time.monotonic()  # it may have compiled the model
@@ -88,7 +87,7 @@ class ProgressLines(TrainerCallback):
             self._print_step(state, kwargs)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Print a log entry in words."""
+        """Print a log entry."""
         logs = kwargs["logs"]
         if "train_loss" in logs:
             self._print_trained(args, state, logs)
@@ -113,29 +112,28 @@ class ProgressLines(TrainerCallback):
 
     def _is_wanted(self, state: TrainerState) -> bool:
         """Tell whether a log entry is printed; no step is printed twice."""
-        if self._has_line and self._line_step == state.global_step:
+        if self._line_step == state.global_step:
             return False
         is_late = time.monotonic() - self._line_at >= LINE_EVERY_S
-        return on_terminal() or not self._has_line or is_late or self._is_tenth(state)
+        return on_terminal() or is_late or self._is_tenth(state)
 
     def _print_step(self, state: TrainerState, event: Mapping[str, Any]) -> None:
-        """Print where the run is: step, mean loss since the last line, learning rate, time left."""
-        losses = self._losses
+        """Print the step, the mean loss since the last line, the learning rate and time left."""
+        losses = self._losses[self._num_printed :]
         mean = f"loss {math.fsum(losses) / len(losses):.3f}" if losses else "no usable loss"
         parts = [_step(state), mean]
         if event.get("lr_scheduler") is not None:
             parts.append(f"learning rate {event['lr_scheduler'].get_last_lr()[0]:.2e}")
         if self._num_skipped:
             parts.append(_skipped(self._num_skipped))
-        self._line_step, self._line_at, self._has_line = state.global_step, time.monotonic(), True
         if state.global_step < state.max_steps:
             parts.append(f"{duration(self._time_left(state))} left")
         logger.info("  ".join(parts))
-        losses.clear()
-        self._num_skipped = 0
+        self._line_step, self._line_at = state.global_step, time.monotonic()
+        self._num_printed, self._num_skipped = len(self._losses), 0
 
     def _time_left(self, state: TrainerState) -> float:
-        """Return seconds; the first step of this process is left out once there are others."""
+        """Extrapolate in seconds, without this process's first step once there are others."""
         since, num_steps = self._first_step_over, state.global_step - self._first_step - 1
         if num_steps < 1:
             since, num_steps = self._started, 1
@@ -158,8 +156,8 @@ class ProgressLines(TrainerCallback):
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         text = f"Trained {num_steps} step{'s' if num_steps > 1 else ''} in {duration(spent)} "
         text += f"({num_steps * rows / spent:.3g} rows/s)"
-        if self._num_taken:
-            text += f"  mean loss {self._sum / self._num_taken:.3f}"
+        if self._losses:
+            text += f"  mean loss {math.fsum(self._losses) / len(self._losses):.3f}"
         if skipped := logs.get("skipped_steps"):
             text += f"  {_skipped(skipped)}"
         logger.info(text)
@@ -171,7 +169,7 @@ class ProgressLines(TrainerCallback):
 
 
 def _step(state: TrainerState) -> str:
-    """Return the step and its share, of one width for the whole run."""
+    """Return the step and its percentage, padded to one width for the whole run."""
     width = len(str(state.max_steps))
     share = 100 * state.global_step // state.max_steps
     return f"step {state.global_step:>{width}} of {state.max_steps} ({share:>3} %)"
@@ -182,22 +180,21 @@ def _skipped(count: int) -> str:
 
 
 class CurveCallback(TrainerCallback):
-    """Draws the log history with `draw` to a file: at most every 30 seconds, and at the end."""
+    """Draws the log history with draw(log_history, path): every 30 seconds, and at the end."""
 
     def __init__(
         self, draw: Callable[[Sequence[Mapping[str, Any]], Path], None], path: Path
     ) -> None:
-        """Draw to path with draw(log_history, path)."""
         self.draw, self.path = draw, path
         self._drawn_at = time.monotonic()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Draw when the last picture is old enough."""
+        """Draw if the last picture is old enough."""
         if time.monotonic() - self._drawn_at > DRAW_EVERY_S:
             self.on_train_end(args, state, control)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Draw the run as far as it has come."""
+        """Draw the run so far."""
         try:
             self.draw(state.log_history, self.path)
         except OSError as error:  # a picture is not worth a run
@@ -206,7 +203,7 @@ class CurveCallback(TrainerCallback):
         self._drawn_at = time.monotonic()
 
 
-# ---- Where a run reports to ----
+# ---- Where else a run logs ----
 
 # --report_to: packages of which one is needed, by the names they are imported and installed under.
 # Source: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/integration_utils.py
@@ -215,13 +212,20 @@ PACKAGES: dict[str, dict[str, str]] = {name: {name: name} for name in SAME_NAME.
     "azure_ml": {"azureml": "azureml-core"},
     "comet_ml": {"comet_ml": "comet-ml"},
     "flyte": {"flytekit": "flytekit"},
-    "kubeflow": {},  # it sends to a server, with no package of its own
+    "kubeflow": {},  # sends to a server, without a package
     "tensorboard": {"tensorboard": "tensorboard", "tensorboardX": "tensorboardX"},
 }
 
 
+def check_run(config: RunConfig) -> None:
+    """Refuse to start (UsageError) if what --report_to or --push_to_hub needs is missing."""
+    check_reporting(config.report_to)
+    if config.push_to_hub:
+        in_main_process(partial(check_push_to_hub, config.output_dir, config.trainer_flags))
+
+
 def check_reporting(report_to: str | Sequence[str] | None) -> None:
-    """Check that the packages of --report_to are installed; UsageError with what to type."""
+    """Check that the packages of --report_to are installed."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     if names in (["none"], ["all"]):
         return
@@ -230,20 +234,18 @@ def check_reporting(report_to: str | Sequence[str] | None) -> None:
             f"--report_to is {', '.join(unknown)}; use none, all (whatever is installed) or one of "
             f"{', '.join(sorted(PACKAGES))}."
         )
-    if missing := list(_missing_packages(names)):
+    missing = [
+        next(iter(PACKAGES[name].values()))
+        for name in names
+        if PACKAGES[name] and not any(map(_is_installed, PACKAGES[name]))
+    ]
+    if "dagshub" in names and "mlflow" not in names and not _is_installed("mlflow"):
+        missing.append("mlflow")  # dagshub logs through it
+    if missing:
         raise UsageError(
             f"--report_to {' '.join(names)} needs {' and '.join(missing)}, not installed here; "
             f"type: {sys.executable} -m pip install {' '.join(missing)}"
         )
-
-
-def _missing_packages(names: Sequence[str]) -> Iterator[str]:
-    for name in names:
-        packages = PACKAGES[name]
-        if packages and not any(map(_is_installed, packages)):
-            yield next(iter(packages.values()))
-    if "dagshub" in names and "mlflow" not in names and not _is_installed("mlflow"):
-        yield "mlflow"  # which dagshub logs through
 
 
 def _is_installed(module: str) -> bool:
@@ -252,17 +254,11 @@ def _is_installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def check_push_to_hub(
-    *,
-    output_dir: str | Path,
-    hub_model_id: str | None = None,
-    token: str | None = None,
-    private: bool | None = None,
-) -> None:
-    """Make the repository that --push_to_hub writes to, as transformers would after loading.
+def check_push_to_hub(output_dir: str | Path, flags: Mapping[str, Any]) -> None:
+    """Create the repository that --push_to_hub writes to, as transformers would after loading.
 
-    hub_model_id None names it after output_dir, token None is that of `hf auth login` or HF_TOKEN.
-    UsageError, with what to type, where the hub cannot be reached or refuses.
+    flags may hold hub_model_id (default: the name of output_dir), hub_token (default: that of `hf
+    auth login` or HF_TOKEN) and hub_private_repo.
     """
     from huggingface_hub import HfApi, constants, errors, get_token
 
@@ -271,12 +267,13 @@ def check_push_to_hub(
         raise UsageError(
             f"--push_to_hub needs the hub, and HF_HUB_OFFLINE is set: unset it, {leave_out}"
         )
+    token, private = flags.get("hub_token"), flags.get("hub_private_repo")
     if (token or get_token()) is None:
         raise UsageError(
             "--push_to_hub needs a token that may write: type hf auth login, give --hub_token, "
             f"{leave_out}"
         )
-    repository = hub_model_id or Path(output_dir).absolute().name
+    repository = flags.get("hub_model_id") or Path(output_dir).absolute().name
     try:
         HfApi().create_repo(repository, token=token, private=private, exist_ok=True)
     except (errors.HfHubHTTPError, ValueError) as error:  # refused: token, permission, name
@@ -294,18 +291,3 @@ def check_push_to_hub(
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def check_run(config: RunConfig) -> None:
-    """Refuse to start if what the run reports to is missing (UsageError)."""
-    check_reporting(config.report_to)
-    if config.push_to_hub:
-        flags = config.trainer_flags
-        check = partial(
-            check_push_to_hub,
-            output_dir=config.output_dir,
-            hub_model_id=flags.get("hub_model_id"),
-            token=flags.get("hub_token"),
-            private=flags.get("hub_private_repo"),
-        )
-        in_main_process(check)

@@ -73,13 +73,13 @@ def online(monkeypatch):
 def test_pushing_offline_is_refused(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set: unset it"):
-        check_push_to_hub(output_dir="output/run", token="hf_x")
+        check_push_to_hub("output/run", {"hub_token": "hf_x"})
 
 
 def test_pushing_needs_a_token(online, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(ValueError, match="hf auth login"):
-        check_push_to_hub(output_dir="output/run")
+        check_push_to_hub("output/run", {})
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_hub_that_fails_is_told_in_one_line(error, needed, online, monkeypatch
 
     monkeypatch.setattr(HfApi, "create_repo", fails)
     with pytest.raises(ValueError, match="--push_to_hub: ") as caught:
-        check_push_to_hub(output_dir="output/run", token="hf_x")
+        check_push_to_hub("output/run", {"hub_token": "hf_x"})
     assert needed in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -110,7 +110,7 @@ def test_a_token_without_the_right_is_told_as_such(online, monkeypatch):
 
     monkeypatch.setattr(HfApi, "create_repo", forbidden)
     with pytest.raises(ValueError, match="refuses the repository me/run: 403 Forbidden") as caught:
-        check_push_to_hub(output_dir="output/run", hub_model_id="me/run", token="hf_x")
+        check_push_to_hub("output/run", {"hub_model_id": "me/run", "hub_token": "hf_x"})
     assert "more" not in str(caught.value)
 
 
@@ -119,7 +119,7 @@ def test_the_repository_is_made_as_transformers_would(online, monkeypatch):
     monkeypatch.setattr(
         HfApi, "create_repo", lambda _api, name, **options: made.append((name, options))
     )
-    check_push_to_hub(output_dir="output/run", token="hf_x", private=True)
+    check_push_to_hub("output/run", {"hub_token": "hf_x", "hub_private_repo": True})
     assert made == [("run", {"token": "hf_x", "private": True, "exist_ok": True})]
 
 
