@@ -1,9 +1,9 @@
-"""Steps with a bad loss or gradient: skipped, counted, and the run stopped if they do not end.
+"""Skip steps with a bad loss or gradient, and stop the run if there are too many in a row.
 
 A loss or gradient that is not finite, or exactly zero, teaches nothing and may destroy what was
-learned. Such a step leaves weights and optimizer as they are; the step number, the data and the
-learning-rate schedule, which is a function of the step number, move on. The check costs one
-transfer of two numbers per step. A run that stops says the likely cause and shows the batch.
+learned. Such a step leaves weights and optimizer unchanged; the step number, the data and the
+learning-rate schedule move on. The check costs one device transfer of two numbers per step. A run
+that stops names the likely cause and writes the batch to a file.
 """
 
 import logging
@@ -21,8 +21,8 @@ from ptuning.storage import write_atomically
 from ptuning.train.checkpoints import RunState
 
 BAD_BATCH_NAME = "bad_batch{rank}.txt"  # rank: "" for one process, else _0, _1, ...
-RISING = 1.5  # a logged loss this many times the lowest one has got away
-LARGE_WEIGHT = 100.0  # prefixes start from N(0, 1) and stay near it; 128 x 229,376 draws reach 6
+RISING = 1.5  # a logged loss this many times the lowest one is diverging
+LARGE_WEIGHT = 100.0  # a prefix starts from N(0, 1) and stays near it; 128 x 229,376 draws reach 6
 
 Batch = Mapping[str, Any]
 
@@ -30,11 +30,11 @@ logger = logging.getLogger("main")
 
 
 class BadStepsError(RuntimeError):
-    """Too many steps in a row could not be used; the text says why and what to type."""
+    """Too many bad steps in a row; the text says why and what to type."""
 
 
 def fault_in(loss: float, grad_norm: float) -> str | None:
-    """Say what is wrong with a step; None for one to take.
+    """Say what is wrong with a step; None for a good one.
 
     >>> fault_in(2.0, 0.5), fault_in(float("nan"), 0.5), fault_in(2.0, 0.0)
     (None, 'the loss is nan', 'the gradient is exactly 0')
@@ -49,20 +49,20 @@ def fault_in(loss: float, grad_norm: float) -> str | None:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known when a run is stopped by its bad steps."""
+    """What is known when bad steps stop a run."""
 
     loss: float
     grad_norm: float
     num_labels: int  # answer tokens in the last batch
     dtype: str  # of the base, "float16"
     base_is_finite: bool
-    largest_weight: float  # of what is trained; nan where one is
+    largest_weight: float  # of what is trained; nan if any is
     learning_rate: float
     logged_losses: Sequence[float]
 
 
 def likely_cause(evidence: Evidence) -> str:
-    """Name the most likely cause and what to type, from the evidence alone."""
+    """Name the most likely cause and what to type."""
     if evidence.num_labels == 0:
         return (
             "every label of the batch is masked (-100), so there is no answer to learn; look at "
@@ -75,14 +75,12 @@ def likely_cause(evidence: Evidence) -> str:
         )
     lower = evidence.learning_rate / 10
     losses = [loss for loss in evidence.logged_losses if math.isfinite(loss)]
-    rose = len(losses) > 1 and losses[-1] > RISING * min(losses)
-    grew = not evidence.largest_weight <= LARGE_WEIGHT
-    if rose or grew:
-        signs = []
-        if rose:
-            signs.append(f"the loss rose from {min(losses):.4g} to {losses[-1]:.4g}")
-        if grew:
-            signs.append(f"the largest trained weight is {evidence.largest_weight:.4g}")
+    signs = []
+    if len(losses) > 1 and losses[-1] > RISING * min(losses):
+        signs.append(f"the loss rose from {min(losses):.4g} to {losses[-1]:.4g}")
+    if not evidence.largest_weight <= LARGE_WEIGHT:  # nan is too large
+        signs.append(f"the largest trained weight is {evidence.largest_weight:.4g}")
+    if signs:
         return (
             f"the learning rate is too high ({' and '.join(signs)}); start over with "
             f"--learning_rate {lower:.1g}"
@@ -123,11 +121,11 @@ def gather_evidence(
 
 
 class StepGuard:
-    """Watches the micro-batches of one optimiser step at a time."""
+    """Watches the micro-batches of one optimizer step at a time."""
 
     def __init__(self, *, max_in_a_row: int) -> None:
-        self.max_in_a_row = max_in_a_row  # skipped steps that end a run; 0 never ends it
-        self._losses: list[Tensor] = []  # on the device: reading one would wait for it
+        self.max_in_a_row = max_in_a_row  # skipped steps that stop a run; 0 never does
+        self._losses: list[Tensor] = []  # on the device, so that nothing waits for it
         self.batches: list[Batch] = []
         self._loss_before: Tensor | None = None
 
@@ -144,7 +142,7 @@ class StepGuard:
     def values(self, grad_norm: Tensor | float | None) -> Tensor:
         """Return (2,) float32 on the device: the step's loss, and its gradient norm.
 
-        None for a norm that an engine keeps to itself counts as 1.
+        grad_norm None is unknown, as under DeepSpeed, and counts as 1.
         """
         loss = torch.stack(self._losses).sum()
         norm = 1.0 if grad_norm is None else grad_norm
@@ -153,10 +151,9 @@ class StepGuard:
     def refuse(
         self, model: nn.Module, loss_so_far: Tensor, fault: str, state: RunState, *, step: int
     ) -> bool:
-        """Undo a step before it is taken and count it; True when it is one too many in a row.
+        """Cancel a step and count it; return whether it is one too many in a row.
 
-        An optimizer ignores parameters without a gradient, and the sum of losses in
-        loss_so_far goes back to where it was.
+        An optimizer ignores parameters without a gradient. loss_so_far is restored.
         """
         for parameter in model.parameters():
             parameter.grad = None
@@ -183,7 +180,7 @@ class StepGuard:
         step: int,
         last_sound: Path | None,
     ) -> str:
-        """Write the batch to path for people to read, and say what happened and why.
+        """Write the batch to path, readable, and say what happened and why.
 
         last_sound is the checkpoint to return to, None without one.
         """
@@ -212,7 +209,7 @@ class StepGuard:
 
 
 def correct_mean(logs: dict[str, float], state: RunState, *, step: int) -> None:
-    """Take the mean loss of a log entry over the steps taken, and count the skipped ones in it."""
+    """Average the loss of a log entry over the steps taken, and add the count of skipped ones."""
     if state.skipped_since_log:
         steps = step - state.last_logged_step
         taken = steps - state.skipped_since_log

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: stop after the current step where work could be lost, else at once.
 
-Training defers them: the first asks for a checkpoint and a stop after the step, a Ctrl-C after
-that stops at once. Everywhere else the first one stops.
+Training defers the first signal: a checkpoint is written after the step, then the run stops. A
+Ctrl-C after that stops at once. Everywhere else the first signal stops.
 """
 
 import os
@@ -20,7 +20,7 @@ NOTICE = (
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run; `saved` tells whether a checkpoint was written for it."""
+    """A signal stopped the run; `saved`: after a checkpoint was written."""
 
     def __init__(self, signum: int, *, saved: bool = False) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -45,7 +45,7 @@ class StopRequest(ExitStack):
         self._owner = os.getpid()
 
     def __enter__(self) -> Self:
-        """Install the handlers; outside the main thread Python allows none."""
+        """Install the handlers; Python allows them in the main thread only."""
         self._is_installed = threading.current_thread() is threading.main_thread()
         if self._is_installed:
             for signum in SIGNALS:
@@ -54,10 +54,9 @@ class StopRequest(ExitStack):
 
     @contextmanager
     def deferred(self, *, notice: str = NOTICE) -> Iterator[None]:
-        """Only record the first signal inside; raise Stopped at the end if nothing acted on it.
+        """Record the first signal inside, print notice, and raise Stopped at the end.
 
-        notice is printed at the first signal. After an error signals stay deferred: the run has to
-        report the error.
+        After an error signals stay deferred, so that the run can report it.
         """
         self._is_deferring, self._notice = True, notice
         yield
@@ -66,13 +65,13 @@ class StopRequest(ExitStack):
             raise Stopped(self.requested)
 
     def ignore(self) -> None:
-        """Disregard both signals from here on: the run has ended and is about to say why."""
+        """Ignore both signals from now on: the run has ended and is about to say why."""
         if self._is_installed:
             for signum in SIGNALS:
                 signal.signal(signum, signal.SIG_IGN)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a forked data-loading worker leaves Ctrl-C to its parent
+        if os.getpid() != self._owner:  # a forked data-loading worker: Ctrl-C is its parent's
             if signum == signal.SIGTERM:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
@@ -81,7 +80,7 @@ class StopRequest(ExitStack):
         elif self.requested is None:
             self.requested = signum
             name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
-            # Not print, which may be what the signal interrupted.
+            # not print, which the signal may have interrupted
             os.write(2, self._notice.format(name=name).encode())
         elif signum == signal.SIGINT:
             raise Stopped(signum)
