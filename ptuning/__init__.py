@@ -3,26 +3,45 @@
 Importing this package registers the configuration, the model and the tokenizer with transformers'
 Auto classes and does nothing else. `load_prefix` and `save_prefix` read and write trained prefixes.
 
-Importing torch and transformers takes seconds, so this module imports neither: `--help` and a typo
-are answered at once. Registration waits for the first use of an Auto class, as in
-`from transformers import AutoModel`. That is also the one moment at which it is safe: while
-transformers is being imported, one of our own modules may be the half-imported importer. An Auto
-class imported from below `transformers.models` does not trigger it; one from `transformers` does.
+Importing torch and transformers takes seconds, so this module imports neither, and `--help` answers
+at once. Registration waits for the first use of an Auto class from `transformers` (not one from
+`transformers.models`). It must wait: while transformers is being imported, one of our own modules
+may be the importer, itself half imported.
 """
 
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ptuning.versions import check_versions
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 if TYPE_CHECKING:
     from ptuning.tunings.prefix import load_prefix, save_prefix
 
 __all__ = ["load_prefix", "save_prefix"]
+
+SUPPORTED = ("torch>=2.8", "transformers>=5.10,<6")
+
+
+def check_versions() -> None:
+    """Raise a one-line ImportError when torch or transformers is missing or out of range."""
+    for needed in SUPPORTED:
+        requirement = Requirement(needed)
+        try:
+            found = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            found = "not installed"
+        else:
+            if requirement.specifier.contains(Version(found).base_version):  # of a nightly, too
+                continue
+        raise ImportError(
+            f"{requirement.name} is {found}; this toolkit needs {needed}: pip install '{needed}'"
+        )
 
 
 def __getattr__(name: str) -> Any:
@@ -54,7 +73,7 @@ def _register() -> None:
 
 
 class _TransformersFinder(MetaPathFinder):
-    """Notices an import of transformers and sets it up to call `_register` in time."""
+    """Hooks the import of transformers, so that `_register` runs before the first Auto class."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -79,8 +98,8 @@ class _TransformersFinder(MetaPathFinder):
 def _register_on_first_use(lazy_module: Any) -> None:
     """Register before transformers looks up the first of its Auto classes.
 
-    transformers looks up each of its names when it is asked for, in `__getattr__` of the class of
-    its modules. The class is patched rather than the module, which transformers makes twice.
+    transformers resolves its names lazily in `__getattr__` of its module class. The class is
+    patched, not the module, because transformers creates the module twice.
     """
     look_up = lazy_module.__getattr__
 

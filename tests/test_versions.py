@@ -4,22 +4,7 @@ from importlib import metadata
 
 import pytest
 
-from ptuning.versions import check_versions, parse_version
-
-
-@pytest.mark.parametrize(
-    ("text", "version"),
-    [
-        ("5.23.0", (5, 23)),
-        ("2.13.0+cpu", (2, 13)),
-        ("2.9.0a0+git1234", (2, 9)),
-        ("5.10.0.dev0", (5, 10)),
-        ("5.10rc1", (5, 10)),
-        ("2.8", (2, 8)),
-    ],
-)
-def test_major_and_minor_are_read(text: str, version: tuple[int, int]) -> None:
-    assert parse_version(text) == version
+from ptuning import check_versions
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **installed: str | None) -> None:
@@ -40,7 +25,12 @@ def test_what_is_installed_here_passes() -> None:
 
 @pytest.mark.parametrize(
     ("torch", "transformers"),
-    [("2.8.0", "5.10.0"), ("2.13.0+cpu", "5.23.0"), ("3.0.1", "5.99.9")],
+    [
+        ("2.8.0", "5.10.0"),
+        ("2.13.0+cpu", "5.23.0"),
+        ("3.0.1", "5.99.9"),
+        ("2.8.0a0+git1", "5.10.0.dev0"),
+    ],
 )
 def test_the_range_is_inclusive_below_and_open_above(
     monkeypatch: pytest.MonkeyPatch, torch: str, transformers: str
@@ -52,15 +42,15 @@ def test_the_range_is_inclusive_below_and_open_above(
 @pytest.mark.parametrize(
     ("torch", "transformers", "message"),
     [
-        ("2.7.1", "5.23.0", r"^torch is 2\.7\.1; .* torch >= 2\.8: pip install 'torch>=2\.8'$"),
+        ("2.7.1", "5.23.0", r"^torch is 2\.7\.1; .* torch>=2\.8: pip install 'torch>=2\.8'$"),
         (None, "5.23.0", r"^torch is not installed; .* pip install 'torch>=2\.8'$"),
         (
             "2.13.0",
             "4.27.1",
             r"^transformers is 4\.27\.1; .* pip install 'transformers>=5\.10,<6'$",
         ),
-        ("2.13.0", "5.9.1", r"^transformers is 5\.9\.1; this toolkit needs transformers >= 5\.10"),
-        ("2.13.0", "6.0.0", r"^transformers is 6\.0\.0; this toolkit needs transformers >= 5\.10"),
+        ("2.13.0", "5.9.1", r"^transformers is 5\.9\.1; this toolkit needs transformers>=5\.10"),
+        ("2.13.0", "6.0.0", r"^transformers is 6\.0\.0; this toolkit needs transformers>=5\.10"),
         ("2.13.0", None, r"^transformers is not installed; "),
     ],
 )
