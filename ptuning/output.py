@@ -1,8 +1,4 @@
-"""What a command prints: log lines and progress.
-
-On a terminal a loop shows a tqdm bar. Where the output goes to a file or a pipe it logs a line per
-10 % instead, without carriage returns.
-"""
+"""Log lines and progress: a tqdm bar on a terminal, a log line per 10 % in a file or a pipe."""
 
 import io
 import logging
@@ -17,17 +13,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 logger = logging.getLogger(__name__)
 
-BAR_BYTES = 10**9  # less is read or written within seconds
-LINE_EVERY_S = 2.0  # a loop that is over sooner logs no line
+BAR_BYTES = 10**9  # less takes only seconds
+LINE_EVERY_S = 2.0  # shorter loops log nothing
 
-_bars_allowed = True  # --disable_tqdm; like the logging level, one setting for the process
+_bars_allowed = True  # --disable_tqdm, for the whole process like the logging level
 
 
 def start_logging(level: int, stream: TextIO) -> None:
-    """Log messages as plain lines to a stream.
-
-    A character that the terminal's encoding lacks is printed as an escape sequence.
-    """
+    """Log plain lines to stream; characters that the terminal lacks are printed as escapes."""
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="backslashreplace")
@@ -35,24 +28,24 @@ def start_logging(level: int, stream: TextIO) -> None:
 
 
 def use_bars(allowed: bool) -> None:
-    """Allow progress bars on a terminal, or have every loop log lines (--disable_tqdm)."""
+    """Allow progress bars on a terminal, or make every loop log lines (--disable_tqdm)."""
     global _bars_allowed
     _bars_allowed = allowed
 
 
 def on_terminal() -> bool:
-    """Tell whether a person watches: `main.py | tee log` must not mix bars into the lines."""
+    """Return whether stdout and stderr are terminals; `main.py | tee log` must not show bars."""
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 def shows_bars() -> bool:
-    """Tell whether loops show progress bars, rather than log lines."""
+    """Return whether loops show progress bars rather than log lines."""
     return _bars_allowed and on_terminal()
 
 
 @contextmanager
 def open_bar(total: float | None, title: str, **options: Any) -> Iterator[tqdm]:
-    """Open a progress bar that log lines are printed above; it shows nothing without a terminal.
+    """Open a progress bar, invisible without a terminal; log lines appear above it.
 
     options are tqdm's.
     """
@@ -68,7 +61,7 @@ def open_bar(total: float | None, title: str, **options: Any) -> Iterator[tqdm]:
 
 @contextmanager
 def bars_for(num_bytes: int) -> Iterator[None]:
-    """Leave transformers its progress bars on a terminal, for weights that take a while."""
+    """Let transformers show its progress bars on a terminal if num_bytes is large."""
     from transformers.utils import logging as transformers_logging
 
     was_enabled = transformers_logging.is_progress_bar_enabled()
@@ -82,10 +75,7 @@ def bars_for(num_bytes: int) -> Iterator[None]:
 
 
 class Progress(ExitStack):
-    """The progress of a loop over `total` items: a bar on a terminal, else a log line per 10 %.
-
-    total None is unknown: without a bar, nothing is logged.
-    """
+    """Progress of a loop over `total` items; without a bar, an unknown total logs nothing."""
 
     def __init__(
         self,
@@ -97,7 +87,7 @@ class Progress(ExitStack):
         visible: bool = True,
         leave: bool = True,
     ) -> None:
-        """Take the loop's size and name; `initial` items are already done."""
+        """Start after `initial` items."""
         super().__init__()
         self.total, self.title, self.unit, self.visible = total, title, unit, visible
         self.done = self.initial = initial
@@ -111,7 +101,7 @@ class Progress(ExitStack):
         return self
 
     def update(self, count: int = 1) -> None:
-        """Count items that are done."""
+        """Count finished items."""
         self.done += count
         self.bar.update(count)
         if self.total and self.visible and self.bar.disable:
@@ -142,7 +132,7 @@ def tenths(done: int, total: int) -> int:
 
 
 def duration(time_s: float) -> str:
-    """Return a time in words, in two units at most.
+    """Return a time in at most two units.
 
     >>> [duration(time_s) for time_s in (0.34, 42.4, 80, 754, 7380, 100_000)]
     ['0.3 s', '42 s', '1 min 20 s', '12 min 34 s', '2 h 3 min', '1 day 4 h']
@@ -166,7 +156,7 @@ def _two(large: int, large_unit: str, small: int, small_unit: str) -> str:
 
 
 def signed(value: float, digits: int) -> str:
-    """Return a change with its sign; one that rounds to 0 has none.
+    """Return a change with its sign, unless it rounds to 0.
 
     >>> signed(0.9481, 3), signed(-3.75, 2), signed(-0.0004, 3)
     ('+0.948', '-3.75', '0.000')

@@ -1,7 +1,7 @@
-"""`python -m ptuning answer FILE --output ROWS.jsonl`: a base's own answers, as rows for --mix.
+"""`python -m ptuning answer FILE --output ROWS.jsonl`: a base's own answers as rows for --mix.
 
-Training on them beside a task holds the base to what it said before, with no labelled data at all.
-The prompts should be others than those that forgetting is measured with.
+Mixing them into training preserves the base's behaviour without labelled data (self-distillation).
+Use other prompts than those that forgetting is measured with.
 """
 
 import argparse
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer, write the rows, and say how many were left out."""
+    """Answer the prompts, write the rows, and say how many were dropped."""
     prompts = list(dict.fromkeys(read_general_prompts(arguments.prompts).prompts))
     base = find_base(arguments.model, flag="--model")
     tokenizer = load_tokenizer(base)
@@ -45,15 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(arguments.output, lines.encode("utf-8", "backslashreplace"))
-    left_out = len(prompts) - len(rows)
     logger.info(
-        "wrote %d rows to %s; left out %d answers that were empty or longer than %d tokens",
+        "wrote %d rows to %s; dropped %d answers that were empty or longer than %d tokens",
         len(rows),
         arguments.output,
-        left_out,
+        len(prompts) - len(rows),
         arguments.max_new_tokens,
     )
-    logger.info("train beside a task: --mix %s:0.2", arguments.output)
+    logger.info("mix them into training with --mix %s:0.2", arguments.output)
     return 0
 
 
@@ -65,7 +64,7 @@ def answer(
     *,
     batch_size: int,
 ) -> list[str | None]:
-    """Return the greedy answers in order, None for one that is empty or did not end."""
+    """Return the greedy answers in order, None for an empty or unfinished one."""
     examples = [Example(prompt, "", prompt) for prompt in prompts]
     longest = model.config.max_sequence_length - (decoding.max_new_tokens or 0)
     ids, _ = to_generation_batch(tokenizer, examples, max_source_length=longest)

@@ -1,1 +1,1 @@
-"""Strings in, numbers and pages out: metrics, predictions, report."""
+"""Answers of the tuned model and its base: predictions, scores, forgetting, the report page."""

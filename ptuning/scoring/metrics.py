@@ -1,9 +1,8 @@
 """The published scores of a prediction, in percent, and the table that compares two models.
 
-ROUGE-1/2/L is computed on words, BLEU-4 on characters. Every row is rounded to 4 places before the
-mean is taken, as in the published evaluation, so the figures compare with published tables digit by
-digit. What differs: a blank prediction scores 0 instead of ending the run and is counted, and a row
-without a label is left out of every mean.
+ROUGE-1/2/L is computed on words, BLEU-4 on characters. As published, every row is rounded to 4
+places before the mean is taken, so the figures match published tables digit by digit. Unlike there,
+a blank prediction scores 0 instead of ending the run, and a row without a label is skipped.
 Sources: ROUGE from rouge_chinese (F1 on jieba words), BLEU from nltk (`sentence_bleu`, method3
 smoothing: Chen and Cherry 2014, https://aclanthology.org/W14-3346).
 """
@@ -38,12 +37,12 @@ NO_MATCH = PairScores(0.0, 0.0, 0.0, 0.0)
 
 
 class CorpusScores(NamedTuple):
-    """Means in percent over the rows that were scored, and the numbers of rows."""
+    """Means in percent over the scored rows, and row counts."""
 
     means: PairScores | None  # None: no row was scored
     samples: int  # rows answered
-    scored: int  # those with a label
-    empty: int  # blank answers, of the rows answered
+    scored: int  # rows with a label
+    empty: int  # blank answers
 
     def by_published_name(self, prefix: str = "predict") -> dict[str, float | None]:
         """Return `{prefix}_bleu-4` and so on, the keys of `predict_results.json`.
@@ -62,7 +61,7 @@ class CorpusScores(NamedTuple):
 def mean_scores(
     predictions: Sequence[str | None], scores: Sequence[PairScores | None]
 ) -> CorpusScores:
-    """Return the means over the rows that have scores, given all rows as `score_pair` takes them.
+    """Return the means over the rows that have scores; predictions are as `score_pair` takes them.
 
     >>> mean_scores(["裤子", "", None], [PairScores(5.0, 0.0, 4.0, 1.0), None, None])[1:]
     (2, 1, 1)
@@ -76,19 +75,19 @@ def mean_scores(
 
 
 class ScoreLine(NamedTuple):
-    """One score of two models, as text, and its change."""
+    """One score of two models and its change, as text."""
 
     heading: str
     base: str
     tuned: str
     change: str
-    gain: float  # above 0 if tuned is better; always 0 for a number of rows
+    gain: float  # above 0 if tuned is better; 0 for a row count
 
 
 def compare_scores(base: CorpusScores, tuned: CorpusScores) -> list[ScoreLine]:
-    """Return one line per score; a change is the difference of the two numbers as printed.
+    """Return one line per score; a change is the difference of the numbers as printed.
 
-    Without any label there are no lines but those that count rows.
+    Without any label there are only the lines that count rows.
     """
     figures: list[tuple[str, float, float, int, int]] = []  # heading, base, tuned, places, sign
     if base.means is not None and tuned.means is not None:
@@ -140,10 +139,9 @@ def format_scores_table(base: CorpusScores | None, tuned: CorpusScores) -> str:
 
 
 def score_pair(prediction: str | None, label: str) -> PairScores | None:
-    """Score one prediction; a blank one scores 0 on everything.
+    """Score one prediction; a blank one scores 0.
 
-    None where there is nothing to compare: no answer was asked for (prediction None), or the label
-    is blank.
+    None if there is nothing to compare: prediction is None (not asked for) or the label is blank.
 
     >>> score_pair("今天天气很好", "今天天气不错")
     PairScores(rouge_1=40.0, rouge_2=0.0, rouge_l=40.0, bleu_4=50.8133)
@@ -156,7 +154,7 @@ def score_pair(prediction: str | None, label: str) -> PairScores | None:
         return NO_MATCH
     from rouge_chinese import Rouge
 
-    # Never blank here: jieba keeps every character, so rouge_chinese finds at least one word.
+    # jieba keeps every character, so rouge_chinese finds at least one word.
     rouge = Rouge().get_scores(_words(prediction), _words(label))[0]
     fractions = [rouge[name]["f"] for name in ("rouge-1", "rouge-2", "rouge-l")]
     fractions.append(_bleu_4(prediction, label))
@@ -164,7 +162,7 @@ def score_pair(prediction: str | None, label: str) -> PairScores | None:
 
 
 def is_blank(text: str) -> bool:
-    r"""Return whether a text holds nothing but white space.
+    r"""Return whether a text is empty or white space.
 
     >>> is_blank(" \n"), is_blank("。")
     (True, False)
@@ -181,23 +179,22 @@ def _bleu_4(prediction: str, label: str) -> float:
 
 
 def _words(text: str) -> str:
-    """Return the text's jieba words joined by blanks, the form rouge_chinese reads."""
+    """Return the text's jieba words separated by spaces, as rouge_chinese expects."""
     return " ".join(_word_cutter()(text))
 
 
 @functools.cache
 def _word_cutter() -> Callable[[str], Iterable[str]]:
-    """Load jieba's own dictionary once, about a second, and return its word splitter.
+    """Load jieba's dictionary once, about a second, and return its word cutter.
 
-    A splitter of our own, filled by hand, spares three things of jieba's shared one: its log lines,
-    a cache file in the temporary folder (which may be read-only, or somebody else's), and words
-    that other code in this process added to it, which would change the scores.
+    A private tokenizer avoids the shared one's log lines, its cache file in the temporary folder
+    (which may be read-only), and words that other code has added to it, which change the scores.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in its source, and pkg_resources
         import jieba
-    splitter: Any = jieba.Tokenizer()
-    splitter.FREQ, splitter.total = splitter.gen_pfdict(splitter.get_dict_file())
-    splitter.initialized = True
-    cut: Callable[[str], Iterable[str]] = splitter.cut
+    tokenizer: Any = jieba.Tokenizer()
+    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
+    tokenizer.initialized = True
+    cut: Callable[[str], Iterable[str]] = tokenizer.cut
     return cut

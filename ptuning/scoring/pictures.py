@@ -45,43 +45,43 @@ STYLE: Any = {  # matplotlib's rcParams
     "legend.frameon": False,
     "text.color": TEXT_COLOUR,
 }
-# Fonts with Chinese characters on Linux, Windows and macOS, for names of files.
+# For file names: fonts with Chinese characters on Linux, Windows and macOS.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC")
 NUM_BINS = 30
 SUFFIXES = (".png", ".svg")
-SMOOTHING_SHARE = 20  # one smoothed point is the mean over 1/20 of the run around it
+SMOOTHING_SHARE = 20  # a smoothed point is the mean over 1/20 of the run
 FEWEST_TO_SMOOTH = 8  # fewer points are not smoothed
 
 
 class Point(NamedTuple):
-    """A logged value and the optimiser step it was logged at."""
+    """A logged value and its optimiser step."""
 
     step: float
     value: float
 
 
 class LossHistory(NamedTuple):
-    """What a loss curve is drawn from; every value is finite, every list is in step order."""
+    """The curves of a run, finite values in step order."""
 
     train: list[Point]
     validation: list[Point]
     learning_rate: list[Point]
-    non_finite_steps: list[float]  # where a training or validation loss was NaN or infinite
-    last_epoch: float | None  # None when no entry says
+    non_finite_steps: list[float]  # of losses that were NaN or infinite
+    last_epoch: float | None  # None: not logged
 
     @property
     def best(self) -> Point | None:
-        """The lowest validation loss, the earliest if several; None without validation."""
+        """The first of the lowest validation losses; None without validation."""
         return min(self.validation, key=lambda point: point.value, default=None)
 
     @property
     def steps(self) -> list[float]:
-        """The steps of all losses that can be drawn."""
+        """The steps of all finite losses."""
         return [point.step for point in (*self.train, *self.validation)]
 
     @property
     def remark(self) -> str:
-        """A one-line warning to show next to the curve; empty if all is well."""
+        """A one-line warning to show with the curve, or ""."""
         if not self.train and not self.validation:
             return "no finite loss logged"
         if not self.non_finite_steps:
@@ -92,7 +92,7 @@ class LossHistory(NamedTuple):
 
 
 def read_log_history(entries: Iterable[Mapping[str, Any]]) -> LossHistory:
-    """Sort a `log_history` into curves.
+    """Return the curves of a `log_history`.
 
     >>> history = read_log_history([{"step": 10, "loss": 4.5}, {"step": 10, "eval_loss": 4.25}])
     >>> history.train, history.best
@@ -131,10 +131,10 @@ def load_log_history(trainer_state_path: Path) -> list[dict[str, Any]]:
 
 
 def smooth(points: list[Point]) -> list[Point]:
-    """Return the centred moving mean, as many points as given; too few points give none.
+    """Return the centred moving mean of each point; [] for fewer than FEWEST_TO_SMOOTH points.
 
     At the left end, where a loss falls steeply, the window shrinks and stays centred. At the right
-    end, where it is flat, the window is only cut off, so that no single noisy point ends the curve.
+    end it is only cut off, so that no single noisy point ends the curve.
 
     >>> line = [Point(step, 2.0 * step) for step in range(40)]
     >>> smooth(line)[:-1] == line[:-1], smooth(line)[-1], smooth(line[:7])
@@ -156,7 +156,7 @@ def _drawable(points: list[Point]) -> list[Point]:
 
 
 class Lengths(NamedTuple):
-    """The lengths of one file's texts in tokens, control tokens not counted."""
+    """The lengths of one file's texts in tokens, without control tokens."""
 
     name: str
     prompts: Sequence[int]
@@ -164,7 +164,7 @@ class Lengths(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """A limit on texts, and how many of its tokens are left for text."""
+    """A length limit, and how many of its tokens remain for text."""
 
     flag: str
     length: int
@@ -173,7 +173,7 @@ class Limit(NamedTuple):
 
 @contextmanager
 def _picture(path: Path, width: float, height: float) -> "Iterator[Figure]":
-    """Yield a figure, width by height inches, and write it as PNG or SVG, by the path's suffix."""
+    """Yield a figure of width x height inches; write it as PNG or SVG, by the path's suffix."""
     from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure
 
@@ -188,7 +188,7 @@ def _picture(path: Path, width: float, height: float) -> "Iterator[Figure]":
 
 
 def draw_loss_curve(log_history: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Draw what was logged: losses above, learning rate below; without a finite loss, say so."""
+    """Draw the losses, with the learning rate below; without a finite loss, say so."""
     history = read_log_history(log_history)
     with _picture(path, 8.0, 5.0) as figure:
         if not history.steps:
@@ -237,7 +237,7 @@ def _draw_losses(axes: "Axes", history: LossHistory) -> None:
             label="validation loss",
         )
     if history.non_finite_steps:
-        # A cross on the lower edge for each loss that has no place on the scale.
+        # A cross on the lower edge for each loss that the scale cannot show.
         axes.plot(
             history.non_finite_steps,
             [0.015] * len(history.non_finite_steps),
@@ -257,7 +257,7 @@ def _draw_losses(axes: "Axes", history: LossHistory) -> None:
 
 
 def _mark_best(axes: "Axes", best: Point, steps: list[float]) -> None:
-    """Circle the best validation point and label it below, on the side that has room."""
+    """Circle the best validation loss and label it below, on the side that has room."""
     axes.plot(
         [best.step],
         [best.value],
@@ -305,7 +305,7 @@ def _draw_learning_rate(axes: "Axes", points: list[Point]) -> None:
 def draw_length_histogram(
     files: Sequence[Lengths], path: Path, *, prompt_limit: Limit, answer_limit: Limit
 ) -> None:
-    """Draw the share of rows by length, prompts left, answers right, one line for each of 6 files.
+    """Draw histograms of prompt and answer lengths, one line per file, 6 files at most.
 
     Raises ValueError for a suffix other than .png or .svg, and if no file has rows.
     """
@@ -329,7 +329,7 @@ def check_picture_name(path: Path) -> None:
 def _draw_side(
     axes: "Axes", noun: str, files: Sequence[tuple[str, Sequence[int]]], limit: Limit
 ) -> None:
-    """Draw one panel: a stepped line for each file, and the limit across them."""
+    """Draw one panel: a stepped line per file, and the limit."""
     import numpy as np
 
     arrays = [np.asarray(lengths) for _, lengths in files]

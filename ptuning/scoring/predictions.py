@@ -2,8 +2,8 @@
 
 Predictions have the published format, one JSON line {"labels", "predict"} per row in row order.
 They are written as rows finish, so a stopped run resumes where it ended. A state file next to them
-holds the caller's fingerprint of everything that shapes an answer (data, model, prefix, decoding);
-rows made under another fingerprint are never mixed with new ones.
+holds a fingerprint of everything that determines an answer (data, model, prefix, decoding), so that
+rows of another run are never mixed with new ones.
 """
 
 import json
@@ -24,23 +24,22 @@ logger = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
-    """One finished row: the expected answer and the generated one."""
+    """One row's reference answer and generated answer."""
 
     label: str
     prediction: str
 
 
 class PredictionFile(AbstractContextManager["PredictionFile"]):
-    """`generated_predictions.txt`, open for the rows that are still missing.
+    """`generated_predictions.txt`, open for the missing rows.
 
-    `finished` holds the rows found on opening, in row order: generate from row `len(finished)` on.
-    An earlier run's file is replaced when the first new row is written, or on closing if there was
-    none, so a run that fails before its first answer keeps the old rows. One process writes at a
-    time.
+    `finished` holds the rows found on opening: generate from row `len(finished)` on. Another run's
+    file is replaced when the first new row is written, or on closing if there is none, so a run
+    that fails before its first answer keeps the old rows. One process writes at a time.
     """
 
     def __init__(self, path: Path, *, fingerprint: str) -> None:
-        """Open for rows made under `fingerprint`, and read those that are already there."""
+        """Open for rows of this fingerprint, and read those that are already there."""
         self.path = path
         self.state_path = path.with_name(f"{path.stem}.state.json")
         self.finished: list[Prediction] = []
@@ -59,9 +58,9 @@ class PredictionFile(AbstractContextManager["PredictionFile"]):
             self._file.close()
 
     def add(self, index: int, label: str, prediction: str) -> None:
-        """Write row `index`, counted from 0, or hold it until the rows before it have arrived.
+        """Write row `index` (from 0), or hold it until the rows before it have arrived.
 
-        Held rows are lost if the run is stopped: keep the window of rows in flight small.
+        Held rows are lost if the run is stopped.
         """
         if index < self.next_index or index in self._waiting:
             raise ValueError(
@@ -74,7 +73,7 @@ class PredictionFile(AbstractContextManager["PredictionFile"]):
             self.next_index += 1
 
     def restart(self) -> None:
-        """Forget the finished rows: the file is replaced when the first new row is written."""
+        """Drop the finished rows: the first new row replaces the file."""
         self.finished = []
         self.next_index = 0
 
@@ -83,8 +82,8 @@ class PredictionFile(AbstractContextManager["PredictionFile"]):
         self._open_file().close()
         if self._waiting:
             raise ValueError(
-                f"Row {self.next_index} of {self.path.name} never came, so {len(self._waiting)} "
-                f"later rows were not written. Run again to go on from row {self.next_index}."
+                f"Row {self.next_index} of {self.path.name} is missing, so {len(self._waiting)} "
+                f"later rows were not written. Run again to resume from row {self.next_index}."
             )
 
     def _write(self, row: Prediction) -> None:
@@ -102,7 +101,7 @@ class PredictionFile(AbstractContextManager["PredictionFile"]):
         return self._file
 
     def _start_over(self) -> None:
-        """Empty the file and claim it; if stopped half-way, it has no state file and no owner."""
+        """Empty the file, then write its state: a file without a state belongs to no run."""
         self.state_path.unlink(missing_ok=True)
         write_atomically(self.path, b"")
         write_atomically(self.state_path, _json_bytes(self._state))
@@ -113,11 +112,11 @@ class PredictionFile(AbstractContextManager["PredictionFile"]):
         except FileNotFoundError:
             return False
         except ValueError:
-            logger.warning("%s is not JSON; the predictions beside it start anew.", self.state_path)
+            logger.warning("%s is not JSON; its predictions are made again.", self.state_path)
             return False
 
     def _resume(self) -> None:
-        """Keep the complete rows and cut off whatever follows them."""
+        """Read the complete rows and truncate the file after them."""
         content = self.path.read_bytes()
         kept_bytes = 0
         for line in content.splitlines(keepends=True):
@@ -130,7 +129,7 @@ class PredictionFile(AbstractContextManager["PredictionFile"]):
             with self.path.open("r+b") as file:
                 file.truncate(kept_bytes)
             logger.warning(
-                "%s: cut off %d bytes after row %d, which a stopped run left unfinished.",
+                "%s: removed %d bytes of an unfinished row after row %d.",
                 self.path.name,
                 len(content) - kept_bytes,
                 len(self.finished),
@@ -138,7 +137,7 @@ class PredictionFile(AbstractContextManager["PredictionFile"]):
 
 
 def write_results(path: Path, metrics: Mapping[str, float | int | str | None]) -> None:
-    """Write `predict_results.json`, keys sorted; a number JSON cannot hold (NaN) becomes null."""
+    """Write `predict_results.json` with sorted keys; NaN and infinity become null."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in metrics.items()
@@ -147,7 +146,7 @@ def write_results(path: Path, metrics: Mapping[str, float | int | str | None]) -
 
 
 def _parse_line(line: bytes) -> Prediction | None:
-    """Return the row in a line; None if the line is broken JSON or UTF-8, or no row."""
+    """Return the row in a line; None for broken JSON or UTF-8, or another object."""
     try:
         row: Any = json.loads(line)
         return Prediction(row["labels"], row["predict"])

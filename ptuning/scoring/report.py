@@ -1,8 +1,8 @@
-"""One self-contained HTML page about an evaluation: scores, loss curve, settings, rows compared.
+"""A self-contained HTML page about an evaluation: scores, loss curve, settings, rows compared.
 
-`report.html.j2` holds the markup, the style sheet and the script. The page opens from a file on any
-machine and fetches nothing. All data is escaped, and the page's content security policy allows its
-own script only, so markup in an answer is shown as text.
+`report.html.j2` holds the markup, the style sheet and the script; the page loads nothing else. All
+data is escaped, and the content security policy allows only the page's own script, so markup in an
+answer is shown as text.
 """
 
 import base64
@@ -27,20 +27,20 @@ DEFAULT_MAX_ROWS = 200
 TEXT_BUDGET_BYTES = 360_000  # of all texts; with 200 rows' markup the page stays under 500 kB
 TEXT_LIMITS = (100_000, 4000, 2000, 1000, 600, 400, 300, 200, 150, 100)  # characters of one text
 NUM_OPEN_ROWS = 3  # the others are collapsed
-UNSCORED_SHARE = 4  # where too many rows are scored to show all, a quarter is kept for the others
-RETENTION_MAX_ROWS = 60  # a file of one's own may hold more; the most changed are shown
+UNSCORED_SHARE = 4  # 1/4 of a thinned page is reserved for rows without scores
+RETENTION_MAX_ROWS = 60  # the most changed ones, of a longer file
 RETENTION_TEXT_LIMIT = 400  # characters of one text
-# What was tuned -> the method, and what it makes; Chinese words as in README_zh.md.
+# By tuning: the name of the method, and of what it trains. Chinese terms are those of README_zh.md.
 METHODS = {"ptuning": "P-Tuning v2", "lora": "LoRA", "full": "全量微调 full fine-tuning"}
 TUNED_LABELS = {
     "ptuning": "前缀 prefix",
     "lora": "LoRA 适配器 adapter",
     "full": "微调后的模型 tuned model",
 }
-# Pixels of the loss curve: the whole picture, and the edges of the plot within its scales.
+# Of the loss curve in pixels: the whole picture, and the edges of the plot inside the scales.
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 48, 696, 12, 248
-MOST_POINTS = 600  # of one line; more cannot be told apart at this width
+MOST_POINTS = 600  # of one line; more are indistinguishable at this width
 MOST_TICKS = 6
 
 
@@ -58,7 +58,7 @@ class ReportRow:
 
     @property
     def gain(self) -> float | None:
-        """BLEU-4 of the tuned answer over that of the base; None without either."""
+        """BLEU-4 of the tuned answer minus that of the base; None without either."""
         if self.tuned_bleu is None or self.base_bleu is None:
             return None
         return self.tuned_bleu - self.base_bleu
@@ -100,7 +100,7 @@ def run_name(tuned_path: str) -> str:
 
 
 def write_report(path: Path, report: ReportData) -> None:
-    """Write the page; a lone surrogate in a text becomes a character reference."""
+    """Write the page; a lone surrogate becomes a character reference."""
     write_atomically(path, render_report(report).encode("utf-8", "xmlcharrefreplace"))
 
 
@@ -155,10 +155,10 @@ def _sha256(text: str) -> str:
 
 
 def choose_rows(rows: Sequence[ReportRow], max_rows: int) -> list[ReportRow]:
-    """Return the rows to show, best tuned BLEU-4 first, then those that are not scored.
+    """Return the rows to show, best tuned BLEU-4 first, then those without scores.
 
-    Too many rows are thinned evenly over that order, the two kinds apart, so the shown ones include
-    the best and the worst and have the distribution of all.
+    Too many rows are thinned evenly in that order, scored and unscored ones separately, so that the
+    best, the worst and the distribution of all rows are preserved.
 
     >>> rows = [ReportRow(i, "", "", "", tuned_bleu=float(i)) for i in range(9)]
     >>> [row.index for row in choose_rows(rows, 3)]
@@ -176,13 +176,13 @@ def choose_rows(rows: Sequence[ReportRow], max_rows: int) -> list[ReportRow]:
 
 
 def _thin(rows: Sequence[ReportRow], max_rows: int) -> list[ReportRow]:
-    """Return at most max_rows rows, evenly taken, the first and the last among them."""
+    """Return at most max_rows evenly spaced rows, including the first and the last."""
     count, last = min(len(rows), max_rows), len(rows) - 1
     return [rows[round(place * last / max(1, count - 1))] for place in range(count)]
 
 
 def fitting_text_limit(rows: Sequence[ReportRow]) -> int:
-    """Return how many characters of a text to show so that the page keeps its size."""
+    """Return how many characters of a text to show so that the page keeps its size limit."""
     texts = [text for row in rows for text in row.texts]
     for limit in TEXT_LIMITS:
         size = sum(len(escape(text[:limit]).encode("utf-8", "replace")) for text in texts)
@@ -192,7 +192,7 @@ def fitting_text_limit(rows: Sequence[ReportRow]) -> int:
 
 
 def _value_text(value: object) -> str:
-    """Return a setting as the READMEs write it.
+    """Return a setting as written in the READMEs.
 
     >>> _value_text(None), _value_text(False), _value_text(0.95)
     ('未设 unset', 'false', '0.95')
@@ -205,15 +205,14 @@ def _value_text(value: object) -> str:
 def _plot(history: LossHistory) -> dict[str, Any]:
     """Return the loss curve in pixels for the template to draw; needs at least one finite loss.
 
-    The page has its own inline SVG because its colours come from the style sheet and follow dark
-    mode, its labels are text, and it is a few kilobytes.
+    An inline SVG rather than matplotlib's: it follows dark mode and takes a few kilobytes.
     """
     losses = [point.value for point in (*history.train, *history.validation)]
     across, step_ticks = _axis(history.steps, LEFT, RIGHT, margin=0.0, integer=True)
     upward, loss_ticks = _axis(losses, BOTTOM, TOP, margin=0.08, integer=False)
 
     def place(points: Sequence[Point]) -> list[tuple[float, float]]:
-        """Place every k-th point and the last one, at most about MOST_POINTS."""
+        """Place every k-th point and the last one, about MOST_POINTS at most."""
         stride = max(1, math.ceil(len(points) / MOST_POINTS))
         kept = [*points[:-1:stride], *points[-1:]]
         return [(across(point.step), upward(point.value)) for point in kept]
@@ -247,7 +246,7 @@ def _axis(
     from matplotlib.ticker import MaxNLocator
 
     low, high = min(values), max(values)
-    # A single value is placed in the middle of a range around it.
+    # A single value is centred in a range around it.
     spread = margin * (high - low) if high > low else max(abs(high), 1.0) * 0.1
     low, high = low - spread, high + spread
 

@@ -27,7 +27,7 @@ MAX_SOURCE_LENGTH = 512  # tokens of a general prompt
 MAX_NEW_TOKENS = 64
 KEPT_TOKENS = 32  # likeliest next tokens of the base; the others count as one in the divergence
 BATCH_ROWS = 8  # rows scored at a time: 8 x 64 x V logits
-MUCH_FORGOTTEN = 0.3  # nats per token: few answers stay the same beyond (docs/forgetting.md)
+MUCH_FORGOTTEN = 0.3  # nats per token; beyond, few answers stay the same (docs/forgetting.md)
 ADVICE = (
     "Tuning changed most answers outside the task. To keep more of the base, mix in general rows "
     "(--mix) or train a prefix with --preset gentle: docs/forgetting.md."
@@ -38,8 +38,8 @@ ADVICE = (
 class RetentionRow:
     """One general prompt with both answers; losses and divergence in nats, summed over tokens.
 
-    num_tokens counts those of the base's answer, its end included. The divergence is that of the
-    tuned model's next-token distribution from the base's, at those tokens.
+    The tokens are those of the base's answer with its <eop>. The divergence is that of the tuned
+    model's next-token distributions from the base's.
     """
 
     prompt: str
@@ -52,18 +52,18 @@ class RetentionRow:
 
     @property
     def change(self) -> float:
-        """Loss per token, tuned minus base: above 0 where something was forgotten."""
+        """Loss per token, tuned minus base; positive means forgotten."""
         return (self.tuned_loss - self.base_loss) / self.num_tokens
 
     @property
     def is_same(self) -> bool:
-        """Whether both answers are the same text."""
+        """Whether both models give the same text."""
         return self.base == self.tuned
 
 
 @dataclass(frozen=True)
 class Retention:
-    """All general prompts; the figures are means over tokens, in nats."""
+    """Results over all general prompts; figures are means over tokens, in nats."""
 
     source: str  # the file of the prompts
     rows: Sequence[RetentionRow]
@@ -85,7 +85,7 @@ class Retention:
 
     @property
     def change(self) -> float:
-        """Loss of the tuned model minus that of the base: above 0 where something was forgotten."""
+        """Loss of the tuned model minus that of the base; positive means forgotten."""
         return self.tuned_loss - self.base_loss
 
     @property
@@ -95,7 +95,7 @@ class Retention:
 
     @property
     def num_same(self) -> int:
-        """Prompts that both answer with the same text."""
+        """Number of prompts that both models answer with the same text."""
         return sum(row.is_same for row in self.rows)
 
     def by_name(self) -> dict[str, float]:
@@ -110,7 +110,7 @@ class Retention:
         }
 
     def line(self) -> str:
-        """Say it in a line, and in a second one how to forget less, where much was forgotten."""
+        """Return a one-line summary; where much was forgotten, a second line gives advice."""
         text = (
             f"Forgetting: {self.num_same} of {len(self.rows)} general prompts answered as before "
             f"tuning; loss on the base's answers from {self.base_loss:.3f} to "
@@ -120,7 +120,7 @@ class Retention:
 
 
 class TokenScores(NamedTuple):
-    """What the base said of one answer's T tokens, on the CPU."""
+    """The base's scores of one answer's T tokens, on the CPU."""
 
     losses: Tensor  # (T,), nats
     likeliest: Tensor  # (T, KEPT_TOKENS), token ids
@@ -129,7 +129,7 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """The base's greedy answers as token ids, <eop> included where it came, and their scores."""
+    """The base's greedy answers as text and token ids (with <eop> if reached), and their scores."""
 
     texts: list[str]
     token_ids: list[list[int]]
@@ -142,7 +142,7 @@ class RetentionRun:
     def __init__(
         self, general: GeneralPrompts, tokenizer: ChatGLMTokenizer, *, batch_size: int
     ) -> None:
-        """Encode the prompts as they are: nothing of the task stands before them."""
+        """Encode the prompts as they are, without the task's prefix text."""
         self.source, self.prompts = general
         self.tokenizer, self.batch_size = tokenizer, batch_size
         examples = [Example(prompt, "", prompt) for prompt in self.prompts]
@@ -151,7 +151,7 @@ class RetentionRun:
         )
 
     def ask_base(self, base: ChatGLMForConditionalGeneration) -> BaseAnswers:
-        """Answer every prompt with the untouched base, and score the answers with it."""
+        """Answer every prompt with the untouched base and score its answers."""
         answers = self._answer(base, "the base")
         end = self.tokenizer.eop_token_id
         token_ids = [ids if len(ids) == MAX_NEW_TOKENS else [*ids, end] for ids in answers]
@@ -162,7 +162,7 @@ class RetentionRun:
         return BaseAnswers(self._texts(answers), token_ids, scores)
 
     def compare(self, tuned: ChatGLMForConditionalGeneration, base: BaseAnswers) -> Retention:
-        """Answer and score the same with the tuned model."""
+        """Answer the prompts and score the base's answers with the tuned model."""
         texts = self._texts(self._answer(tuned, "the tuned model"))
         rows = [
             RetentionRow(
@@ -179,7 +179,7 @@ class RetentionRun:
         return Retention(str(self.source), rows)
 
     def _answer(self, model: ChatGLMForConditionalGeneration, name: str) -> list[list[int]]:
-        """Return the greedy answers without their <eop>, in the prompts' order."""
+        """Return the greedy answers without <eop>, in prompt order."""
         answers: list[list[int]] = [[] for _ in self.prompts]
         title = f"answering general prompts with {name}"
         with Progress(len(self.prompts), title, unit="prompt") as progress:
@@ -202,7 +202,7 @@ class RetentionRun:
     def _scored(
         self, model: ChatGLMForConditionalGeneration, token_ids: Sequence[list[int]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each answer's log-probabilities (T, V) and its tokens' losses (T,), in order."""
+        """Yield the log-probabilities (T, V) and losses (T,) of each answer, in order."""
         was_training = model.training
         model.eval()
         try:
@@ -239,7 +239,7 @@ class RetentionRun:
 def divergence(base: TokenScores, tuned: Tensor) -> Tensor:
     """Return KL(base || tuned) at each token (T,), in nats, given tuned log-probabilities (T, V).
 
-    Tokens that were not kept count as one, so it is the full divergence or a little less.
+    The tokens that were not kept count as one event, which gives a slight underestimate.
     """
     kept = base.log_probabilities.double()
     tuned_kept = tuned.double().gather(1, base.likeliest)

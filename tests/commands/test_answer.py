@@ -24,7 +24,7 @@ def test_nanos_answers_become_rows_and_cut_ones_are_left_out(tmp_path, caplog):
     rows = read_rows(out, RowFormat()).kept
     assert [row.prompt for row in rows] == ["你好", "谢谢"]
     assert rows[0].response.startswith("你好")
-    assert "left out 1 answers" in caplog.text
+    assert "dropped 1 answers" in caplog.text
 
 
 def test_answers_do_not_depend_on_the_batch():

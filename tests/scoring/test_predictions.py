@@ -72,7 +72,7 @@ def test_a_row_added_twice_is_refused(path: Path) -> None:
 def test_closing_names_the_row_that_never_came(path: Path) -> None:
     file = PredictionFile(path, fingerprint="a")
     file.add(1, *ROWS[1])
-    with pytest.raises(ValueError, match=r"Row 0 .* never came, so 1 later"):
+    with pytest.raises(ValueError, match=r"Row 0 .* is missing, so 1 later"):
         file.close()
 
 
