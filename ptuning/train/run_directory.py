@@ -1,10 +1,10 @@
-"""The output directory of a run: one run at a time, and no run loses what an earlier one left.
+"""The output directory of a run: one run at a time, and no run loses what an earlier one wrote.
 
 `run.json` records the settings and training rows that decide the result. The same command finds
 its own run and resumes it; another command is refused unless it asks to resume or to overwrite.
-The lock is a POSIX record lock on `.run.lock`: it dies with its process, data-loading workers do
-not inherit it, and NFS supports it. On a file system without locks, the process named in the file
-decides.
+The lock is a POSIX record lock on `.run.lock`: it is released when its process ends, data-loading
+workers do not inherit it, and NFS supports it (fcntl_locking(2)). On a file system without locks,
+the directory is in use while the process named in the file is alive.
 """
 
 import errno
@@ -22,6 +22,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
+
+import psutil
 
 from ptuning.data.dataset import TokenDataset
 from ptuning.storage import INFO_NAME, write_atomically
@@ -59,12 +61,12 @@ class OutputDirectoryError(ValueError):
 
 
 class RunDirectory:
-    """An output directory. Entered, it belongs to this run alone; reading needs no entering.
+    """An output directory. As a context manager it is locked for this run; reading needs no lock.
 
     A run that trains calls `choose` before it reads rows, `start` when it has them, and `begin`
-    right before its first step, which is the first change of what an earlier run left. Every
-    process calls the same methods; the main process decides and writes. `rows` is the fingerprint
-    of the training rows, "" for a run that does not train.
+    right before its first step, which is the first change of an earlier run's files. Every process
+    calls the same methods; the main process decides and writes. `rows` is the fingerprint of the
+    training rows, "" for a run that does not train.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,9 +108,9 @@ class RunDirectory:
     def choose(
         self, settings: Mapping[str, object], *, requested: str | None = None, overwrite: bool
     ) -> None:
-        """Refuse what can be refused before rows are read, and find the checkpoint to resume.
+        """Find the checkpoint to resume, before rows are read.
 
-        settings are JSON values by flag name, those that decide the result; requested is
+        settings are the flags that decide the result, as JSON values; requested is
         --resume_from_checkpoint, overwrite --overwrite_output_dir. OutputDirectoryError if the
         directory holds another run, FileNotFoundError if it lacks the requested checkpoint.
         """
@@ -119,7 +121,7 @@ class RunDirectory:
             self._keep_stored_settings(self._checkpoint)
 
     def _keep_stored_settings(self, checkpoint: Path) -> None:
-        """Say which flags the optimizer state of a checkpoint overrides, and record its values."""
+        """Warn of flags that a checkpoint's optimizer state overrides, and record its values."""
         then = self._recorded() if checkpoint.parent.resolve() == self.path.resolve() else {}
         for name in STORED if then else ():
             old, new = then.get(name), self._settings.get(name)
@@ -161,7 +163,7 @@ class RunDirectory:
         return self._newest_resumable
 
     def start(self, rows: str, *, rows_per_step: int, processes: int) -> Path | None:
-        """Return the checkpoint to resume, None to start at step 0, and say which it is.
+        """Return the checkpoint to resume and log it; None to start at step 0.
 
         rows is the fingerprint of the training rows. OutputDirectoryError if the checkpoint was
         trained on other rows; a warning if the resume cannot be exact.
@@ -211,7 +213,7 @@ class RunDirectory:
         write_atomically(self.path / RECORD_NAME, text.encode())
 
     def holds_a_model(self) -> bool:
-        """Tell whether what a run trained is here, besides its checkpoints."""
+        """Tell whether the result of a training is here, checkpoints aside."""
         return any((self.path / name).is_file() for name in ARTEFACT_NAMES)
 
     def _recorded(self) -> dict[str, Any]:
@@ -221,9 +223,7 @@ class RunDirectory:
         except (OSError, ValueError):
             return {}
         known = isinstance(record, dict) and record.get("format_version") == FORMAT_VERSION
-        settings = dict(record["settings"]) if known else {}
-        of_rows = [name for name in settings if name.endswith("_column")]  # in older records
-        return {name: value for name, value in settings.items() if name not in of_rows}
+        return dict(record["settings"]) if known else {}
 
     def _changed_settings(self) -> str:
         """Say which settings differ from those in run.json; "" for none."""
@@ -237,7 +237,7 @@ class RunDirectory:
         )
 
     def _refusal(self, why: str, *, rows_differ: bool = False) -> OutputDirectoryError:
-        """Say what is in the directory, why it is not touched, and what to type."""
+        """Return an error that says what is in the directory, why it stays, and what to type."""
         found, resume = "a trained model", ""
         if folders := self.checkpoints() or self._all_checkpoints():
             found = folders[-1].name
@@ -277,14 +277,14 @@ class RunDirectory:
         return None
 
     def last_sound(self) -> Path | None:
-        """Return the newest intact checkpoint that was not written at a skipped step, if any."""
+        """Return the newest intact checkpoint that was not written at a skipped step."""
         sound = [folder for folder in self.checkpoints() if read_facts(folder)["sound"]]
         return sound[-1] if sound else None
 
     def rotate(self, limit: int | None, *, keep: Collection[Path] = ()) -> list[Path]:
         """Delete the oldest intact checkpoints above limit and return them; None or 0 keeps all.
 
-        The newest, the newest sound one and those in `keep` stay, even above the limit.
+        The newest, the newest sound one and those in `keep` always stay.
         """
         if not limit or limit < 0:
             return []
@@ -298,31 +298,23 @@ class RunDirectory:
         return old
 
     def _sweep(self) -> None:
-        """Clean up what a killed run left under temporary names.
-
-        A checkpoint that was complete and lacked only its name gets it; others are deleted.
-        """
-        for folder in sorted(self.path.iterdir()):
-            if HALF_FILE.fullmatch(folder.name) and folder.is_file():
-                folder.unlink()
-            match = LEFT_BEHIND.fullmatch(folder.name)
-            if match is None:
-                continue
-            checkpoint = self.path / match[1]
-            is_complete = match[2] == UNFINISHED and fault_of(folder, thorough=True) is None
-            if is_complete and not checkpoint.exists():
-                move_into_place(folder, checkpoint)
-                logger.info("%s was complete but not renamed yet: it is used", checkpoint)
-            else:
-                shutil.rmtree(folder)
-                logger.info("Removed %s, which a stopped run left unfinished", folder)
+        """Delete what a killed run left under temporary names, but for a complete checkpoint."""
+        for path in sorted(self.path.iterdir()):
+            if HALF_FILE.fullmatch(path.name) and path.is_file():
+                path.unlink()
+            elif match := LEFT_BEHIND.fullmatch(path.name):
+                checkpoint = self.path / match[1]
+                is_complete = match[2] == UNFINISHED and fault_of(path, thorough=True) is None
+                if is_complete and not checkpoint.exists():
+                    move_into_place(path, checkpoint)
+                    logger.info("%s was complete but not renamed yet: it is used", checkpoint)
+                else:
+                    shutil.rmtree(path)
+                    logger.info("Removed %s, which a stopped run left unfinished", path)
 
 
 def fingerprint_rows(rows: TokenDataset | None) -> str:
-    """Return a short checksum of the training rows in their order; "" without any.
-
-    The order in which rows are seen is drawn over their numbers, so other rows are another run.
-    """
+    """Return a short checksum of the training rows in their order; "" without any."""
     if rows is None:
         return ""
     checksum = 0
@@ -332,7 +324,7 @@ def fingerprint_rows(rows: TokenDataset | None) -> str:
 
 
 def _rows(fingerprint: str) -> str:
-    """Return a fingerprint of rows in words.
+    """Write a fingerprint of rows in words.
 
     >>> _rows("48-0afead3b")
     '48 rows, checksum 0afead3b'
@@ -342,7 +334,7 @@ def _rows(fingerprint: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """Return a setting as it is typed.
+    """Write a setting as it is typed.
 
     >>> _shown(None), _shown(True), _shown(0.02)
     ('unset', 'true', '0.02')
@@ -353,7 +345,7 @@ def _shown(value: object) -> str:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):  # not empty: somebody wrote to it
+    with suppress(OSError):  # not empty
         for folder in folders:
             folder.rmdir()
 
@@ -363,7 +355,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 @contextmanager
 def run_lock(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory inside; OutputDirectoryError where another run holds it."""
+    """Hold the lock of a directory; OutputDirectoryError if another run holds it."""
     path = directory / LOCK_NAME
     descriptor = _open_locked(path)
     mark = {
@@ -384,22 +376,31 @@ def run_lock(directory: Path) -> Iterator[None]:
 
 
 def _open_locked(path: Path) -> int:
-    """Return a descriptor of the lock file, locked; a killed run's file is taken over."""
+    """Open and lock the lock file; the file of a killed run is used again."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         with ExitStack() as failed:
             failed.callback(os.close, descriptor)
             if not _is_free(descriptor):
-                raise OutputDirectoryError(_in_use(path, _read_mark(descriptor)))
+                mark = _read_mark(descriptor)
+                who = "another run"
+                if mark:
+                    place = f"process {mark['pid']} on {mark['host']}"
+                    who = f"a run started {mark['started']} ({place})"
+                raise OutputDirectoryError(
+                    f"--output_dir {path.parent} is being written by {who}; wait for it, stop it "
+                    f"(kill -INT {mark.get('pid', 'PID')} saves first), or give another "
+                    f"--output_dir. If that process is certainly gone, delete {path}."
+                )
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
                     failed.pop_all()
                     return descriptor
-        # Its holder ended and deleted the file between our two calls: try again.
+        # Its holder deleted the file between our two calls: try again.
 
 
 def _is_free(descriptor: int) -> bool:
-    """Lock without waiting and return whether this process is now the holder."""
+    """Lock without waiting; return whether this process now has the lock."""
     try:
         _lock(descriptor)
     except OSError as error:
@@ -424,17 +425,6 @@ def _lock(descriptor: int) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _in_use(path: Path, mark: dict[str, Any]) -> str:
-    who = "another run"
-    if mark:
-        who = f"a run started {mark['started']} (process {mark['pid']} on {mark['host']})"
-    return (
-        f"--output_dir {path.parent} is being written by {who}; wait for it, stop it (kill -INT "
-        f"{mark.get('pid', 'PID')} saves first), or give another --output_dir. If that process is "
-        f"certainly gone, delete {path}."
-    )
-
-
 def _read_mark(descriptor: int) -> dict[str, Any]:
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -445,22 +435,19 @@ def _read_mark(descriptor: int) -> dict[str, Any]:
 
 
 def _is_running(mark: dict[str, Any]) -> bool:
-    """Return whether the process of a mark is alive; one on another host counts as alive."""
+    """Tell whether the process of a mark is alive; one on another host counts as alive."""
     if not mark or mark["pid"] == os.getpid():
         return False
     if mark["host"] != socket.gethostname():
         return True
-    try:
-        os.kill(int(mark["pid"]), 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # another user's process
-    return mark.get("process_start") in (None, _process_start(int(mark["pid"])))
+    same_start = mark.get("process_start") in (None, _process_start(mark["pid"]))
+    return same_start and psutil.pid_exists(mark["pid"])
 
 
 def _process_start(pid: int) -> str | None:
-    """Return when a process started, in the kernel's ticks since boot, which no clock change moves.
+    """Return when a process started, in ticks since boot; None if /proc does not say.
 
-    It tells a process from a later one with the same number. None where /proc does not say.
+    It tells a process from a later one with the same number, whatever happens to the clock.
     """
     with suppress(OSError):
         content = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")

@@ -107,12 +107,6 @@ def test_auto_takes_the_newest_intact_one_or_starts_over(tmp_path):
     assert choose(tmp_path, "True") == folder
 
 
-def test_a_record_that_names_columns_is_continued(tmp_path):
-    record(tmp_path, SETTINGS | {"prompt_column": "content", "history_column": None})
-    folder = make_checkpoint(tmp_path, 10)
-    assert choose(tmp_path) == folder  # which rows were learned, their fingerprint says
-
-
 def test_the_clock_does_not_decide_which_is_newest(tmp_path):
     older, newer = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
     os.utime(older, (4e9, 4e9))
