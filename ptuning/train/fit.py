@@ -1,10 +1,8 @@
 """Fit a run to the free memory: layers to checkpoint, chunks of the loss, prepacking, eval batch.
 
-`choose_fit` decides from sizes alone, so that `python -m ptuning plan` and the run agree;
-`fit_to_memory` reads the sizes and the free memory of a loaded model, and `apply_fit` sets it up.
-A checkpointed layer keeps its input alone: memory falls, and the layer's forward pass is computed
-again. The first layers are checkpointed, because the activations of the later ones are gone by the
-time that they are recomputed.
+`choose_fit` decides from sizes alone, so that `python -m ptuning plan` and the run agree.
+A checkpointed layer saves its input alone and computes its forward pass twice. The first layers are
+checkpointed, because the activations of the later ones are gone by the time they are recomputed.
 """
 
 import ctypes
@@ -96,15 +94,10 @@ class Change(NamedTuple):
 
 
 def memory_savers(workload: Workload, phase: str) -> Iterator[Change]:
-    """Yield changes that need less memory, cheapest first, without what is in use already.
+    """Yield changes that need less memory, cheapest first; a smaller batch keeps the rows per step.
 
-    phase is "training", "validating", "answering" or "loading the base". A smaller training batch
-    keeps the rows per step.
-
-    >>> workload = Workload(torch.device("cpu"), train_batch=5, accumulation=3, tuning="full")
-    >>> next(memory_savers(workload, "training"))[:2]
-    ('--per_device_train_batch_size 1 --gradient_accumulation_steps 15', 'now 5 x 3; the same 15 rows per step')
-    """  # noqa: E501
+    phase is "training", "validating", "answering" or "loading the base".
+    """
     batch, steps, bits = workload.train_batch, workload.accumulation, workload.quantization_bit
     if phase == "training" and batch > 1:
         rows = batch * steps
@@ -175,13 +168,7 @@ class Fit:
         )
 
     def training_line(self) -> str:
-        """Say how training was fitted, and from which numbers.
-
-        >>> size = size_of(ChatGLMConfig(), torch.float32, on_cpu=True)
-        >>> fit = Fit(Workload(torch.device("cpu")), size, 20 * 10**9, needed=4 * 10**9)
-        >>> fit.training_line()
-        'Gradient checkpointing: none of 28 layers; a step needs 4.00 GB on top of the model, 20.00 GB are free'
-        """  # noqa: E501
+        """Say how training was fitted, and from which numbers."""
         count, num_layers = self.checkpointed_layers, self.size.num_layers
         share = f"all {num_layers}" if count == num_layers else f"{count or 'none'} of {num_layers}"
         chunk = without = ""
@@ -196,7 +183,7 @@ class Fit:
         )
 
     def eval_line(self) -> str:
-        """Say which evaluation batch size was chosen; "" where it was given, or is the largest."""
+        """Say which evaluation batch size was chosen; "" if it was given, or is the largest."""
         if self.workload.eval_batch is not None or self.eval_batch == MOST_ROWS:
             return ""
         return (
@@ -211,10 +198,7 @@ class Fit:
 
 
 def fit_to_memory(model: ChatGLMForConditionalGeneration, workload: Workload, rows: Rows) -> Fit:
-    """Choose for a model that is loaded, with what is tuned attached; all processes agree.
-
-    Put the model on its device first: the free memory is read here, once.
-    """
+    """Choose for a model on its device, with what is tuned attached; all processes agree."""
     size = workload_size(model.config, model.dtype, workload)
     free = free_bytes(workload.device, workload.processes, workload.memory_target)
     ranks = gather((free, size))
@@ -237,8 +221,8 @@ def workload_size(config: ChatGLMConfig, dtype: torch.dtype, workload: Workload)
 def choose_fit(size: ModelSize, workload: Workload, rows: Rows, *, free: int) -> Fit:
     """Choose from a model's sizes and `free`, the bytes next to the loaded model.
 
-    Prepacked weights take at most a quarter of `free`. They save a few per cent of a training step
-    and a checkpointed layer costs more, so they may neither add one nor leave a step too little.
+    Prepacked weights take at most a quarter of `free`. They save a few per cent of a training step,
+    less than a checkpointed layer costs: they may not add one, nor leave a step too little.
     """
     fit = _fit_training(Fit(workload, size, free), rows.train)
     copies = prepacked_bytes(size)
@@ -252,11 +236,10 @@ def choose_fit(size: ModelSize, workload: Workload, rows: Rows, *, free: int) ->
 
 
 def _fit_training(start: Fit, rows: TokenDataset | None) -> Fit:
-    """Choose the checkpointed layers and the loss's chunk.
+    """Choose the checkpointed layers and the loss's chunk: the first that fits, or the smallest.
 
-    Auto takes the first that fits, or else what needs the least: no layer; no layer and a smaller
-    chunk of the loss; then one layer, two layers and so on, each with the chunk size that needs the
-    least memory. A fixed number of layers leaves only the chunk to choose.
+    In this order: no layer; no layer and a smaller chunk; then one layer, two layers and so on,
+    each with the chunk that needs the least. A fixed number of layers leaves the chunk to choose.
     """
     if rows is None:
         return start
@@ -268,13 +251,15 @@ def _fit_training(start: Fit, rows: TokenDataset | None) -> Fit:
         way = replace(start, checkpointed_layers=count, chunk_tokens=chunk)
         return way.step_memory(batch).on_top
 
+    given = workload.checkpoint_layers
     counts = range(size.num_layers + 1)
     if workload.checkpointing == "false":
-        counts = range(1)
-    elif workload.checkpointing == "true" or workload.checkpoint_layers is not None:
-        given = workload.checkpoint_layers
-        asked = size.num_layers if given is None else min(given, size.num_layers)
-        counts = range(asked, asked + 1)
+        counts = counts[:1]
+    elif given is not None:
+        asked = min(given, size.num_layers)
+        counts = counts[asked : asked + 1]
+    elif workload.checkpointing == "true":
+        counts = counts[-1:]
     chunks: list[int | None] = [None]
     if chunks_loss(size) and not size.on_cpu:
         chunks += [chunk for chunk in SMALLER_CHUNKS if chunk < batch.answer_tokens]
@@ -322,11 +307,7 @@ def apply_fit(
     fit: Fit,
     checkpoint_options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Prepack the weights of a loaded model, and set it up for training if the run trains.
-
-    checkpoint_options are those of `checkpoint_layers`. On a CPU it also tells glibc what to do
-    with freed memory.
-    """
+    """Prepack a loaded model's weights; for training, checkpoint layers and set glibc's limits."""
     if fit.size.prepacked:
         prepack_weights_(model, room_bytes=prepacked_bytes(fit.size))
     if fit.needed:
@@ -339,11 +320,10 @@ def apply_fit(
 def checkpoint_layers(
     model: nn.Module, num_layers: int, options: Mapping[str, Any] | None = None
 ) -> None:
-    """Checkpoint the model's first num_layers layers, 0 for none.
+    """Checkpoint the model's first num_layers layers; ValueError if it has fewer.
 
-    options are torch.utils.checkpoint's; None is use_reentrant=False. Unlike transformers' switch
-    this can cover a subset of the layers, and the embedding's output needs no gradient. ValueError
-    for more layers than there are.
+    options are torch.utils.checkpoint's; None is use_reentrant=False. Unlike with transformers'
+    switch, the embedding's output needs no gradient.
     """
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     if not 0 <= num_layers <= len(layers):
@@ -363,11 +343,11 @@ def checkpoint_layers(
 def keep_freed_memory(keep: bool) -> bool:
     """Set what glibc does with freed blocks, process-wide; False where there is no glibc.
 
-    keep: those up to 32 MiB stay for the next step. By default glibc returns the top of the heap
-    and faults it in again, 20,000 pages in a step of a small model: a tenth of the step on a busy
-    machine. Otherwise every block above 256 KiB is returned at once. By default glibc raises that
-    limit as blocks are freed, and the heap fragments: a small int4 model with all layers
-    checkpointed held 1.21 GB instead of 0.72.
+    keep: blocks up to 32 MiB stay for the next step. By default glibc returns the top of the heap
+    and faults it in again, which is a tenth of a small model's step on a busy machine. Otherwise
+    blocks above 256 KiB are returned at once. By default glibc raises that limit as blocks are
+    freed: an int4 model with all layers checkpointed held 1.21 GB instead of 0.72, by
+    fragmentation.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if libc is None or not hasattr(libc, "malloc_trim"):
@@ -384,10 +364,9 @@ def keep_freed_memory(keep: bool) -> bool:
 
 
 def free_bytes(device: torch.device, processes: int = 1, target: int | None = None) -> int:
-    """Return the memory that is free on a device now, in bytes; on a CPU, each process's share.
+    """Return the free memory of a device in bytes; on a CPU, each process's share.
 
-    target is --gpu_memory in bytes. The result is at most target minus this process's tensors, or
-    target itself where device is no GPU (`python -m ptuning plan`).
+    target is --gpu_memory in bytes, from which this process's tensors are subtracted.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
@@ -456,15 +435,12 @@ def compile_layers(
     """Compile the model's layers if that was asked for or pays off; return whether it was done.
 
     wanted, backend and mode are --torch_compile, --torch_compile_backend and --torch_compile_mode;
-    wanted None compiles where it pays off, and a backend or a mode asks for it too. num_tokens is
-    how many tokens the run trains on. A layer that the compiler fails on later runs uncompiled,
-    with the compiler's own warning.
+    num_tokens is how many tokens the run trains on. A layer that the compiler fails on later runs
+    uncompiled, with the compiler's own warning.
     """
-    if backend or mode:
-        wanted = True
     if wanted is None:
         wanted = compiling_pays(device, next(model.parameters()).dtype, num_tokens)
-    if not wanted:
+    if not (wanted or backend or mode):
         return False
     if device.type == "cpu" and backend is None:
         logger.info(
@@ -475,8 +451,7 @@ def compile_layers(
     options: dict[str, Any] = {"dynamic": True}  # batches differ in length
     options |= {"backend": backend} if backend else {}
     options |= {"mode": mode} if mode else {}
-    reason = compiler_error(device, options)
-    if reason:
+    if reason := compiler_error(device, options):
         logger.warning("--torch_compile: the layers run uncompiled, as %s", reason)
         return False
     torch._dynamo.config.suppress_errors = True  # what fails to compile runs, with a warning
@@ -501,18 +476,13 @@ def compiling_pays(device: torch.device, dtype: torch.dtype, num_tokens: float) 
 
 @cache
 def keep_row_attention_eager() -> None:
-    """Exclude attention by rows from compilation: its dropout masks come from numpy's random
-    bytes, which cannot be traced.
-    """
+    """Exclude attention by rows from compilation: numpy's dropout masks cannot be traced."""
     attention: Any = Attention
     attention._attend_varlen = torch.compiler.disable(attention._attend_varlen)
 
 
 def compiler_error(device: torch.device, options: dict[str, Any]) -> str:
-    """Compile one line of arithmetic; return the error in one line, "" if it works.
-
-    The most common are a missing C compiler, a missing Triton and an unknown backend.
-    """
+    """Compile a small function; return the error in one line, "" if it works."""
 
     def line(x: torch.Tensor) -> torch.Tensor:
         return x.sin() + 1
