@@ -28,9 +28,7 @@ def flag(default: Any, help_text: str, **more: Any) -> Any:
 class ModelArguments:
     """The base model, and what is tuned in it."""
 
-    model_name_or_path: str = flag(
-        "", "Base model: a directory, a hub id, or nano for the embedded model."
-    )
+    model_name_or_path: str = flag("", "Base model: a directory, a hub id, or nano (embedded).")
     tuning: str | None = flag(
         None,
         "What to train: ptuning (a prefix), lora (an adapter) or full (all weights). Default: the "
@@ -46,9 +44,7 @@ class ModelArguments:
         "Start a new training run from the weights of an earlier one, with a fresh optimizer and "
         "schedule. Takes what --ptuning_checkpoint takes.",
     )
-    pre_seq_len: int | None = flag(
-        None, "Prefix length in prefix tokens (not text). Default: the checkpoint's."
-    )
+    pre_seq_len: int | None = flag(None, "Prefix length in tokens. Default: the checkpoint's.")
     prefix_projection: bool | None = flag(
         None, "Train the prefix through a two-layer MLP. Default: as in the checkpoint, else false."
     )
@@ -64,9 +60,7 @@ class ModelArguments:
         "at the start. Default: 1, as published.",
     )
     lora_rank: int | None = flag(None, "Rank of a new LoRA adapter. Default: 8.")
-    lora_alpha: float | None = flag(
-        None, "LoRA scale: the update is multiplied by alpha / rank. Default: 16."
-    )
+    lora_alpha: float | None = flag(None, "LoRA's update is scaled by alpha / rank. Default: 16.")
     lora_dropout: float | None = flag(
         None, "Dropout probability on LoRA's input in training, from 0 to below 1. Default: 0.1."
     )
@@ -79,23 +73,15 @@ class ModelArguments:
         None, "Bits per weight of the frozen base, 4 or 8. Default: as stored in the checkpoint."
     )
     quantization_backend: str = flag(
-        "auto",
-        "Kernels for quantized weights: auto, torch, triton or cpm_kernels. auto prints its "
-        "choice.",
+        "auto", "Kernels for quantized weights: auto, torch, triton or cpm_kernels."
     )
     quantize_embeddings: bool = flag(
         False, "Store the word embedding, and the output head tied to it, in int8 as well."
     )
-    tokenizer_name: str | None = flag(
-        None, "Directory or hub id of another tokenizer. Default: the base's."
-    )
-    cache_dir: str | None = flag(
-        None, "Directory for files downloaded from the hub. Default: transformers' cache."
-    )
+    tokenizer_name: str | None = flag(None, "Tokenizer directory or hub id. Default: the base's.")
+    cache_dir: str | None = flag(None, "Directory of hub downloads. Default: transformers' cache.")
     model_revision: str = flag("main", "Branch, tag or commit of a hub model.")
-    use_auth_token: bool = flag(
-        False, "Use the token stored by `hf auth login` for a private hub model."
-    )
+    use_auth_token: bool = flag(False, "Use the token of `hf auth login` for a private hub model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +116,7 @@ class DataArguments:
     history_column: str | None = flag(
         None, "Column of the earlier [question, answer] turns. Default: as --prompt_column."
     )
-    turns: str = flag(
-        "all", "Answers of a conversation to train on or to generate: all (one row each) or last."
-    )
+    turns: str = flag("all", "Answers of a conversation to use: all (one row each) or last.")
     allow_repeated_prompts: bool = flag(
         False, "Train even if prompts repeat only because a column is unused."
     )
@@ -143,9 +127,7 @@ class DataArguments:
         "checkpoint, its own value is the default.",
     )
     max_target_length: int = flag(
-        128,
-        "Longest answer in tokens; the rest is cut. With a checkpoint, its own value is the "
-        "default.",
+        128, "Longest answer in tokens; the rest is cut. A checkpoint's own value is the default."
     )
     val_max_target_length: int | None = flag(
         None, "Longest generated answer in tokens. Default: --max_target_length."
@@ -161,18 +143,10 @@ class DataArguments:
         "epoch, or FILE:RATIO:PROMPT,RESPONSE to name their columns too. FILE takes the formats "
         "of --train_file. Default: none.",
     )
-    max_train_samples: int | None = flag(
-        None, "Use only the first N training rows. Default: all of them."
-    )
-    max_eval_samples: int | None = flag(
-        None, "Use only the first N validation rows. Default: all of them."
-    )
-    max_predict_samples: int | None = flag(
-        None, "Answer only the first N rows. Default: all of them."
-    )
-    num_beams: int | None = flag(
-        None, "Beams when generating answers. Default: 1, which is greedy decoding."
-    )
+    max_train_samples: int | None = flag(None, "Use only the first N training rows. Default: all.")
+    max_eval_samples: int | None = flag(None, "Use only the first N validation rows. Default: all.")
+    max_predict_samples: int | None = flag(None, "Answer only the first N rows. Default: all.")
+    num_beams: int | None = flag(None, "Beams when generating answers. Default: 1 (greedy).")
     compare_base: bool = flag(
         True, "Also answer with the untouched base, and report its scores next to the tuned ones."
     )
@@ -191,9 +165,7 @@ class DataArguments:
         None, "Directory of the token cache. Default: $PTUNING_CACHE, else ~/.cache/ptuning/tokens."
     )
     pad_to_max_length: bool = flag(
-        False,
-        "Pad every batch to max_source_length + max_target_length tokens. Slower; for comparisons "
-        "only.",
+        False, "Pad to max_source_length + max_target_length tokens. Slower; for comparisons."
     )
 
 
@@ -202,9 +174,7 @@ class TrainingArguments:
     """Output, stopping, and memory."""
 
     output_dir: str = flag("", "Directory for checkpoints, predictions and the report.")
-    overwrite_output_dir: bool = flag(
-        False, "Replace the run in output_dir: delete its checkpoints and start over."
-    )
+    overwrite_output_dir: bool = flag(False, "Start over in output_dir, deleting its checkpoints.")
     resume_from_checkpoint: str | None = flag(
         None,
         "Resume training: auto (the newest complete checkpoint in output_dir, if any), true (the "
@@ -241,16 +211,12 @@ class TrainingArguments:
         "Default: the free memory.",
     )
     torch_compile: bool | None = flag(
-        None,
-        "Compile the model's layers. Default: on CUDA in bfloat16, if the run is long enough for "
-        "it to pay off.",
+        None, "Compile the layers. Default: on CUDA in bfloat16, in runs long enough to gain."
     )
     report_to: str = flag(
         "none", "Where to log besides the terminal: none, tensorboard, wandb, swanlab, mlflow, ..."
     )
-    save_total_limit: int | None = flag(
-        None, "Keep only the newest N checkpoints. Default: all of them."
-    )
+    save_total_limit: int | None = flag(None, "Keep only the newest N checkpoints. Default: all.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,12 +241,8 @@ class TrainerArguments:
     bf16: bool = flag(False, "bfloat16 for the frozen base, or mixed precision with --tuning full.")
     fp16: bool = flag(False, "float16 for the frozen base, or mixed precision with --tuning full.")
     deepspeed: str | None = flag(None, "DeepSpeed configuration, a JSON file. Default: none.")
-    fsdp: str | None = flag(
-        None, "Shard the model with PyTorch FSDP, e.g. full_shard. Default: no sharding."
-    )
-    generation_max_length: int | None = flag(
-        None, "Longest prompt plus answer in tokens. Default: no limit."
-    )
+    fsdp: str | None = flag(None, "Shard the model with PyTorch FSDP, e.g. full_shard.")
+    generation_max_length: int | None = flag(None, "Limit of prompt plus answer in tokens.")
     generation_num_beams: int | None = flag(None, "As --num_beams, which overrides it.")
     disable_tqdm: bool = flag(False, "Print plain lines, without a progress bar.")
     push_to_hub: bool = flag(False, "Upload the checkpoints to the Hugging Face hub.")
@@ -294,9 +256,7 @@ class TrainerArguments:
         None, "Options of torch.utils.checkpoint, a JSON object. Default: this toolkit's own."
     )
     torch_compile_backend: str | None = flag(None, "Backend of --torch_compile. Default: inductor.")
-    torch_compile_mode: str | None = flag(
-        None, "Mode of --torch_compile, e.g. max-autotune. Default: the backend's."
-    )
+    torch_compile_mode: str | None = flag(None, "Mode of --torch_compile, e.g. max-autotune.")
 
 
 GROUPS = (ModelArguments, DataArguments, TrainingArguments, TrainerArguments)
