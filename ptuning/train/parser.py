@@ -72,6 +72,7 @@ REFUSED = {
 }
 FALSE_WORDS = ("false", "no", "n", "f", "0")
 TRUE_WORDS = ("true", "yes", "y", "t", "1")
+SEE_HELP = "python main.py --help lists all flags."
 METAVARS = {"bool": "BOOL", "int": "N", "float": "X"}
 
 
@@ -81,37 +82,34 @@ def parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     argv holds flags, or the path of a JSON file and flags that override it. UsageError for any
     mistake; `--help` prints and raises SystemExit.
     """
-    parser, words = make_parser(), [*argv]
-    typed: dict[str, Any] = {}
-    notices: list[str] = []
+    parser, words, given = make_parser(), [*argv], argparse.Namespace(notices=[])
     if argv and argv[0].endswith(".json"):
         path = Path(words.pop(0))
         try:
-            typed, notices = parser.read_file(path)
+            parser.read_file(path, given)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
-    more, more_notices = parser.read(words)
-    typed |= more
+    parser.read(words, given)
+    typed = vars(given)
+    notices = typed.pop("notices")
     for name, reason in REFUSED.items():
         value = typed.pop(name, None)
         if value and value != typed.get("model_name_or_path"):
             raise UsageError(f"--{name} is {value}, which is not supported: {reason}.")
-    return typed, notices + more_notices
+    return typed, notices
 
 
 class FlagParser(argparse.ArgumentParser):
     """argparse that returns only what was typed and reports a mistake as a one-line UsageError."""
 
-    def read(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-        """Return the values of the words by flag name, and the notices on old flags."""
-        given, unknown = self.parse_known_args(words, argparse.Namespace(notices=()))
+    def read(self, words: Sequence[str], given: argparse.Namespace) -> None:
+        """Set the values of the words by flag name, and add the notices on old flags."""
+        _, unknown = self.parse_known_args(words, given)
         if unknown:
             raise UsageError(self._explain_unknown(unknown))
-        typed = vars(given)
-        return typed, [*typed.pop("notices")]
 
-    def read_file(self, path: Path) -> tuple[dict[str, Any], list[str]]:
-        """Return what `read` does, for a JSON file of values by flag name; null leaves one out."""
+    def read_file(self, path: Path, given: argparse.Namespace) -> None:
+        """Do as `read` for a JSON file of values by flag name; null leaves a flag out."""
         try:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
@@ -125,20 +123,18 @@ class FlagParser(argparse.ArgumentParser):
         if unknown := sorted(f"--{name}" for name in content if f"--{name}" not in actions):
             raise UsageError(self._explain_unknown(unknown))
         words: list[str] = []
-        structures: dict[str, Any] = {}  # values that no single word of a command line can be
         for name, value in content.items():
             option = f"--{name}"
             action = actions[option]
             if isinstance(value, list) and action.nargs in ("+", "*"):
                 words += [option, *map(_to_word, value)]
             elif isinstance(value, list | dict):
-                structures[action.dest] = value
+                setattr(given, action.dest, value)  # no word of a command line can say it
             elif action.nargs == 0:  # --no_compare_base
                 words += [option] * (_to_word(value).lower() in TRUE_WORDS)
             elif value is not None:
                 words.append(f"{option}={_to_word(value)}")
-        typed, notices = self.read(words)
-        return typed | structures, notices
+        self.read(words, given)
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError in place of printing 200 lines of usage."""
@@ -147,22 +143,20 @@ class FlagParser(argparse.ArgumentParser):
         if wrong:
             needed = {"int": "a whole number", "float": "a number"}.get(wrong[2], "true or false")
             message = f"{wrong[1]} is {wrong[3]}; give {needed}"
-        message = message.removeprefix("argument ")
-        raise UsageError(f"{message}; python main.py --help lists all flags.")
+        raise UsageError(f"{message.removeprefix('argument ')}; {SEE_HELP}")
 
     def _explain_unknown(self, given: Sequence[str]) -> str:
         """Say which words are no flags, and which flags were probably meant."""
         words = [text.split("=")[0] for text in given if text.startswith("--")]
         if not words:
             where = "; a JSON file of flags goes first" if given[0].endswith(".json") else ""
-            return f"{given[0]} is not a flag{where}; python main.py --help lists all flags."
-        hints = []
+            return f"{given[0]} is not a flag{where}; {SEE_HELP}"
+        hints, options = [], self._option_string_actions
         for word in words:
-            options = self._option_string_actions
             close = [option for option in options if option.startswith(word)]
             close = close or difflib.get_close_matches(word, options, n=1)
             hints.append(word + (f" (did you mean {close[0]}?)" if close else ""))
-        return f"unknown flags: {', '.join(hints)}; python main.py --help lists all flags."
+        return f"unknown flags: {', '.join(hints)}; {SEE_HELP}"
 
 
 def _to_word(value: Any) -> str:
@@ -197,7 +191,7 @@ class _OldFlag(argparse.Action):
                 setattr(namespace, flag, value)
         else:
             notice = f"--{old} is ignored: {IGNORED[old]}."
-        namespace.notices = (*namespace.notices, notice)
+        namespace.notices.append(notice)
 
 
 class Flag(NamedTuple):

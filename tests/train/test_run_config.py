@@ -456,7 +456,7 @@ HINTS = {
     "both dtypes": ([*PREFIX, "--bf16", "--fp16"], "keep one", [*PREFIX, "--bf16"]),
     "recipe": (
         [*PREFIX, "--recipe", "mine"],
-        "use corrected (the default) or published",
+        "use corrected or published",
         [*PREFIX, "--recipe", "published"],
     ),
     "format": ([*PREFIX, "--format", "xml"], "use auto, columns,", [*PREFIX, "--format", "alpaca"]),
