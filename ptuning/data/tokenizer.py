@@ -60,6 +60,15 @@ WELL_KNOWN_PIECES = (
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 REQUIRED_PIECES = (*WELL_KNOWN_PIECES, NEWLINE_PIECE, TAB_PIECE, *BLANK_PIECES, *BYTE_PIECES)
 
+SPECIAL_TOKENS = {
+    "bos_token": SOP_PIECE,
+    "eos_token": EOP_PIECE,
+    "mask_token": MASK_PIECE,
+    "pad_token": PAD_PIECE,
+    "unk_token": UNKNOWN_PIECE,
+}
+SPECIFIC_TOKENS = {"end_token": END_PIECE, "gmask_token": GMASK_PIECE}  # not of transformers' names
+
 _PIECE_OF = {"\n": NEWLINE_PIECE, "\t": TAB_PIECE}
 _PIECE_OF |= {" " * count: piece for count, piece in enumerate(BLANK_PIECES, 2)}
 _WHITESPACE_OF = {piece: whitespace for whitespace, piece in _PIECE_OF.items()}
@@ -141,13 +150,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         vocab_file: str | Path,
         do_lower_case: bool = False,
         remove_space: bool = False,
-        bos_token: str | AddedToken = SOP_PIECE,
-        eos_token: str | AddedToken = EOP_PIECE,
-        end_token: str | AddedToken = END_PIECE,
-        mask_token: str | AddedToken = MASK_PIECE,
-        gmask_token: str | AddedToken = GMASK_PIECE,
-        pad_token: str | AddedToken = PAD_PIECE,
-        unk_token: str | AddedToken = UNKNOWN_PIECE,
         num_image_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -175,34 +177,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         added = [str(token) for token in kwargs.pop("added_tokens_decoder", {}).values()]
         unknown = [token for token in added if not _has_piece(self._pieces, token)]
         if unknown:  # a tokenizer saved by another program
-            logger.warning(
-                "ignored the added tokens %s, which are not in %s",
-                ", ".join(unknown),
-                VOCABULARY_FILE,
-            )
-        specific = {"end_token": end_token, "gmask_token": gmask_token}
-        specific.update(kwargs.pop("model_specific_special_tokens", None) or {})
+            names = ", ".join(unknown)
+            logger.warning("ignored the added tokens %s: not in %s", names, VOCABULARY_FILE)
+        for key in ("auto_map", "is_local", "local_files_only"):  # these say where it is from
+            kwargs.pop(key, None)
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
         kwargs.setdefault("model_max_length", MAX_LENGTH)
-        for key in (
-            "auto_map",
-            "is_local",
-            "local_files_only",
-        ):  # where it came from
-            kwargs.pop(key, None)
+        specific = {name: kwargs.pop(name, piece) for name, piece in SPECIFIC_TOKENS.items()}
+        specific |= kwargs.pop("model_specific_special_tokens", None) or {}
         super().__init__(
             do_lower_case=do_lower_case,
             remove_space=remove_space,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            mask_token=mask_token,
-            pad_token=pad_token,
-            unk_token=unk_token,
             num_image_tokens=num_image_tokens,
-            end_token=specific["end_token"],
-            gmask_token=specific["gmask_token"],
             model_specific_special_tokens=specific,
-            **kwargs,
+            **SPECIAL_TOKENS | specific | kwargs,
         )
 
     # Facts about the vocabulary
@@ -305,8 +293,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
         """Return the pieces of a text, in which written-out control tokens are ordinary letters."""
-        ids = self._encode_text(text) + (self._encode_text(pair) if pair is not None else [])
-        return [self._convert_id_to_token(index) for index in ids]
+        texts = [text] if pair is None else [text, pair]
+        encoded = self.encode_batch(texts, num_threads=1)
+        return [self._convert_id_to_token(token_id) for ids in encoded for token_id in ids]
 
     def encode_batch(
         self, texts: Sequence[str], *, num_threads: int | None = None
@@ -323,10 +312,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if not self.num_image_tokens:
             return encoded
         return [[index + self.num_image_tokens for index in ids] for ids in encoded]
-
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self._pieces.encode(self._prepare_text(text), out_type=int)
-        return [index + self.num_image_tokens for index in ids]
 
     def _prepare_text(self, text: str) -> str:
         """Write whitespace as pieces, and lone surrogates as the replacement character."""
