@@ -296,7 +296,7 @@ def _mix(
     files: Sequence["Conversion"], shares: Sequence[float], *, total: int | None, seed: int
 ) -> list["ContractRow"]:
     """Draw the mixture and say how many rows each file gave."""
-    from ptuning.data.conversion import largest_total, mix_files
+    from ptuning.data.conversion import largest_total, mix_files, share_out
 
     for file in files:
         if not file.rows:
@@ -304,7 +304,7 @@ def _mix(
     sizes = [len(file.rows) for file in files]
     most = largest_total(sizes, shares)
     total = most if total is None else total
-    rows, counts = mix_files([file.rows for file in files], shares, total=total, seed=seed)
+    counts = share_out(total, shares)
     _say(f"mixture of {number_of(total, 'row')}, seed {seed}; without repeats at most {most:,}")
     for file, size, count in zip(files, sizes, counts, strict=True):
         rounds, more = divmod(count, size)
@@ -313,7 +313,7 @@ def _mix(
             how = ": each once" if rounds == 1 else f": each {rounds} times"
             how += f", {more:,} of them once more" if more else ""
         _say(f"  {count:,} ({as_percent(count / total)}) of the {size:,} of {file.path}{how}")
-    return rows
+    return mix_files([file.rows for file in files], counts, seed)
 
 
 def _no_rows(files: Sequence["Conversion"], *, keep_unanswered: bool) -> str:

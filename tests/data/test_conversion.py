@@ -331,18 +331,16 @@ def rows_of(name: str, count: int) -> list[ContractRow]:
 
 def test_a_mixture_has_its_shares_and_repeats_no_row_while_there_are_enough() -> None:
     files = [rows_of("a", 100), rows_of("b", 50)]
-    rows, counts = mix_files(files, [0.7, 0.3], total=100, seed=42)
-    assert counts == [70, 30]
+    rows = mix_files(files, [70, 30], seed=42)
     assert len({row["id"] for row in rows}) == 100
     assert [row["prompt"] for row in rows].count("a") == 70
     assert {row["prompt"] for row in rows[:20]} == {"a", "b"}  # shuffled
-    assert rows == mix_files(files, [0.7, 0.3], total=100, seed=42).rows
-    assert rows != mix_files(files, [0.7, 0.3], total=100, seed=43).rows
+    assert rows == mix_files(files, [70, 30], seed=42)
+    assert rows != mix_files(files, [70, 30], seed=43)
 
 
 def test_a_file_that_is_too_small_is_taken_whole_as_often_as_it_fits() -> None:
-    rows, counts = mix_files([rows_of("a", 9), rows_of("b", 3)], [0.5, 0.5], total=16, seed=1)
-    assert counts == [8, 8]
+    rows = mix_files([rows_of("a", 9), rows_of("b", 3)], [8, 8], seed=1)
     ids = [row["id"] for row in rows]
     assert sorted(ids.count(f"b:{n}") for n in (1, 2, 3)) == [2, 3, 3]
     assert max(ids.count(f"a:{n}") for n in range(1, 10)) == 1
