@@ -1,12 +1,12 @@
-"""The web demo: a page to talk to a prefix, to the base, or to both side by side.
+"""The web demo: a page to chat with a prefix, the base, or both side by side.
 
-Nothing leaves the machine: no analytics, no share links, no fonts from elsewhere.
+Nothing leaves the machine: no analytics, no share links, no remote fonts.
 """
 
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
@@ -14,8 +14,8 @@ from ptuning.serve.session import BASE_NAME, UnknownPrefixError
 from ptuning.serve.startup import check_guarded
 from ptuning.serve.web_talk import (
     EMPTY,
-    Options,
     Panes,
+    TalkOptions,
     WebTalk,
     join_attributes,
     parse_attributes,
@@ -30,8 +30,7 @@ EXAMPLES = [
     "类型#上衣*材质#棉*颜色#白色*图案#条纹",
     "你好",
 ]
-HEADERS = ["属性 Key", "值 Value"]
-SIMULTANEOUS = 8  # questions that are answered at a time; more wait in line
+CONCURRENT_QUESTIONS = 8  # more wait in the queue
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 STYLE = Path(__file__).with_name("web.css")
 ESCAPE_STOPS = """
@@ -43,260 +42,56 @@ document.addEventListener("keydown", (event) => {
 """
 
 
-class Controls(NamedTuple):
-    """The parts of the page that events read or write."""
-
-    model: gr.Dropdown
-    compare: gr.Checkbox
-    other: gr.Dropdown
-    chats: tuple[gr.Chatbot, gr.Chatbot]
-    question: gr.Textbox
-    send: gr.Button
-    stop: gr.Button
-    regenerate: gr.Button
-    clear: gr.Button
-    status: gr.Markdown
-    rows: gr.Dataframe
-    add_row: gr.Button
-    sampling: tuple[gr.Slider, gr.Slider, gr.Slider, gr.Checkbox]
-    panes: gr.State
-
-
-class Page:
-    """The page's events; each returns values for the controls named where it is bound."""
+class Controls:
+    """The controls of the page, laid out from top to bottom."""
 
     def __init__(self, talk: WebTalk) -> None:
-        self.talk = talk
-
-    def send(
-        self,
-        request: gr.Request,
-        question: str,
-        panes: Panes,
-        model: str,
-        compare: bool,
-        other: str,
-        *sampling: Any,
-    ) -> Iterator[tuple[Any, ...]]:
-        """Answer what was typed; an empty line does nothing."""
-        question = question.strip()
-        if not question:
-            yield _unchanged()
-            return
-        yield from self._stream(request, panes, question, (model, compare, other), sampling)
-
-    def regenerate(
-        self,
-        request: gr.Request,
-        question: str,
-        panes: Panes,
-        model: str,
-        compare: bool,
-        other: str,
-        *sampling: Any,
-    ) -> Iterator[tuple[Any, ...]]:
-        """Answer the last question again, with the model and sampling that are set now."""
-        panes, last = take_back(panes, compare=compare)
-        if not last:
-            yield _unchanged()
-            return
-        for step in self._stream(request, panes, last, (model, compare, other), sampling):
-            yield (*step[:-1], question)  # what is being typed stays
-
-    def _stream(
-        self,
-        request: gr.Request,
-        panes: Panes,
-        question: str,
-        picked: tuple[str, bool, str],
-        sampling: Sequence[Any],
-    ) -> Iterator[tuple[Any, ...]]:
-        """Yield panes, both chats, status, send, stop, and the emptied question."""
-        model, compare, other = picked
-        temperature, top_p, max_new_tokens, send_history = sampling
-        options = Options(temperature, top_p, int(max_new_tokens), send_history)
-        models = [model, other] if compare else [model]
-        try:
-            for step in self.talk.ask(str(request.session_hash), panes, question, models, options):
-                first, second = step.panes
-                yield (
-                    step.panes,
-                    to_messages(first),
-                    to_messages(second),
-                    step.status,
-                    gr.update(interactive=step.finished),
-                    gr.update(interactive=not step.finished),
-                    "",
-                )
-        except (ValueError, UnknownPrefixError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    def stop(self, request: gr.Request) -> None:
-        """Stop this visitor's answer; the stream then ends by itself."""
-        self.talk.stop(str(request.session_hash))
-
-    def clear(self, request: gr.Request) -> tuple[Any, ...]:
-        """Stop, and forget the conversation; what is being typed stays."""
-        self.stop(request)
-        return EMPTY, [], [], "", gr.update(interactive=True), gr.update(interactive=False)
-
-    def pick(self, model: str) -> tuple[Any, ...]:
-        """Return the name over the conversation, and a length and history as it was trained."""
-        return (
-            gr.update(label=model),
-            self.talk.trained_length(model),
-            self.talk.is_trained_on_chats(model),
+        model = talk.models[0]
+        gr.Markdown(
+            f"# {TITLE}\n选择前缀或基座模型 · Choose a prefix or the untouched base",
+            elem_id="title",
         )
-
-
-def show_rows(question: str, rows: Sequence[Sequence[Any]]) -> Any:
-    """Return the table of what was typed; unchanged where that is no list of attributes.
-
-    Nor is a table touched that says the same already: a row in it may be half typed.
-    """
-    parsed = parse_attributes(question)
-    shown = [(str(key).strip(), str(value).strip()) for key, value in rows if key and value]
-    if parsed is None or shown == parsed:
-        return gr.skip()
-    return [list(row) for row in parsed]
-
-
-def show_question(rows: Sequence[Sequence[Any]]) -> str:
-    """Return the question that a table of attributes makes."""
-    try:
-        return join_attributes(rows)
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
-
-
-def build_page(talk: WebTalk) -> gr.Blocks:
-    """Return the page, not served yet."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
-        _bind(Page(talk), _lay_out(talk))
-        blocks.unload(Page(talk).stop)
-    return blocks
-
-
-def launch(blocks: gr.Blocks, *, host: str, port: int, password: str | None, wait: bool) -> str:
-    """Serve the page and return its address; with wait, only after Ctrl-C."""
-    check_guarded(host, password, flag="--password")
-
-    def is_known(user: str, given: str) -> bool:
-        return secrets.compare_digest(given.encode(), str(password).encode())
-
-    blocks.queue(default_concurrency_limit=SIMULTANEOUS)
-    try:
-        _, address, _ = blocks.launch(
-            server_name=host,
-            server_port=port,
-            auth=None if password is None else is_known,
-            auth_message="任意用户名，加上密码。 Any user name, and the password.",
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            ssr_mode=False,
-            enable_monitoring=False,
-            footer_links=[],
-            theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
-            css_paths=STYLE,
-            head=ESCAPE_STOPS,
-        )
-    except OSError as error:
-        raise OSError(
-            f"{host}:{port} cannot be listened on, most likely because something does so already; "
-            "give another with --port."
-        ) from error
-    if wait:
-        blocks.block_thread()
-    return str(address)
-
-
-def _lay_out(talk: WebTalk) -> Controls:
-    """Place the controls, from top to bottom."""
-    models = talk.models
-    gr.Markdown(
-        f"# {TITLE}\n选择前缀或原模型 · Pick a prefix or the untouched base", elem_id="title"
-    )
-    with gr.Row(elem_id="models"):
-        model = gr.Dropdown(
-            models, value=models[0], label="模型 Model", elem_id="model", filterable=False
-        )
-        other = gr.Dropdown(
-            models,
-            value=BASE_NAME,
-            label="对照 Compared with",
-            elem_id="other",
-            visible=False,
-            filterable=False,
-        )
-        compare = gr.Checkbox(label="并排比较 Compare side by side", elem_id="compare")
-    with gr.Row(elem_id="chats"):
-        chats = (_chat(models[0], "chat", True), _chat(BASE_NAME, "other-chat", False))
-    status = gr.Markdown(elem_id="status")
-    with gr.Row(elem_id="ask"):
-        question = gr.Textbox(
-            label="输入 Question",
-            placeholder="回车发送，Esc 停止 · Enter sends, Esc stops",
-            lines=1,
-            max_lines=6,
-            autofocus=True,
-            elem_id="question",
-            scale=1,
-        )
-    send, stop, regenerate, clear = _lay_out_buttons()
-    gr.Examples(EXAMPLES, inputs=question, label="示例 Examples", elem_id="examples")
-    rows, add_row = _lay_out_editor()
-    sampling = _lay_out_sampling(talk, models[0])
-    return Controls(
-        model,
-        compare,
-        other,
-        chats,
-        question,
-        send,
-        stop,
-        regenerate,
-        clear,
-        status,
-        rows,
-        add_row,
-        sampling,
-        gr.State(EMPTY),
-    )
-
-
-def _lay_out_buttons() -> tuple[gr.Button, gr.Button, gr.Button, gr.Button]:
-    """Place send, stop, regenerate and clear."""
-    with gr.Row(elem_id="buttons"):
-        send = gr.Button("发送 Send", variant="primary", elem_id="send", min_width=80)
-        stop = gr.Button(
-            "停止 Stop", variant="stop", interactive=False, elem_id="stop", min_width=80
-        )
-        regenerate = gr.Button("重新生成 Regenerate", elem_id="regenerate", min_width=80)
-        clear = gr.Button("清空 Clear", elem_id="clear", min_width=80)
-    return send, stop, regenerate, clear
-
-
-def _lay_out_editor() -> tuple[gr.Dataframe, gr.Button]:
-    """Place the attribute table, filled with the first example."""
-    with gr.Accordion("属性编辑 Attribute editor", open=True, elem_id="attributes"):
-        rows = gr.Dataframe(
-            headers=HEADERS,
-            value=[list(row) for row in parse_attributes(EXAMPLES[0]) or ()],
-            datatype="str",
-            type="array",
-            column_count=2,
-            interactive=True,
-            wrap=True,
-            label="改动会写入输入框 · Edits are written into the question",
-            elem_id="rows",
-        )
-        add_row = gr.Button("添加属性 Add an attribute", size="sm", elem_id="add-row")
-    return rows, add_row
+        with gr.Row(elem_id="models"):
+            self.model = gr.Dropdown(
+                talk.models, value=model, label="模型 Model", elem_id="model", filterable=False
+            )
+            self.other = gr.Dropdown(
+                talk.models,
+                value=BASE_NAME,
+                label="对照 Compare with",
+                elem_id="other",
+                visible=False,
+                filterable=False,
+            )
+            self.compare = gr.Checkbox(label="并排比较 Compare side by side", elem_id="compare")
+        with gr.Row(elem_id="chats"):
+            self.chats = (_chat(model, "chat", True), _chat(BASE_NAME, "other-chat", False))
+        self.status = gr.Markdown(elem_id="status")
+        with gr.Row(elem_id="ask"):
+            self.question = gr.Textbox(
+                label="输入 Question",
+                placeholder="回车发送，Esc 停止 · Enter sends, Esc stops",
+                lines=1,
+                max_lines=6,
+                autofocus=True,
+                elem_id="question",
+                scale=1,
+            )
+        with gr.Row(elem_id="buttons"):
+            self.send = gr.Button("发送 Send", variant="primary", elem_id="send", min_width=80)
+            self.stop = gr.Button(
+                "停止 Stop", variant="stop", interactive=False, elem_id="stop", min_width=80
+            )
+            self.regenerate = gr.Button("重新生成 Regenerate", elem_id="regenerate", min_width=80)
+            self.clear = gr.Button("清空 Clear", elem_id="clear", min_width=80)
+        gr.Examples(EXAMPLES, inputs=self.question, label="示例 Examples", elem_id="examples")
+        self.rows, self.add_row = _attribute_editor()
+        self.sampling = _sampling(talk, model)
+        self.panes = gr.State(EMPTY)
 
 
 def _chat(label: str, name: str, visible: bool) -> gr.Chatbot:
-    """Make one conversation; text is shown as it is, since `*` is no markup here."""
+    """Return one conversation; text is shown as it is, since `*` is no markup here."""
     return gr.Chatbot(
         label=label,
         elem_id=name,
@@ -309,9 +104,24 @@ def _chat(label: str, name: str, visible: bool) -> gr.Chatbot:
     )
 
 
-def _lay_out_sampling(
-    talk: WebTalk, model: str
-) -> tuple[gr.Slider, gr.Slider, gr.Slider, gr.Checkbox]:
+def _attribute_editor() -> tuple[gr.Dataframe, gr.Button]:
+    with gr.Accordion("属性编辑 Attribute editor", open=True, elem_id="attributes"):
+        rows = gr.Dataframe(
+            headers=["属性 Key", "值 Value"],
+            value=[list(row) for row in parse_attributes(EXAMPLES[0]) or ()],
+            datatype="str",
+            type="array",
+            column_count=2,
+            interactive=True,
+            wrap=True,
+            label="改动会写入输入框 · Edits change the question",
+            elem_id="rows",
+        )
+        add_row = gr.Button("添加属性 Add an attribute", size="sm", elem_id="add-row")
+    return rows, add_row
+
+
+def _sampling(talk: WebTalk, model: str) -> tuple[gr.Slider, gr.Slider, gr.Slider, gr.Checkbox]:
     longest = talk.session.context_length // 2
     with gr.Accordion("采样 Sampling", open=False, elem_id="sampling"):
         with gr.Row():
@@ -335,9 +145,108 @@ def _lay_out_sampling(
     return temperature, top_p, max_new_tokens, send_history
 
 
-def _bind(page: Page, controls: Controls) -> None:
+class Page:
+    """The events of the page; each returns values for the controls it is bound to.
+
+    `asked` are model, compare, other, temperature, top_p, max_new_tokens and send_history.
+    """
+
+    def __init__(self, talk: WebTalk) -> None:
+        self.talk = talk
+
+    def send(
+        self, request: gr.Request, question: str, panes: Panes, *asked: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """Answer the question; an empty one changes nothing."""
+        question = question.strip()
+        if not question:
+            yield _unchanged()
+            return
+        yield from self._stream(request, panes, question, asked)
+
+    def regenerate(
+        self, request: gr.Request, question: str, panes: Panes, *asked: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """Answer the last question again, with the current model and sampling."""
+        panes, last = take_back(panes, compare=asked[1])
+        if not last:
+            yield _unchanged()
+            return
+        for step in self._stream(request, panes, last, asked):
+            yield (*step[:-1], question)  # keeps what is being typed
+
+    def _stream(
+        self, request: gr.Request, panes: Panes, question: str, asked: Sequence[Any]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield panes, both chats, status, send, stop, and the emptied question."""
+        model, compare, other, temperature, top_p, max_new_tokens, send_history = asked
+        options = TalkOptions(temperature, top_p, int(max_new_tokens), send_history)
+        models = [model, other] if compare else [model]
+        try:
+            for step in self.talk.ask(str(request.session_hash), panes, question, models, options):
+                yield (
+                    step.panes,
+                    *(to_messages(turns) for turns in step.panes),
+                    step.status,
+                    gr.update(interactive=step.finished),
+                    gr.update(interactive=not step.finished),
+                    "",
+                )
+        except (ValueError, UnknownPrefixError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def stop(self, request: gr.Request) -> None:
+        """Stop this visitor's answer, which ends its stream."""
+        self.talk.stop(str(request.session_hash))
+
+    def clear(self, request: gr.Request) -> tuple[Any, ...]:
+        """Stop and start a new conversation; what is being typed stays."""
+        self.stop(request)
+        return EMPTY, [], [], "", gr.update(interactive=True), gr.update(interactive=False)
+
+    def pick(self, model: str) -> tuple[Any, ...]:
+        """Return the name above the conversation, and length and history as in training."""
+        talk = self.talk
+        label = gr.update(label=model)
+        return label, talk.trained_length(model), talk.is_trained_on_chats(model)
+
+
+def _unchanged() -> tuple[Any, ...]:
+    """Return no change for each output of send and regenerate."""
+    return tuple(gr.skip() for _ in range(7))
+
+
+def show_rows(question: str, rows: Sequence[Sequence[Any]]) -> Any:
+    """Return the attributes in the question as a table; no change if it is no list of attributes.
+
+    Nor if the table shows the same already: a row in it may be incomplete.
+    """
+    parsed = parse_attributes(question)
+    shown = [(str(key).strip(), str(value).strip()) for key, value in rows if key and value]
+    if parsed is None or shown == parsed:
+        return gr.skip()
+    return [list(row) for row in parsed]
+
+
+def show_question(rows: Sequence[Sequence[Any]]) -> str:
+    """Return the attributes of the table as a question."""
+    try:
+        return join_attributes(rows)
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+def build_page(talk: WebTalk) -> gr.Blocks:
+    """Return the page, not served yet."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+        page = Page(talk)
+        _bind(page, Controls(talk))
+        blocks.unload(page.stop)
+    return blocks
+
+
+def _bind(page: Page, c: Controls) -> None:
     """Connect the events."""
-    c = controls
     shown = [c.panes, *c.chats, c.status, c.send, c.stop]
     asked = [c.question, c.panes, c.model, c.compare, c.other, *c.sampling]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -377,6 +286,35 @@ def _bind(page: Page, controls: Controls) -> None:
     c.rows.input(show_question, c.rows, c.question, queue=False, **quiet)
 
 
-def _unchanged() -> tuple[Any, ...]:
-    """Return nothing new for each output of a question."""
-    return tuple(gr.skip() for _ in range(7))
+def launch(blocks: gr.Blocks, *, host: str, port: int, password: str | None, wait: bool) -> str:
+    """Serve the page and return its address; wait returns only after Ctrl-C."""
+    check_guarded(host, password, flag="--password")
+
+    def is_known(user: str, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), str(password).encode())
+
+    blocks.queue(default_concurrency_limit=CONCURRENT_QUESTIONS)
+    try:
+        _, address, _ = blocks.launch(
+            server_name=host,
+            server_port=port,
+            auth=None if password is None else is_known,
+            auth_message="任意用户名，加上密码。 Any user name, and the password.",
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            enable_monitoring=False,
+            footer_links=[],
+            theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
+            css_paths=STYLE,
+            head=ESCAPE_STOPS,
+        )
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {host}:{port}, most likely because another program does; give "
+            "another port with --port."
+        ) from error
+    if wait:
+        blocks.block_thread()
+    return str(address)

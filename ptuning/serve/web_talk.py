@@ -1,6 +1,6 @@
-"""What the page does, without the page: one question to one or two models, answered side by side.
+"""The page's work without the page: one question to one or two models, answered side by side.
 
-A visitor is one open page. It has one question under way at most: a new one stops the old.
+A visitor is one open page. A visitor's new question stops the one in progress.
 """
 
 import threading
@@ -13,7 +13,7 @@ from ptuning.serve.session import BASE_NAME, BASE_NEW_TOKENS, Session
 from ptuning.serve.text_stream import CANCEL_CHECK_S, Answer
 
 Turns = tuple[tuple[str, str], ...]  # question and answer, oldest first
-Panes = tuple[Turns, Turns]  # the model, and what it is compared with
+Panes = tuple[Turns, Turns]  # of the model and of the one it is compared with
 EMPTY: Panes = ((), ())
 ENDINGS = {
     "length": "达到长度上限 length limit",
@@ -23,8 +23,8 @@ PAIR_SIGN = "#"  # ADGEN's form: `类型#裤*版型#宽松`
 LIST_SIGN = "*"
 
 
-class Options(NamedTuple):
-    """How answers are made; temperature 0 is greedy, max_new_tokens None is as trained."""
+class TalkOptions(NamedTuple):
+    """How to answer; temperature 0 is greedy, max_new_tokens None is the training length."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -32,8 +32,8 @@ class Options(NamedTuple):
     send_history: bool = False
 
 
-class Progress(NamedTuple):
-    """The conversations so far, a line about the answers, and whether they are complete."""
+class TalkState(NamedTuple):
+    """The conversations so far, a status line, and whether the answers are complete."""
 
     panes: Panes
     status: str
@@ -41,20 +41,20 @@ class Progress(NamedTuple):
 
 
 class WebTalk:
-    """Questions from any number of open pages to one session."""
+    """Questions from any number of visitors to one session."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._running: dict[str, threading.Event] = {}
+        self._running: dict[str, threading.Event] = {}  # visitor -> cancels the question
         self._lock = threading.Lock()
 
     @property
     def models(self) -> list[str]:
-        """The names that can be picked, the untouched base last."""
+        """The names to choose from, the untouched base last."""
         return [*self.session.prefixes, BASE_NAME]
 
     def is_trained_on_chats(self, model: str) -> bool:
-        """Tell whether a model has seen earlier turns: the base has, a prefix may have."""
+        """Tell whether a model was trained with earlier turns: the base was, a prefix may be."""
         settings = self.session.settings_of(model)
         if model == BASE_NAME and not settings:
             return True
@@ -66,18 +66,18 @@ class WebTalk:
         return int(settings.get("max_target_length") or BASE_NEW_TOKENS)
 
     def stop(self, visitor: str) -> None:
-        """Stop what a visitor's page is waiting for, if anything."""
+        """Stop a visitor's question, if one is in progress."""
         with self._lock:
             cancel = self._running.pop(visitor, None)
         if cancel is not None:
             cancel.set()
 
     def ask(
-        self, visitor: str, panes: Panes, question: str, models: Sequence[str], options: Options
-    ) -> Iterator[Progress]:
-        """Put a question to one or two models and yield the conversations as they grow.
+        self, visitor: str, panes: Panes, question: str, models: Sequence[str], options: TalkOptions
+    ) -> Iterator[TalkState]:
+        """Ask one or two models and yield the conversations as they grow.
 
-        All models answer in one batch; the second one's turns are those of the second pane.
+        The models answer in one batch; the second one continues the second pane.
         """
         self.stop(visitor)
         cancel, changed = threading.Event(), threading.Event()
@@ -85,16 +85,16 @@ class WebTalk:
             self._running[visitor] = cancel
         started_s = time.monotonic()
         try:
-            with ExitStack() as under_way:
+            with ExitStack() as open_answers:
                 answers = [
-                    under_way.enter_context(
+                    open_answers.enter_context(
                         self.session.chat(
                             question,
                             turns if options.send_history else (),
                             model,
                             cancel=cancel,
-                            max_new_tokens=options.max_new_tokens,
                             on_progress=lambda finished: changed.set(),
+                            max_new_tokens=options.max_new_tokens,
                             temperature=options.temperature,
                             top_p=options.top_p,
                         )
@@ -103,17 +103,53 @@ class WebTalk:
                 ]
                 for finished in _follow(answers, changed):
                     status = _describe(models, answers, time.monotonic() - started_s)
-                    yield Progress(_append(panes, question, answers), status, finished)
+                    yield TalkState(_append(panes, question, answers), status, finished)
         finally:
             with self._lock:
                 if self._running.get(visitor) is cancel:
                     del self._running[visitor]
 
 
+def _follow(answers: Sequence[Answer], changed: threading.Event) -> Iterator[bool]:
+    """Yield whether all answers are complete, once at the start and whenever there is more text."""
+    num_shown = -1
+    finished = False
+    while not finished:
+        changed.clear()
+        for answer in answers:
+            answer.poll()
+        finished = all(answer.finish_reason is not None for answer in answers)
+        num_characters = sum(len(answer.text) for answer in answers)
+        if finished or num_characters != num_shown:
+            num_shown = num_characters
+            yield finished
+        else:
+            changed.wait(CANCEL_CHECK_S)
+
+
+def _append(panes: Panes, question: str, answers: Sequence[Answer]) -> Panes:
+    first, second = panes
+    first = (*first, (question, answers[0].text))
+    if len(answers) > 1:
+        second = (*second, (question, answers[1].text))
+    return first, second
+
+
+def _describe(models: Sequence[str], answers: Sequence[Answer], seconds: float) -> str:
+    """Return the status line: tokens and ending of each answer, the time, and notices."""
+    parts = []
+    for model, answer in zip(models, answers, strict=True):
+        ending = ENDINGS.get(answer.finish_reason or "")
+        count = f"{model}: {answer.usage.completion_tokens} tokens"
+        parts.append(f"{count} ({ending})" if ending else count)
+    notices = dict.fromkeys(answer.notice for answer in answers if answer.notice is not None)
+    return " · ".join([*parts, f"{seconds:.1f} s", *notices])
+
+
 def take_back(panes: Panes, *, compare: bool) -> tuple[Panes, str]:
     """Return the conversations without their last question, and that question; "" if none.
 
-    The second pane loses its last turn only where it is shown and was asked the same.
+    The second pane loses its last turn only if it is shown and its last question is the same.
     """
     first, second = panes
     if not first:
@@ -125,7 +161,7 @@ def take_back(panes: Panes, *, compare: bool) -> tuple[Panes, str]:
 
 
 def to_messages(turns: Turns) -> list[dict[str, str]]:
-    """Return turns as the page shows them; an answer without text yet shows a sign of life.
+    """Return turns as the page shows them; an answer without text yet is an ellipsis.
 
     >>> to_messages((("你好", "您好"),))
     [{'role': 'user', 'content': '你好'}, {'role': 'assistant', 'content': '您好'}]
@@ -137,47 +173,10 @@ def to_messages(turns: Turns) -> list[dict[str, str]]:
     return messages
 
 
-def _follow(answers: Sequence[Answer], changed: threading.Event) -> Iterator[bool]:
-    """Yield whether all is said, each time there is more text and once at the start."""
-    num_shown = -1
-    while True:
-        changed.clear()
-        for answer in answers:
-            answer.poll()
-        finished = all(answer.finish_reason is not None for answer in answers)
-        num_characters = sum(len(answer.text) for answer in answers)
-        if finished or num_characters != num_shown:
-            num_shown = num_characters
-            yield finished
-        if finished:
-            return
-        changed.wait(CANCEL_CHECK_S)
-
-
-def _append(panes: Panes, question: str, answers: Sequence[Answer]) -> Panes:
-    texts: list[str | None] = [answer.text for answer in answers]
-    first, second = (
-        turns if text is None else (*turns, (question, text))
-        for turns, text in zip(panes, [*texts, None][:2], strict=True)
-    )
-    return first, second
-
-
-def _describe(models: Sequence[str], answers: Sequence[Answer], seconds: float) -> str:
-    """Return the line under the conversation: tokens of each answer, how it ended, the time."""
-    parts = []
-    for model, answer in zip(models, answers, strict=True):
-        ending = ENDINGS.get(answer.finish_reason or "")
-        count = f"{model}: {answer.usage.completion_tokens} tokens"
-        parts.append(f"{count} ({ending})" if ending else count)
-    notices = dict.fromkeys(answer.notice for answer in answers if answer.notice is not None)
-    return " · ".join([*parts, f"{seconds:.1f} s", *notices])
-
-
 def parse_attributes(text: str) -> list[tuple[str, str]] | None:
-    """Return keys and values in their order; None where the text is not in this form.
+    """Return keys and values in order, or None if the text has another form.
 
-    A key may come twice, as in ADGEN; a value may hold `#`.
+    As in ADGEN, a key may occur twice; a value may contain `#`.
 
     >>> parse_attributes("类型#裤*版型#宽松")
     [('类型', '裤'), ('版型', '宽松')]
@@ -194,7 +193,7 @@ def parse_attributes(text: str) -> list[tuple[str, str]] | None:
 
 
 def join_attributes(rows: Sequence[Sequence[object]]) -> str:
-    """Return the string of a table; rows that miss their key or value are left out.
+    """Return a table of attributes as text; rows without key or value are skipped.
 
     >>> join_attributes([("类型", "裤"), ("", ""), ("版型", "宽松")])
     '类型#裤*版型#宽松'
@@ -206,8 +205,8 @@ def join_attributes(rows: Sequence[Sequence[object]]) -> str:
             continue
         if LIST_SIGN in key + value or PAIR_SIGN in key:
             raise ValueError(
-                f"the attribute {key} = {value} holds a sign that separates attributes; use "
-                f"neither {LIST_SIGN} in it nor {PAIR_SIGN} in its name."
+                f"the attribute {key} = {value} contains a sign that separates attributes; use no "
+                f"{LIST_SIGN} in it and no {PAIR_SIGN} in its name."
             )
         pairs.append(f"{key}{PAIR_SIGN}{value}")
     return LIST_SIGN.join(pairs)

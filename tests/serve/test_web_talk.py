@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from ptuning.serve.session import UnknownPrefixError
-from ptuning.serve.web_talk import EMPTY, Options, WebTalk, take_back
+from ptuning.serve.web_talk import EMPTY, TalkOptions, WebTalk, take_back
 from tests.serve.slow_engine import slow_down
 
 
@@ -26,7 +26,7 @@ def last(steps):
 
 
 def test_one_model_fills_the_first_pane_in_pieces(talk):
-    steps = list(talk.ask("v", EMPTY, "你好", ["other"], Options()))
+    steps = list(talk.ask("v", EMPTY, "你好", ["other"], TalkOptions()))
     answer = talk.session.chat("你好", prefix="other").read()
     assert steps[-1].panes == ((("你好", answer),), ())
     assert [step.finished for step in steps] == [False] * (len(steps) - 1) + [True]
@@ -36,7 +36,7 @@ def test_one_model_fills_the_first_pane_in_pieces(talk):
 
 
 def test_two_models_answer_side_by_side(talk):
-    end = last(talk.ask("v", EMPTY, "类型#裤*版型#宽松", ["adgen", "base"], Options()))
+    end = last(talk.ask("v", EMPTY, "类型#裤*版型#宽松", ["adgen", "base"], TalkOptions()))
     expected = [
         talk.session.chat("类型#裤*版型#宽松", prefix=name).read() for name in ("adgen", "base")
     ]
@@ -46,22 +46,24 @@ def test_two_models_answer_side_by_side(talk):
 
 def test_earlier_turns_are_sent_only_when_asked(talk):
     before = ((("你好", "您好！"),), ())
-    alone = last(talk.ask("v", before, "谢谢", ["base"], Options(send_history=False)))
-    chat = last(talk.ask("v", before, "谢谢", ["base"], Options(send_history=True)))
+    alone = last(talk.ask("v", before, "谢谢", ["base"], TalkOptions(send_history=False)))
+    chat = last(talk.ask("v", before, "谢谢", ["base"], TalkOptions(send_history=True)))
     assert alone.panes[0] == (("你好", "您好！"), ("谢谢", talk.session.chat("谢谢").read()))
     assert chat.panes[0][1][1] == talk.session.chat("谢谢", before[0]).read()
 
 
 def test_history_that_does_not_fit_is_said(talk):
     long = tuple((f"类型#裤*版型#宽松{i}", "宽松版型藏肉又自在。" * 4) for i in range(8))
-    end = last(talk.ask("v", (long, ()), "你好", ["adgen"], Options(send_history=True)))
+    end = last(talk.ask("v", (long, ()), "你好", ["adgen"], TalkOptions(send_history=True)))
     notice = talk.session.chat("你好", long, "adgen").notice
     assert notice is not None
     assert notice in end.status
 
 
 def test_stop_ends_the_computation_and_keeps_the_text(talk, slow_engine):
-    steps = talk.ask("v", EMPTY, "你好", ["chatty"], Options(temperature=1.0, max_new_tokens=500))
+    steps = talk.ask(
+        "v", EMPTY, "你好", ["chatty"], TalkOptions(temperature=1.0, max_new_tokens=500)
+    )
     while not next(steps).panes[0][0][1]:
         pass
     talk.stop("somebody else")
@@ -77,7 +79,7 @@ def test_stop_ends_the_computation_and_keeps_the_text(talk, slow_engine):
 
 
 def test_a_new_question_stops_the_old_one(talk, slow_engine):
-    options = Options(temperature=1.0, max_new_tokens=500)
+    options = TalkOptions(temperature=1.0, max_new_tokens=500)
     old = talk.ask("v", EMPTY, "你好", ["chatty"], options)
     next(old)
     new = talk.ask("v", EMPTY, "谢谢", ["chatty"], options)
@@ -89,7 +91,9 @@ def test_a_new_question_stops_the_old_one(talk, slow_engine):
 
 
 def test_a_page_that_went_away_leaves_no_row(talk, slow_engine):
-    steps = talk.ask("v", EMPTY, "你好", ["chatty"], Options(temperature=1.0, max_new_tokens=500))
+    steps = talk.ask(
+        "v", EMPTY, "你好", ["chatty"], TalkOptions(temperature=1.0, max_new_tokens=500)
+    )
     next(steps)
     steps.close()
     until_s = time.monotonic() + 5
@@ -100,7 +104,7 @@ def test_a_page_that_went_away_leaves_no_row(talk, slow_engine):
 
 def test_unknown_model_is_an_error(talk):
     with pytest.raises(UnknownPrefixError, match="nobody"):
-        next(talk.ask("v", EMPTY, "你好", ["nobody"], Options()))
+        next(talk.ask("v", EMPTY, "你好", ["nobody"], TalkOptions()))
 
 
 def test_models_lengths_and_histories_are_as_trained(talk):
