@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -29,13 +30,10 @@ from ptuning.engine.request import Request
 from ptuning.serve.scheduler import OnUpdate, RowUpdate, SessionClosedError, check_queue
 from ptuning.serve.session import AbstractSession, Load, NamedPrefix, Weighted
 from ptuning.serve.worker import (
-    AddPrefix,
+    EngineWorker,
     Loaded,
     PrefixResult,
-    RemovePrefix,
-    Start,
     StepResult,
-    Stop,
     receive,
     run_worker,
 )
@@ -52,9 +50,8 @@ class EndedProcessError(SessionClosedError, ChildProcessError):
 class EngineClient(AbstractSession):
     """A session in this process for an engine in another; `load` starts it.
 
-    `Answer.__del__` may cancel a request in the middle of anything a thread does here. Cancelling
-    therefore takes no lock that may be held: messages go to an outbox, and whichever thread is
-    sending empties it.
+    `Answer.__del__` may cancel a request in the middle of anything a thread does here, so `_post`
+    waits for no lock: messages go to an outbox, which the thread that is sending empties.
     """
 
     def __init__(
@@ -76,7 +73,7 @@ class EngineClient(AbstractSession):
         self._load = Load(0, 0, 0)  # after the last step
         self._outbox: deque[bytes] = deque()
         self._sending = threading.Lock()
-        self._lock = threading.Lock()  # for what may start, and in which order
+        self._lock = threading.Lock()  # what may be called, and in which order
         self._is_closed = False
         self._requests: dict[int, OnUpdate] = {}
         self._loading: dict[int, Future[Info]] = {}
@@ -94,14 +91,10 @@ class EngineClient(AbstractSession):
         """
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
         connection, theirs = context.Pipe()
+        log_level = logging.getLogger().getEffectiveLevel()
         process = context.Process(
             target=run_worker,
-            args=(
-                theirs,
-                logging.getLogger().getEffectiveLevel(),
-                model,
-                {"max_rows": max_rows, **options},
-            ),
+            args=(theirs, log_level, model, {"max_rows": max_rows, **options}),
             name="model",
             daemon=True,
         )
@@ -144,20 +137,14 @@ class EngineClient(AbstractSession):
     ) -> Callable[[], None]:
         """Send a request; QueueFullError, or SessionClosedError once nothing is answered."""
         number = next(self._numbers)
-        message = pickle.dumps(Start(number, request, prefixes))
         with self._lock:  # a prefix that is removed after this check leaves after the request
             self._check_open()
             for name, _ in prefixes:
                 self.find_prefix(name)
             check_queue(len(self._requests), self._max_rows, self._max_queue)
-            self._requests[number] = on_update  # first: another thread may send at once
-            self._outbox.append(message)
-        self._flush()
-        return lambda: self._stop(number)
-
-    def _stop(self, number: int) -> None:
-        self._outbox.append(pickle.dumps(Stop(number)))
-        self._flush()
+            self._requests[number] = on_update
+            self._call(EngineWorker.start, number, request, prefixes)
+        return partial(self._call, EngineWorker.stop, number)
 
     def _load_prefix(self, name: str, path: Path, *, allow_other_base: bool) -> NamedPrefix:
         number = next(self._numbers)
@@ -165,21 +152,23 @@ class EngineClient(AbstractSession):
         with self._lock:
             self._check_open()
             self._loading[number] = loading
-            message = AddPrefix(number, name, str(path.absolute()), allow_other_base)
-            self._outbox.append(pickle.dumps(message))
-        self._flush()
+            self._call(EngineWorker.add_prefix, number, name, path.absolute(), allow_other_base)
         return NamedPrefix(name, path, loading.result())
 
     def _unload_prefix(self, name: str) -> None:
         with self._lock:
-            self._outbox.append(pickle.dumps(RemovePrefix(name)))
-        self._flush()
+            self._call(EngineWorker.remove_prefix, name)
 
-    def _flush(self) -> None:
-        """Send the outbox, unless another thread is doing so."""
+    def _call(self, method: Callable[..., None], *arguments: Any) -> None:
+        self._post((method.__name__, *arguments))
+
+    def _post(self, message: Any) -> None:
+        """Send a message, after those that another thread is sending."""
+        self._outbox.append(pickle.dumps(message))
         while self._outbox and self._sending.acquire(blocking=False):
             try:
-                self._connection.send_bytes(self._outbox.popleft())
+                if self._outbox:  # another thread may have sent it before the lock was free
+                    self._connection.send_bytes(self._outbox.popleft())
             except OSError:  # the worker has ended, which `_read` notices and reports
                 self._outbox.clear()
             finally:
@@ -200,8 +189,7 @@ class EngineClient(AbstractSession):
             if self._is_closed:
                 return
             self._is_closed = True
-            self._outbox.append(pickle.dumps(None))
-        self._flush()
+            self._post(None)
         self._process.join(END_S)
         self._process.kill()
         self._reader.join(END_S)
@@ -233,7 +221,6 @@ class EngineClient(AbstractSession):
         with self._lock:
             if not self._is_closed:
                 self.failure = _describe_end(self._process)
-            self._outbox.clear()
             self._load = Load(0, 0, 0)
             on_end = self._on_end if self.failure is not None else None
         for loading in self._loading.values():

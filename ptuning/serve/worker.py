@@ -1,6 +1,8 @@
-"""The process with the model: it loads a session and serves the client's messages.
+"""The process with the model: it loads a session and serves the client's calls.
 
-Messages are pickled and sent over a pipe; None asks the worker to end.
+Over a pipe the client sends the name of a method of `EngineWorker` with its arguments, or None for
+the end. It gets a `Loaded`, then the `StepResult` of every decoding step and the `PrefixResult` of
+every added prefix.
 """
 
 import logging
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -28,51 +31,22 @@ from ptuning.tunings.artefact import Info
 SMALL_MODEL = 2**24  # parameters; in smaller models a step is mostly threads waiting for each other
 
 
-class Start(NamedTuple):
-    """To the worker: decode a request."""
-
-    number: int
-    request: Request
-    prefixes: Weighted
-
-
-class Stop(NamedTuple):
-    """To the worker: stop computing a request."""
-
-    number: int
-
-
-class AddPrefix(NamedTuple):
-    """To the worker: load a prefix; the reply is a PrefixResult of the same number."""
-
-    number: int
-    name: str
-    path: str
-    allow_other_base: bool
-
-
-class RemovePrefix(NamedTuple):
-    """To the worker: remove a prefix."""
-
-    name: str
-
-
 class Loaded(NamedTuple):
-    """To the client, first: the model is loaded. An exception in its place says why it is not."""
+    """The model is loaded; an exception in place of this says why it is not."""
 
     context_length: int
     tuned: Info | None
 
 
 class PrefixResult(NamedTuple):
-    """To the client: the prefix that was loaded, or the error."""
+    """The prefix that a call of this number loaded, or the error."""
 
     number: int
     result: Info | Exception
 
 
 class StepResult(NamedTuple):
-    """To the client: what a decoding step added to the requests, by number."""
+    """What a decoding step added to the requests, by number."""
 
     updates: Sequence[tuple[int, RowUpdate]]
     load: Load
@@ -133,7 +107,7 @@ def _exit_with_client() -> None:
 
 
 class EngineWorker:
-    """Receives messages in the main thread; the engine's thread sends the results of each step."""
+    """Serves calls in the main thread; the engine's thread sends the results of each step."""
 
     def __init__(self, session: Session, connection: Connection) -> None:
         self._session = session
@@ -146,27 +120,42 @@ class EngineWorker:
 
     def run(self) -> None:
         """Serve until the client asks to end or is gone."""
-        while (message := receive(self._connection)) is not None:
-            if isinstance(message, Start):
-                self._start(message)
-            elif isinstance(message, Stop):
-                if (row := self._rows.get(message.number)) is not None:
-                    self._session.scheduler.cancel(row)
-            elif isinstance(message, RemovePrefix):
-                self._session.remove_prefix(message.name)
-            elif isinstance(message, AddPrefix):
-                self._loader.submit(self._add_prefix, message)
+        while (call := receive(self._connection)) is not None:
+            method, *arguments = call
+            getattr(self, method)(*arguments)
         self._loader.shutdown(cancel_futures=True)
 
-    def _start(self, message: Start) -> None:
-        number = message.number
+    def start(self, number: int, request: Request, prefixes: Weighted) -> None:
+        """Decode a request; every step reports on it by its number."""
         try:
-            row = self._rows[number] = self._session.new_row(message.request, message.prefixes)
+            row = self._rows[number] = self._session.new_row(request, prefixes)
             self._session.scheduler.submit(row, partial(self._collect, number))
         except Exception as error:  # noqa: BLE001  (reported to the request)
             self._rows.pop(number, None)
             failed = RowUpdate([], [], "cancelled", portable(error))
             self._send(StepResult([(number, failed)], self._session.load_now))
+
+    def stop(self, number: int) -> None:
+        """Stop computing a request; no effect on a finished one."""
+        row = self._rows.get(number)
+        if row is not None:
+            self._session.scheduler.cancel(row)
+
+    def add_prefix(self, number: int, name: str, path: Path, allow_other_base: bool) -> None:
+        """Load a prefix while the engine decodes; the result is sent with this number."""
+        self._loader.submit(self._add_prefix, number, name, path, allow_other_base)
+
+    def remove_prefix(self, name: str) -> None:
+        """Remove a prefix; rows that were started before keep it."""
+        self._session.remove_prefix(name)
+
+    def _add_prefix(self, number: int, name: str, path: Path, allow_other_base: bool) -> None:
+        result: Info | Exception
+        try:
+            result = self._session.add_prefix(name, path, allow_other_base=allow_other_base)
+        except Exception as error:  # noqa: BLE001  (raised again by the client)
+            result = portable(error)
+        self._send(PrefixResult(number, result))
 
     def _collect(self, number: int, update: RowUpdate) -> None:
         """Keep an update until the end of the step."""
@@ -180,16 +169,6 @@ class EngineWorker:
         updates, self._updates = self._updates, []
         if updates:
             self._send(StepResult(updates, self._session.load_now))
-
-    def _add_prefix(self, message: AddPrefix) -> None:
-        result: Info | Exception
-        try:
-            result = self._session.add_prefix(
-                message.name, message.path, allow_other_base=message.allow_other_base
-            )
-        except Exception as error:  # noqa: BLE001  (raised again by the client)
-            result = portable(error)
-        self._send(PrefixResult(message.number, result))
 
     def _send(self, message: StepResult | PrefixResult) -> None:
         with self._sending:
