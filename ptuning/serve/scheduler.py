@@ -104,7 +104,7 @@ class Scheduler:
         """Refuse a request while max_queue others wait; None means no limit."""
         self.engine = engine
         self.max_queue = max_queue
-        self.after_step: Callable[[], None] | None = None  # called in the engine's thread
+        self.after_step: Callable[[], None] = lambda: None  # called in the engine's thread
         self.num_tokens = 0  # generated since the start
         self._jobs: dict[Row, _Job] = {}  # known to the engine; changed by its thread only
         self._wake = threading.Condition()  # guards the following
@@ -173,11 +173,9 @@ class Scheduler:
                 self.num_tokens += len(moved)
                 for row in moved:
                     self._report(row)
-            if self.after_step is not None:
-                self.after_step()
-        self._end_all(None)
-        if self.after_step is not None:
             self.after_step()
+        self._end_all(None)
+        self.after_step()
 
     def _process_inbox(self) -> bool:
         """Wait for work and pass it to the engine; return False once closed."""

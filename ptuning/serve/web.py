@@ -15,7 +15,6 @@ from ptuning.serve.startup import check_guarded
 from ptuning.serve.web_talk import (
     EMPTY,
     Panes,
-    TalkOptions,
     WebTalk,
     join_attributes,
     parse_attributes,
@@ -180,10 +179,18 @@ class Page:
     ) -> Iterator[tuple[Any, ...]]:
         """Yield panes, both chats, status, send, stop, and the emptied question."""
         model, compare, other, temperature, top_p, max_new_tokens, send_history = asked
-        options = TalkOptions(temperature, top_p, int(max_new_tokens), send_history)
         models = [model, other] if compare else [model]
         try:
-            for step in self.talk.ask(str(request.session_hash), panes, question, models, options):
+            for step in self.talk.ask(
+                str(request.session_hash),
+                panes,
+                question,
+                models,
+                send_history=send_history,
+                temperature=temperature,
+                top_p=top_p,
+                max_new_tokens=int(max_new_tokens),
+            ):
                 yield (
                     step.panes,
                     *(to_messages(turns) for turns in step.panes),

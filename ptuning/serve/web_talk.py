@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ptuning.serve.session import BASE_NAME, BASE_NEW_TOKENS, Session
 from ptuning.serve.text_stream import CANCEL_CHECK_S, Answer
@@ -21,15 +21,6 @@ ENDINGS = {
 }
 PAIR_SIGN = "#"  # ADGEN's form: `类型#裤*版型#宽松`
 LIST_SIGN = "*"
-
-
-class TalkOptions(NamedTuple):
-    """How to answer; temperature 0 is greedy, max_new_tokens None is the training length."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int | None = None
-    send_history: bool = False
 
 
 class TalkState(NamedTuple):
@@ -73,11 +64,19 @@ class WebTalk:
             cancel.set()
 
     def ask(
-        self, visitor: str, panes: Panes, question: str, models: Sequence[str], options: TalkOptions
+        self,
+        visitor: str,
+        panes: Panes,
+        question: str,
+        models: Sequence[str],
+        *,
+        send_history: bool = False,
+        **options: Any,
     ) -> Iterator[TalkState]:
         """Ask one or two models and yield the conversations as they grow.
 
-        The models answer in one batch; the second one continues the second pane.
+        The models answer in one batch, with the fields of `ChatOptions`; the second one continues
+        the second pane.
         """
         self.stop(visitor)
         cancel, changed = threading.Event(), threading.Event()
@@ -90,13 +89,11 @@ class WebTalk:
                     open_answers.enter_context(
                         self.session.chat(
                             question,
-                            turns if options.send_history else (),
+                            turns if send_history else (),
                             model,
                             cancel=cancel,
                             on_progress=lambda finished: changed.set(),
-                            max_new_tokens=options.max_new_tokens,
-                            temperature=options.temperature,
-                            top_p=options.top_p,
+                            **options,
                         )
                     )
                     for model, turns in zip(models, panes, strict=False)

@@ -2,20 +2,22 @@
 
 import queue
 import threading
-import time
 
 import pytest
 import torch
 
 import ptuning
 from ptuning.data.prompts import RowFormat, TextRow, to_example
+from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.decoding import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.cpu.linear import Linear, has_onednn
 from ptuning.serve.scheduler import QueueFullError
-from ptuning.serve.session import Session, UnknownPrefixError
+from ptuning.serve.session import Session, UnknownPrefixError, build_chat_prompt
 from ptuning.serve.text_stream import clean_response
 from ptuning.tunings.loading import NANO_DIR
 from tests.data.one_row import to_generation_prompt
+from tests.serve.live_server import wait_until_idle
 
 QUESTIONS = [
     "类型#裤*版型#宽松",
@@ -130,7 +132,7 @@ def test_cancelling_stops_the_computation(session):
     cancel.set()
     list(answer)
     assert answer.finish_reason == "cancelled"
-    assert_no_row_is_left(session)
+    wait_until_idle(session)
     assert answer.usage.completion_tokens < 1500
 
 
@@ -138,14 +140,7 @@ def test_an_answer_that_nobody_reads_is_not_computed(session):
     answer = session.chat("你好", temperature=5.0, seed=1, max_new_tokens=1500)
     next(answer)
     del answer
-    assert_no_row_is_left(session)
-
-
-def assert_no_row_is_left(session):
-    deadline = time.monotonic() + 5
-    while session.scheduler.num_rows + session.scheduler.num_waiting:
-        assert time.monotonic() < deadline, "a row is left"
-        time.sleep(0.01)
+    wait_until_idle(session)
 
 
 def test_stop_strings_end_the_answer_before_them(session):
@@ -154,7 +149,7 @@ def test_stop_strings_end_the_answer_before_them(session):
     answer = session.chat("你好", stop=[stop, "never said"])
     assert answer.read() == whole[: whole.index(stop)]
     assert answer.finish_reason == "stop"
-    assert_no_row_is_left(session)
+    wait_until_idle(session)
 
 
 def test_many_threads_get_their_own_answers(session):
@@ -228,3 +223,71 @@ def test_a_failure_reaches_who_waits_and_the_next_answer_works(session, monkeypa
         with pytest.raises(RuntimeError, match="could not be computed"):
             session.chat("你好").read()
     assert session.chat("你好").read() == expected
+
+
+# Prompts are those of evaluation, token by token
+
+
+LONG_HISTORY = [(f"类型#裤*版型#宽松{i}", f"这款裤子是宽松的版型，穿着舒适{i}。") for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ChatGLMTokenizer.from_pretrained(NANO_DIR)
+
+
+@pytest.mark.parametrize("limit", [8, 15, 30, 50, 80, 130, 500])
+@pytest.mark.parametrize("history", [[], LONG_HISTORY])
+@pytest.mark.parametrize("source_prefix", ["", "写:"])
+def test_prompts_are_those_of_evaluation(tokenizer, limit, history, source_prefix):
+    question = "类型#裙*颜色#白色*风格#简约*图案#条纹"
+    example = to_example(
+        TextRow(1, question, history=tuple(history)),
+        RowFormat(source_prefix=source_prefix),
+        for_training=False,
+    )
+    expected = to_generation_prompt(tokenizer, example, max_source_length=limit)
+    input_ids, notice = build_chat_prompt(
+        tokenizer, question, history, max_source_length=limit, source_prefix=source_prefix
+    )
+    assert input_ids == expected
+    whole = to_generation_prompt(tokenizer, example, max_source_length=5000)
+    assert (notice is None) == (expected == whole)
+
+
+def test_a_system_message_stays_when_turns_are_dropped(tokenizer):
+    input_ids, notice = build_chat_prompt(
+        tokenizer, "你好", LONG_HISTORY, max_source_length=70, system="请用活泼的语气"
+    )
+    text = tokenizer.decode(input_ids, skip_special_tokens=True)
+    assert text.startswith("[Round 0]\n问:请用活泼的语气\n类型#裤")
+    assert text.endswith("问:你好\n答:")
+    assert notice.startswith("The prompt may have 70 tokens: the oldest ")
+    assert len(input_ids) <= 70
+
+
+def test_the_notice_says_what_is_missing(tokenizer):
+    _, notice = build_chat_prompt(tokenizer, "类型#裤" * 20, LONG_HISTORY, max_source_length=20)
+    assert notice == (
+        "The prompt may have 20 tokens: the oldest 4 turns were left out and the end of the "
+        "question was cut off."
+    )
+
+
+# Packed weights
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this PyTorch was built without oneDNN")
+def test_every_linear_map_of_a_session_is_frozen_and_packed():
+    with Session.load(NANO_DIR, device="cpu") as session:
+        model = session.model
+        assert not [name for name, p in model.named_parameters() if p.requires_grad]
+        maps = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, Linear) and module.weight.dtype is torch.float32
+        ]
+        assert len(maps) >= 4 * model.config.num_layers  # attention has two, the MLP two
+        assert not [name for name, module in maps if module.prepacked_weight() is None]
+        assert session.chat("你好", max_new_tokens=4).read()
+        assert not [name for name, module in maps if module.prepacked_weight() is None]
