@@ -19,14 +19,8 @@ from ptuning.engine.sampling import TokenLogprob
 from ptuning.serve.text_stream import Answer
 
 MAX_STOPS = 16
-IGNORED = {  # who asks and how it is billed; no effect on the answer
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-}
+# Who asks and how it is billed: no effect on the answer.
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 NO_OPS: dict[str, list[Any]] = {  # not supported: only values that request nothing
     "n": [1],
     "best_of": [1],

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +15,7 @@ OPEN_PATHS = {"/health"}  # served without a key
 DRAINED_BYTES = 8 * 2**20  # read from an oversized body, so that its sender gets to the reply
 BODY_TIMEOUT_S = 30.0
 CLIENT_GONE = 499  # nginx's status for a client that disconnected before the reply
-BUCKETS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+BUCKETS_S = ("0.1", "0.3", "1.0", "3.0", "10.0", "30.0", "100.0", "+Inf")
 
 
 class Metrics:
@@ -27,57 +27,40 @@ class Metrics:
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
     def __init__(self) -> None:
-        self._requests: Counter[tuple[str, int]] = Counter()
+        self._requests: Counter[str] = Counter()  # labels -> value
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._in_bucket: Counter[tuple[str, float]] = Counter()
-        self._tokens: Counter[tuple[str, str]] = Counter()
+        self._tokens: Counter[str] = Counter()
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
         """Count a finished request."""
-        self._requests[path, status] += 1
-        self._seconds[path] += seconds
-        self._in_bucket.update((path, bound) for bound in BUCKETS_S if seconds <= bound)
+        label = f'path="{path}"'
+        self._requests[f'{{{label},status="{status}"}}'] += 1
+        for bound in BUCKETS_S:
+            self._seconds[f'_bucket{{{label},le="{bound}"}}'] += seconds <= float(bound)
+        self._seconds[f"_sum{{{label}}}"] += seconds
+        self._seconds[f"_count{{{label}}}"] += 1
 
     def count_tokens(self, model: str, *, prompt: int, completion: int) -> None:
         """Count the tokens of one answer."""
-        self._tokens[model, "prompt"] += prompt
-        self._tokens[model, "completion"] += completion
+        self._tokens[f'{{model="{model}",kind="prompt"}}'] += prompt
+        self._tokens[f'{{model="{model}",kind="completion"}}'] += completion
 
     def to_text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
         """Return all metrics; gauges are name -> (help, current value)."""
-        histogram: list[tuple[str, object]] = []
-        for path, seconds in sorted(self._seconds.items()):
-            label = f'path="{path}"'
-            total = sum(count for (known, _), count in self._requests.items() if known == path)
-            for bound in BUCKETS_S:
-                histogram.append((f'_bucket{{{label},le="{bound}"}}', self._in_bucket[path, bound]))
-            histogram.append((f'_bucket{{{label},le="+Inf"}}', total))
-            histogram.append((f"_sum{{{label}}}", f"{seconds:.6f}"))
-            histogram.append((f"_count{{{label}}}", total))
-        requests = [
-            (f'{{path="{path}",status="{status}"}}', count)
-            for (path, status), count in sorted(self._requests.items())
-        ]
-        tokens = [
-            (f'{{model="{model}",kind="{kind}"}}', count)
-            for (model, kind), count in sorted(self._tokens.items())
-        ]
         lines = [
-            *_metric("requests_total", "counter", "Requests by path and status.", requests),
-            *_metric("request_seconds", "histogram", "Time from request to last byte.", histogram),
-            *_metric("tokens_total", "counter", "Tokens of prompts and answers by model.", tokens),
+            *_metric("requests_total", "counter", "Requests by path and status.", self._requests),
+            *_metric("request_seconds", "histogram", "Time to the last byte.", self._seconds),
+            *_metric("tokens_total", "counter", "Tokens of prompts and answers.", self._tokens),
         ]
         for name, (help_text, value) in gauges.items():
-            lines += _metric(name, "gauge", help_text, [("", f"{value:g}")])
+            lines += _metric(name, "gauge", help_text, {"": value})
         return "\n".join(lines) + "\n"
 
 
-def _metric(
-    name: str, kind: str, help_text: str, samples: Iterable[tuple[str, object]]
-) -> list[str]:
-    """Return the lines of one metric; samples are (suffix and labels, value)."""
+def _metric(name: str, kind: str, help_text: str, samples: Mapping[str, float]) -> list[str]:
+    """Return the lines of one metric; samples are suffix and labels -> value."""
     head = [f"# HELP ptuning_{name} {help_text}", f"# TYPE ptuning_{name} {kind}"]
-    return head + [f"ptuning_{name}{labels} {value}" for labels, value in samples]
+    return head + [f"ptuning_{name}{labels} {value}" for labels, value in samples.items()]
 
 
 class AuthAndLimitsMiddleware:
