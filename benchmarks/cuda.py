@@ -1,12 +1,12 @@
-"""Everything that a CUDA GPU is measured by, in one run of at most eight minutes.
+"""Every GPU measurement in one run of at most eight minutes.
 
     python -m benchmarks.cuda [--out DIR] [--budget 480] [--only NAME ...]
     python -m benchmarks.cuda --device cpu --size tiny      # try the stages without a GPU
 
-The stages of `benchmarks.cuda_stages` run one after another, the smallest first, each in a process
-of its own with a time limit, so that one that fails or hangs costs no other. DIR/results.json is
-rewritten after each, and the table follows at the end. A stage that does not end well leaves its
-log in DIR and its last lines in both. ChatGLM-6B needs 16 GB of GPU memory; no weights are read.
+The stages of `benchmarks.cuda_stages` run in order of size, each in its own process with a time
+limit, so that a failing stage does not affect the others. DIR/results.json is rewritten after each
+stage; the table is printed at the end. A failed stage leaves its log in DIR and its last lines in
+both. ChatGLM-6B needs 16 GB of GPU memory; no weights are read.
 """
 
 import json
@@ -28,16 +28,16 @@ from benchmarks.cuda_stages import STAGES, Figure, Stage, Target
 from benchmarks.setting import ROOT, SIZES
 from ptuning.storage import write_atomically
 
-MARK = "FIGURE "  # begins a line of a stage's output that holds a figure as JSON
+MARK = "FIGURE "  # prefix of an output line that holds a figure as JSON
 LEAST_S = 10  # a stage with less time left is not started
-OUTPUT_LINES, TABLE_LINES = 30, 6  # of a stage that did not end well: kept, and shown
-ENDING_S = 5  # for a stopped stage to end by itself
+OUTPUT_LINES, TABLE_LINES = 30, 6  # of a failed stage's log: kept, and shown
+ENDING_S = 5  # for a stopped stage to exit
 OK, TIMED_OUT, STOPPED = "ok", "timed out", "stopped"
 
 
 @dataclass
 class Result:
-    """How a stage went; output holds its last lines unless it ended well."""
+    """How a stage ended; output holds the last lines of a failed one."""
 
     status: str
     time_s: float = 0.0
@@ -46,12 +46,12 @@ class Result:
 
     @property
     def has_failed(self) -> bool:
-        """Whether it ended badly, in contrast to one that did not start."""
+        """Whether it was started and failed."""
         return self.status.startswith(("failed", TIMED_OUT))
 
 
 def run_stage(command: list[str], limit_s: float, log: Path) -> Result:
-    """Run a command for at most limit_s; Ctrl-C stops it and is a result too."""
+    """Run a command for at most limit_s; Ctrl-C stops it and is reported as its result."""
     started = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -78,7 +78,7 @@ def run_stage(command: list[str], limit_s: float, log: Path) -> Result:
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """End a stage with all processes that it started."""
+    """Kill a stage and all processes that it started."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, how)
@@ -94,7 +94,7 @@ def run_all(
     budget_s: float,
     out: Path,
 ) -> dict[str, Result]:
-    """Run the stages in order until budget_s is over, and write results.json after each."""
+    """Run the stages in order until budget_s is used up; write results.json after each."""
     started, results = time.monotonic(), {}
     for name, stage in stages.items():
         left = budget_s - (time.monotonic() - started)
@@ -113,7 +113,7 @@ def run_all(
 
 
 def write_results(out: Path, results: Mapping[str, Result]) -> None:
-    """Write results.json whole."""
+    """Write results.json atomically."""
     values = {
         name: asdict(result) | {"figures": [figure._asdict() for figure in result.figures]}
         for name, result in results.items()
@@ -123,13 +123,13 @@ def write_results(out: Path, results: Mapping[str, Result]) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """Return one line for each figure, and the last lines of a stage that did not end well."""
+    """Return one line per figure, and the last lines of failed stages."""
     lines = []
     for name, result in results.items():
         for figure in result.figures:
@@ -141,7 +141,7 @@ def table(results: Mapping[str, Result]) -> str:
 
 
 def shown(value: float | str) -> str:
-    """Write a figure in three digits, thousands in full.
+    """Return a figure with three digits, thousands in full.
 
     >>> shown(0.01234), shown(4.7), shown(123.4), shown(9876.5), shown("none")
     ('0.0123', '4.7', '123', '9,876', 'none')
@@ -152,10 +152,10 @@ def shown(value: float | str) -> str:
 
 
 def run_one(name: str, target: Target) -> int:
-    """Run a stage in this process, and print its figures for the one that waits for them."""
+    """Run a stage in this process and print its figures for the parent process."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for figure in STAGES[name].run(target):
-        say(f"\n{MARK}{json.dumps(figure)}")  # the line before may be a progress bar
+        say(f"\n{MARK}{json.dumps(figure)}")  # the previous line may be a progress bar
     return 0
 
 

@@ -1,8 +1,7 @@
 """The stages of `python -m benchmarks.cuda`: each yields its figures as soon as they are known.
 
-A stage runs in a process of its own, so it may fail, run out of memory or be stopped. Models are
-random, made and quantised on the device. Every stage runs on a CPU too, at a small size, except
-those that need CUDA.
+A stage runs in its own process, so it may fail, run out of memory or be stopped. Models are random,
+created and quantised on the device. Stages that need no CUDA also run on a CPU, at a small size.
 """
 
 import json
@@ -55,7 +54,7 @@ class Target(NamedTuple):
 
     @property
     def on_cuda(self) -> bool:
-        """Whether the device is a CUDA one."""
+        """Whether the device is a CUDA device."""
         return self.device.startswith("cuda")
 
 
@@ -76,7 +75,7 @@ class Decoding(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What a stage does, and the seconds it may take on a GPU."""
+    """A stage and its time limit on a GPU."""
 
     run: Callable[[Target], Iterator[Figure]]
     limit_s: float
@@ -108,7 +107,7 @@ def device(target: Target) -> Iterator[Figure]:
 
 
 def version_of(package: str) -> str:
-    """Return the installed version, or that there is none."""
+    """Return the installed version, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -116,7 +115,7 @@ def version_of(package: str) -> str:
 
 
 def attention_times(target: Target) -> Iterator[Figure]:
-    """Time attention of 16 rows in one layer, both passes: a new shape may cost a new plan."""
+    """Time attention of 16 rows in one layer, both passes; a new shape may need a new plan."""
     _, hidden_size, num_heads, _ = SIZES[target.size]
     where = {"device": target.device, "dtype": getattr(torch, DTYPE), "requires_grad": True}
     query = torch.randn(16, num_heads, 128, hidden_size // num_heads, **where)
@@ -142,7 +141,7 @@ def attention_times(target: Target) -> Iterator[Figure]:
 
 
 def smoke(target: Target) -> Iterator[Figure]:
-    """Train and decode at hidden size 512 in all widths: a crash here costs seconds."""
+    """Train and decode at hidden size 512 in every precision: a crash here costs only seconds."""
     target = target._replace(size="small") if target.size == "chatglm-6b" else target
     rate = matmul_flops_per_s(flags_for(target))
     for bits in (0, 8, 4):
@@ -161,7 +160,7 @@ def smoke(target: Target) -> Iterator[Figure]:
 
 
 class Outcomes:
-    """A pytest plugin that keeps the number of tests by outcome."""
+    """A pytest plugin that counts tests by outcome."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -189,7 +188,7 @@ def tests(target: Target) -> Iterator[Figure]:
 
 
 def nano(target: Target) -> Iterator[Figure]:
-    """Run train.sh on the nano model for 40 steps: training, decoding and scoring as users do."""
+    """Run train.sh on the nano model for 40 steps: training, decoding and scoring."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {"PYTHON": sys.executable, "MODEL": "nano", "MAX_STEPS": "40"}
         environment = os.environ | settings | {"OUTPUT_DIR": folder}
@@ -203,7 +202,7 @@ def nano(target: Target) -> Iterator[Figure]:
 
 
 def kernels(target: Target) -> Iterator[Figure]:
-    """Compile the quantised products' kernels in parallel: later stages find them on disk."""
+    """Compile the kernels of the quantised products in parallel; later stages find them on disk."""
     jobs = [(bits, count) for bits in (4, 8) for count in COMPILED_ROWS]
     workers = min(MOST_WORKERS, os.cpu_count() or 1, len(jobs))
     started = time.perf_counter()
@@ -215,7 +214,7 @@ def kernels(target: Target) -> Iterator[Figure]:
 
 
 def run_products(target: Target, bits: int, num_rows: int) -> str:
-    """Multiply by a layer's four weights both ways; return the back end's name."""
+    """Multiply by a layer's four weights, forward and backward; return the back end's name."""
     place, dtype = torch.device(target.device), getattr(torch, DTYPE)
     backend = pick_backend(AUTO, place, dtype, bits)
     hidden = SIZES[target.size][1]
@@ -255,7 +254,7 @@ def train(target: Target, bits: int) -> Iterator[Figure]:
 
 
 def step_figures(name: str, measured: dict[str, float]) -> Iterator[Figure]:
-    """Yield the lines of one way to train."""
+    """Yield the lines of one training setting."""
     yield Figure(f"{name}: first step", 1e3 * measured["first_step_s"], "ms")
     yield Figure(f"{name}: step", 1e3 * measured["step_time_s"], "ms")
     yield Figure(f"{name}: real tokens", measured["real_tokens_per_s"], "tokens/s")
@@ -265,7 +264,7 @@ def step_figures(name: str, measured: dict[str, float]) -> Iterator[Figure]:
 
 
 def profiled(target: Target, name: str, work: Callable[[], object]) -> Iterator[Figure]:
-    """Yield the time of a GPU's kernels in all and of those that take longest; none on a CPU."""
+    """Yield the total GPU kernel time and the slowest kernels; nothing on a CPU."""
     if not target.on_cuda:
         return
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
@@ -282,9 +281,9 @@ def profiled(target: Target, name: str, work: Callable[[], object]) -> Iterator[
 
 
 def memory(target: Target, bits: int) -> Iterator[Figure]:
-    """Measure the published setting, 1 row of 128 tokens, with more and more layers checkpointed.
+    """Measure the published setting, 1 row of 128 tokens, with increasing gradient checkpointing.
 
-    Once with the loss in chunks of 16 tokens too: what --gpu_memory 4.6 chooses for int4.
+    Also with the loss in chunks of 16 tokens, which --gpu_memory 4.6 chooses for int4.
     """
     flags = flags_for(target, bits, steps=2)  # the second finds the optimiser's state
     model = make_model(flags).train()
@@ -307,7 +306,7 @@ def memory(target: Target, bits: int) -> Iterator[Figure]:
 
 
 def decode(target: Target, bits: int, cases: Sequence[Decoding]) -> Iterator[Figure]:
-    """Decode 64 tokens for every row, and profile a single row."""
+    """Decode 64 tokens per row, and profile a single row."""
     flags = flags_for(target, bits)
     model = make_model(flags).eval()
     bandwidth = memory_gb_per_s(target.device)
@@ -326,7 +325,7 @@ def decode(target: Target, bits: int, cases: Sequence[Decoding]) -> Iterator[Fig
 
 
 def speed_figures(name: str, speed: Speed, bandwidth: float) -> Iterator[Figure]:
-    """Yield the lines of one way to decode; the median step is a replay where there are graphs."""
+    """Yield the lines of one decoding setting; with CUDA graphs the median step is a replay."""
     step_s = statistics.median(speed.step_times_s)
     read_gb_per_s = speed.read_bytes / len(speed.step_times_s) / step_s / 1e9
     yield Figure(f"{name}: time with prefill", speed.time_s, "s")
@@ -339,7 +338,7 @@ def speed_figures(name: str, speed: Speed, bandwidth: float) -> Iterator[Figure]
 
 
 def compiled(target: Target, bits: int) -> Iterator[Figure]:
-    """Train with 16 rows before and after torch.compile of the layers."""
+    """Train with 16 rows, with and without torch.compile."""
     flags = flags_for(target, bits)
     rate = matmul_flops_per_s(flags)
     model = make_model(flags)

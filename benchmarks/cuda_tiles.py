@@ -1,8 +1,7 @@
-"""Tiles of the Triton products with int4 weights: every candidate beside the one that is used.
+"""Tile sizes of the Triton int4 products: every candidate against the one in use.
 
-The back end's own launch is timed, its choice of a tile replaced, and each time the L2 cache is
-flushed: a layer's weight comes from memory in a real step. All candidates are compiled first, in
-parallel.
+Times the back end's own launch with its tile replaced, and a cold L2 cache: in a real step a
+layer's weight comes from memory. All candidates are compiled first, in parallel.
 """
 
 import multiprocessing
@@ -41,7 +40,7 @@ class Product(NamedTuple):
 
     @property
     def is_matvec(self) -> bool:
-        """Whether the matvec kernel computes it."""
+        """Whether the matvec kernel is used."""
         return self.num_rows <= MAX_MATVEC_ROWS and not self.transposed
 
 
@@ -67,7 +66,7 @@ def used_tile(kind: Product, product_width: int) -> Choice:
 
 
 def replaced(kind: Product, choice: Choice) -> AbstractContextManager[object]:
-    """Have the back end choose this tile for a while."""
+    """Make the back end use this tile inside the block."""
     if kind.is_matvec:
         return mock.patch.object(triton_backend, "MATVEC_TILE", choice)
 
@@ -90,7 +89,7 @@ def make_product(device: str, kind: Product, num_out: int, num_in: int) -> Calla
 
 
 def compile_one(device: str, kind: Product, choice: Choice) -> None:
-    """Compile a candidate, which leaves it in Triton's cache on disk."""
+    """Compile a candidate into Triton's cache on disk."""
     from triton.runtime.errors import OutOfResources
 
     work = make_product(device, kind, COMPILED_SIZE, COMPILED_SIZE)
@@ -108,7 +107,7 @@ def median_ms(device: str, work: Callable[[], object]) -> float:
 
 
 def tile_times(device: str, size: str) -> Iterator[tuple[str, float, str]]:
-    """Yield for each weight and product the time of the tile that is used, and of the fastest."""
+    """Yield, for each weight and product, the time of the tile in use and of the fastest."""
     from triton.runtime.errors import OutOfResources
 
     jobs = [(kind, choice) for kind in PRODUCTS for choice in candidates(kind)]

@@ -1,11 +1,11 @@
-"""Speed of tokenising: a file of rows to token arrays, end to end, beside the published way.
+"""Tokenisation speed: a file of rows to token arrays, end to end, compared with the published code.
 
     python -m benchmarks.data [--rows_file FILE] [--tokenizer DIR] [--json FILE]
 
-`cold` reads the file, checks it, tokenises and writes the cache; `cached` finds the same tokens
-there. `published` is what the published preprocessing did: one row after the other through the
-tokenizer, cut, and padded to 128 tokens with its labels. Rows per second; a file that holds fewer
-than --rows is repeated under other row numbers, so that no row is equal to another.
+`cold` reads and checks the file, tokenises it and writes the cache; `cached` reads the cache.
+`published` is the published preprocessing: row by row through the tokenizer, truncated, and padded
+to 128 tokens with labels. In rows per second; a file with fewer than --rows rows is repeated with
+numbers added, so that all rows differ.
 """
 
 import json
@@ -36,7 +36,7 @@ RECIPES = ("cold", "cached", "published")
 
 
 def write_rows(source: Path, target: Path, count: int) -> list[tuple[str, str]]:
-    """Write `count` rows, those of source and then numbered copies; return their texts."""
+    """Write `count` rows: those of source, then numbered copies; return their texts."""
     found = read_rows(source, ROW_FORMAT).kept
     texts = [(row.prompt, row.response) for row in found]
     rows = []
@@ -50,7 +50,7 @@ def write_rows(source: Path, target: Path, count: int) -> list[tuple[str, str]]:
 
 
 def load(file: Path, tokenizer: ChatGLMTokenizer, cache: Path, *, fresh: bool) -> int:
-    """Load the file as main.py does and return its rows; fresh tokenises whatever is cached."""
+    """Load the file as main.py does and return its row count; fresh ignores the cache."""
     dataset, _ = load_training_dataset(
         file,
         tokenizer,
@@ -65,7 +65,7 @@ def load(file: Path, tokenizer: ChatGLMTokenizer, cache: Path, *, fresh: bool) -
 def preprocess_as_published(
     rows: Sequence[tuple[str, str]], tokenizer: ChatGLMTokenizer
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return input ids and labels of every row, padded to 128 tokens, one row after the other."""
+    """Return input ids and labels of every row, padded to 128 tokens, row by row."""
     pad_id, length = tokenizer.pad_token_id, 2 * MAX_LENGTH
     all_ids, all_labels = [], []
     for prompt, response in rows:
@@ -90,7 +90,7 @@ def rows_per_s(work: Callable[[], object], num_rows: int, repeats: int) -> float
 
 
 def measure(flags: Namespace, folder: Path) -> dict[str, float]:
-    """Return the rows per second of everything asked for."""
+    """Return the rows per second of every way."""
     tokenizer = ChatGLMTokenizer.from_pretrained(flags.tokenizer)
     file, cache = folder / "rows.jsonl", folder / "cache"
     rows = write_rows(Path(flags.rows_file), file, flags.rows)

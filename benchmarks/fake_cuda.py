@@ -2,12 +2,12 @@
 
     python -m benchmarks.fake_cuda [--bits 0 8 4] [--rows 1 16] [--recompute 0 28] [--json FILE]
 
-A training step is the forward and the backward pass, clipping and fused AdamW, in bfloat16 with a
-prefix of 128 tokens; the second of two counts, as the first makes the optimizer's state. A decoding
-step adds one token to each row. Both run on fake tensors (`benchmarks.fake_device`), so that an
-operator fails as on a GPU where devices or dtypes differ, and fails as well where the host would
-wait for a number from the device. One row has 128 tokens, more have ADGEN's lengths, 16 of them
-1,547 tokens. `other GB` leaves matrix products out; `plan` is what `python -m ptuning plan` says.
+A training step is forward, backward, clipping and fused AdamW in bfloat16 with a prefix of 128
+tokens; the second of two steps counts, because the first creates the optimizer state. A decoding
+step adds one token to each row. Both run on fake tensors (`benchmarks.fake_device`): an operator
+fails where devices or dtypes differ, as on a GPU, and where the host would wait for the device. One
+row has 128 tokens; several have ADGEN's lengths, 16 of them 1,547 tokens. `other GB` excludes
+matrix products; `plan` is what `python -m ptuning plan` says.
 """
 
 import sys
@@ -47,12 +47,12 @@ class Figures(NamedTuple):
     moved: int
     moved_outside_products: int
     peak: int
-    plan: int | None  # None for decoding, of which the plan knows whole answers only
-    mixed: list[str]  # operators that were given tensors on two devices
+    plan: int | None  # None for decoding: the plan knows only whole answers
+    mixed: list[str]  # operators with tensors on two devices
 
 
 def row_lengths(num_rows: int) -> list[RowLength]:
-    """Return the lengths of num_rows rows: those of ADGEN, or for one the longest."""
+    """Return the lengths of num_rows ADGEN rows, or of one row of the greatest length."""
     return [ONE_ROW] if num_rows == 1 else list(islice(cycle(ADGEN), num_rows))
 
 
@@ -100,9 +100,9 @@ def move_to_fake_cuda(model: nn.Module) -> None:
 def train_step(
     bits: int, num_rows: int, checkpointed_layers: int = 0, chunk_tokens: int | None = None
 ) -> Figures:
-    """Take two optimizer steps and return the second one's figures.
+    """Take two optimizer steps and return the figures of the second.
 
-    chunk_tokens is how many answer tokens the loss takes at a time, None for the device's choice.
+    chunk_tokens is the number of answer tokens per chunk of the loss; None: the device's default.
     """
     lengths = row_lengths(num_rows)
     model = make_meta_model(bits).train()
@@ -134,7 +134,7 @@ def train_step(
 
 
 def decode_step(bits: int, num_rows: int) -> Figures:
-    """Take one decoding step up to the choice of the next tokens and return its figures."""
+    """Take one decoding step, without sampling, and return its figures."""
     model = make_meta_model(bits).eval()
     tracker = Tracker()
     with FakeCuda(tracker.launch), torch.no_grad():
@@ -153,7 +153,7 @@ def decode_step(bits: int, num_rows: int) -> Figures:
 
 
 def figures_of(tracker: Tracker, plan: int | None) -> Figures:
-    """Return what a tracker has counted."""
+    """Return the figures of a tracker."""
     return Figures(
         operators=sum(tracker.operators.values()),
         moved=sum(tracker.moved.values()),
@@ -183,7 +183,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Print the table, a line as soon as it is computed."""
+    """Print the table line by line."""
     flags = parse(argv)
     sys.stdout.write(
         f"GB of 10**9; torch {torch.__version__}\n{'':<8}{'weights':<10}{'rows':>5}"

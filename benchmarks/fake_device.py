@@ -1,13 +1,13 @@
 """A CUDA device without a GPU: tensors with shape, dtype and device `cuda:0`, but no memory.
 
-PyTorch's fake tensors run operators over shapes alone. A build without CUDA lacks three things that
-a training step needs, and `FakeCuda` supplies them while it is entered:
-- autograd asks the device for streams. It gets the device guard of `meta`, which does nothing, and
-  during a backward pass the engine is told that tensors are on `meta`, which has no streams;
-- fused attention picks its kernel by the GPU. It is the memory-efficient one here;
-- Triton launches kernels. A launch is reported to `on_launch`, and the kernel is not run.
-So no compiler, driver or Triton is needed. Operators, bytes and peaks are those of the real engine
-behind a compiled device guard, but for two more copies of a scalar a step.
+PyTorch's fake tensors propagate shapes through operators. A build without CUDA lacks three things
+that a training step needs; `FakeCuda` supplies them while it is active:
+- autograd asks the device for streams: it gets the no-op device guard of `meta`, and during a
+  backward pass the engine is told that tensors are on `meta`, which has no streams;
+- fused attention selects its kernel by GPU: here it is the memory-efficient one;
+- Triton launches kernels: a launch is reported to `on_launch`, and the kernel is not run.
+No compiler, driver or Triton is needed. Operators, bytes and peaks equal those of the real engine
+behind a compiled device guard, except for two more scalar copies per step.
 Source: https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html
 """
 
@@ -39,11 +39,11 @@ DEVICE = torch.device("cuda", 0)
 META = torch.device("meta")
 CAPABILITY = (9, 0)  # of an H100
 MEMORY_BYTES = 80 * 2**30
-# Row strides in elements that the memory-efficient kernel takes; it copies another mask at every
-# call: preprocess_mask in aten/src/ATen/native/transformers/attention.cpp
+# Row strides, in elements, that the memory-efficient kernel accepts; it copies any other mask at
+# every call: preprocess_mask in aten/src/ATen/native/transformers/attention.cpp
 MASK_ALIGNMENT = 8
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
-CACHED = (  # functions that remember a device's answers
+CACHED = (  # cached functions of a device
     pick_backend,
     rotary_triton.can_rotate,
     triton_backend.capability,
@@ -52,7 +52,7 @@ CACHED = (  # functions that remember a device's answers
 
 
 class Launch(NamedTuple):
-    """A kernel that a GPU would have been given to run."""
+    """A kernel launch that a GPU would have received."""
 
     kernel: Any  # as Triton compiles it; without Triton the plain function
     arguments: dict[str, Any]  # by parameter, constants included
@@ -65,12 +65,12 @@ class Launch(NamedTuple):
 
     @property
     def read(self) -> list[Tensor]:
-        """Tensors that it is given to read."""
+        """Tensors that it reads."""
         return [tensor for name, tensor in self._tensors if name not in self._stored]
 
     @property
     def written(self) -> list[Tensor]:
-        """Tensors that it stores to."""
+        """Tensors that it writes."""
         return [tensor for name, tensor in self._tensors if name in self._stored]
 
     @property
@@ -86,7 +86,7 @@ OnLaunch = Callable[[Launch], None]
 
 
 class FakeCuda(FakeTensorMode):
-    """Makes every tensor created inside a fake one, and `cuda:0` a device that exists.
+    """Turns every tensor created inside into a fake one, and makes `cuda:0` available.
 
     Give devices with their index: `.to("cuda")` asks the device guard for one and gets `meta`.
     """
@@ -111,13 +111,13 @@ class FakeCuda(FakeTensorMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Restore what was there before."""
+        """Restore the previous state."""
         self._exits.pop().__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        """Run one operator; the engine hears of `meta` but gets what it allocates on `cuda:0`."""
+        """Run one operator; the engine is told `meta`, and its allocations are on `cuda:0`."""
         if self._in_engine and func is torch.ops.prim.device.default:
             return META
         if kwargs and kwargs.get("device") == META:
@@ -127,7 +127,7 @@ class FakeCuda(FakeTensorMode):
 
     @contextmanager
     def _engine_on_this_thread(self) -> Iterator[None]:
-        """Keep autograd off its device threads, which a build without CUDA does not have."""
+        """Keep autograd off device threads, which a build without CUDA lacks."""
         run = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
         def run_here(*args: Any, **kwargs: Any) -> Any:
@@ -143,8 +143,8 @@ class FakeCuda(FakeTensorMode):
 
     @contextmanager
     def engine(self, is_asking: bool) -> Iterator[None]:
-        """Say whether C++ asks for a device from the engine or from an operator called by Python,
-        such as dropout, which picks its kernel by it.
+        """Return whether C++ asks for the device from the engine, rather than from an operator that
+        Python called, such as dropout, which selects its kernel by device.
         """
         before, self._in_engine = self._in_engine, is_asking
         try:
@@ -163,7 +163,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call func, attention by its kernel."""
+        """Call func; attention runs as its memory-efficient kernel."""
         if func is functional.scaled_dot_product_attention:
             func = efficient_attention
         if isinstance(func, torch._ops.OpOverload):  # from a dispatch mode, perhaps for the engine
@@ -223,7 +223,7 @@ def no_op_guard() -> Iterator[None]:
 
 @contextmanager
 def _one_gpu() -> Iterator[None]:
-    """Answer what the project asks about a GPU, and have it forget the answers afterwards."""
+    """Answer the project's queries about the GPU, and clear cached answers afterwards."""
     properties = SimpleNamespace(total_memory=MEMORY_BYTES)
     with (
         mock.patch.object(torch.cuda, "device", nullcontext),

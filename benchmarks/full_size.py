@@ -1,12 +1,11 @@
-"""Full-size proof without weights: a random ChatGLM-6B on disk as published, loaded and trained.
+"""Full-size test without weights: a random ChatGLM-6B in the published format, loaded and trained.
 
     python -m benchmarks.full_size [--quantization_bit 4] [--recompute 16] [--directory DIR]
 
-Writes the checkpoint in a process of its own, so that the peak memory of this one is that of
-loading and training alone; then loads it as main.py does and takes training steps of the published
-setting: one row of 128 tokens, a prefix of 128. --recompute is the number of layers with gradient
-checkpointing, 0 unless given; main.py chooses it by the memory that is free. Values are random, so
-the loss means nothing beyond being finite.
+The checkpoint is written by another process, so that this process's peak memory is that of loading
+and training. It is then loaded as main.py does, and trained with the published setting: one row of
+128 tokens, a prefix of 128. --recompute is the number of layers with gradient checkpointing (0);
+main.py chooses it by free memory. Values are random: the loss need only be finite.
 """
 
 import math
@@ -37,18 +36,18 @@ LEARNING_RATE = 2e-2  # the published one
 
 
 def say(text: str) -> None:
-    """Print at once, so that a log shows how far a long run is."""
+    """Print and flush, so that a log shows the progress of a long run."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 class Stage(NamedTuple):
-    """One part of the run; memory is the process's peak at its end, so it never falls."""
+    """One part of the run; memory is the process's peak so far."""
 
     name: str
     time_s: float
     host_peak_bytes: int
-    device_peak_bytes: int | None  # what torch's allocator handed out; None on a CPU
+    device_peak_bytes: int | None  # allocated by torch; None on a CPU
 
 
 def host_peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
@@ -58,7 +57,7 @@ def host_peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
 
 
 def measure(name: str, device: str, work: Callable[[], None]) -> Stage:
-    """Run one stage and print how it went."""
+    """Run one stage and print its line."""
     synchronise(device)
     started = time.perf_counter()
     work()
@@ -144,12 +143,12 @@ def train(model: ChatGLMForConditionalGeneration, flags: Namespace) -> tuple[lis
 
 @contextmanager
 def directory_for(flags: Namespace) -> Iterator[Path]:
-    """Yield the directory to use: one that holds a checkpoint already, or a new one.
+    """Yield the directory to use: an existing checkpoint's, or a new one.
 
-    A new one is removed at the end unless --keep, and in any case when writing did not finish.
+    A new one is removed at the end unless --keep, and always if writing did not finish.
     """
     if flags.directory is not None and flags.directory.exists() and any(flags.directory.iterdir()):
-        yield flags.directory  # somebody's checkpoint: loaded as it lies, never removed
+        yield flags.directory  # an existing checkpoint is loaded as it is and never removed
         return
     check_room(
         flags.directory or Path(tempfile.gettempdir()),
@@ -209,7 +208,7 @@ def run(directory: Path, flags: Namespace) -> dict[str, object]:
 
 
 def describe(flags: Namespace) -> str:
-    """Say in one line what was run."""
+    """Return one line that describes the run."""
     weights = f"int{flags.quantization_bit}" if flags.quantization_bit else flags.dtype
     stored = f"int{flags.stored_bit}" if flags.stored_bit else "float16"
     return (
@@ -220,7 +219,7 @@ def describe(flags: Namespace) -> str:
 
 
 def parse(argv: list[str]) -> Namespace:
-    """Read the flags and settle what is unset."""
+    """Read the flags and fill in defaults."""
     parser = ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__)
     parser.add_argument("--quantization_bit", type=int, choices=BITS, default=4)
     parser.add_argument(
@@ -272,7 +271,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Print the table; return 2 with one line where the disk or the checkpoint is at fault."""
+    """Print the table; return 2 with a one-line error for a bad disk or checkpoint."""
     flags = parse(argv)
     if flags.threads:
         torch.set_num_threads(flags.threads)

@@ -3,13 +3,12 @@
     python -m benchmarks.generate [--size small] [--quantization_bit 4] [--new_tokens 64]
 
 Prompts have the lengths of real ADGEN rows unless --rows_file names others. Weights are random and
-never end an answer, so every row decodes --new_tokens tokens; with 0 as many as its real answer
-has, so that rows finish at different times and waiting rows are admitted in their place. `batched`
-and `batch 1` are the same engine with many rows and with one; `published` is what the published
-evaluation did: one row at a time, its prompt padded to 64 tokens, sampled (top_p 0.7, temperature
-0.95) by transformers' `generate`. The last two answer every n-th row only. GB/s are those of
-decoding steps without prefill: weights, prefix and cache that a step must read, and their share of
-the bandwidth that the device reaches.
+never end an answer, so every row decodes --new_tokens tokens; with 0, as many as its real answer,
+so that rows finish at different times and waiting rows are admitted. `batched` and `batch 1` are
+our engine with many rows and with one; `published` is the published evaluation: one row at a time,
+its prompt padded to 64 tokens, sampled (top_p 0.7, temperature 0.95) by transformers' `generate`.
+The last two answer only every n-th row. GB/s covers decoding steps without prefill: the weights,
+prefix and cache that a step reads, also as a share of the device's measured bandwidth.
 """
 
 import sys
@@ -42,29 +41,29 @@ from ptuning.engine.shared_prefix import SharedPrefix, Shares, mix_prefixes
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import prepack_if_room
 
-NO_END: frozenset[int] = frozenset()  # every row goes to its budget
-# Of the tensor that is read to measure the device: far above any cache, and on CUDA long enough
-# that a launch does not count.
+NO_END: frozenset[int] = frozenset()  # every row uses its whole budget
+# Size of the tensor that is read to measure bandwidth: far larger than any cache, and on CUDA large
+# enough to hide the launch.
 BANDWIDTH_BYTES, BANDWIDTH_BYTES_CUDA = 2**29, 2**31
 RECIPES = ("batched", "batch1", "published")
 
 
 class Question(NamedTuple):
-    """A prompt, and how many tokens to decode; from `to_question` those of the real answer."""
+    """A prompt and the number of tokens to decode."""
 
     prompt: list[int]
     num_answer_tokens: int
 
 
 class Speed(NamedTuple):
-    """How one way of answering went."""
+    """Answers and times of one recipe."""
 
     tokens: int
     time_s: float
-    answers: dict[int, list[int]]  # by the row's number
+    answers: dict[int, list[int]]  # by row number
     read_bytes: float = 0.0  # by decoding steps
-    step_times_s: Sequence[float] = ()  # of decoding steps, those that capture a graph included
-    why_no_graphs: str = ""  # why CUDA graphs were given up; "" also where none were asked for
+    step_times_s: Sequence[float] = ()  # of decoding steps, graph capture included
+    why_no_graphs: str = ""  # why CUDA graphs were abandoned, or ""
 
     @property
     def tokens_per_s(self) -> float:
@@ -78,18 +77,18 @@ class Speed(NamedTuple):
 
     @property
     def read_gb_per_s(self) -> float | None:
-        """What decoding steps read, 10**9 bytes a second; None where that was not counted."""
+        """What decoding steps read, in 10**9 bytes per second; None if not counted."""
         return self.read_bytes / self.decode_time_s / 1e9 if self.step_times_s else None
 
 
 def to_question(row: BenchRow) -> Question:
-    """Part a training row at <sop>, which the prompt ends with and which is not generated."""
+    """Split a training row after <sop>, which ends the prompt."""
     context = int((row.labels == -100).sum())
     return Question(row.input_ids[: context + 1].tolist(), len(row.labels) - context - 1)
 
 
 def step_bytes(model: ChatGLMForConditionalGeneration, prefix_length: int, columns: int) -> int:
-    """Return what one decoding step must read: every weight once, the prefix once, the cache."""
+    """Return the bytes that one decoding step must read: weights, prefix and cache, once each."""
     config = model.config
     layers = sum(p.nbytes for p in model.transformer.layers.parameters())
     head = sum(p.nbytes for p in model.lm_head.parameters())
@@ -156,7 +155,7 @@ def answer_as_published(
 
 
 def memory_gb_per_s(device: str) -> float:
-    """Measure the device's read bandwidth, best of six large sums: 10**9 bytes a second."""
+    """Measure the device's read bandwidth in 10**9 bytes per second: the best of six large sums."""
     num_bytes = BANDWIDTH_BYTES_CUDA if device.startswith("cuda") else BANDWIDTH_BYTES
     block = torch.ones(num_bytes // 4, device=device)
     best = min(seconds(device, block.sum) for _ in range(6))
@@ -164,7 +163,7 @@ def memory_gb_per_s(device: str) -> float:
 
 
 def every_nth(questions: Sequence[Question], count: int) -> dict[int, Question]:
-    """Return `count` questions evenly over the rows, by their numbers.
+    """Return `count` evenly spaced questions by row number.
 
     >>> sorted(every_nth([Question([1], n) for n in range(10)], 5))
     [0, 2, 4, 6, 8]
@@ -184,7 +183,7 @@ def row_of(name: str, speed: Speed, bandwidth: float) -> str:
 
 
 def own_prefix(model: ChatGLMForConditionalGeneration) -> Shares:
-    """Return the model's prefix as every row of the engine sees it."""
+    """Return the model's prefix as shared by all rows of the engine."""
     with torch.no_grad():
         key_values = model.transformer.prefix_for(True)
     assert key_values is not None, "make_model attaches a prefix"
@@ -194,13 +193,13 @@ def own_prefix(model: ChatGLMForConditionalGeneration) -> Shares:
 def make_questions(
     flags: Namespace, model: ChatGLMForConditionalGeneration, count: int, new_tokens: int
 ) -> list[Question]:
-    """Return `count` questions of new_tokens each, or with 0 of their real answers' lengths."""
+    """Return `count` questions of new_tokens each, or of their real answers' lengths for 0."""
     real = [to_question(row) for row in make_rows(flags, model.config, count)]
     return [Question(prompt, new_tokens or answered) for prompt, answered in real]
 
 
 def measure(flags: Namespace, model: ChatGLMForConditionalGeneration) -> dict[str, Speed]:
-    """Answer in every way asked for; the first rows warm each up."""
+    """Run every recipe asked for; the first rows warm it up."""
     questions = make_questions(flags, model, flags.rows, flags.new_tokens)
     numbered = dict(enumerate(questions))
     some = every_nth(questions, flags.single_rows)
@@ -224,7 +223,7 @@ def measure(flags: Namespace, model: ChatGLMForConditionalGeneration) -> dict[st
 
 
 def figures_of(speeds: dict[str, Speed], bandwidth: float) -> dict[str, object]:
-    """Return what --json writes: speeds, ratios, GB/s, and how many rows are equal in both."""
+    """Return what --json writes: speeds, ratios, GB/s, and the number of equal answers."""
     figures: dict[str, object] = {"machine": machine(), "memory_gb_per_s": bandwidth}
     for name, key in (("batched", ""), ("batch1", "batch1_"), ("published", "published_")):
         if name in speeds:
@@ -242,7 +241,7 @@ def figures_of(speeds: dict[str, Speed], bandwidth: float) -> dict[str, object]:
 
 
 def parse(argv: list[str]) -> Namespace:
-    """Read the flags; counts below 1 are refused."""
+    """Read the flags; refuse counts below 1."""
     parser = ArgumentParser(prog="python -m benchmarks.generate", description=__doc__)
     add_common_flags(parser)
     parser.add_argument(

@@ -1,16 +1,15 @@
-"""Peak memory of training and answering, measured, beside what `python -m ptuning plan` predicts.
+"""Measured peak memory of training and answering, and what `python -m ptuning plan` predicts.
 
     python -m benchmarks.memory [--cases small-float32 small-int4-float32 ...] [--json FILE]
     python -m benchmarks.memory --cases chatglm-6b-int4-bfloat16 --recompute 16 --work recompute
 
-Every figure comes from a process of its own, which builds a random model, then takes two training
-steps of a packed batch, or answers the rows. The work `recompute` is training with gradient
-checkpointing, of every layer or of the first --recompute. The cases of ChatGLM-6B's size are in the
-default on CUDA only. Rows have the lengths of real ADGEN rows unless --rows_file names others.
+Every figure comes from its own process, which builds a random model, then takes two training steps
+of one batch, or answers the rows. `recompute` is training with gradient checkpointing of every
+layer, or of the first --recompute layers. ChatGLM-6B's cases are in the default on CUDA only. Rows
+have the lengths of real ADGEN rows unless --rows_file names others.
 
-On a CPU the measure is the largest resident set while that goes on, Python and its libraries
-included, which the prediction takes from the same process before the model is built; on CUDA it is
-what torch's allocator handed out.
+On a CPU the measure is the largest resident set, with Python and its libraries, whose share the
+prediction takes from the same process before the model is built; on CUDA, torch's allocations.
 """
 
 import ctypes
@@ -53,7 +52,7 @@ MORE_SIZES = {  # name -> layers, hidden size, heads, vocabulary
     "nano": (4, 192, 4, 1700),
     "wide": (8, 2048, 16, 16384),
 }
-CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 there forgets the peak so far
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak
 PEAK_LINE = "VmHWM:"  # of /proc/self/status, in KiB
 
 
@@ -98,12 +97,12 @@ class Result(NamedTuple):
 
 
 def resident_bytes(device: str) -> int:
-    """Return what this process holds now; 0 on CUDA, where only the device's memory counts."""
+    """Return this process's current memory; 0 on CUDA, where only the device's counts."""
     return 0 if device.startswith("cuda") else int(psutil.Process().memory_info().rss)
 
 
 def forget_peak(device: str) -> None:
-    """Give freed memory back to the system and start a new peak."""
+    """Return freed memory to the system and reset the peak."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -129,7 +128,7 @@ def peak_bytes(device: str) -> int:
 
 
 def train(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -> None:
-    """Take two optimiser steps, so that the second finds the optimiser's state."""
+    """Take two optimiser steps: the second has the optimiser's state."""
     encoder = model.prefix_encoder
     assert encoder is not None, "make_model attaches one"
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
@@ -151,7 +150,7 @@ def answer(model: ChatGLMForConditionalGeneration, prompts: Sequence[Sequence[in
 
 
 def measure(case: Case, flags: Namespace) -> Result:
-    """Build the case's model in this process, predict, then work and read the peak."""
+    """Build the case's model in this process, predict, then run and read the peak."""
     SIZES.update(MORE_SIZES)
     on_cpu = not flags.device.startswith("cuda")
     flags.size, flags.dtype, flags.quantization_bit = case.size, case.dtype, case.bits
@@ -159,7 +158,7 @@ def measure(case: Case, flags: Namespace) -> Result:
     model = make_model(flags)
     built = resident_bytes(flags.device)
     rows = make_rows(flags, model.config, case.rows)
-    base += max(0, resident_bytes(flags.device) - built)  # the tokenizer, as plan has it loaded
+    base += max(0, resident_bytes(flags.device) - built)  # the tokenizer, which plan has loaded
     prompts = [row.input_ids[: int((row.labels == -100).sum()) + 1].tolist() for row in rows]
     size = size_of(
         model.config,
@@ -193,14 +192,14 @@ def measure(case: Case, flags: Namespace) -> Result:
 
 
 def in_own_process(case: Case, flags: Namespace) -> Result:
-    """Measure in a fresh process, whose peak is that of this case alone."""
+    """Measure in a new process, whose peak is that of this case only."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(measure, case, flags).result()
 
 
 def parse(argv: list[str]) -> Namespace:
-    """Read the flags; unknown cases are refused with the list of all."""
+    """Read the flags; refuse unknown cases, listing all."""
     parser = ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     add_common_flags(parser)
     names = list(dict.fromkeys(case.name for case in CASES))
@@ -237,7 +236,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Print the table, a line as soon as it is measured."""
+    """Print the table line by line."""
     flags = parse(argv)
     layers = "all layers" if flags.recompute is None else f"{flags.recompute} layers"
     sys.stdout.write(

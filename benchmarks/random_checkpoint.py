@@ -1,9 +1,9 @@
-"""A random checkpoint on disk, named, laid out and typed as the published releases are.
+"""A random checkpoint on disk, with the published releases' names, layout and dtypes.
 
 Float16 goes into eight shards with an index, int8 and int4 into one pytorch_model.bin, in which the
-output head shares the embedding's bytes, as torch.save stores a tied tensor. config.json is written
-last: a directory that has one is whole. There is no vocabulary, so only the model can be loaded.
-Values are uniform, of the size that trained weights have; the norms are 1 and the biases 0.
+output head shares the embedding's bytes, as torch.save stores tied tensors. config.json is written
+last and marks a complete directory. There is no vocabulary: only the model can be loaded. Values
+are uniform with the standard deviation of trained weights; norms are 1, biases 0.
 """
 
 import json
@@ -35,13 +35,13 @@ from ptuning.storage import LAYER_LINEARS
 BITS = (0, 4, 8)  # 0 is float16
 NUM_SHARDS = 8  # of the published float16 release
 WEIGHT_STD = 0.02  # ChatGLM's initializer_range
-CODE_STD = {4: 16 / math.sqrt(12), 8: 256 / math.sqrt(12)}  # of uniform integers of so many bits
-BLOCK_BYTES = 2**26  # random bytes that are drawn at a time
+CODE_STD = {4: 16 / math.sqrt(12), 8: 256 / math.sqrt(12)}  # of uniform integers of that many bits
+BLOCK_BYTES = 2**26  # random bytes per draw
 SPARE_BYTES = 2**28  # for zip headers and the JSON files
 
 
 class CountingFile:
-    """Passes bytes on to a file and tells a progress bar how many."""
+    """Writes to a file and advances a progress bar."""
 
     def __init__(self, file: BinaryIO, bar: tqdm) -> None:
         self.file, self.bar = file, bar
@@ -53,7 +53,7 @@ class CountingFile:
         return written
 
     def flush(self) -> None:
-        """Hand what is buffered to the system."""
+        """Flush the buffer."""
         self.file.flush()
 
 
@@ -88,7 +88,7 @@ def config_values(size: str, bits: int) -> dict[str, Any]:
 
 
 def stored_shapes(size: str, bits: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of every tensor, in file order, the rotary tables among them."""
+    """Return dtype and shape of every tensor in file order, with the rotary tables."""
     config = ChatGLMConfig(**config_values(size, bits))
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, shape in float_shapes(config).items():
@@ -104,7 +104,7 @@ def stored_shapes(size: str, bits: int) -> dict[str, tuple[torch.dtype, tuple[in
 
 
 def checkpoint_bytes(size: str, bits: int) -> int:
-    """Return the size of the weights on disk; a quantised release holds the tied head once."""
+    """Return the size of the weights on disk; quantised releases store the tied head once."""
     stored = stored_shapes(size, bits)
     if bits:
         del stored[HEAD]
@@ -112,7 +112,7 @@ def checkpoint_bytes(size: str, bits: int) -> int:
 
 
 def check_room(directory: Path, num_bytes: int) -> None:
-    """Raise OSError when the disk that directory is or will be on has no room for so many bytes."""
+    """Raise OSError if the disk of directory has no room for num_bytes."""
     absolute = directory.absolute()
     existing = next(path for path in (absolute, *absolute.parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -124,7 +124,7 @@ def check_room(directory: Path, num_bytes: int) -> None:
 
 
 def random_codes(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
-    """Return int8 (rows, cols) in which every byte is equally likely."""
+    """Return int8 (rows, cols) of uniformly random bytes."""
     codes = np.empty(math.prod(shape), dtype=np.int8)
     for start in range(0, codes.size, BLOCK_BYTES):
         part = codes[start : start + BLOCK_BYTES]
@@ -133,7 +133,7 @@ def random_codes(generator: np.random.Generator, shape: tuple[int, ...]) -> Tens
 
 
 def random_tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...], bits: int) -> Tensor:
-    """Return the values of a tensor; they depend on its name and shape alone."""
+    """Return the values of a tensor, determined by its name and shape."""
     if name.endswith(SCALE_SUFFIX):
         return torch.full(shape, WEIGHT_STD / CODE_STD[bits], dtype=dtype)
     if len(shape) == 1:
@@ -149,7 +149,7 @@ def random_tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...], bits: i
 def shards_of(
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]], num_shards: int
 ) -> Iterator[list[str]]:
-    """Yield the names of each shard: about equal shares of the bytes, in file order."""
+    """Yield the tensor names of each shard, about equal in bytes, in file order."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in stored.items()}
     total, start = sum(sizes.values()), 0
     shards: list[list[str]] = [[] for _ in range(num_shards)]
@@ -173,7 +173,7 @@ def write_checkpoint(directory: Path, size: str, bits: int) -> None:
             file = f"pytorch_model-{number:05d}-of-{num_shards:05d}.bin" if not bits else BIN_FILE
             with (directory / file).open("wb") as opened:
                 torch.save(tensors, cast(BinaryIO, CountingFile(opened, bar)))
-            del tensors  # or two shards are in memory while the next one is made
+            del tensors  # otherwise two shards are in memory at a time
             weight_map |= dict.fromkeys(names, file)
     if not bits:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}

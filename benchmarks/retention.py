@@ -1,10 +1,10 @@
-"""Task score against what is kept of the base, on the nano model: presets, with and without --mix.
+"""Task score against forgetting on the nano model: presets, with and without --mix.
 
     python -m benchmarks.retention [--steps 300] [--json FILE] [--picture FILE]
 
 Each case is one run of main.py with the same rows, steps and batch. The task is the style of
-AdvertiseGen/sample; retention is measured on nano's own 40 general prompts. The general rows of
---mix are other prompts of the same sorts, answered by the base itself.
+AdvertiseGen/sample; forgetting is measured on nano's 40 general prompts. The general rows of --mix
+are other prompts of the same kinds, answered by the base.
 """
 
 import json
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def make_general_rows(folder: Path) -> Path:
-    """Have the base answer other prompts than those that are measured with."""
+    """Let the base answer prompts that are not used for measuring."""
     measured = read_general_prompts(NANO_DIR / FILE_NAME).prompts
     prompts = sample_general_prompts(NUM_MIXED, seed=MIXED_SEED, without=measured)
     asked, answered = folder / "prompts.json", folder / "general.jsonl"
@@ -113,7 +113,7 @@ def run(case: Case, mix: Path, flags: Namespace) -> dict[str, float]:
 
 
 def launch(*command: str) -> None:
-    """Run a Python command of this project; RuntimeError when it does not end well."""
+    """Run a Python command of this project; RuntimeError if it fails."""
     sys.stderr.write(f"python {' '.join(command)}\n")
     done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=sys.stderr, check=False)
     if done.returncode != 0:
@@ -121,7 +121,7 @@ def launch(*command: str) -> None:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Return the table in Markdown, one row a case."""
+    """Return the table in Markdown, one row per case."""
     lines = [["", *FIGURES], ["---", *["---:"] * len(FIGURES)]]
     for name, found in results.items():
         shown = [f"{found['BLEU-4']:.2f}", f"{found['ROUGE-L']:.2f}"]
@@ -131,7 +131,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def draw(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Draw BLEU-4 against the share of identical answers, one point a case."""
+    """Draw BLEU-4 against the share of identical answers, one point per case."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,7 +147,7 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
         axes.scatter(kept, score, c=colour, marker="s" if "mix" in name else "o", s=60)
         clashes = sum(abs(kept - x) < 9 and abs(score - y) < 4 for x, y in placed)
         placed.append((kept, score))
-        offset = (8, -4 + 13 * clashes)  # points; above a label that is there already
+        offset = (8, -4 + 13 * clashes)  # points, above an existing label
         axes.annotate(name, (kept, score), xytext=offset, textcoords="offset points", fontsize=9)
     axes.set_xlim(0, 46)
     axes.set(

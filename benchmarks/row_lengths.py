@@ -1,8 +1,8 @@
-"""Token counts of real rows, so that a benchmark needs neither ADGEN nor the published tokenizer.
+"""Token counts of real rows: benchmarks need neither ADGEN nor the published tokenizer.
 
-ADGEN holds those of the first 320 rows of AdvertiseGen's train.json, counted with the tokenizer of
-ChatGLM-6B and cut at 64 and 64 tokens, as published. This command made them and prints such counts
-for any other file:
+ADGEN holds the counts of the first 320 rows of AdvertiseGen's train.json, with the tokenizer of
+ChatGLM-6B and the published limits of 64 and 64 tokens. This command printed them, and does so for
+any other file:
 
     python -m benchmarks.row_lengths --rows_file AdvertiseGen/train.json --tokenizer DIR --rows 320
 

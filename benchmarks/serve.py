@@ -1,10 +1,10 @@
-"""Serving speed over HTTP: one request at a time beside 32 at once, over four prefixes and base.
+"""Serving speed over HTTP: one request at a time and 32 at once, over four prefixes and the base.
 
     python -m benchmarks.serve [--json FILE]
 
-A real server in a process of its own answers rows of the sample greedily; the client, which shares
-the machine with it, is as thin as one can be. Both ways ask the same questions, and the answers
-must be the same. OMP_NUM_THREADS is the server's number of threads.
+A real server in its own process answers sample rows greedily; the client on the same machine is
+minimal. Both modes ask the same questions and must get the same answers. OMP_NUM_THREADS sets the
+server's threads.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from scripts.local_server import free_port, running
 
 NUM_PREFIXES = 4
 PREFIX_LENGTH = 32  # tokens
-LOUDNESS = 3.0  # a random prefix is heard, and answers differ
+LOUDNESS = 3.0  # scales a random prefix so that answers differ
 LENGTHS = {"max_source_length": 64, "max_target_length": 64}  # tokens, as published
 AT_ONCE = 32
 REQUESTS = 160  # at once; the first AT_ONCE of them one at a time
@@ -36,7 +36,7 @@ ROUNDS = 5
 
 
 class Reply(NamedTuple):
-    """An answer and how many tokens it has."""
+    """An answer and its number of tokens."""
 
     text: str
     num_tokens: int
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 
 
 class Client:
-    """One connection that is kept; a request waits for its whole reply."""
+    """One keep-alive connection; a request waits for its whole reply."""
 
     def __init__(self, port: int, *, stream: bool) -> None:
         self.port = port
@@ -136,7 +136,7 @@ def read_jobs(names: Sequence[str], rows_file: Path) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str]) -> int:
-    """Print the table: medians of the rounds, the ratio's taken of neighbours in time."""
+    """Print the table: medians of the rounds; the ratio is the median over adjacent rounds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
     parser.add_argument("--prefix", metavar="DIRECTORY", help="take this trained prefix 4 times")
     parser.add_argument("--rows_file", type=Path, default=ROOT / "AdvertiseGen/sample/dev.json")
@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
 def _compare(
     port: int, jobs: Sequence[tuple[str, str]], kind: str, rounds: int
 ) -> dict[str, float]:
-    """Measure both ways by turns, print a line, and return the figures."""
+    """Measure both modes alternately, print a line, and return the figures."""
     stream = kind == "streamed"
     found: dict[int, list[Measured]] = {1: [], AT_ONCE: []}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""What every benchmark needs: a random model of a given size, rows, the machine in words.
+"""Shared by the benchmarks: a random model of a given size, rows, a description of the machine.
 
 Weights and token ids are random; the lengths of prompts and answers are those of real rows of ADGEN
 (`benchmarks.row_lengths`), or of the rows that --rows_file names.
@@ -27,14 +27,14 @@ from ptuning.tunings.loading import NANO_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # name -> layers, hidden size, heads, vocabulary
-    "tiny": (2, 64, 2, 512),  # to try a command; its figures mean nothing
+    "tiny": (2, 64, 2, 512),  # to try a command; its figures are meaningless
     "small": (28, 512, 8, 16384),
     "chatglm-6b": (28, 4096, 32, 130528),
 }
 
 
 def refuse_below_one(parser: ArgumentParser, flags: Namespace, *names: str) -> None:
-    """End with the parser's error where one of the named counts is not 1 or more."""
+    """Exit with the parser's error if one of the named counts is below 1."""
     for name in names:
         if getattr(flags, name) < 1:
             parser.error(f"--{name} is {getattr(flags, name)}; use 1 or more.")
@@ -48,7 +48,7 @@ class BenchRow(NamedTuple):
 
 
 def add_common_flags(parser: ArgumentParser) -> None:
-    """Declare the flags that all benchmarks of the model share."""
+    """Declare the flags that the model's benchmarks share."""
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
@@ -72,7 +72,7 @@ def add_common_flags(parser: ArgumentParser) -> None:
 
 
 def parse_common(parser: ArgumentParser, argv: list[str], *counts: str) -> Namespace:
-    """Read the flags; a named count below 1 and a tokenizer without rows are refused."""
+    """Read the flags; refuse a named count below 1, and a tokenizer without rows."""
     flags = parser.parse_args(argv)
     refuse_below_one(parser, flags, *counts)
     if flags.tokenizer and not flags.rows_file:
@@ -109,14 +109,14 @@ def make_model(flags: Namespace) -> ChatGLMForConditionalGeneration:
     if bits:
         quantize_model_(model, bits)
         if flags.device.startswith("cuda"):
-            torch.cuda.empty_cache()  # or the float weights stay reserved
+            torch.cuda.empty_cache()  # otherwise the float weights stay reserved
     model.add_prefix(flags.prefix)
     model.freeze_base()
     return model
 
 
 def make_rows(flags: Namespace, config: ChatGLMConfig, count: int) -> list[BenchRow]:
-    """Return `count` random rows with real lengths, which repeat where there are fewer."""
+    """Return `count` random rows with real lengths, repeated if there are fewer."""
     lengths: Sequence[RowLength] = ADGEN
     if flags.rows_file:
         lengths = lengths_of(Path(flags.rows_file), flags.tokenizer or str(NANO_DIR), count)
@@ -132,13 +132,13 @@ def make_rows(flags: Namespace, config: ChatGLMConfig, count: int) -> list[Bench
 
 
 def synchronise(device: str) -> None:
-    """Wait for the device, so that a clock read now means something."""
+    """Wait for the device before the clock is read."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def seconds(device: str, work: Callable[[], object]) -> float:
-    """Run work once and return how long it took."""
+    """Run work once and return its time in seconds."""
     synchronise(device)
     started = time.perf_counter()
     work()
@@ -160,13 +160,13 @@ def matmul_flops_per_s(flags: Namespace) -> float:
 
 
 def weights_of(flags: Namespace) -> str:
-    """Name what the layers' weights are stored in, and the dtype of the activations."""
+    """Return the storage of the layers' weights and the dtype of activations."""
     bits = getattr(flags, "quantization_bit", None)
     return f"int{bits} in {flags.dtype}" if bits else str(flags.dtype)
 
 
 def machine() -> str:
-    """Name the hardware and the versions in one line."""
+    """Return the hardware and the versions in one line."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return (
         f"{device or platform.machine()}, {torch.get_num_threads()} threads, torch "
@@ -175,14 +175,14 @@ def machine() -> str:
 
 
 def device_name(text: str) -> str:
-    """Return a --device, unless it is CUDA and PyTorch sees none."""
+    """Return a --device; refuse CUDA where PyTorch sees none."""
     if text.startswith("cuda") and not torch.cuda.is_available():
         raise ArgumentTypeError(f"{text}: torch {torch.__version__} sees no CUDA device; use cpu")
     return text
 
 
 def json_file(text: str) -> Path:
-    """Return a path for --json, of which the folder is there: a benchmark writes last."""
+    """Return a path for --json whose folder exists: a benchmark writes at the end."""
     path = Path(text)
     if not path.absolute().parent.is_dir():
         raise ArgumentTypeError(f"{text}: there is no folder {path.absolute().parent}; make it")
@@ -190,6 +190,6 @@ def json_file(text: str) -> Path:
 
 
 def write_json(flags: Namespace, figures: dict[str, object]) -> None:
-    """Write the figures where --json says."""
+    """Write the figures to the --json file."""
     if flags.json:
         flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

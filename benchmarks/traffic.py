@@ -1,8 +1,8 @@
 """Counts operators, bytes moved, bytes allocated and their peak on fake CUDA tensors.
 
-Bytes moved are what a kernel has to read and write if it does so once each; matrix products are
-counted apart, as arithmetic limits them. Bytes allocated are those of PyTorch's allocator, in its
-blocks of 512, without the workspaces of libraries.
+Bytes moved assume that a kernel reads and writes every operand once; matrix products are counted
+separately, because they are compute-bound. Bytes allocated are those of PyTorch's allocator, in
+blocks of 512, without library workspaces.
 """
 
 import weakref
@@ -21,39 +21,39 @@ from benchmarks.fake_device import Launch
 BLOCK_BYTES = 512  # c10's kMinBlockSize
 # Matrix products: aten's, and this project's kernels.
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matvec", "matmul", "matmul_transposed"}
-# These read or write as much of their first tensor as they return or are given, not all of it.
+# These access only as much of their first tensor as they return or are given.
 READS_PART = {"embedding", "index", "index_select", "gather"}
 WRITES_PART = {"index_put", "index_copy", "index_add", "scatter", "scatter_add", "scatter_reduce"}
 FILLS = {"fill", "zero", "zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full"}
 FILLS |= {"ones", "ones_like", "new_ones", "arange", "scalar_tensor"}
-# These launch nothing, as views do not.
+# These launch no kernel, like views.
 SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 SILENT |= {"lift_fresh", "_reshape_alias", "_unsafe_view"}
 COPIES = {"_to_copy", "copy"}
-# On a GPU these refuse floats of several dtypes; of fake tensors, some let them pass.
+# On a GPU these reject mixed float dtypes; some accept them on fake tensors.
 ONE_DTYPE = {"mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_efficient_attention"}
 ONE_DTYPE |= {"native_layer_norm", "index_copy", "index_add", "index_put", "scatter_add"}
 
 
 class Tracker(TorchDispatchMode):
-    """Counts while it is entered, inside a `benchmarks.fake_device.FakeCuda`."""
+    """Counts inside its block, within a `benchmarks.fake_device.FakeCuda`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.allocated = self.peak = 0  # bytes
-        self.peak_operator = ""  # which allocated the last bytes of the peak
+        self.peak_operator = ""  # operator that reached the peak
         self.operators: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()  # bytes, by operator
-        self.mixed: list[str] = []  # operators that were given tensors of two devices
+        self.mixed: list[str] = []  # operators with tensors on two devices
         self._blocks: dict[int, int] = {}
 
     @property
     def moved_outside_products(self) -> int:
-        """Bytes moved by all but matrix products."""
+        """Bytes moved, without matrix products."""
         return sum(count for name, count in self.moved.items() if name not in PRODUCTS)
 
     def start_step(self) -> None:
-        """Count operators and bytes moved from here on; what is allocated stays counted."""
+        """Reset operators and bytes moved; allocations stay counted."""
         self.operators.clear()
         self.moved.clear()
         self.peak = self.allocated
@@ -78,13 +78,13 @@ class Tracker(TorchDispatchMode):
         self.allocated -= self._blocks.pop(key)
 
     def launch(self, launch: Launch) -> None:
-        """Count a kernel of this project; `FakeCuda` calls it."""
+        """Count a kernel of this project (called by `FakeCuda`)."""
         self._count(launch.name.removesuffix("_kernel"), [*launch.read, *launch.written])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operator and count it; of the project's own, count what they do on CUDA."""
+        """Run and count one operator; the project's own are counted as on CUDA."""
         kwargs = kwargs or {}
         if func.namespace == "prim":  # asks for a property
             return func(*args, **kwargs)
@@ -131,7 +131,7 @@ def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ten
 def _touched(
     name: str, given: Sequence[Tensor], changed: Sequence[Tensor], returned: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return the tensors that are read or written, one that is both twice."""
+    """Return the tensors read or written; one that is both appears twice."""
     own = {id(tensor) for tensor in given}
     written = [*changed, *(tensor for tensor in returned if id(tensor) not in own)]
     if name in FILLS:

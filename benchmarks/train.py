@@ -1,4 +1,4 @@
-"""Training speed: this toolkit beside what the published code does, on one model in one run.
+"""Training speed of this toolkit and of the published recipe, on one model in one run.
 
     python -m benchmarks.train [--size small] [--dtype float32] [--quantization_bit 4] [--rows 16]
 
@@ -40,13 +40,13 @@ from ptuning.model.cpu.linear import plain_torch, prepack_if_room
 from ptuning.train.fit import keep_freed_memory
 
 ROWS_PER_STEP = 16  # as published: one row at a time, accumulated over 16
-WARM_UP_STEPS = 2  # the first allocate, and have oneDNN and Triton write their kernels
+WARM_UP_STEPS = 2  # the first allocate, and compile oneDNN's and Triton's kernels
 
 
 def published_step(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -> None:
     """Accumulate the gradient of rows one by one, padded to 128, all logits in float32."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # later versions have another name for it
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in later versions
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with plain_torch():
         for row in rows:
@@ -65,7 +65,7 @@ def our_step(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -
 
 
 def useful_flops(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -> float:
-    """Return the FLOPs of one step that cannot be left out: forward and input gradient."""
+    """Return the required FLOPs of one step: forward and input gradient."""
     config = model.config
     layer_weights = 12 * config.hidden_size**2 * config.num_layers
     prefix_length = model.prefix_encoder.prefix_length if model.prefix_encoder else 0
@@ -75,7 +75,7 @@ def useful_flops(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow
         answers = int((row.labels[1:] != -100).sum())
         attention = 4 * tokens * (prefix_length + tokens) * config.hidden_size * config.num_layers
         head = 2 * answers * config.hidden_size * config.vocab_size
-        # Attention's backward pass has four products for the forward's two, linear layers have one.
+        # Attention's backward has four products for the forward's two; linear layers have one.
         total += 2 * (2 * layer_weights * tokens + head) + 3 * attention
     return total
 
@@ -83,7 +83,7 @@ def useful_flops(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow
 class StepTimes(NamedTuple):
     """Seconds of whole optimiser steps."""
 
-    first_s: float  # with kernels that are compiled and memory that is allocated once
+    first_s: float  # of warmed-up steps
     median_s: float  # after WARM_UP_STEPS
 
 
@@ -114,7 +114,7 @@ STEPS = {"published": published_step, "ours": our_step}
 
 
 def recipe_flags(name: str, flags: Namespace) -> Namespace:
-    """Return the flags with a recipe's dtype: on a CPU the published code is float32 always."""
+    """Return the flags with a recipe's dtype: on a CPU the published code is always float32."""
     if name == "published" and flags.device == "cpu":
         return Namespace(**vars(flags) | {"dtype": "float32"})
     return flags
@@ -149,7 +149,7 @@ def measure_steps(
 
 
 def measure(name: str, flags: Namespace) -> dict[str, float]:
-    """Time one recipe on a model of its own."""
+    """Time one recipe on its own model."""
     model = make_model(flags)
     if name == "ours":
         prepack_if_room(model)
@@ -158,7 +158,7 @@ def measure(name: str, flags: Namespace) -> dict[str, float]:
 
 
 def parse(argv: list[str]) -> Namespace:
-    """Read the flags; counts below 1 are refused."""
+    """Read the flags; refuse counts below 1."""
     parser = ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
     add_common_flags(parser)
     parser.add_argument("--recipe", choices=("both", *STEPS), default="both")

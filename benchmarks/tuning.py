@@ -2,10 +2,10 @@
 
     python -m benchmarks.tuning [--steps 150] [--output output/tuning-table] [--json FILE]
 
-Each way is one run of main.py in a process of its own, so that its peak memory is its own: the
-whole process, Python and libraries included, training and answering. Seconds are training alone.
-"Stored" is what is needed to use the result; "checkpoint" is that and what a resumed run needs.
-The learning rate of each is the best of a short search (docs/tuning.md).
+Each method is one run of main.py in its own process. Peak memory is that of the whole process,
+Python and libraries included, in training and answering; seconds are training only. "Stored" is
+what is needed to use the result; "checkpoint" adds what resuming needs. Each learning rate is the
+best of a short search (docs/tuning.md).
 """
 
 import json
@@ -23,7 +23,7 @@ from ptuning.tunings.loading import NANO_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "AdvertiseGen" / "sample"
-# What main.py is told besides the settings that all share.
+# Flags of main.py in addition to the shared ones.
 WAYS = {
     "full": ["--tuning", "full", "--learning_rate", "1e-3"],
     "ptuning": ["--tuning", "ptuning", "--pre_seq_len", "128", "--learning_rate", "6e-2"],
@@ -35,7 +35,7 @@ KIB = 1024 if sys.platform != "darwin" else 1  # the unit of ru_maxrss, in bytes
 
 
 class Outcome(NamedTuple):
-    """What one way cost and gave."""
+    """Cost and scores of one method."""
 
     trained_parameters: int
     stored_bytes: int
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
 
 
 def main() -> int:
-    """Run the three ways and print the table."""
+    """Run the three methods and print the table."""
     parser = ArgumentParser(prog="benchmarks.tuning", description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=150, help="optimiser steps of each way")
     parser.add_argument("--batch_size", type=int, default=16, help="rows per step")
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def run(way: str, flags: Namespace) -> Outcome:
-    """Train and score one way; RuntimeError when main.py does not end well."""
+    """Train and score one method; RuntimeError if main.py fails."""
     folder = flags.output.absolute() / way
     command = [
         *(sys.executable, "main.py", "--do_train", "--do_eval", "--do_predict"),
@@ -98,13 +98,13 @@ def run(way: str, flags: Namespace) -> Outcome:
 
 
 def base_scores(folder: Path) -> dict[str, float]:
-    """Return the untouched base's scores, which every run finds alike."""
+    """Return the untouched base's scores, equal in every run."""
     results = read_json(folder / "predict_results.json")
     return {name: results[f"base_{name}"] for name in SCORES}
 
 
 def read_json(file: Path) -> dict[str, float]:
-    """Return the figures in a file that main.py wrote."""
+    """Return the figures in a file written by main.py."""
     figures: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     return figures
 
@@ -119,7 +119,7 @@ def count_parameters(file: Path) -> int:
 
 
 def table(outcomes: dict[str, Outcome], base: dict[str, float]) -> str:
-    """Return the table in Markdown, one column a way and one for the base."""
+    """Return the table in Markdown, one column per method and one for the base."""
     ways = list(outcomes.values())
     rows = [
         ["", *outcomes, "base"],

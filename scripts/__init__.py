@@ -1,1 +1,1 @@
-"""What keeps the project: its environment, its tables, its pictures."""
+"""Maintenance: the environment, the tables and the pictures of the documentation."""

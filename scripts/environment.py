@@ -1,12 +1,12 @@
-"""Choose the Python that has every dependency, making `.venv` when none has: the first step.
+"""Find a Python that has every dependency, or create `.venv`.
 
-Run by the shell scripts. Standard library only, because nothing is installed yet when it runs.
+Run first by every shell script, so it uses only the standard library.
     python scripts/environment.py choose run   print an interpreter that can run the project
     python scripts/environment.py choose dev   the same, with the tools of `make check`
-    python scripts/environment.py check run    exit with status 1 and name what is missing, if any
+    python scripts/environment.py check run    name what is missing and exit with status 1, if any
     python scripts/environment.py cuda         print the number of CUDA devices that torch can use
-The one fact to know: `.venv/installed.lock` says what `.venv` holds. It is empty while an
-installation runs and gets the lock's text at its good end, so half of one is never taken for all.
+`.venv/installed.lock` says what `.venv` holds: it is empty during an installation and gets the
+lock's text when that has succeeded, so an interrupted one is never taken for complete.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ STAMP = "installed.lock"
 LOG = "install.log"
 PROGRESS_S = 15.0  # between two progress lines where the output is not a terminal
 LOG_TAIL_LINES = 15
-HINTS = {  # what pip says -> what to do; the first that is found counts
+HINTS = {  # message of pip -> advice; the first match counts
     "No space left on device": "The disk is full: free 2 GB (6 GB for a CUDA build of torch).",
     "Retrying (Retry(": (
         "The package index was not reached: check the network, or set PIP_INDEX_URL or PIP_PROXY."
@@ -48,17 +48,17 @@ HINTS = {  # what pip says -> what to do; the first that is found counts
 
 
 class SetupError(Exception):
-    """Something a user can mend; its text says what was found and what to type."""
+    """An error that the user can fix; its text says what was found and what to type."""
 
 
 def say(text: str) -> None:
-    """Write a line for the person at the terminal; stdout is kept for the interpreter's path."""
+    """Write a line to stderr; stdout is reserved for the interpreter's path."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def read_requirements(project_file: Path, group: str) -> list[str]:
-    """Return the ranges in pyproject.toml: to run the project, and for "dev" its checks too."""
+    """Return the requirements in pyproject.toml; "dev" adds those of the checks."""
     project = tomllib.loads(project_file.read_text(encoding="utf-8"))["project"]
     requirements = list(project["dependencies"])
     if group == "dev":
@@ -67,7 +67,7 @@ def read_requirements(project_file: Path, group: str) -> list[str]:
 
 
 def find_unmet(requirements: list[str]) -> dict[str, str]:
-    """Return the requirements this interpreter does not meet, each with what was found instead.
+    """Return the requirements that this interpreter does not meet, with what was found instead.
 
     >>> find_unmet(["no-such-package>=1"])
     {'no-such-package>=1': 'missing'}
@@ -100,7 +100,7 @@ def _requirement_type() -> type[Any] | None:
 
 
 def check(root: Path, group: str) -> None:
-    """Raise with what this interpreter lacks, and the command that brings it."""
+    """Raise an error that names what this interpreter lacks and the command that installs it."""
     unmet = find_unmet(read_requirements(root / "pyproject.toml", group))
     if unmet:
         lacks = ", ".join(f"{requirement} ({found})" for requirement, found in unmet.items())
@@ -112,7 +112,7 @@ def check(root: Path, group: str) -> None:
 
 
 def venv_python(venv: Path) -> Path:
-    """Return where a virtual environment keeps its interpreter on this system."""
+    """Return the path of the interpreter in a virtual environment on this system."""
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
@@ -122,20 +122,20 @@ def lock_text(root: Path, group: str) -> str:
 
 
 def read_stamp(venv: Path) -> str | None:
-    """Return what `.venv` is known to hold: "" while incomplete, None if not made here."""
+    """Return what `.venv` holds: "" if incomplete, None if it was not created here."""
     stamp = venv / STAMP
     return stamp.read_text(encoding="utf-8") if stamp.is_file() else None
 
 
 def write_stamp(venv: Path, text: str) -> None:
-    """Say what `.venv` holds, in one step that cannot be seen half done."""
+    """Record atomically what `.venv` holds."""
     temporary = venv / f".{STAMP}.{os.getpid()}"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, venv / STAMP)
 
 
 def is_ready(root: Path, group: str) -> bool:
-    """Tell whether `.venv` has all the group needs: by its stamp, and by asking its interpreter."""
+    """Return whether `.venv` has what the group needs, by its stamp and its interpreter."""
     stamp = read_stamp(root / ".venv")
     if stamp is not None and not stamp.startswith(lock_text(root, group)):
         return False
@@ -143,20 +143,20 @@ def is_ready(root: Path, group: str) -> bool:
 
 
 def choose(root: Path, group: str) -> Path:
-    """Return the Python of a complete `.venv`, else this one if it suffices, else make `.venv`."""
+    """Return the Python of a complete `.venv`, else this one if it suffices, else a new one."""
     venv = root / ".venv"
     if is_ready(root, group):
         return venv_python(venv)
     if not find_unmet(read_requirements(root / "pyproject.toml", group)):
         return Path(sys.executable)
     with exclusive(root / "requirements.lock"):
-        if not is_ready(root, group):  # another process may have made it while this one waited
+        if not is_ready(root, group):  # another process may have created it meanwhile
             make_venv(root, group)
     return venv_python(venv)
 
 
 def make_venv(root: Path, group: str) -> None:
-    """Bring `.venv` to the group's lock: from nothing, or from what another lock installed."""
+    """Install the group's lock into `.venv`, new or existing."""
     venv, lock = root / ".venv", LOCKS[group][-1]
     python = venv_python(venv)
     stamp = read_stamp(venv)
@@ -184,7 +184,7 @@ def make_venv(root: Path, group: str) -> None:
 
 
 def _create(venv: Path) -> bool:
-    """Make a virtual environment around the stamp; return whether it has a pip of its own."""
+    """Create a virtual environment around the stamp; return whether it has its own pip."""
     has_pip = importlib.util.find_spec("ensurepip") is not None
     if not has_pip and importlib.util.find_spec("pip") is None:
         raise SetupError(
@@ -192,7 +192,7 @@ def _create(venv: Path) -> bool:
             "On Debian or Ubuntu type: apt install python3-venv\n"
             "or give an environment that has the dependencies: PYTHON=/path/to/python"
         )
-    # The base interpreter, because this one may be that of the very .venv that is made anew.
+    # The base interpreter: this one may belong to the .venv that is being replaced.
     base = getattr(sys, "_base_executable", sys.executable)
     command = [base, "-m", "venv", *([] if has_pip else ["--without-pip"]), str(venv)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -205,7 +205,7 @@ def _create(venv: Path) -> bool:
 
 
 def run_pip(command: list[str], log: Path) -> None:
-    """Run pip with its output in a log and its progress on one line; raise with the log's end."""
+    """Run pip, logging its output and showing progress on one line; errors quote the log's end."""
     quiet = {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     is_terminal = sys.stderr.isatty()
     started_s = shown_s = time.monotonic()
@@ -237,7 +237,7 @@ def run_pip(command: list[str], log: Path) -> None:
 
 
 def _latest_step(log: Path) -> str:
-    """Return what pip is at by the end of its log, cut to a terminal's width."""
+    """Return pip's current step from the end of its log, cut to the terminal's width."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in reversed(lines):
         if line.startswith("Installing collected packages"):
@@ -248,7 +248,7 @@ def _latest_step(log: Path) -> str:
 
 
 def explain_failure(log: Path, code: int) -> str:
-    """Return the log's end, and the hint that fits what pip said."""
+    """Return the log's end and the advice that matches it."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     tail = [f"  {line}" for line in lines if line.strip()][-LOG_TAIL_LINES:]
     said = "\n".join(lines)
@@ -259,9 +259,9 @@ def explain_failure(log: Path, code: int) -> str:
 
 @contextmanager
 def exclusive(file: Path) -> Iterator[None]:
-    """Hold a lock on `file` so that two set-ups in one folder take turns.
+    """Hold a lock on `file`, so that two installations in one folder take turns.
 
-    Windows has no fcntl: two at once there are not kept apart.
+    Windows has no fcntl, and no lock is taken there.
     """
     if os.name == "nt":
         yield
@@ -277,11 +277,10 @@ def exclusive(file: Path) -> Iterator[None]:
 
 
 def count_cuda_devices() -> tuple[int, str]:
-    """Return what torch.cuda.device_count() returns, and what to say where that is 0.
+    """Return what torch.cuda.device_count() returns, and a message if that is 0.
 
-    torch is not imported, which takes seconds: torch/version.py names the build, and the driver,
-    which reads CUDA_VISIBLE_DEVICES itself, has the devices. A ROCm build counts as CUDA, as in
-    torch.
+    Importing torch takes seconds, so the build is read from torch/version.py and the devices from
+    the driver, which honours CUDA_VISIBLE_DEVICES. A ROCm build counts as CUDA, as in torch.
     """
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
@@ -292,7 +291,7 @@ def count_cuda_devices() -> tuple[int, str]:
     found = False
     if build.get("cuda") and (driver := _load_driver("libcuda.so.1", "nvcuda.dll")):
         found = driver.cuInit(0) == driver.cuDriverGetVersion(ctypes.byref(version)) == 0
-        # 13020 is CUDA 13.2; the runtime refuses a driver of an earlier major version than its own.
+        # 13020 is CUDA 13.2; the runtime rejects a driver of an earlier major version.
         found = found and version.value // 1000 >= int(build["cuda"].split(".")[0])
         found = found and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
     elif build.get("hip") and (
@@ -303,7 +302,7 @@ def count_cuda_devices() -> tuple[int, str]:
 
 
 def _load_driver(*names: str) -> ctypes.CDLL | None:
-    """Return the first of these libraries that this system has."""
+    """Return the first of these libraries that can be loaded."""
     for name in names:
         try:
             return ctypes.CDLL(name)
@@ -313,7 +312,7 @@ def _load_driver(*names: str) -> ctypes.CDLL | None:
 
 
 def _empty(venv: Path) -> None:
-    """Remove everything in `.venv` but its stamp, which goes on saying "incomplete"."""
+    """Remove everything in `.venv` except its stamp, which stays "incomplete"."""
     for child in venv.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
@@ -322,7 +321,7 @@ def _empty(venv: Path) -> None:
 
 
 def _runs(python: Path, *arguments: str) -> bool:
-    """Tell whether this interpreter exists and ends such a command well."""
+    """Return whether this interpreter exists and the command succeeds."""
     command = [str(python), *arguments]
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -331,7 +330,7 @@ def _runs(python: Path, *arguments: str) -> bool:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Turn a signal into an exit, so that pip is ended with us."""
+    """Turn a signal into an exit, so that pip is terminated too."""
     raise SystemExit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""A command of `python -m ptuning` that listens, in a process of its own, ended with the block."""
+"""Runs a server of `python -m ptuning` in its own process for the length of a block."""
 
 import os
 import socket
@@ -13,12 +13,12 @@ from typing import IO
 from urllib.error import URLError
 
 ROOT = Path(__file__).resolve().parents[1]
-START_S = 120  # loading, on a slow machine
+START_S = 120  # for loading on a slow machine
 POLL_S = 0.2
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -33,10 +33,10 @@ def running(
     said: IO[bytes] | None = None,
     folder: Path = ROOT,
 ) -> Iterator[str]:
-    """Start `python -m ptuning ARGUMENTS --port PORT` and yield its address once it answers.
+    """Start `python -m ptuning ARGUMENTS --port PORT` and yield its address once `page` answers.
 
-    It has started when its page (such as /health) can be read. What it says on stderr goes to the
-    file `said`; None drops it. folder is where it runs, so where it looks for output/.
+    stderr goes to the file `said` (None: discarded). folder is the working directory, where output/
+    is looked up.
     """
     command = [sys.executable, "-m", "ptuning", *arguments, "--port", str(port)]
     with subprocess.Popen(

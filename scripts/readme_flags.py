@@ -23,7 +23,7 @@ def own_flags() -> list[Field[Any]]:
 
 
 def default_text(value: object) -> str:
-    """Return a default as it is typed on a command line.
+    """Return a default as typed on a command line.
 
     >>> default_text(None), default_text(True), default_text("main")
     ('unset', 'true', 'main')
@@ -38,13 +38,13 @@ def flag_table() -> str:
     rows = ["| Flag | Default | Meaning |", "|---|---|---|"]
     for field in own_flags():
         meaning = " ".join(field.metadata["help"].split()).replace("|", "\\|")
-        meaning = meaning.replace("<", "&lt;")  # <sop> is no HTML
+        meaning = meaning.replace("<", "&lt;")  # <sop> is not HTML
         rows.append(f"| `--{field.name}` | {default_text(field.default)} | {meaning} |")
     return "\n".join(rows)
 
 
 def with_table(text: str) -> str:
-    """Return a README's text with the table of today between its markers."""
+    """Return a README's text with the current table between its markers."""
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     return f"{before}{BEGIN}\n{flag_table()}\n{END}{after}"

@@ -1,8 +1,8 @@
 """Take the pictures of docs/:  python -m scripts.screenshots [--prefix NAME=DIRECTORY]
 
-The web demo, the terminal chat and the API, each run for real with a trained prefix, such as
-`bash train.sh` makes. Needs playwright, a Chromium (`--browser`), the openai package and curl. The
-answers are greedy, so the pictures show the same text each time.
+Runs the web demo, the terminal chat and the API with a trained prefix, such as that of
+`bash train.sh`. Needs playwright, a Chromium (`--browser`), the openai package and curl. Answers
+are greedy, so the text in the pictures is reproducible.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def find_browser(given: str | None) -> str:
 def ask(page: Any, question: str) -> None:
     """Send a question with Enter and wait for the end of the answer."""
     page.locator("#question textarea").fill(question)
-    page.wait_for_timeout(300)  # the table follows what is typed
+    page.wait_for_timeout(300)  # the table is updated after typing
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelector('#status').innerText.includes('tokens')")
     page.wait_for_selector("#stop:disabled", state="attached")
@@ -54,13 +54,13 @@ def take_web_pictures(browser: Any, address: str, folder: Path) -> None:
             page.wait_for_selector("#other-chat")
         ask(page, QUESTION)
         page.locator("#question textarea").blur()
-        page.wait_for_timeout(500)  # the last scroll and fade
+        page.wait_for_timeout(500)  # scrolling and fading
         page.screenshot(path=folder / f"{name}.png", full_page=name == "web-compare")
         page.close()
 
 
 def take_terminal_picture(browser: Any, title: str, session: str, file: Path) -> None:
-    """Write a session as the picture of a terminal."""
+    """Write a session as a picture of a terminal."""
     page = browser.new_page(viewport=DESKTOP, device_scale_factor=1)
     page.set_content(to_page(title, session))
     page.locator("#terminal").screenshot(path=file)
@@ -68,7 +68,7 @@ def take_terminal_picture(browser: Any, title: str, session: str, file: Path) ->
 
 
 def choose_prefix(given: str | None) -> str:
-    """Return NAME=DIRECTORY: what is given, else the newest under output/ as `adgen`."""
+    """Return NAME=DIRECTORY: as given, else the newest prefix under output/ as `adgen`."""
     if given is not None:
         return given
     newest = choose_served(None, output=ROOT / "output").prefixes.get(NEWEST_NAME)
@@ -78,7 +78,7 @@ def choose_prefix(given: str | None) -> str:
 
 
 def main() -> None:
-    """Run the three faces one after the other and take their pictures."""
+    """Run the three interfaces in turn and take their pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prefix", metavar="NAME=DIRECTORY", help="shown; unset: the newest")
     parser.add_argument("--browser", help="path of a Chromium; unset: the one on PATH")

@@ -1,7 +1,7 @@
-"""Sessions at a terminal, run for real and kept as text: the chat, and clients of the API.
+"""Records terminal sessions as text: the chat, and clients of the API.
 
-Nothing shown is made up: the chat is typed into a pseudo-terminal, as a person would, and what a
-client of the API prints is what the server sent. POSIX only.
+Everything is real: the chat is typed into a pseudo-terminal, and a client of the API prints what
+the server sent. POSIX only.
 """
 
 import html
@@ -76,9 +76,9 @@ def to_page(title: str, session: str) -> str:
 
 
 def record_chat(prefix: str, lines: Sequence[str]) -> str:
-    """Return what `python -m ptuning chat` shows while lines are typed; the last one ends it.
+    """Return the output of `python -m ptuning chat` while lines are typed; the last one ends it.
 
-    prefix is NAME=DIRECTORY, as seen from the repository.
+    prefix is NAME=DIRECTORY, relative to the repository.
     """
     arguments = ["-m", "ptuning", "chat", "--prefix", prefix]
     keyboard, screen = pty.openpty()
@@ -106,7 +106,7 @@ def record_chat(prefix: str, lines: Sequence[str]) -> str:
 
 
 def record_api(prefix: str, question: str) -> str:
-    """Return a session of a server and its clients: a script with the openai package, and curl."""
+    """Return a session of a server and two clients: an openai script, and curl."""
     name = prefix.partition("=")[0]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         Path(folder, "ask.py").write_text(ASK.format(name=name, question=question), "utf-8")
@@ -122,7 +122,7 @@ def record_api(prefix: str, question: str) -> str:
 
 
 def _run(command: str, folder: str) -> str:
-    """Return what a command of the shell writes; it must end well."""
+    """Return the output of a shell command, which must succeed."""
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
@@ -138,14 +138,14 @@ def _run(command: str, folder: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Return this process's, with this Python first on PATH and a terminal without colours."""
+    """Return this process's environment with this Python first on PATH and no colours."""
     folder = str(Path(sys.executable).parent)
     path = os.pathsep.join([folder, os.environ.get("PATH", "")])
     return {**os.environ, "PATH": path, "TERM": "dumb", "LC_ALL": "C.UTF-8", "INPUTRC": os.devnull}
 
 
 def _read_until_prompt(terminal: int, shown: str) -> str:
-    """Return what comes up to the next prompt; SystemExit when none does."""
+    """Return the output up to the next prompt; SystemExit if none appears."""
     new = b""
     deadline_s = time.monotonic() + PATIENCE_S
     while not CHAT_PROMPT.search(_as_seen(new.decode("utf-8", "replace"))):
@@ -165,7 +165,7 @@ def _read_to_end(terminal: int) -> str:
 
 
 def _read(terminal: int) -> bytes:
-    """Return some bytes, none at the end: Linux then reports an error."""
+    """Return some bytes, none at the end (where Linux reports an error)."""
     try:
         return os.read(terminal, 4096)
     except OSError:
@@ -173,7 +173,7 @@ def _read(terminal: int) -> bytes:
 
 
 def _as_seen(shown: str) -> str:
-    """Return what is left on the screen: a line that was written over shows its last version.
+    """Return what remains on the screen: of an overwritten line, its last version.
 
     >>> _as_seen("50%\\r100%\\r\\nready\\r\\n")
     '100%\\nready\\n'
