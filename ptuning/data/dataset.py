@@ -1,9 +1,10 @@
-"""Data files to datasets: reading, prompts and tokens joined, and a summary to print.
+"""Data files to datasets: rows read, encoded and cached, with a summary to print.
 
-Training rows are flat arrays, on disk between runs (`cache`); evaluation keeps the texts as well.
+Training rows are flat arrays, cached on disk, so that an unchanged file is tokenized once. A cache
+file's name is a digest of everything that the tokens depend on: a changed file, tokenizer or
+setting finds no cache instead of a wrong one. Rows to answer keep their texts, and no cache.
 """
 
-import dataclasses
 import gc
 import hashlib
 import json
@@ -11,8 +12,8 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import compress
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, compress
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -28,19 +29,15 @@ from ptuning.data.mixing import draw_rows
 from ptuning.data.prompts import Example, RowFormat, to_example
 from ptuning.data.raw_file import DataError, unreadable
 from ptuning.data.reading import FileRows, read_rows
-from ptuning.data.tokenization import (
-    IGNORED_LABEL,
-    TokenizedExample,
-    to_generation_batch,
-    to_training_batch,
-)
+from ptuning.data.tokenization import IGNORED_LABEL, to_generation_batch, to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.output import Progress
 from ptuning.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3  # raise it when the preprocessing gives other tokens for the same settings
+FORMAT_VERSION = 3  # of the cache; raise it when the same settings give other tokens
+CHUNK_ROWS = 1000  # rows tokenized between two steps of the progress bar
 
 
 class TokenArrays(NamedTuple):
@@ -48,74 +45,7 @@ class TokenArrays(NamedTuple):
 
     ids: np.ndarray  # int32, one per token
     offsets: np.ndarray  # int64, one more than rows
-    context_lengths: np.ndarray  # int32, the place of <sop> in each row
-
-
-def default_cache_dir() -> Path:
-    """Return `$PTUNING_CACHE`, or `~/.cache/ptuning/tokens` where that is not set."""
-    named = os.environ.get("PTUNING_CACHE")
-    return Path(named) if named else Path("~/.cache/ptuning/tokens").expanduser()
-
-
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def cache_path(cache_dir: Path, name: str, settings: Mapping[str, Any]) -> Path:
-    """Return where tokens made under these settings lie; name is for people who look."""
-    content = json.dumps({"format": FORMAT_VERSION, **settings}, sort_keys=True)
-    digest = hashlib.sha256(content.encode("utf-8")).hexdigest()
-    return cache_dir / f"{name}-{digest[:32]}.safetensors"
-
-
-def load_tokens(path: Path) -> tuple[TokenArrays, dict[str, Any]] | None:
-    """Return the memory-mapped arrays and the notes saved with them; None where there are none."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:  # only "pt" maps the memory
-            arrays = TokenArrays(*(file.get_tensor(name).numpy() for name in TokenArrays._fields))
-            notes = json.loads(file.metadata()["notes"])
-        _check_arrays(arrays)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        logger.warning("the token cache %s is broken (%s) and is made again", path, error)
-        return None
-    return arrays, notes
-
-
-def save_tokens(path: Path, arrays: TokenArrays, notes: Mapping[str, Any]) -> bool:
-    """Write the arrays whole or not at all; return whether it worked."""
-    content = save(arrays._asdict(), metadata={"notes": json.dumps(dict(notes))})
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        logger.warning(
-            "tokens cannot be kept in %s (%s), so the next run tokenises again; "
-            "set PTUNING_CACHE to a folder that can be written",
-            path.parent,
-            error,
-        )
-        return False
-    return True
-
-
-def _check_arrays(arrays: TokenArrays) -> None:
-    """Refuse arrays that do not fit together."""
-    ids, offsets, context_lengths = arrays
-    kinds = [array.dtype for array in arrays]
-    if kinds != [np.int32, np.int64, np.int32] or any(array.ndim != 1 for array in arrays):
-        raise ValueError(f"its arrays have the types {kinds}")
-    lengths = np.diff(offsets)
-    whole = len(offsets) == len(context_lengths) + 1 and len(offsets) > 1
-    if not whole or offsets[0] != 0 or offsets[-1] != len(ids) or lengths.min() < 1:
-        raise ValueError("its rows and tokens do not add up")
-    if context_lengths.min() < 0 or (context_lengths >= lengths).any() or ids.min() < 0:
-        raise ValueError("its rows have no room for their answers")
-
-
-CHUNK_ROWS = 1000  # rows tokenised between two steps of the progress bar
+    context_lengths: np.ndarray  # int32, the index of <sop> in each row
 
 
 class TokenDataset(Dataset[dict[str, Tensor]]):
@@ -147,9 +77,9 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
 
 
 class GenerationRow(NamedTuple):
-    """One row to answer: its prompt as ids and as text, the wanted answer, its line in the file.
+    """One row to answer: its prompt as ids and as text, the expected answer, its line in the file.
 
-    A row without a prompt has no ids, and is not answered; a label "" is nothing to compare with.
+    A row without a prompt has no ids and is not answered; with the label "" it is not scored.
     """
 
     input_ids: list[int]
@@ -159,7 +89,7 @@ class GenerationRow(NamedTuple):
 
 
 class GenerationDataset(Dataset[GenerationRow]):
-    """FileRows to answer, in the order of the file."""
+    """Rows to answer, in the order of the file."""
 
     def __init__(self, rows: Sequence[GenerationRow]) -> None:
         """Keep the rows."""
@@ -179,13 +109,13 @@ class GenerationDataset(Dataset[GenerationRow]):
         return np.array([len(row.input_ids) for row in self.rows], dtype=np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataSummary:
     """What became of a file's rows; `lines` says it in words."""
 
     source: str
     heading: str  # how many rows were read and kept
-    found: list[str]  # what reading found, see reading.FileRows.lines
+    found: list[str]  # what reading found, see FileRows.lines
     num_read: int  # rows of the file
     num_kept: int
     max_source_length: int
@@ -208,9 +138,13 @@ class DataSummary:
 
     def lines(self) -> list[str]:
         """Return the summary for printing, with what to change where something was lost."""
+
+        def share(count: int) -> str:
+            return f"{count} {'row' if count == 1 else 'rows'} ({count / self.num_kept:.1%})"
+
         cached = " (tokens from the cache)" if self.from_cache else ""
-        prompts_only = self.max_target_length is None
         lines = [f"{self.source}: {self.heading}{cached}", *(f"  {line}" for line in self.found)]
+        prompts_only = self.max_target_length is None
         answers = "" if prompts_only else f", {self.answer_tokens} of them in answers"
         lines.append(
             f"  {'prompts' if prompts_only else 'rows'} of {self.mean_length:.1f} tokens on "
@@ -219,34 +153,32 @@ class DataSummary:
         if prompts_only and not self.num_labelled:
             lines.append("  no row has an answer to compare with, so nothing is scored")
         elif prompts_only and self.num_labelled < self.num_kept:
-            scored = self._share(self.num_labelled, self.num_kept)
+            scored = share(self.num_labelled)
             lines.append(f"  {scored} with an answer to compare with: the scores cover only these")
         source, target = self.max_source_length, self.max_target_length
-        remarks = {
-            f"the prompt cut: raise --max_source_length above {source}": self.prompts_cut,
-            f"the answer cut: raise --max_target_length above {target}": self.answers_cut,
-            "a control token such as <eop> written out: it is read as plain text": (
-                self.control_text_rows
+        for count, remark in (
+            (self.prompts_cut, f"the prompt cut: raise --max_source_length above {source}"),
+            (self.answers_cut, f"the answer cut: raise --max_target_length above {target}"),
+            (
+                self.control_text_rows,
+                "a control token such as <eop> written out: it is read as plain text",
             ),
-        }
-        for remark, count in remarks.items():
+        ):
             if count:
-                lines.append(f"  {self._share(count, self.num_kept)} with {remark}")
+                lines.append(f"  {share(count)} with {remark}")
         return lines
 
-    @staticmethod
-    def _share(count: int, total: int) -> str:
-        noun = "row" if count == 1 else "rows"
-        return f"{count} {noun} ({count / total:.1%})"
+
+class NoRows(DataError):
+    """A file of which no row is left."""
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """Pause Python's cyclic garbage collector for a block or, as a decorator, for a function.
 
-    Reading makes lists and tuples by the million and no cycles; each collection would walk them
-    all, and torch and transformers too, to free nothing: a third of the time of tokenising.
-    Objects whose last reference goes are still freed at once.
+    Reading allocates lists and tuples by the million but no cycles, and each collection would walk
+    them all, and torch's objects too, to free nothing: a third of the tokenizing time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -270,8 +202,8 @@ def load_training_dataset(
 ) -> tuple[TokenDataset, DataSummary]:
     """Read, check and encode a file for training, or take its tokens from the cache.
 
-    max_rows None takes every row; cache_dir None is `default_cache_dir()`. The cache is found by
-    content, so overwrite_cache is for a cache that is doubted, not for a file that has changed.
+    max_rows None takes every row; cache_dir None is `default_cache_dir()`. overwrite_cache is for a
+    cache that is doubted; a changed file has another cache anyway.
     """
     path = Path(path)
     try:
@@ -283,54 +215,57 @@ def load_training_dataset(
         "suffix": [suffix.lower() for suffix in path.suffixes[-2:]],  # .json.gz
         "tokenizer": tokenizer.fingerprint,
         "max_rows": max_rows,
-        **dataclasses.asdict(row_format),
+        **asdict(row_format),
     }
-    cached_file = cache_path(cache_dir or default_cache_dir(), path.stem, settings)
-    if not overwrite_cache:
-        cached = _load_cached(cached_file, str(path))
-        if cached is not None:
-            return cached
-    lengths: dict[str, Any] = {
-        "max_source_length": row_format.max_source_length,
-        "max_target_length": row_format.max_target_length,
-    }
+    cache_file = cache_path(cache_dir or default_cache_dir(), path.stem, settings)
+    cached = None if overwrite_cache else load_tokens(cache_file, str(path))
+    if cached is not None:
+        return cached
     rows = read_rows(path, row_format, max_rows=max_rows)
-    found = dataclasses.replace(row_format, format="auto", history_column=rows.layout.history)
+    found = replace(row_format, format="auto", history_column=rows.layout.history)
     examples = [to_example(row, found) for row in rows.kept]
-    encoded: list[TokenizedExample] = []
-    for chunk in _in_chunks(examples, f"tokenizing {path.name}", show_progress):
-        encoded += to_training_batch(tokenizer, chunk, **lengths, recipe=row_format.recipe)
+    encoded = [
+        row
+        for chunk in _in_chunks(examples, path, show_progress)
+        for row in to_training_batch(
+            tokenizer,
+            chunk,
+            max_source_length=row_format.max_source_length,
+            max_target_length=row_format.max_target_length,
+            recipe=row_format.recipe,
+        )
+    ]
     # A row of zero-width spaces has no token between <sop> and <eop>.
     has_answer = [row.answer_cut or len(row.input_ids) - row.context_length > 2 for row in encoded]
-    if not all(has_answer):
-        where = rows.layout.response or rows.layout.conversation
-        rows.dropped[f'no token in "{where}"'] = [
-            row.line for row, has in zip(rows.kept, has_answer, strict=True) if not has
-        ]
-        rows.kept = list(compress(rows.kept, has_answer))
-        examples = list(compress(examples, has_answer))
-        encoded = list(compress(encoded, has_answer))
-    _require_rows(path, rows, len(encoded))
+    where = rows.layout.response or rows.layout.conversation
+    _keep_only(path, rows, has_answer, f'no token in "{where}"')
+    examples = list(compress(examples, has_answer))
+    encoded = list(compress(encoded, has_answer))
+    offsets = np.cumsum([0, *(len(row.input_ids) for row in encoded)], dtype=np.int64)
+    ids = chain.from_iterable(row.input_ids for row in encoded)
+    contexts = np.array([row.context_length for row in encoded], dtype=np.int32)
+    arrays = TokenArrays(np.fromiter(ids, np.int32, int(offsets[-1])), offsets, contexts)
+    dataset = TokenDataset(arrays)
     summary = DataSummary(
         source=str(path),
         heading=rows.heading(len(encoded), "kept"),
         found=rows.lines(left_out="dropped"),
         num_read=rows.num_read,
         num_kept=len(encoded),
+        max_source_length=row_format.max_source_length,
+        max_target_length=row_format.max_target_length,
         left_out=rows.left_out,
         num_with_history=sum(bool(row.history) for row in rows.kept),
         num_labelled=len(encoded),
         prompts_cut=sum(row.prompt_cut for row in encoded),
         answers_cut=sum(row.answer_cut for row in encoded),
         control_text_rows=_count_control_text(tokenizer, examples),
-        total_tokens=sum(len(row.input_ids) for row in encoded),
-        answer_tokens=sum(len(row.input_ids) - row.context_length for row in encoded),
-        longest=max(len(row.input_ids) for row in encoded),
-        **lengths,
+        total_tokens=len(arrays.ids),
+        answer_tokens=len(arrays.ids) - int(contexts.sum()),
+        longest=int(dataset.lengths.max()),
     )
-    arrays = _to_arrays(encoded)
-    save_tokens(cached_file, arrays, _to_notes(summary))
-    return TokenDataset(arrays), summary
+    save_tokens(cache_file, arrays, summary)
+    return dataset, summary
 
 
 @collector_paused()
@@ -344,23 +279,20 @@ def load_generation_dataset(
 ) -> tuple[GenerationDataset, DataSummary]:
     """Read, check and encode the prompts of a file to be answered, keeping the texts.
 
-    Every row of the file is one of the dataset, in order, whether it has an answer to compare with
-    or not; a conversation is one for each of its answers.
+    The dataset has every row of the file in order, with or without an answer to compare with; a
+    conversation is one row per answer.
     """
     path = Path(path)
     rows = read_rows(path, row_format, max_rows=max_rows, for_training=False)
-    examples = [to_example(row, row_format, for_training=False) for row in rows.kept]
-    has_prompt = [bool(row.prompt.strip()) for row in rows.kept]
+    all_rows = rows.kept
+    examples = [to_example(row, row_format, for_training=False) for row in all_rows]
+    has_prompt = [bool(row.prompt.strip()) for row in all_rows]
     where = rows.layout.conversation or rows.layout.prompt
-    no_prompt = [row.line for row, has in zip(rows.kept, has_prompt, strict=True) if not has]
-    all_rows, rows.kept = rows.kept, list(compress(rows.kept, has_prompt))
-    if no_prompt:
-        rows.dropped[f'no prompt in "{where}"'] = no_prompt
-    _require_rows(path, rows, sum(has_prompt))
+    _keep_only(path, rows, has_prompt, f'no prompt in "{where}"')
+    asked = list(compress(examples, has_prompt))
     prompts: list[list[int]] = []
     prompts_cut = 0
-    asked = list(compress(examples, has_prompt))
-    for chunk in _in_chunks(asked, f"tokenizing {path.name}", show_progress):
+    for chunk in _in_chunks(asked, path, show_progress):
         ids, cuts = to_generation_batch(
             tokenizer,
             chunk,
@@ -392,35 +324,26 @@ def load_generation_dataset(
     return dataset, summary
 
 
-class NoRows(DataError):
-    """A file of which no row is left."""
-
-
-def _require_rows(path: Path, rows: FileRows, num_kept: int) -> None:
-    if not num_kept:
+def _keep_only(path: Path, rows: FileRows, is_kept: Sequence[bool], reason: str) -> None:
+    """Drop the other rows for a reason; NoRows if none is left."""
+    dropped = [row.line for row, kept in zip(rows.kept, is_kept, strict=True) if not kept]
+    if dropped:
+        rows.dropped[reason] = dropped
+    rows.kept = list(compress(rows.kept, is_kept))
+    if not rows.kept:
         reasons = ", ".join(f"{len(lines)} x {reason}" for reason, lines in rows.dropped.items())
-        raise NoRows(
-            path, None, f"no row is left of {rows.num_made}: {reasons}; fill those fields."
-        )
+        message = f"no row is left of {rows.num_made}: {reasons}; fill those fields."
+        raise NoRows(path, None, message)
 
 
-def _in_chunks(examples: list[Example], title: str, visible: bool) -> Iterator[list[Example]]:
+def _in_chunks(examples: list[Example], path: Path, visible: bool) -> Iterator[list[Example]]:
     """Yield the examples in parts, moving a progress bar."""
+    title = f"tokenizing {path.name}"
     with Progress(len(examples), title, visible=visible, leave=False) as progress:
         for start in range(0, len(examples), CHUNK_ROWS):
             chunk = examples[start : start + CHUNK_ROWS]
             yield chunk
             progress.update(len(chunk))
-
-
-def _to_arrays(rows: list[TokenizedExample]) -> TokenArrays:
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum([len(row.input_ids) for row in rows], out=offsets[1:])
-    ids = np.empty(int(offsets[-1]), dtype=np.int32)
-    for row, start, end in zip(rows, offsets, offsets[1:], strict=False):
-        ids[start:end] = row.input_ids
-    context_lengths = np.array([row.context_length for row in rows], dtype=np.int32)
-    return TokenArrays(ids, offsets, context_lengths)
 
 
 def _count_control_text(tokenizer: ChatGLMTokenizer, examples: list[Example]) -> int:
@@ -431,30 +354,14 @@ def _count_control_text(tokenizer: ChatGLMTokenizer, examples: list[Example]) ->
     )
 
 
-def _to_notes(summary: DataSummary) -> dict[str, Any]:
-    """Return what the cache keeps of a summary: all but where the file is today."""
-    notes = dataclasses.asdict(summary)
-    del notes["source"], notes["from_cache"]
-    return notes
-
-
-def _load_cached(path: Path, source: str) -> tuple[TokenDataset, DataSummary] | None:
-    cached = load_tokens(path)
-    if cached is None:
-        return None
-    arrays, notes = cached
-    names = {item.name for item in dataclasses.fields(DataSummary)} - {"source", "from_cache"}
-    if set(notes) != names:
-        logger.warning("the token cache %s has other notes than expected; it is made again", path)
-        return None
-    return TokenDataset(arrays), DataSummary(source=source, from_cache=True, **notes)
+# Mixing
 
 
 def mix_rows(task: TokenDataset, general: TokenDataset, *, share: float, seed: int) -> TokenDataset:
     """Return the rows of the task, then as many general rows as make up share of all.
 
-    Where more are needed than there are, all are taken as often as they fit in, and the rest is
-    drawn. At least one general row is taken.
+    If more are needed than there are, all are taken as often as they fit in, and the rest is drawn.
+    At least one general row is taken.
     """
     wanted = max(1, round(len(task) * share / (1 - share)))
     rounds, drawn = draw_rows(len(general), wanted, Random(seed))
@@ -464,19 +371,85 @@ def mix_rows(task: TokenDataset, general: TokenDataset, *, share: float, seed: i
 def join_rows(
     parts: Sequence[TokenDataset], chosen: Sequence[Sequence[int] | None] | None = None
 ) -> TokenDataset:
-    """Return the rows of all parts end to end, of each those that are chosen; None takes all."""
+    """Return the chosen rows of each part, end to end; None chooses all."""
     if len(parts) == 1 and chosen is None:
         return parts[0]  # memory-mapped as it is
-    ids, lengths, context_lengths = [], [], []
+    ids: list[np.ndarray] = []
+    context_lengths = []
     for part, indices in zip(parts, chosen or [None] * len(parts), strict=True):
         arrays = part.arrays
-        if indices is None:
-            ids.append(arrays.ids)
-            lengths.append(part.lengths)
-            context_lengths.append(arrays.context_lengths)
-        else:
-            ids += [arrays.ids[arrays.offsets[row] : arrays.offsets[row + 1]] for row in indices]
-            lengths.append(part.lengths[list(indices)])
-            context_lengths.append(arrays.context_lengths[list(indices)])
-    offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths)))).astype(np.int64)
+        rows = np.asarray(range(len(part)) if indices is None else indices, dtype=np.int64)
+        bounds = zip(arrays.offsets[rows], arrays.offsets[rows + 1], strict=True)
+        ids += [arrays.ids[start:end] for start, end in bounds]
+        context_lengths.append(arrays.context_lengths[rows])
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
     return TokenDataset(TokenArrays(np.concatenate(ids), offsets, np.concatenate(context_lengths)))
+
+
+# The token cache
+
+
+def default_cache_dir() -> Path:
+    """Return `$PTUNING_CACHE`, or `~/.cache/ptuning/tokens` if that is not set."""
+    return Path(os.environ.get("PTUNING_CACHE") or "~/.cache/ptuning/tokens").expanduser()
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_path(cache_dir: Path, name: str, settings: Mapping[str, Any]) -> Path:
+    """Return the cache file of tokens made under these settings; name is for human readers."""
+    content = json.dumps({"format": FORMAT_VERSION, **settings}, sort_keys=True)
+    digest = hashlib.sha256(content.encode("utf-8")).hexdigest()
+    return cache_dir / f"{name}-{digest[:32]}.safetensors"
+
+
+def load_tokens(path: Path, source: str) -> tuple[TokenDataset, DataSummary] | None:
+    """Return the memory-mapped rows of a file named source; None without a usable cache."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:  # only "pt" maps the memory
+            arrays = TokenArrays(*(file.get_tensor(name).numpy() for name in TokenArrays._fields))
+            notes = json.loads(file.metadata()["notes"])
+        _check_arrays(arrays)
+        if notes.keys() != {item.name for item in fields(DataSummary)} - _NOT_CACHED:
+            raise ValueError("it has other notes than expected")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        logger.warning("the token cache %s is broken (%s) and is made again", path, error)
+        return None
+    return TokenDataset(arrays), DataSummary(source=source, from_cache=True, **notes)
+
+
+_NOT_CACHED = {"source", "from_cache"}  # fields of the summary that say where the file is today
+
+
+def save_tokens(path: Path, arrays: TokenArrays, summary: DataSummary) -> None:
+    """Write rows and summary whole or not at all; a failure is announced, and done without."""
+    notes = {name: value for name, value in asdict(summary).items() if name not in _NOT_CACHED}
+    try:
+        write_atomically(path, save(arrays._asdict(), metadata={"notes": json.dumps(notes)}))
+    except OSError as error:
+        logger.warning(
+            "tokens cannot be kept in %s (%s), so the next run tokenizes again; "
+            "set PTUNING_CACHE to a folder that can be written",
+            path.parent,
+            error,
+        )
+
+
+def _check_arrays(arrays: TokenArrays) -> None:
+    """Refuse arrays that do not fit together."""
+    ids, offsets, context_lengths = arrays
+    kinds = [array.dtype for array in arrays]
+    if kinds != [np.int32, np.int64, np.int32] or any(array.ndim != 1 for array in arrays):
+        raise ValueError(f"its arrays have the types {kinds}")
+    lengths = np.diff(offsets)
+    whole = len(offsets) == len(context_lengths) + 1 and len(offsets) > 1
+    if not whole or offsets[0] != 0 or offsets[-1] != len(ids) or lengths.min() < 1:
+        raise ValueError("its rows and tokens do not add up")
+    if context_lengths.min() < 0 or (context_lengths >= lengths).any() or ids.min() < 0:
+        raise ValueError("its rows have no room for their answers")

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,19 +305,26 @@ ARRAYS = TokenArrays(
     offsets=np.array([0, 3, 5], dtype=np.int64),
     context_lengths=np.array([1, 1], dtype=np.int32),
 )
-NOTES = {"num_read": 3, "dropped": {'empty "答"': 1}}
+SUMMARY = DataSummary(
+    source="old/a.json",
+    heading="3 rows read, 2 kept",
+    found=['1 row dropped: empty "答"'],
+    num_read=3,
+    num_kept=2,
+    max_source_length=64,
+)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "tokens.safetensors"
-    assert save_tokens(path, ARRAYS, NOTES)
-    loaded = load_tokens(path)
+    save_tokens(path, ARRAYS, SUMMARY)
+    loaded = load_tokens(path, "a.json")
     assert loaded is not None
-    arrays, notes = loaded
-    for array, original in zip(arrays, ARRAYS, strict=True):
+    dataset, summary = loaded
+    for array, original in zip(dataset.arrays, ARRAYS, strict=True):
         assert array.dtype == original.dtype
         assert array.tolist() == original.tolist()
-    assert notes == NOTES
+    assert summary == replace(SUMMARY, source="a.json", from_cache=True)
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing unfinished
 
 
@@ -325,24 +333,24 @@ def test_loaded_arrays_are_mapped_not_read(tmp_path: Path) -> None:
     if not maps.exists():
         pytest.skip("only Linux lists what is mapped")
     path = tmp_path / "tokens.safetensors"
-    save_tokens(path, ARRAYS, NOTES)
-    loaded = load_tokens(path)
+    save_tokens(path, ARRAYS, SUMMARY)
+    loaded = load_tokens(path, "a.json")
     assert loaded is not None
     assert str(path) in maps.read_text(encoding="utf-8")
 
 
 def test_saving_again_replaces_a_file_that_is_in_use(tmp_path: Path) -> None:
     path = tmp_path / "tokens.safetensors"
-    save_tokens(path, ARRAYS, NOTES)
-    loaded = load_tokens(path)
+    save_tokens(path, ARRAYS, SUMMARY)
+    loaded = load_tokens(path, "a.json")
     longer = ARRAYS._replace(ids=np.array([1, 2, 3, 4, 5], dtype=np.int32))
-    assert save_tokens(path, longer, NOTES)
+    save_tokens(path, longer, SUMMARY)
     assert loaded is not None
-    assert loaded[0].ids.tolist() == ARRAYS.ids.tolist()  # the open one keeps its content
+    assert loaded[0].arrays.ids.tolist() == ARRAYS.ids.tolist()  # the open one keeps its content
 
 
 def test_no_file_is_no_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert load_tokens(tmp_path / "none.safetensors") is None
+    assert load_tokens(tmp_path / "none.safetensors", "a.json") is None
     assert caplog.text == ""
 
 
@@ -351,9 +359,9 @@ def test_a_cut_file_is_announced_and_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, keep: int
 ) -> None:
     path = tmp_path / "tokens.safetensors"
-    save_tokens(path, ARRAYS, NOTES)
+    save_tokens(path, ARRAYS, SUMMARY)
     path.write_bytes(path.read_bytes()[:keep])
-    assert load_tokens(path) is None
+    assert load_tokens(path, "a.json") is None
     assert f"the token cache {path} is broken" in caplog.text
 
 
@@ -375,8 +383,8 @@ def test_arrays_that_do_not_fit_together_are_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict
 ) -> None:
     path = tmp_path / "tokens.safetensors"
-    save_tokens(path, ARRAYS._replace(**changes), NOTES)
-    assert load_tokens(path) is None
+    save_tokens(path, ARRAYS._replace(**changes), SUMMARY)
+    assert load_tokens(path, "a.json") is None
     assert "is broken" in caplog.text
 
 
@@ -384,8 +392,8 @@ def test_a_folder_that_cannot_be_written_is_announced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert not save_tokens(tmp_path / "file" / "tokens.safetensors", ARRAYS, NOTES)
-    assert "the next run tokenises again" in caplog.text
+    save_tokens(tmp_path / "file" / "tokens.safetensors", ARRAYS, SUMMARY)
+    assert "the next run tokenizes again" in caplog.text
     assert "PTUNING_CACHE" in caplog.text
 
 
@@ -396,7 +404,7 @@ def test_a_full_disk_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ptuning.storage.os.fsync", run_out)
-    assert not save_tokens(tmp_path / "tokens.safetensors", ARRAYS, NOTES)
+    save_tokens(tmp_path / "tokens.safetensors", ARRAYS, SUMMARY)
     assert list(tmp_path.iterdir()) == []
     assert "No space left" in caplog.text
 
