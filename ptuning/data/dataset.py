@@ -88,25 +88,13 @@ class GenerationRow(NamedTuple):
     line: int
 
 
-class GenerationDataset(Dataset[GenerationRow]):
+class GenerationDataset(list[GenerationRow]):
     """Rows to answer, in the order of the file."""
-
-    def __init__(self, rows: Sequence[GenerationRow]) -> None:
-        """Keep the rows."""
-        self.rows = list(rows)
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> GenerationRow:
-        """Return one row."""
-        return self.rows[index]
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each prompt, control tokens included."""
-        return np.array([len(row.input_ids) for row in self.rows], dtype=np.int64)
+        return np.array([len(row.input_ids) for row in self], dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +119,6 @@ class DataSummary:
     longest: int = 0  # tokens
     from_cache: bool = False
 
-    @property
-    def mean_length(self) -> float:
-        """Mean tokens of a row."""
-        return self.total_tokens / self.num_kept if self.num_kept else 0.0
-
     def lines(self) -> list[str]:
         """Return the summary for printing, with what to change where something was lost."""
 
@@ -146,8 +129,9 @@ class DataSummary:
         lines = [f"{self.source}: {self.heading}{cached}", *(f"  {line}" for line in self.found)]
         prompts_only = self.max_target_length is None
         answers = "" if prompts_only else f", {self.answer_tokens} of them in answers"
+        mean_length = self.total_tokens / self.num_kept
         lines.append(
-            f"  {'prompts' if prompts_only else 'rows'} of {self.mean_length:.1f} tokens on "
+            f"  {'prompts' if prompts_only else 'rows'} of {mean_length:.1f} tokens on "
             f"average, {self.longest} at most; {self.total_tokens} tokens in all{answers}"
         )
         if prompts_only and not self.num_labelled:
@@ -207,7 +191,8 @@ def load_training_dataset(
     """
     path = Path(path)
     try:
-        digest = digest_file(path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise unreadable(path, error) from error
     settings = {
@@ -392,12 +377,6 @@ def join_rows(
 def default_cache_dir() -> Path:
     """Return `$PTUNING_CACHE`, or `~/.cache/ptuning/tokens` if that is not set."""
     return Path(os.environ.get("PTUNING_CACHE") or "~/.cache/ptuning/tokens").expanduser()
-
-
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_path(cache_dir: Path, name: str, settings: Mapping[str, Any]) -> Path:

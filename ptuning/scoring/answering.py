@@ -286,7 +286,7 @@ class AnswerRun:
 
         Decoding normalises them (NFKC) like the generated answers. "" means no label.
         """
-        encoded = self.tokenizer.encode_batch([row.label for row in self.rows.rows])
+        encoded = self.tokenizer.encode_batch([row.label for row in self.rows])
         return [self._text_of(ids[: self.config.max_target_length - 2]) for ids in encoded]
 
     def _text_of(self, token_ids: list[int]) -> str:
@@ -301,7 +301,7 @@ class AnswerRun:
         trained = [value for value in model.parameters() if is_tuned and value.requires_grad]
         for value in trained:
             digest.update(value.detach().float().cpu().numpy().tobytes())
-        prompts = [row.input_ids for row in self.rows.rows]
+        prompts = [row.input_ids for row in self.rows]
         digest.update(json.dumps([parts, prompts, self.labels]).encode())
         return digest.hexdigest()
 
@@ -331,7 +331,7 @@ class AnswerRun:
                 base=old.text,
                 base_bleu=old.scores.bleu_4 if old.scores else None,
             )
-            for row, (new, old) in zip(self.rows.rows, pairs, strict=True)
+            for row, (new, old) in zip(self.rows, pairs, strict=True)
         ]
 
 

@@ -109,7 +109,7 @@ def load_rows(config: RunConfig, tokenizer: ChatGLMTokenizer, *, overwrite_cache
     if config.do_predict:
         load_prompts = partial(load_generation_dataset, tokenizer=tokenizer)
         found = _load_files(config, _answered(config), config.max_predict_samples, load_prompts)
-        test = GenerationDataset([row for part, _ in found for row in part.rows])
+        test = GenerationDataset([row for part, _ in found for row in part])
         if config.measures_retention:
             path = find_general_prompts(config.general_prompts, config.model_name_or_path)
             try:
