@@ -24,8 +24,7 @@ from benchmarks.row_lengths import ADGEN, RowLength
 from benchmarks.setting import json_file, make_model, write_json
 from benchmarks.traffic import Tracker
 from ptuning.data.tokenization import IGNORED_LABEL, pad_right
-from ptuning.engine.prefixes import SeenPrefixes
-from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
+from ptuning.engine.prefixes import PrefixCache, SharedPrefix, mix_prefixes
 from ptuning.engine.slots import Slots
 from ptuning.engine.step import run_step
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
@@ -140,7 +139,7 @@ def decode_step(bits: int, num_rows: int) -> Figures:
     with FakeCuda(tracker.launch), torch.no_grad():
         move_to_fake_cuda(model)
         prefix = SharedPrefix(model.transformer.prefix_for(True) or ())
-        prefixes = SeenPrefixes(DEVICE).of([mix_prefixes([(prefix, 1.0)])] * num_rows)
+        prefixes = PrefixCache(DEVICE).lookup([mix_prefixes([(prefix, 1.0)])] * num_rows)
         slots = Slots(model, num_rows, DECODED_COLUMNS)
         numbers = torch.empty(4, num_rows, dtype=torch.long, device=DEVICE)
         tracker.adopt([*model.parameters(), *model.buffers(), *slots.keys, *slots.values])

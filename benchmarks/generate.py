@@ -34,10 +34,9 @@ from benchmarks.setting import (
     write_json,
 )
 from ptuning.data.tokenization import pad_left
-from ptuning.engine.decoding import PUBLISHED_SAMPLING
-from ptuning.engine.engine import Engine
+from ptuning.engine.engine import PUBLISHED_SAMPLING, Engine
+from ptuning.engine.prefixes import PrefixMix, SharedPrefix, mix_prefixes
 from ptuning.engine.request import Request, Row
-from ptuning.engine.shared_prefix import SharedPrefix, Shares, mix_prefixes
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import prepack_if_room
 
@@ -101,12 +100,12 @@ def answer(
     questions: dict[int, Question],
     *,
     max_rows: int,
-    shares: Shares,
+    shares: PrefixMix,
     device: str,
-    record_steps: bool = True,
+    use_graphs: bool = True,
 ) -> Speed:
     """Answer with our engine, at most max_rows at a time; time decoding steps on their own."""
-    engine = Engine(model, max_rows=max_rows, record_steps=record_steps)
+    engine = Engine(model, max_rows=max_rows, use_graphs=use_graphs)
     rows: dict[Row, int] = {}
     for number, (prompt, budget) in questions.items():
         rows[engine.add(Request(prompt, budget, shares, end_ids=NO_END))] = number
@@ -124,7 +123,7 @@ def answer(
             read_bytes += step_bytes(model, prefix_length, columns)
     time_s = time.perf_counter() - started
     answers = {number: row.answer for row, number in rows.items()}
-    why_no_graphs = engine.graphed.why_not if engine.graphed else ""
+    why_no_graphs = engine.graphed.disabled_reason if engine.graphed else ""
     num_tokens = sum(map(len, answers.values()))
     return Speed(num_tokens, time_s, answers, read_bytes, step_times_s, why_no_graphs)
 
@@ -182,7 +181,7 @@ def row_of(name: str, speed: Speed, bandwidth: float) -> str:
     )
 
 
-def own_prefix(model: ChatGLMForConditionalGeneration) -> Shares:
+def own_prefix(model: ChatGLMForConditionalGeneration) -> PrefixMix:
     """Return the model's prefix as shared by all rows of the engine."""
     with torch.no_grad():
         key_values = model.transformer.prefix_for(True)
@@ -212,7 +211,7 @@ def measure(flags: Namespace, model: ChatGLMForConditionalGeneration) -> dict[st
                 max_rows=max_rows,
                 shares=own_prefix(model),
                 device=flags.device,
-                record_steps=not flags.no_graphs,
+                use_graphs=not flags.no_graphs,
             )
             run(model, warm)
             speeds[name] = run(model, asked)

@@ -7,15 +7,14 @@ Use other prompts than those that forgetting is measured with.
 import argparse
 import json
 import logging
-from functools import partial
 
 import torch
 
 from ptuning.data.general import read_general_prompts
 from ptuning.data.prompts import Example
-from ptuning.data.tokenization import pad_left, to_generation_batch
+from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.engine.decoding import Decoding, generate_answers
+from ptuning.engine.engine import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.output import Progress
 from ptuning.storage import write_atomically
@@ -69,8 +68,7 @@ def answer(
     longest = model.config.max_sequence_length - (decoding.max_new_tokens or 0)
     ids, _ = to_generation_batch(tokenizer, examples, max_source_length=longest)
     answers: list[str | None] = [None] * len(prompts)
-    pad = partial(pad_left, pad_id=tokenizer.pad_token_id)
-    found = generate_answers(model, ids, pad=pad, batch_size=batch_size, decoding=decoding)
+    found = generate_answers(model, ids, batch_size=batch_size, decoding=decoding)
     with Progress(len(prompts), "answering", unit="prompt") as progress:
         for index, tokens in found:
             text = str(tokenizer.decode(tokens, skip_special_tokens=True))

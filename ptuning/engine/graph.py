@@ -18,9 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptuning.engine.prefixes import PrefixRows, SeenPrefixes
+from ptuning.engine.prefixes import BatchPrefixes, PrefixCache, PrefixMix
 from ptuning.engine.request import Row
-from ptuning.engine.shared_prefix import Shares
 from ptuning.engine.slots import Slots
 from ptuning.engine.step import decode_step, run_step, step_numbers
 from ptuning.model.chatglm import ChatGLMModel
@@ -38,8 +37,8 @@ STEPS_BEFORE, MIXED_STEPS_BEFORE = 3, 16
 # before driver 550, 64 KiB each or 3.2 GiB in 64 graphs; less since then.
 # Source: https://docs.pytorch.org/docs/stable/torch.compiler_cudagraph_trees.html
 MAX_GRAPHS = 64
-MOST_SHAPES = 4096  # whose eager steps are counted
-MOST_DIFFERENCE = 0.01  # relative, per row: half-precision rounding when sums are reordered
+MAX_SHAPES = 4096  # whose eager steps are counted
+MAX_DIFFERENCE = 0.01  # relative, per row: half-precision rounding when sums are reordered
 
 logger = logging.getLogger(__name__)
 
@@ -53,28 +52,15 @@ class Graph(NamedTuple):
     numbers: Tensor  # (4, N)
     replay: Callable[[], None]
     output: Tensor  # (N, E)
-    prefixes: PrefixRows | None  # kept alive: the kernels read from it
+    prefixes: BatchPrefixes | None  # kept alive: the kernels read from it
 
 
 class Shape(NamedTuple):
-    """The key of a graph: a graph is valid for nothing else."""
+    """The key of a graph, which is valid for nothing else."""
 
     num_rows: int  # N
     num_columns: int
-    shares: tuple[Shares, ...]  # the prefixes of each of the N rows
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all rows see the same prefixes."""
-        return all(shares == self.shares[0] for shares in self.shares)
-
-
-class Addresses(NamedTuple):
-    """Where all graphs read and write; a change invalidates them."""
-
-    slots: Slots
-    generation: int  # of the slots
-    weight: int  # moves when the model is moved or cast
+    mixes: tuple[PrefixMix, ...]  # the prefixes of each of the N rows
 
 
 class GraphedSteps:
@@ -85,69 +71,66 @@ class GraphedSteps:
     ) -> None:
         """Take a model on CUDA; make_capture replaces CUDA's own capture in tests."""
         self.transformer = transformer
-        self.why_not = ""  # why graphs are disabled, once a capture has failed
+        self.disabled_reason = ""  # set once a capture has failed
+        self.graphs: dict[Shape, Graph] = {}  # least recently used first
         # Not a bound method: that would be a reference cycle, and keep the graphs' memory until the
         # garbage collector runs.
         self._make_capture = make_capture or (
             lambda: CudaCapture(transformer.final_layernorm.weight.device)
         )
         self._capture: Capture | None = None
-        self._graphs: dict[Shape, Graph] = {}  # least recently used first
         self._steps: Counter[Shape] = Counter()  # eager steps by shape
-        self._addresses: Addresses | None = None
+        self._addresses: tuple[Slots, int, int] | None = None
 
-    @property
-    def num_graphs(self) -> int:
-        """Graphs held."""
-        return len(self._graphs)
-
-    def step(self, rows: Sequence[Row], slots: Slots, seen: SeenPrefixes) -> Tensor:
+    def step(self, rows: Sequence[Row], slots: Slots, cache: PrefixCache) -> Tensor:
         """Return the final states (R, E) of the newest tokens, valid until the next step."""
-        if self.why_not:
-            return self._eager(rows, slots, seen)
+        if self.disabled_reason:
+            return self._eager(rows, slots, cache)
         weight = self.transformer.final_layernorm.weight
-        addresses = Addresses(slots, slots.generation, weight.data_ptr())
+        # Where all graphs read and write; the weight moves when the model is moved or cast.
+        addresses = (slots, slots.generation, weight.data_ptr())
         if addresses != self._addresses:
-            self.forget()
+            self.clear()
             self._addresses = addresses
         shape = self._shape_of(rows, slots)
-        graph = self._graphs.pop(shape, None)
+        graph = self.graphs.pop(shape, None)
         if graph is not None:
-            self._graphs[shape] = graph  # last, as the most recently used
+            self.graphs[shape] = graph  # last, as the most recently used
             numbers = step_numbers(rows, shape.num_rows, weight.device)
             graph.numbers.copy_(numbers, non_blocking=True)
             graph.replay()
             return graph.output[: len(rows)]
         self._steps[shape] += 1
-        if self._steps[shape] < (STEPS_BEFORE if shape.is_uniform else MIXED_STEPS_BEFORE):
-            if len(self._steps) > MOST_SHAPES:
+        is_uniform = all(mix == shape.mixes[0] for mix in shape.mixes)
+        if self._steps[shape] < (STEPS_BEFORE if is_uniform else MIXED_STEPS_BEFORE):
+            if len(self._steps) > MAX_SHAPES:
                 self._steps.clear()
-            return self._eager(rows, slots, seen)
-        return self._first_of(shape, rows, slots, seen.of(shape.shares))[: len(rows)]
+            return self._eager(rows, slots, cache)
+        return self._capture_step(shape, rows, slots, cache.lookup(shape.mixes))[: len(rows)]
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop all graphs, and with them their memory."""
-        self._graphs.clear()
+        self.graphs.clear()
         self._steps.clear()
         self._addresses = None
         # The memory pool goes too: PyTorch asserts (`use_count > 0`) that a pool still has a graph
         # when another one is captured into it.
         self._capture = None
 
-    def _eager(self, rows: Sequence[Row], slots: Slots, seen: SeenPrefixes) -> Tensor:
-        prefixes = seen.of([row.request.shares for row in rows])
+    def _eager(self, rows: Sequence[Row], slots: Slots, cache: PrefixCache) -> Tensor:
+        prefixes = cache.lookup([row.request.prefixes for row in rows])
         return decode_step(self.transformer, rows, slots, prefixes)
 
     def _shape_of(self, rows: Sequence[Row], slots: Slots) -> Shape:
         num_rows = min(padded_rows(len(rows)), slots.num_slots)
         longest = max(row.length for row in rows) + 1
         num_columns = min(-(-longest // COLUMNS_STEP) * COLUMNS_STEP, slots.capacity)
-        shares = [row.request.shares for row in rows]
-        shares += shares[:1] * (num_rows - len(rows))
-        return Shape(num_rows, num_columns, tuple(shares))
+        mixes = [row.request.prefixes for row in rows]
+        mixes += mixes[:1] * (num_rows - len(rows))
+        return Shape(num_rows, num_columns, tuple(mixes))
 
-    def _first_of(
-        self, shape: Shape, rows: Sequence[Row], slots: Slots, prefixes: PrefixRows | None
+    def _capture_step(
+        self, shape: Shape, rows: Sequence[Row], slots: Slots, prefixes: BatchPrefixes | None
     ) -> Tensor:
         """Run an eager step of the padded shape, capture it, and keep the graph if it agrees."""
         device = self.transformer.final_layernorm.weight.device
@@ -166,25 +149,25 @@ class GraphedSteps:
             replay()
         except RuntimeError as error:
             cause = error.__context__ or error  # an error in a capture makes its end fail as well
-            self._give_up(" ".join(str(cause).split())[:300] or type(cause).__name__)
+            self._disable(" ".join(str(cause).split())[:300] or type(cause).__name__)
             return expected
         difference = _largest_difference(output[: len(rows)], expected[: len(rows)])
-        if not difference <= MOST_DIFFERENCE:  # true for NaN too
-            self._give_up(f"a graph's output differs from an eager step's by {difference:.2%}")
+        if not difference <= MAX_DIFFERENCE:  # true for NaN too
+            self._disable(f"a graph's output differs from an eager step's by {difference:.2%}")
             return expected
-        self._graphs[shape] = Graph(numbers, replay, output, prefixes)
+        self.graphs[shape] = Graph(numbers, replay, output, prefixes)
         self._capture = capture  # only now that a graph keeps its memory pool in use
-        if len(self._graphs) > MAX_GRAPHS:  # only now: the pool must not lose its last graph
-            evicted = next(iter(self._graphs))
-            del self._graphs[evicted], self._steps[evicted]  # to be captured, it has to recur again
+        if len(self.graphs) > MAX_GRAPHS:  # only now: the pool must not lose its last graph
+            evicted = next(iter(self.graphs))
+            del self.graphs[evicted], self._steps[evicted]  # to be captured, it has to recur again
         return output
 
-    def _give_up(self, reason: str) -> None:
-        self.forget()
-        self.why_not = reason
+    def _disable(self, reason: str) -> None:
+        self.clear()
+        self.disabled_reason = reason
         logger.warning(
             "CUDA graphs are disabled and decoding continues with eager steps, which are slower: "
-            "%s. Engine(record_steps=False) disables them from the start.",
+            "%s. Engine(use_graphs=False) disables them from the start.",
             reason,
         )
 

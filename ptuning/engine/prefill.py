@@ -1,9 +1,9 @@
-"""Reading prompts for the decoding engine: one pass over flat rows, each with its own prefixes.
+"""Prefill: one pass over new prompts without padding, each with its own prefixes.
 
-The layers are those of `ChatGLMModel`; what differs from its forward pass is that rows have
-prefixes of their own, with weights that stand in the mask.
-Shapes: B rows, S tokens of the longest, W columns of the widest prefixes, K = W + S keys, P prefix,
-H heads, D head width, E hidden.
+The layers are those of `ChatGLMModel`; unlike in its forward pass, rows have different prefixes,
+whose weights are in the mask.
+Shapes: B rows, S tokens of the longest, T tokens of all, W columns of the widest prefixes, K = W + S
+keys, H heads, D head width, E hidden.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ptuning.engine.prefixes import PrefixRows
+from ptuning.engine.prefixes import BatchPrefixes
 from ptuning.model.attention import LayerInputs
 from ptuning.model.chatglm import ChatGLMModel
 from ptuning.model.cpu.varlen_attention import find_rows
@@ -29,32 +29,29 @@ from ptuning.model.positions import (
 )
 
 
-class ReadPrompts(NamedTuple):
-    """What reading left: the cache, where the contexts end, the last states (B, E).
-
-    The cache holds (B, H, S, D), or with spans (1, H, T, D): each row's tokens of the T.
-    """
+class Prefilled(NamedTuple):
+    """What a prefill returns; the cache holds (B, H, S, D), or with spans (1, H, T, D)."""
 
     cache: DynamicCache
-    spans: tuple[slice, ...] | None
+    spans: tuple[slice, ...] | None  # each row's tokens of the T
     context: Context
-    last_states: Tensor
+    last_states: Tensor  # (B, E)
 
 
-def read_prompts(
-    transformer: ChatGLMModel, prompts: Sequence[Sequence[int]], prefixes: PrefixRows | None
-) -> ReadPrompts:
-    """Read prompts, each of which sees its own prefixes."""
+def prefill(
+    transformer: ChatGLMModel, prompts: Sequence[Sequence[int]], prefixes: BatchPrefixes | None
+) -> Prefilled:
+    """Return keys, values and the last states of prompts."""
     device = transformer.final_layernorm.weight.device
-    width = max(len(prompt) for prompt in prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths)
     pad_id = cast(int, transformer.config.pad_token_id)
     padded = [[*prompt, *[pad_id] * (width - len(prompt))] for prompt in prompts]
     input_ids = torch.tensor(padded, device=device)  # (B, S)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     columns = torch.arange(width, device=device)
-    real = (columns < lengths[:, None]).long()  # (B, S)
+    real = (columns < torch.tensor(lengths, device=device)[:, None]).long()  # (B, S)
     context = transformer.find_context(input_ids, real)
-    layout = prompt_layout([len(prompt) for prompt in prompts], device)
+    layout = prompt_layout(lengths, device)
     positions = position_ids(context, 0, width)  # (B, 2, S)
     dtype = transformer.final_layernorm.weight.dtype
     visible = visible_keys(context.end, real, 0, width, width)  # (B, 1, S, S)
@@ -73,7 +70,7 @@ def read_prompts(
     else:
         positions = flatten_positions(positions, layout)  # (1, 2, T)
         rotation = rotation_at(positions, transformer.inverse_frequencies)
-        mask = _mask_of(visible, prefixes, dtype)
+        mask = _mask(visible, prefixes, dtype)
     inputs = LayerInputs(rotation, mask, 0.0, layout, rows)
     cache = DynamicCache()
     states = flatten_rows(transformer.word_embeddings(input_ids), layout)  # (1, T, E)
@@ -86,19 +83,19 @@ def read_prompts(
             only_needed=index == len(transformer.layers) - 1,
         )
     last_states = transformer.final_layernorm(states)[0]  # (B, E)
-    return ReadPrompts(cache, None if rows is None else rows.spans, context, last_states)
+    return Prefilled(cache, None if rows is None else rows.spans, context, last_states)
 
 
-def _mask_of(visible: Tensor, prefixes: PrefixRows | None, dtype: torch.dtype) -> Tensor:
-    """Return the mask (B, 1, S, K) of visible (B, 1, S, S) with the prefixes' columns before it."""
+def _mask(visible: Tensor, prefixes: BatchPrefixes | None, dtype: torch.dtype) -> Tensor:
+    """Return the mask (B, 1, S, K): the prefixes' columns, then those of visible (B, 1, S, S)."""
     if prefixes is None:
         return additive_mask(visible, dtype)
     before = visible.new_zeros(*visible.shape[:-1], prefixes.width)
-    mask = additive_mask(torch.cat((before, visible), dim=3), dtype)
+    mask = additive_mask(torch.cat((before, visible), dim=3), dtype)  # (B, 1, S, K)
     mask[..., : prefixes.width] = _prefix_mask(prefixes, dtype).unsqueeze(2)
     return mask
 
 
-def _prefix_mask(prefixes: PrefixRows, dtype: torch.dtype) -> Tensor:
-    """Return (B, 1, W): the rows' log-weights, the lowest number of dtype where none is seen."""
+def _prefix_mask(prefixes: BatchPrefixes, dtype: torch.dtype) -> Tensor:
+    """Return (B, 1, W): log-weights, and the lowest number of dtype where there is no key."""
     return prefixes.mask.clamp(min=torch.finfo(dtype).min).to(dtype)

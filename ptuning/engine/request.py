@@ -1,29 +1,69 @@
-"""One request to the decoding engine, and the row it becomes."""
+"""One request to the decoding engine, and the row of the batch that it becomes."""
 
+import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from ptuning.engine.sampling import GREEDY, Sampling, TokenLogprob
-from ptuning.engine.shared_prefix import Shares
+from ptuning.engine.prefixes import PrefixMix
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to answer and how.
+class Sampling:
+    """How one row chooses its tokens. temperature 0 is greedy: always the likeliest token.
 
-    prompt is token ids that end in [gMASK] <sop>; shares the prefixes to see, none for the base.
-    end_ids end the answer, None means the model's <eop>. num_logprobs asks for log-probabilities of
-    the chosen token and so many of the likeliest; None for none at all.
+    top_p keeps the fewest likeliest tokens whose probabilities reach it, top_k that many (0: all).
+    repetition_penalty above 1 makes tokens of prompt and answer less likely. seed None draws one.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            raise ValueError(f"temperature is {self.temperature}; use 0 (greedy) or more.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; use more than 0, and 1 at most.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; use 0 (all tokens) or more.")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; use 1 (none) or another number "
+                "above 0."
+            )
+
+
+GREEDY = Sampling()
+
+
+class TokenLogprob(NamedTuple):
+    """A chosen token's log-probability and the likeliest tokens', before temperature and cuts."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of token ids that ends in [gMASK] <sop>, and how to answer it.
+
+    prefixes are those it attends to, none for the base. end_ids end the answer; None is the
+    model's <eop>. num_logprobs asks for log-probabilities of the chosen token and of that many of
+    the likeliest; None for none at all.
     """
 
     prompt: Sequence[int]
     max_new_tokens: int
-    shares: Shares = ()
+    prefixes: PrefixMix = ()
     sampling: Sampling = GREEDY
     end_ids: frozenset[int] | None = None
     num_logprobs: int | None = None
@@ -41,18 +81,16 @@ class Request:
 
 
 class Row:
-    """One request on its way: its answer so far and where its next token stands.
+    """A request being answered: its tokens so far and the position of the next.
 
-    `answer` and `logprobs` only ever grow, the end token left out, so another thread may read them;
-    finish_reason is set after the last of them.
+    `answer` and `logprobs` are only appended to, without the end token, so other threads may read
+    them; finish_reason is set after the last of them.
     """
 
     def __init__(self, request: Request, end_ids: frozenset[int]) -> None:
         self.request = request
         self.prompt = list(request.prompt)
         self.end_ids = end_ids
-        self.sampling = request.sampling
-        self.num_logprobs = request.num_logprobs
         self.random = random.Random(request.sampling.seed)
         self.answer: list[int] = []
         self.logprobs: list[TokenLogprob] = []
@@ -62,11 +100,11 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Columns in use: the prompt and the answer, whose newest token has no key yet."""
+        """Columns in use: prompt and answer, but for the newest token, which has no key yet."""
         return len(self.prompt) + max(len(self.answer) - 1, 0)
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """Columns it can ever need."""
         return len(self.prompt) + self.request.max_new_tokens
 
@@ -74,8 +112,8 @@ class Row:
         """Every token of prompt and answer."""
         return chain(self.prompt, self.answer)
 
-    def take(self, token: int, logprob: TokenLogprob | None) -> None:
-        """Append the chosen token, or end."""
+    def add_token(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Append the chosen token, or finish."""
         if token in self.end_ids:
             self.finish_reason = "stop"
             return
@@ -84,18 +122,3 @@ class Row:
         self.answer.append(token)
         if len(self.answer) >= self.request.max_new_tokens:
             self.finish_reason = "length"
-
-
-def split_by_size(rows: Sequence[Row], *, most_cells: int) -> Iterator[list[Row]]:
-    """Yield rows in groups of at most most_cells tokens, padding counted, or of one row.
-
-    Rows come longest first, so that prompts of like length share a pass.
-    """
-    group: list[Row] = []
-    for row in sorted(rows, key=lambda row: -len(row.prompt)):
-        if group and (len(group) + 1) * len(group[0].prompt) > most_cells:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group

@@ -1,10 +1,10 @@
-"""Keys and values of the rows being decoded, in slots that grow and shrink with the work.
+"""Keys and values of the decoding rows, in slots whose number and size follow the work.
 
-A slot holds real tokens from column 0 on. In memory the columns of a key lie side by side: so one
-query's scores are read twice as fast. Memory follows the rows in use: it grows by at least half or
-to what is needed, shrinks when three quarters lie idle, and is given back when nothing is left;
-little is taken at once.
-Shapes: H heads, D head width.
+A slot holds the row's tokens from column 0 on. In memory the columns of a key are contiguous, which
+makes the scores of a single query twice as fast to compute. Memory grows by at least half, or to
+what is needed, shrinks when three quarters are unused, and is freed when no row is left; a small
+amount is allocated at once.
+Shapes: B rows, S tokens of the longest, T tokens of all, H heads, D head width.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from transformers.cache_utils import DynamicCache
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 
-COLUMN_STEP = 16  # capacities are multiples: fast products want rows to begin at round addresses
-FEWEST_SLOTS, FEWEST_COLUMNS = 4, 64  # below this, memory is not worth moving tensors for
-SMALL_BYTES = 64 * 2**20  # up to this, all that the rows can ever need is taken at once
+COLUMN_STEP = 16  # capacities are multiples of it: fast products need aligned rows
+MIN_SLOTS, MIN_COLUMNS = 4, 64  # below this, memory is not worth moving tensors for
+SMALL_BYTES = 64 * 2**20  # up to this, all that the rows can ever need is allocated at once
 SMALL_BYTES_CUDA, SMALL_SHARE_CUDA = 2**30, 1 / 16  # ... on CUDA: a resize drops all graphs
-IDLE_SHARE = 4  # shrink when a quarter or less is in use
+SHRINK_RATIO = 4  # shrink when a quarter or less is in use
 
 
 class Slots:
@@ -35,20 +35,20 @@ class Slots:
         self._heads = (config.num_attention_heads, config.head_dim)
         self._like = model.transformer.final_layernorm.weight
         self.small_bytes = _small_bytes(self._like.device)
-        self.keys = [self._allocate_keys() for _ in range(config.num_layers)]
-        self.values = [self._allocate() for _ in range(config.num_layers)]
+        self.keys = [self._new_keys() for _ in range(config.num_layers)]
+        self.values = [self._new_values() for _ in range(config.num_layers)]
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
         return sum(stored.nbytes for stored in (*self.keys, *self.values))
 
-    def fill(
+    def write(
         self, first_slot: int, cache: DynamicCache, spans: Sequence[slice] | None = None
     ) -> None:
         """Copy prompts' keys and values to slots from the first on.
 
-        The cache holds (B, H, S, D), or with spans (1, H, T, D): each row's tokens of the T.
+        The cache holds (B, H, S, D), or with spans, each row's tokens of the T, (1, H, T, D).
         """
         layers: Any = cache.layers  # typed as any kind of cache layer; these hold keys and values
         for index, layer in enumerate(layers):
@@ -67,30 +67,30 @@ class Slots:
         for stored in (*self.keys, *self.values):
             stored[target, :, :length] = stored[source, :, :length]
 
-    def make_room(self, num_rows: int, columns: int, *, most_rows: int, most_columns: int) -> None:
-        """Hold at least num_rows of `columns`; grow ahead of need, never past the most."""
-        columns, most_columns = round_up(columns), round_up(most_columns)
+    def reserve(self, num_rows: int, columns: int, *, max_rows: int, max_columns: int) -> None:
+        """Hold num_rows of `columns` at least; grow ahead of need, but not past the maxima."""
+        columns, max_columns = round_up(columns), round_up(max_columns)
         num_slots, capacity = self.num_slots, self.capacity
         if num_rows > num_slots:
-            num_slots = max(num_rows, min(most_rows, max(2 * num_slots, FEWEST_SLOTS)))
+            num_slots = max(num_rows, min(max_rows, max(2 * num_slots, MIN_SLOTS)))
         if columns > capacity:
-            ahead = max(round_up(capacity * 3 // 2), FEWEST_COLUMNS)
-            if num_slots * most_columns * self._column_bytes <= self.small_bytes:
-                ahead = most_columns
-            capacity = max(columns, min(most_columns, ahead))
+            ahead = max(round_up(capacity * 3 // 2), MIN_COLUMNS)
+            if num_slots * max_columns * self._column_bytes <= self.small_bytes:
+                ahead = max_columns
+            capacity = max(columns, min(max_columns, ahead))
         self._resize(num_slots, capacity)
 
-    def give_back(self, num_rows: int, columns: int) -> None:
-        """Shrink to about twice what num_rows of `columns` need, once three quarters are idle."""
+    def shrink(self, num_rows: int, columns: int) -> None:
+        """Keep about twice what num_rows of `columns` need, once three quarters are unused."""
         if num_rows == 0:
             self._resize(0, 0)
             return
         num_slots, capacity = self.num_slots, self.capacity
-        if num_rows * IDLE_SHARE <= num_slots > FEWEST_SLOTS:
-            num_slots = max(2 * num_rows, FEWEST_SLOTS)
+        if num_rows * SHRINK_RATIO <= num_slots > MIN_SLOTS:
+            num_slots = max(2 * num_rows, MIN_SLOTS)
         is_small = num_slots * capacity * self._column_bytes <= self.small_bytes
-        if columns * IDLE_SHARE <= capacity > FEWEST_COLUMNS and not is_small:
-            capacity = max(round_up(2 * columns), FEWEST_COLUMNS)
+        if columns * SHRINK_RATIO <= capacity > MIN_COLUMNS and not is_small:
+            capacity = max(round_up(2 * columns), MIN_COLUMNS)
         self._resize(num_slots, capacity)
 
     @property
@@ -98,29 +98,26 @@ class Slots:
         heads, width = self._heads
         return 2 * len(self.keys) * heads * width * self._like.element_size()
 
-    def _allocate(self) -> Tensor:
+    def _new_values(self) -> Tensor:
         heads, width = self._heads
         return self._like.new_zeros(self.num_slots, heads, self.capacity, width)
 
-    def _allocate_keys(self) -> Tensor:
+    def _new_keys(self) -> Tensor:
         heads, width = self._heads
         stored = self._like.new_zeros(self.num_slots, heads, width, self.capacity)
-        return stored.transpose(2, 3)
+        return stored.transpose(2, 3)  # (slots, H, capacity, D)
 
     def _resize(self, num_slots: int, capacity: int) -> None:
-        """Give every layer its new size, one after the other, keeping what fits."""
+        """Replace the tensors one after the other, keeping the contents that fit."""
         if (num_slots, capacity) == (self.num_slots, self.capacity):
             return
         rows, columns = min(num_slots, self.num_slots), min(capacity, self.capacity)
         self.num_slots, self.capacity = num_slots, capacity
         self.generation += 1
-        for stored, allocate in (
-            (self.keys, self._allocate_keys),
-            (self.values, self._allocate),
-        ):
-            for index, old in enumerate(stored):
-                stored[index] = allocate()
-                stored[index][:rows, :, :columns] = old[:rows, :, :columns]
+        for tensors, new in ((self.keys, self._new_keys), (self.values, self._new_values)):
+            for index, old in enumerate(tensors):
+                tensors[index] = new()
+                tensors[index][:rows, :, :columns] = old[:rows, :, :columns]
 
 
 def _small_bytes(device: torch.device) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +16,8 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ptuning.data.dataset import GenerationDataset
-from ptuning.data.tokenization import pad_left
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.engine.decoding import PUBLISHED_SAMPLING, Decoding, generate_answers
+from ptuning.engine.engine import PUBLISHED_SAMPLING, Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.layout import base_fingerprint
 from ptuning.output import Progress
@@ -214,7 +213,6 @@ class AnswerRun:
         answers = generate_answers(
             model,
             [self.rows[indices[place]].input_ids for place in asked],
-            pad=partial(pad_left, pad_id=self.tokenizer.pad_token_id),
             batch_size=self.batch_size,
             decoding=self.decoding,
         )

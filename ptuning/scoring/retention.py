@@ -8,7 +8,6 @@ Shapes: B batch, S tokens, T tokens of an answer, N scored tokens of a batch, V 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from ptuning.data.general import GeneralPrompts
 from ptuning.data.prompts import Example
-from ptuning.data.tokenization import IGNORED_LABEL, pad_left, pad_right, to_generation_batch
+from ptuning.data.tokenization import IGNORED_LABEL, pad_right, to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.engine.decoding import Decoding, generate_answers
+from ptuning.engine.engine import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.positions import FlatLayout
 from ptuning.output import Progress, signed
@@ -186,7 +185,6 @@ class RetentionRun:
             for index, ids in generate_answers(
                 model,
                 self.prompt_ids,
-                pad=partial(pad_left, pad_id=self.tokenizer.pad_token_id),
                 batch_size=self.batch_size,
                 decoding=Decoding(max_new_tokens=MAX_NEW_TOKENS),
             ):

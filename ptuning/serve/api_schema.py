@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ptuning.data.tokenizer import ChatGLMTokenizer, restore_whitespace
-from ptuning.engine.sampling import TokenLogprob
+from ptuning.engine.request import TokenLogprob
 from ptuning.serve.text_stream import Answer
 
 MAX_STOPS = 16

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ptuning.engine.engine import Engine
-from ptuning.engine.request import FinishReason, Row
-from ptuning.engine.sampling import TokenLogprob
+from ptuning.engine.request import FinishReason, Row, TokenLogprob
 
 logger = logging.getLogger(__name__)
 

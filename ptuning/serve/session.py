@@ -30,9 +30,8 @@ from ptuning.data.prompts import (
 from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.engine import Engine
-from ptuning.engine.request import Request, Row
-from ptuning.engine.sampling import Sampling
-from ptuning.engine.shared_prefix import SharedPrefix, check_weight, mix_prefixes
+from ptuning.engine.prefixes import SharedPrefix, check_weight, mix_prefixes
+from ptuning.engine.request import Request, Row, Sampling
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import prepack_if_room
 from ptuning.model.cpu.threads import limit_threads, release_helper_threads
@@ -53,7 +52,7 @@ BASE_NAME = "base"  # the model without a prefix, wherever a name is asked for
 PREFIX_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 BASE_NEW_TOKENS = 512  # answer limit where no prefix sets another
 MAX_ROWS = 32  # decoded at the same time; more requests wait
-JOIN_PATIENCE = 3  # steps that a prompt may wait for others to be prefilled with
+MAX_PREFILL_DELAY = 3  # steps that a prompt may wait for others to be prefilled with
 
 logger = logging.getLogger(__name__)
 
@@ -302,9 +301,8 @@ class Session(AbstractSession):
         super().__init__(tokenizer, context_length=model.config.max_sequence_length, tuned=tuned)
         self.model = model.eval()
         self.model.remove_prefix()
-        self.scheduler = Scheduler(
-            Engine(model, max_rows=max_rows, patience=JOIN_PATIENCE), max_queue=max_queue
-        )
+        engine = Engine(model, max_rows=max_rows, max_prefill_delay=MAX_PREFILL_DELAY)
+        self.scheduler = Scheduler(engine, max_queue=max_queue)
 
     @classmethod
     def load(
@@ -352,7 +350,7 @@ class Session(AbstractSession):
         """Return a row, not queued yet, that sees the named prefixes."""
         found = [(self.find_prefix(name).shared, weight) for name, weight in prefixes]
         shares = mix_prefixes([(shared, weight) for shared, weight in found if shared is not None])
-        return self.scheduler.engine.new_row(replace(request, shares=shares))
+        return self.scheduler.engine.new_row(replace(request, prefixes=shares))
 
     def start(
         self, request: Request, prefixes: Weighted, on_update: OnUpdate

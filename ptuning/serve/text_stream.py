@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.engine.request import FinishReason
-from ptuning.engine.sampling import TokenLogprob
+from ptuning.engine.request import FinishReason, TokenLogprob
 from ptuning.serve.scheduler import TokenBuffer
 
 TRAINING_DATE_MARK = "[[训练时间]]"  # the base model writes this in place of its training date

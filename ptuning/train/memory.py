@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ptuning.engine.engine import MOST_CELLS, MOST_CELLS_CPU
+from ptuning.engine.engine import MAX_PREFILL_TOKENS, MAX_PREFILL_TOKENS_CPU
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.varlen_attention import group_rows, round_up_keys
 from ptuning.model.loss import chunk_tokens_on
@@ -373,7 +373,7 @@ def answering_memory(
     new_tokens is the length of the longest answer.
     """
     num_rows, longest = min(num_rows, len(prompt_lengths)), max(prompt_lengths)
-    cells = MOST_CELLS_CPU if size.on_cpu else MOST_CELLS
+    cells = MAX_PREFILL_TOKENS_CPU if size.on_cpu else MAX_PREFILL_TOKENS
     prefill_tokens = max(longest, min(cells, num_rows * longest))
     prefill_rows = -(-prefill_tokens // longest)
     # The prompts' keys and values are copied into their slots after the last layer.

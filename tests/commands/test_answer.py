@@ -9,7 +9,7 @@ from ptuning import __main__ as program
 from ptuning.commands.answer import answer
 from ptuning.data.prompts import RowFormat
 from ptuning.data.reading import read_rows
-from ptuning.engine.decoding import Decoding
+from ptuning.engine.engine import Decoding
 from ptuning.tunings.loading import NANO_DIR, load_base, load_tokenizer
 
 

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
-from ptuning.engine.decoding import Decoding, generate_answers
-from ptuning.engine.engine import GreedyEngine
+from ptuning.engine.engine import Decoding, GreedyEngine, generate_answers
 from ptuning.engine.slots import round_up
 
 
@@ -94,9 +93,9 @@ def test_the_prefix_is_held_once_for_all_rows(model):
     engine = GreedyEngine(model, random_prompts(model, 6), max_rows=6, max_new_tokens=3)
     rows = list(engine.waiting)
     engine.step()
-    seen = engine.seen_prefixes.of([row.request.shares for row in rows])
+    seen = engine.prefix_cache.lookup([row.request.prefixes for row in rows])
     (prefix,) = seen.stack.places
-    assert prefix is rows[0].request.shares[0].prefix
+    assert prefix is rows[0].request.prefixes[0].prefix
     for stacked, held in zip(seen.stack.layers, prefix.key_values, strict=True):
         assert stacked is held, "a prefix that all rows see is not copied"
         assert stacked.shape == (2, 1, 2, 8, 16)  # (2, 1, H, P, D), no axis of rows
@@ -118,17 +117,12 @@ def test_half_precision_decodes(model, golden):
 def test_sampling_and_beams_go_through_transformers(model):
     prompts = random_prompts(model, 5)
 
-    def pad(rows):
-        width = max(map(len, rows))
-        ids = torch.tensor([[3] * (width - len(row)) + list(row) for row in rows])
-        return {"input_ids": ids, "attention_mask": (ids != 3).long()}
-
     for decoding in (
         Decoding(max_new_tokens=6, num_beams=2),
         Decoding(max_new_tokens=6, do_sample=True, top_p=0.7, temperature=0.95),
         Decoding(max_new_tokens=None, max_length=40),
     ):
         torch.manual_seed(0)
-        answers = dict(generate_answers(model, prompts, pad=pad, batch_size=2, decoding=decoding))
+        answers = dict(generate_answers(model, prompts, batch_size=2, decoding=decoding))
         assert sorted(answers) == list(range(5))
     assert not model.training

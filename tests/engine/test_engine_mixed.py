@@ -9,9 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
 from ptuning.engine.engine import Engine
-from ptuning.engine.request import Request
-from ptuning.engine.sampling import Sampling
-from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
+from ptuning.engine.prefixes import SharedPrefix, mix_prefixes
+from ptuning.engine.request import Request, Sampling
 from ptuning.engine.slots import round_up
 from ptuning.model.chatglm import ChatGLMModel
 
@@ -101,7 +100,7 @@ def test_rows_join_and_are_cancelled_at_any_time(model, prefixes):
     prompts = random_prompts(model, 20, seed=2)
     expected = [generate(model, p, prefixes[i % 4], 12) for i, p in enumerate(prompts)]
     rng = random.Random(0)
-    engine = Engine(model, max_rows=5, patience=1)
+    engine = Engine(model, max_rows=5, max_prefill_delay=1)
     rows, cancelled = [], set()
     while len(rows) < len(prompts) or not engine.is_idle:
         if len(rows) < len(prompts) and rng.random() < 0.5:
@@ -132,7 +131,7 @@ def test_memory_follows_the_rows(model):
         engine.step()
     full = engine.slots.num_bytes
     assert engine.slots.num_slots == 32
-    assert engine.slots.capacity <= round_up(max(row.longest for row in rows))
+    assert engine.slots.capacity <= round_up(max(row.max_length for row in rows))
     for row in rows[2:]:
         engine.cancel(row)
     assert engine.slots.num_bytes <= full / 4

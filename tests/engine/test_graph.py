@@ -21,8 +21,8 @@ import ptuning  # noqa: F401  (registers the model)
 from ptuning.engine import graph as engine_graph
 from ptuning.engine.engine import Engine, GreedyEngine
 from ptuning.engine.graph import CudaCapture, GraphedSteps, padded_rows
+from ptuning.engine.prefixes import SharedPrefix, mix_prefixes
 from ptuning.engine.request import Request
-from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.engine.slots import Slots
 from ptuning.engine.step import step_numbers
 
@@ -81,7 +81,7 @@ def test_tokens_are_the_published_ones(model, golden, case, max_rows, capture, m
     assert capture.captured
     assert capture.replayed > 10 * capture.captured, "most steps were replayed"
     engine.release()
-    assert (engine.graphed.num_graphs, engine.slots.num_bytes) == (0, 0)
+    assert (len(engine.graphed.graphs), engine.slots.num_bytes) == (0, 0)
 
 
 def requests(model, count):
@@ -117,8 +117,8 @@ def answers_of(engine, asked):
 @pytest.mark.parametrize("max_rows", [1, 5, 12])
 def test_rows_of_all_kinds_that_join_and_leave_answer_as_in_eager_steps(model, max_rows, capture):
     asked = requests(model, 6 + max_rows)
-    plain = answers_of(Engine(model, max_rows=max_rows, patience=0), asked)
-    engine = graphed(Engine(model, max_rows=max_rows, patience=0), capture)
+    plain = answers_of(Engine(model, max_rows=max_rows, max_prefill_delay=0), asked)
+    engine = graphed(Engine(model, max_rows=max_rows, max_prefill_delay=0), capture)
     assert answers_of(engine, asked) == plain
     assert capture.replayed
 
@@ -170,7 +170,7 @@ def test_large_slots_are_freed_when_idle_and_their_graphs_with_them(model, captu
     engine = graphed(Engine(model, max_rows=1), capture)
     answer(engine, requests(model, 2)[1])
     assert capture.replayed
-    assert (engine.graphed.num_graphs, engine.slots.num_bytes) == (0, 0)
+    assert (len(engine.graphed.graphs), engine.slots.num_bytes) == (0, 0)
 
 
 def test_a_model_that_was_moved_is_captured_again(golden, capture):
@@ -195,10 +195,10 @@ def requests_of_base(model):
 def test_a_mix_of_prefixes_is_captured_only_once_it_has_lasted(model, capture, monkeypatch):
     asked = requests(model, 2)
     for shared in (False, True):
-        engine = graphed(Engine(model, max_rows=2, patience=0), capture)
+        engine = graphed(Engine(model, max_rows=2, max_prefill_delay=0), capture)
         rows = [
             engine.add(
-                replace(asked[1], shares=asked[int(shared or one)].shares, max_new_tokens=15)
+                replace(asked[1], prefixes=asked[int(shared or one)].prefixes, max_new_tokens=15)
             )
             for one in (False, True)
         ]
@@ -214,7 +214,7 @@ def test_a_model_that_overflows_is_no_reason_to_give_up(golden, capture):
     model.transformer.layers[1].mlp.dense_h_to_4h.bias.data.fill_(float("inf"))
     engine = graphed(Engine(model, max_rows=1), capture)
     assert len(answer(engine, requests_of_base(model))) == 40
-    assert (engine.graphed.why_not, capture.captured) == ("", 0)
+    assert (engine.graphed.disabled_reason, capture.captured) == ("", 0)
 
 
 def fails(work):
@@ -245,9 +245,9 @@ def test_a_capture_that_fails_or_errs_disables_graphs_with_one_warning(
     plain = answers_of(Engine(model, max_rows=4), asked)
     engine = graphed(Engine(model, max_rows=4), capture)
     assert answers_of(engine, asked) == plain
-    assert reason in engine.graphed.why_not
+    assert reason in engine.graphed.disabled_reason
     assert [reason in message for message in caplog.messages] == [True]
-    assert engine.graphed.num_graphs == 0
+    assert len(engine.graphed.graphs) == 0
 
 
 class Device:
@@ -397,7 +397,7 @@ def test_the_least_recently_used_graph_is_evicted(model, capture, monkeypatch):
         """Decode one token in prefill and five in steps of one shape: captures and replays."""
         captured, replayed = capture.captured, capture.replayed
         assert answer(engine, request) == answer(Engine(model, max_rows=1), request)
-        assert engine.graphed.num_graphs <= 2
+        assert len(engine.graphed.graphs) <= 2
         return capture.captured - captured, capture.replayed - replayed
 
     assert counts(short) == (1, 3)  # captured in its third step
@@ -418,14 +418,14 @@ def test_a_pool_is_never_captured_into_without_a_graph(model, monkeypatch):
 
     class Capturing(Capture):
         def __call__(self, work):
-            held.append(engine.graphed.num_graphs)
+            held.append(len(engine.graphed.graphs))
             return super().__call__(work)
 
     engine = graphed(Engine(model, max_rows=1), Capturing())
     engine.slots = Slots(model, 1, 64)
     answer(engine, requests_of_base(model))
     assert held == [0, 1, 1]
-    assert engine.graphed.num_graphs == 1
+    assert len(engine.graphed.graphs) == 1
 
 
 def test_no_graph_is_evicted_with_128_rows_and_three_widths():

@@ -8,9 +8,14 @@ import torch
 
 from ptuning.engine import prefixes as prefix_rows
 from ptuning.engine.engine import Engine
-from ptuning.engine.prefixes import MOST_IDLE, PrefixStack, SeenPrefixes
+from ptuning.engine.prefixes import (
+    MAX_STACK_RATIO,
+    PrefixCache,
+    PrefixStack,
+    SharedPrefix,
+    mix_prefixes,
+)
 from ptuning.engine.request import Request
-from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
 
 CPU = torch.device("cpu")
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 3, 8
@@ -107,14 +112,14 @@ def assert_rows_see_their_own(seen, shares, dtype):
 @pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
 def test_every_row_sees_its_own_prefixes(scene, dtype):
     shares = shares_of(scene, prefixes_in(dtype))
-    assert_rows_see_their_own(SeenPrefixes(CPU).of(shares), shares, dtype)
+    assert_rows_see_their_own(PrefixCache(CPU).lookup(shares), shares, dtype)
 
 
 @pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
 def test_weights_scale_what_a_prefix_draws_in_the_softmax(scene, prefixes):
     """The definition: a token of a prefix with weight w counts w * exp(score)."""
     shares = shares_of(scene, prefixes)
-    seen = SeenPrefixes(CPU).of(shares)
+    seen = PrefixCache(CPU).lookup(shares)
     torch.manual_seed(2)
     query = torch.randn(len(shares), NUM_HEADS, HEAD_DIM)
     own_key, own_value = torch.randn(2, len(shares), NUM_HEADS, HEAD_DIM)
@@ -140,7 +145,7 @@ def test_weights_scale_what_a_prefix_draws_in_the_softmax(scene, prefixes):
 
 def test_rows_that_come_and_go_see_their_own_on_the_stacks_that_stay(prefixes):
     rng = random.Random(0)
-    seen_prefixes = SeenPrefixes(CPU)
+    cache = PrefixCache(CPU)
     letters = [*LENGTHS, ()]
     rows, stacks = [], []
     for _ in range(40):
@@ -151,7 +156,7 @@ def test_rows_that_come_and_go_see_their_own_on_the_stacks_that_stay(prefixes):
         rows += joining
         for part in (joining, rows):  # as the engine asks: who joins, then all
             shares = shares_of(part, prefixes)
-            seen = seen_prefixes.of(shares, staying=staying if part is joining else ())
+            seen = cache.lookup(shares, staying=staying if part is joining else ())
             if seen is None:
                 assert not any(shares)
                 continue
@@ -162,23 +167,23 @@ def test_rows_that_come_and_go_see_their_own_on_the_stacks_that_stay(prefixes):
 
 
 def test_rows_of_the_base_alone_see_nothing():
-    seen_prefixes = SeenPrefixes(CPU)
-    assert seen_prefixes.of([]) is None
-    assert seen_prefixes.of([(), ()]) is None
+    cache = PrefixCache(CPU)
+    assert cache.lookup([]) is None
+    assert cache.lookup([(), ()]) is None
 
 
 def test_one_prefix_is_not_copied(prefixes):
     prefix = prefixes["A"]
-    alone = SeenPrefixes(CPU).of(shares_of(["A", "A"], prefixes))
-    assert alone.gathering is None
-    beside_base = SeenPrefixes(CPU).of(shares_of(["A", ()], prefixes))
+    alone = PrefixCache(CPU).lookup(shares_of(["A", "A"], prefixes))
+    assert alone.groups is None
+    beside_base = PrefixCache(CPU).lookup(shares_of(["A", ()], prefixes))
     for layer, held in enumerate(prefix.key_values):
         assert alone.key_values(layer) is held
         assert alone.stack.layers[layer] is beside_base.stack.layers[layer] is held
 
 
 def test_a_stack_holds_every_prefix_once_and_zeros_at_the_ends(prefixes):
-    seen = SeenPrefixes(CPU).of(shares_of("ABAABBAB", prefixes))
+    seen = PrefixCache(CPU).lookup(shares_of("ABAABBAB", prefixes))
     assert list(seen.stack.places) == [prefixes["A"], prefixes["B"]]
     for stacked in seen.stack.layers:
         assert stacked.shape == (2, 2, NUM_HEADS, LENGTHS["A"], HEAD_DIM)
@@ -186,12 +191,12 @@ def test_a_stack_holds_every_prefix_once_and_zeros_at_the_ends(prefixes):
 
 
 def test_a_stack_stays_while_few_of_its_prefixes_are_idle(prefixes):
-    assert MOST_IDLE == 2
-    seen_prefixes = SeenPrefixes(CPU)
+    assert MAX_STACK_RATIO == 2
+    cache = PrefixCache(CPU)
 
     def stack_for(scene):
         shares = shares_of(scene, prefixes)
-        seen = seen_prefixes.of(shares)
+        seen = cache.lookup(shares)
         assert_rows_see_their_own(seen, shares, torch.float32)
         return seen.stack
 
@@ -208,52 +213,52 @@ def test_a_stack_stays_while_few_of_its_prefixes_are_idle(prefixes):
 
 
 def test_the_same_shares_are_found_once(prefixes):
-    seen_prefixes = SeenPrefixes(CPU)
+    cache = PrefixCache(CPU)
     scene = ["A", (), [("A", 0.5), ("B", 0.5)]]
     asked = shares_of(scene, prefixes)
-    first = seen_prefixes.of(asked)
-    assert seen_prefixes.of(shares_of(scene, prefixes)) is first
-    assert seen_prefixes.of(tuple(shares_of(scene, prefixes))) is first
+    first = cache.lookup(asked)
+    assert cache.lookup(shares_of(scene, prefixes)) is first
+    assert cache.lookup(tuple(shares_of(scene, prefixes))) is first
     asked[0] = ()  # the asker's list is the asker's
-    assert seen_prefixes.of(shares_of(scene, prefixes)) is first
-    changed = seen_prefixes.of(asked)
+    assert cache.lookup(shares_of(scene, prefixes)) is first
+    changed = cache.lookup(asked)
     assert changed is not first
     assert_rows_see_their_own(changed, asked, torch.float32)
     weighted = shares_of(["A", (), [("A", 0.4), ("B", 0.6)]], prefixes)
-    assert_rows_see_their_own(seen_prefixes.of(weighted), weighted, torch.float32)
+    assert_rows_see_their_own(cache.lookup(weighted), weighted, torch.float32)
 
 
 def test_a_stack_that_cannot_be_made_leaves_nothing_half_found(prefixes, monkeypatch):
-    seen_prefixes = SeenPrefixes(CPU)
-    seen_prefixes.of(shares_of("AAB", prefixes))
+    cache = PrefixCache(CPU)
+    cache.lookup(shares_of("AAB", prefixes))
     shares = shares_of("CCD", prefixes)
     with monkeypatch.context() as patch:
         patch.setattr(PrefixStack, "_stack", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
-            seen_prefixes.of(shares)
-    assert_rows_see_their_own(seen_prefixes.of(shares), shares, torch.float32)
+            cache.lookup(shares)
+    assert_rows_see_their_own(cache.lookup(shares), shares, torch.float32)
 
 
 def held_after(ask):
     """Return the letters of the prefixes that live on, held by nothing but the finder, after ask."""
-    seen_prefixes, prefixes = SeenPrefixes(CPU), prefixes_in(torch.float32)
+    cache, prefixes = PrefixCache(CPU), prefixes_in(torch.float32)
     references = {name: weakref.ref(prefix) for name, prefix in prefixes.items()}
-    ask(seen_prefixes, prefixes)
+    ask(cache, prefixes)
     prefixes.clear()
     return {name for name, reference in references.items() if reference() is not None}
 
 
 def test_nothing_is_held_that_is_forgotten_or_no_longer_in_use():
     def ask(*scenes):
-        def asking(seen_prefixes, prefixes):
+        def asking(cache, prefixes):
             for scene in scenes:
-                seen_prefixes.of(shares_of(scene, prefixes))
+                cache.lookup(shares_of(scene, prefixes))
 
         return asking
 
-    def forget(seen_prefixes, prefixes):
-        ask("ABC")(seen_prefixes, prefixes)
-        seen_prefixes.forget()
+    def forget(cache, prefixes):
+        ask("ABC")(cache, prefixes)
+        cache.clear()
 
     assert held_after(ask("ABC")) == {"A", "B", "C"}
     assert held_after(forget) == set()
@@ -262,18 +267,18 @@ def test_nothing_is_held_that_is_forgotten_or_no_longer_in_use():
 
 
 def test_rows_that_join_leave_the_prefixes_of_the_others_in_the_stack(prefixes):
-    seen_prefixes = SeenPrefixes(CPU)
+    cache = PrefixCache(CPU)
     all_rows = shares_of("ABCD", prefixes)
-    stack = seen_prefixes.of(all_rows).stack
+    stack = cache.lookup(all_rows).stack
     joining = shares_of("AA", prefixes)
-    seen = seen_prefixes.of(joining, staying=all_rows)
+    seen = cache.lookup(joining, staying=all_rows)
     assert seen.stack is stack
     assert_rows_see_their_own(seen, joining, torch.float32)
-    assert seen_prefixes.of(shares_of([()], prefixes), staying=all_rows) is None
-    assert seen_prefixes.of(all_rows).stack is stack
-    new = seen_prefixes.of(shares_of("E", prefixes), staying=all_rows).stack
+    assert cache.lookup(shares_of([()], prefixes), staying=all_rows) is None
+    assert cache.lookup(all_rows).stack is stack
+    new = cache.lookup(shares_of("E", prefixes), staying=all_rows).stack
     assert new is not stack
-    assert seen_prefixes.of([*all_rows, *shares_of("E", prefixes)]).stack is new
+    assert cache.lookup([*all_rows, *shares_of("E", prefixes)]).stack is new
 
 
 @torch.no_grad()
@@ -287,7 +292,7 @@ def test_the_engine_copies_prefixes_only_for_a_new_one(small, prompts, monkeypat
         encoder = small.transformer.new_prefix_encoder(length, project=False)
         shared.append(SharedPrefix(encoder(torch.float32)))
     small.remove_prefix()
-    engine = Engine(small, max_rows=8, patience=0)
+    engine = Engine(small, max_rows=8, max_prefill_delay=0)
     for prefix in shared[:3]:
         engine.add(Request(prompts[0], 40, mix_prefixes([(prefix, 1.0)]), end_ids=NEVER))
     for place in (0, 1, 2, 0, 1, 3, 0, 3):

@@ -14,13 +14,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ptuning.engine.sampling import Sampling, choose_tokens
+from ptuning.engine.request import Sampling
+from ptuning.engine.sampling import choose_tokens
 
 
 def row(seed=0, tokens=(), **options):
     return SimpleNamespace(
-        sampling=Sampling(**options),
-        num_logprobs=None,
+        request=SimpleNamespace(sampling=Sampling(**options), num_logprobs=None),
         random=random.Random(seed),
         tokens=lambda: tokens,
     )

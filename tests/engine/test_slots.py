@@ -24,11 +24,11 @@ def sizes(slots):
 def test_little_memory_is_taken_at_once_and_returned_at_the_end(model):
     slots = Slots(model)
     assert slots.num_bytes == 0
-    slots.make_room(1, 9, most_rows=32, most_columns=300)
+    slots.reserve(1, 9, max_rows=32, max_columns=300)
     assert sizes(slots) == (4, 304)
-    slots.give_back(1, 9)
+    slots.shrink(1, 9)
     assert sizes(slots) == (4, 304)
-    slots.give_back(0, 0)
+    slots.shrink(0, 0)
     assert slots.num_bytes == 0
 
 
@@ -37,7 +37,7 @@ def test_much_memory_grows_and_shrinks_by_steps(model, monkeypatch):
     slots = Slots(model)
     seen = []
     for rows, columns in ((1, 9), (5, 64), (9, 65), (20, 97), (32, 1999)):
-        slots.make_room(rows, columns, most_rows=32, most_columns=2000)
+        slots.reserve(rows, columns, max_rows=32, max_columns=2000)
         seen.append(sizes(slots))
     assert seen == [(4, 64), (8, 64), (16, 96), (32, 144), (32, 2000)]
     for rows, columns, expected in (
@@ -47,7 +47,7 @@ def test_much_memory_grows_and_shrinks_by_steps(model, monkeypatch):
         (1, 20, (4, 64)),
         (1, 5, (4, 64)),
     ):
-        slots.give_back(rows, columns)
+        slots.shrink(rows, columns)
         assert sizes(slots) == expected
 
 
@@ -57,8 +57,8 @@ def test_contents_survive_growth_and_shrinking(model, monkeypatch):
     held = [torch.randn(1, 2, 10, 16) for _ in range(2 * len(slots.keys))]
     for stored, part in zip((*slots.keys, *slots.values), held, strict=True):
         stored[2, :, :10] = part
-    slots.make_room(20, 700, most_rows=32, most_columns=2000)
+    slots.reserve(20, 700, max_rows=32, max_columns=2000)
     slots.move(2, 0, 10)
-    slots.give_back(1, 10)
+    slots.shrink(1, 10)
     for stored, part in zip((*slots.keys, *slots.values), held, strict=True):
         assert torch.equal(stored[:1, :, :10], part)

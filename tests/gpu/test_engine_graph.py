@@ -7,8 +7,8 @@ import torch
 
 from ptuning.engine import graph as engine_graph
 from ptuning.engine.engine import Engine
+from ptuning.engine.prefixes import SharedPrefix, mix_prefixes
 from ptuning.engine.request import Request, Row
-from ptuning.engine.shared_prefix import SharedPrefix, mix_prefixes
 from ptuning.engine.step import run_step, step_numbers
 from ptuning.model.adapter import adapter_parameters, add_adapter
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
@@ -50,9 +50,9 @@ def build(device: torch.device, bits: int = 0) -> ChatGLMForConditionalGeneratio
 
 
 def answers(
-    model: ChatGLMForConditionalGeneration, max_rows: int, record_steps: bool
+    model: ChatGLMForConditionalGeneration, max_rows: int, use_graphs: bool
 ) -> tuple[list[list[int]], Engine]:
-    engine = Engine(model, max_rows=max_rows, record_steps=record_steps)
+    engine = Engine(model, max_rows=max_rows, use_graphs=use_graphs)
     with torch.no_grad():
         prefix = SharedPrefix(model.transformer.prefix_for(True) or ())
     generator = torch.Generator().manual_seed(1)
@@ -69,11 +69,11 @@ def answers(
 
 
 def assert_same(model: ChatGLMForConditionalGeneration, max_rows: int) -> Engine:
-    found, engine = answers(model, max_rows, record_steps=True)
-    plain, _ = answers(model, max_rows, record_steps=False)
+    found, engine = answers(model, max_rows, use_graphs=True)
+    plain, _ = answers(model, max_rows, use_graphs=False)
     assert engine.graphed is not None
-    assert engine.graphed.why_not == ""
-    assert engine.graphed.num_graphs > 0, "steps were captured"
+    assert engine.graphed.disabled_reason == ""
+    assert len(engine.graphed.graphs) > 0, "steps were captured"
     assert sum(len(set(answer)) for answer in plain) > 100, "answers vary"
     # Padding a batch may reorder a sum, which can flip a near-tie between random logits.
     same = sum(a == b for a, b in zip(found, plain, strict=True))
@@ -107,7 +107,7 @@ def test_tokens_are_the_same_with_an_adapter(device: torch.device) -> None:
 
 def test_the_numbers_of_a_step_are_copied_without_synchronising(device: torch.device) -> None:
     row = Row(Request([5, 1023, 1020], 4), frozenset())
-    row.take(7, None)
+    row.add_token(7, None)
     numbers = step_numbers([row], 2, device)
     assert numbers.is_pinned()
     torch.cuda.set_sync_debug_mode("error")
@@ -146,7 +146,7 @@ def test_few_graphs_are_held(
     monkeypatch.setattr(engine_graph, "COLUMNS_STEP", 16)
     engine = assert_same(build(device), 4)
     assert engine.graphed is not None
-    assert engine.graphed.num_graphs <= max_graphs < len(captures)
+    assert len(engine.graphed.graphs) <= max_graphs < len(captures)
 
 
 def test_a_capture_out_of_memory_is_retried(
@@ -170,7 +170,7 @@ def test_a_step_that_cannot_be_captured_falls_back_to_eager_steps(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(device)
-    plain, _ = answers(model, 4, record_steps=False)
+    plain, _ = answers(model, 4, use_graphs=False)
 
     def waits(*args: Any, **how: Any) -> torch.Tensor:
         states = run_step(*args, **how)
@@ -179,8 +179,8 @@ def test_a_step_that_cannot_be_captured_falls_back_to_eager_steps(
 
     monkeypatch.setattr(engine_graph, "run_step", waits)
     stream = torch.cuda.current_stream(device)
-    found, engine = answers(model, 4, record_steps=True)
+    found, engine = answers(model, 4, use_graphs=True)
     assert found == plain
     assert engine.graphed is not None
-    assert "captur" in engine.graphed.why_not
+    assert "captur" in engine.graphed.disabled_reason
     assert torch.cuda.current_stream(device) == stream

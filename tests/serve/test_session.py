@@ -9,7 +9,7 @@ import torch
 import ptuning
 from ptuning.data.prompts import RowFormat, TextRow, to_example
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.engine.decoding import Decoding, generate_answers
+from ptuning.engine.engine import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.cpu.linear import Linear, has_onednn
 from ptuning.serve.scheduler import QueueFullError
@@ -45,7 +45,6 @@ def evaluated(nano, tokenizer, directory, questions, *, max_source_length, max_t
         generate_answers(
             nano,
             prompts,
-            pad=lambda rows: pytest.fail("greedy answers are not padded"),
             batch_size=3,
             decoding=Decoding(max_new_tokens=max_target_length),
             use_prefix=directory is not None,
