@@ -2,8 +2,8 @@
 
 The layers are those of `ChatGLMModel`; unlike in its forward pass, rows have different prefixes,
 whose weights are in the mask.
-Shapes: B rows, S tokens of the longest, T tokens of all, W columns of the widest prefixes, K = W + S
-keys, H heads, D head width, E hidden.
+Shapes: B rows, S tokens of the longest, T tokens of all, W columns of the widest prefixes, H heads,
+K = W + S keys, D head width, E hidden.
 """
 
 from collections.abc import Sequence
