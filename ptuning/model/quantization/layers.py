@@ -28,54 +28,38 @@ from ptuning.model.quantization.reference import (
 )
 from ptuning.storage import LAYER_LINEARS
 
-# Custom operators, which a compiler takes as one node: the back end is picked inside, by device and
+# A custom operator, which a compiler takes as one node: the back end is picked inside, by device and
 # dtype.
 _library = torch.library.Library("ptuning", "DEF")
 _library.define(
-    "quantized_product(Tensor x, Tensor packed, Tensor scale, int bits, str backend) -> Tensor"
-)
-_library.define(
-    "quantized_product_transposed(Tensor grad, Tensor packed, Tensor scale, int bits, str backend)"
+    "quantized_product(Tensor x, Tensor packed, Tensor scale, int bits, str backend, bool backward)"
     " -> Tensor"
 )
 
 
-def _multiply(x: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str) -> Tensor:
-    """Return x (M, num_in) times the transposed weight: (M, num_out), in x's dtype."""
+def _multiply(
+    x: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str, backward: bool
+) -> Tensor:
+    """Return x (M, num_in) times the transposed weight; backward, x (M, num_out) times the weight.
+
+    The product has x's dtype.
+    """
     if not x.shape[0]:
-        return _multiply_shape(x, packed, scale, bits, backend)
+        return _multiply_shape(x, packed, scale, bits, backend, backward)
     chosen = pick_backend(backend, x.device, x.dtype, bits)
+    multiply = chosen.matmul_transposed if backward else chosen.matmul
     with torch.autocast(x.device.type, enabled=False):
-        return chosen.matmul(x.contiguous(), packed, scale, bits)
+        return multiply(x.contiguous(), packed, scale, bits)
 
 
-def _multiply_shape(x: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str) -> Tensor:
-    return x.new_empty(x.shape[0], packed.shape[0])
-
-
-def _multiply_transposed(
-    grad: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str
+@torch.library.register_fake("ptuning::quantized_product")
+def _multiply_shape(
+    x: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str, backward: bool
 ) -> Tensor:
-    """Return grad (M, num_out) times the weight: (M, num_in), in grad's dtype."""
-    if not grad.shape[0]:
-        return _multiply_transposed_shape(grad, packed, scale, bits, backend)
-    chosen = pick_backend(backend, grad.device, grad.dtype, bits)
-    with torch.autocast(grad.device.type, enabled=False):
-        return chosen.matmul_transposed(grad.contiguous(), packed, scale, bits)
+    return x.new_empty(x.shape[0], packed.shape[1] * (8 // bits) if backward else packed.shape[0])
 
 
-def _multiply_transposed_shape(
-    grad: Tensor, packed: Tensor, scale: Tensor, bits: int, backend: str
-) -> Tensor:
-    return grad.new_empty(grad.shape[0], packed.shape[1] * (8 // bits))
-
-
-for _name, _run, _shape in (
-    ("quantized_product", _multiply, _multiply_shape),
-    ("quantized_product_transposed", _multiply_transposed, _multiply_transposed_shape),
-):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ptuning::{_name}", _shape)
+_library.impl("quantized_product", _multiply, "CompositeExplicitAutograd")
 
 
 class QuantizedProduct(torch.autograd.Function):
@@ -87,17 +71,18 @@ class QuantizedProduct(torch.autograd.Function):
     ) -> Tensor:
         """Return (M, num_out) in x's dtype."""
         ctx.save_for_backward(packed, scale)
-        ctx.bits, ctx.backend = bits, backend
-        product: Tensor = torch.ops.ptuning.quantized_product(x, packed, scale, bits, backend)
+        ctx.options = (bits, backend)
+        product: Tensor = torch.ops.ptuning.quantized_product(
+            x, packed, scale, bits, backend, False
+        )
         return product
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Return the gradient of x (M, num_in)."""
-        packed, scale = ctx.saved_tensors
-        multiply = torch.ops.ptuning.quantized_product_transposed
-        return multiply(grad, packed, scale, ctx.bits, ctx.backend), None, None, None, None
+        product = torch.ops.ptuning.quantized_product(grad, *ctx.saved_tensors, *ctx.options, True)
+        return product, None, None, None, None
 
 
 class PackedModule(nn.Module):
