@@ -28,8 +28,7 @@ from ptuning.model.quantization.reference import (
 )
 from ptuning.storage import LAYER_LINEARS
 
-# A custom operator, which a compiler takes as one node: the back end is picked inside, by device and
-# dtype.
+# A custom operator is one node to a compiler; inside, device and dtype decide the back end.
 _library = torch.library.Library("ptuning", "DEF")
 _library.define(
     "quantized_product(Tensor x, Tensor packed, Tensor scale, int bits, str backend, bool backward)"
