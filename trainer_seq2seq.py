@@ -34,7 +34,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ptuning.data.tokenization import pad_right
 from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.loss import IGNORED_LABEL
 from ptuning.scoring.pictures import draw_loss_curve
 from ptuning.storage import write_atomically
 from ptuning.train.checkpoints import (

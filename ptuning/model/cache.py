@@ -109,20 +109,27 @@ def is_filled(past_key_values: Cache | None) -> bool:
     return isinstance(length, Tensor) or length > 0
 
 
-def context_after(
-    past_key_values: Cache, num_cached: int, found: Context, num_columns: int
-) -> Context:
+def refuse_filled(past_key_values: Cache | None) -> None:
+    """Refuse a filled cache where gradient checkpointing would leave it out."""
+    if is_filled(past_key_values):
+        raise ValueError(
+            "past_key_values is filled, as by peft's PrefixTuning, but gradient checkpointing "
+            "leaves caches out; turn one of the two off: gradient_checkpointing=False."
+        )
+
+
+def context_after(context: Context, num_cached: int, num_columns: int) -> Context:
     """Return the context of rows that continue another program's cache (peft's PrefixTuning).
 
     Its keys and values are a prefix to whole prompts: every token sees them, and positions do not
-    count them. `found` is the context in the num_columns columns of this call.
+    count them. `context` is that of this call's num_columns columns.
     """
-    if bool((found.end == num_columns).any()):
+    if bool((context.end == num_columns).any()):
         raise ValueError(
             "past_key_values was filled by another program, and a row of input_ids has no <sop>, "
             "so the positions of the new tokens are unknown; give position_ids (B, 2, S)."
         )
-    return found.shift(num_cached)
+    return context.shift(num_cached)
 
 
 def check_rows(context: Context, num_rows: int) -> None:

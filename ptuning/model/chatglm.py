@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
 from ptuning.model.attention import Attention, LayerInputs
 from ptuning.model.cache import (
@@ -33,6 +33,7 @@ from ptuning.model.cache import (
     check_rows,
     context_after,
     is_filled,
+    refuse_filled,
     remember_context,
     remembered_context,
 )
@@ -47,13 +48,13 @@ from ptuning.model.generation import (
     check_prefix,
     check_tokens,
     refuse_unknown,
+    wants_output,
     warn_of_context,
 )
 from ptuning.model.loss import (
-    IGNORED_LABEL,
     labelled_layout,
+    mean_loss,
     shift_left,
-    summed_loss,
     without_padding,
 )
 from ptuning.model.positions import (
@@ -61,13 +62,13 @@ from ptuning.model.positions import (
     FlatLayout,
     additive_mask,
     find_context,
-    find_layout,
     flatten_positions,
     flatten_rows,
     inverse_frequencies,
     is_full_mask,
     keep_needed,
     mask_of_call,
+    padding_layout,
     position_ids,
     rotation_at,
     unflatten_rows,
@@ -78,8 +79,6 @@ from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTabl
 # sqrt(2 * 28): the published code never passes the layer count to the block, so 28 holds at any
 # depth.
 SKIP_SCALE = 56**0.5
-
-logger = logging.get_logger(__name__)
 
 
 class FeedForward(nn.Module):
@@ -219,23 +218,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         refuse_unknown(kwargs)
         check_attention(self.config._attn_implementation)
         check_positions(position_ids, input_ids)
-        if self.training and self.gradient_checkpointing and is_filled(past_key_values):
-            raise ValueError(
-                "past_key_values is filled, as by peft's PrefixTuning, but gradient checkpointing "
-                "leaves caches out; turn one of the two off: gradient_checkpointing=False."
-            )
+        if self.training and self.gradient_checkpointing:
+            refuse_filled(past_key_values)
         if use_cache is None:
             use_cache = self.config.use_cache
         if self.training:
             use_cache = False  # nothing is generated while training
         if use_cache and past_key_values is None:
             past_key_values = ChatGLMCache()
-        wants_hidden_states = self._wants("output_hidden_states", output_hidden_states)
-        wants_attentions = self._wants("output_attentions", output_attentions)
+        wants_states = wants_output(self.config, "output_hidden_states", output_hidden_states)
+        wants_attentions = wants_output(self.config, "output_attentions", output_attentions)
 
         flat = None  # the layout of the hidden states while they are flat
-        if not (wants_hidden_states or is_filled(past_key_values) or is_full_mask(attention_mask)):
-            flat = _padding_layout(input_ids, attention_mask) if layout is None else layout
+        if not (wants_states or is_filled(past_key_values) or is_full_mask(attention_mask)):
+            flat = padding_layout(input_ids, attention_mask) if layout is None else layout
         positions, visible = self._place(
             input_ids,
             attention_mask,
@@ -246,7 +242,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         prefix = self.prefix_for(use_prefix, prefix_key_values)
         if prefix is not None:
-            check_prefix(prefix, self.config, len(input_ids))
+            check_prefix(prefix, self.config, len(self.layers), len(input_ids))
         shared = self._layer_inputs(
             positions, visible, prefix, flat, has_cache=past_key_values is not None
         )
@@ -275,7 +271,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(all_hidden_states) if wants_hidden_states else None,
+            hidden_states=tuple(all_hidden_states) if wants_states else None,
             attentions=tuple(all_weights) if wants_attentions else None,
         )
 
@@ -294,7 +290,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if is_full and given_positions is not None:
             return given_positions, attention_mask
         mask = None if is_full else attention_mask
-        num_rows, num_queries = input_ids.shape
+        num_queries = input_ids.shape[1]
         past, num_keys = 0, num_queries
         if past_key_values is not None:
             past = int(past_key_values.get_seq_length())  # a static cache counts in a tensor
@@ -306,26 +302,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         context = None
         if past == 0 or given_positions is None:
-            context = remembered_context(past_key_values)
-            is_known = context is not None
-            if context is not None and past:
-                check_rows(context, num_rows)
-            else:
-                own_mask = mask_of_call(mask, num_queries) if past else mask
-                context = self.find_context(input_ids, own_mask)
-                if may_warn and not is_known and not is_full:
-                    warn_of_context(
-                        context.end,
-                        input_ids,
-                        own_mask,
-                        next_labels,
-                        self.config.bos_token_id,
-                        is_training=self.training and torch.is_grad_enabled(),
-                    )
-                if past_key_values is not None:
-                    if past:
-                        context = context_after(past_key_values, past, context, num_queries)
-                    remember_context(past_key_values, context, prefix_length=past)
+            may_warn = may_warn and not is_full
+            context = self._context(input_ids, mask, past_key_values, past, next_labels, may_warn)
             if given_positions is None:
                 given_positions = position_ids(context, past, num_queries)  # (B, 2, S)
         if is_full:
@@ -335,6 +313,32 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         # Without a context: the second channel counts from <sop> on, all that is cached is visible.
         end = past + (given_positions[:, 1] == 0).sum(dim=1) if context is None else context.end
         return given_positions, visible_keys(end, mask, past, num_queries, num_keys)
+
+    def _context(
+        self,
+        input_ids: Tensor,
+        padding_mask: Tensor | None,
+        past_key_values: Cache | None,
+        past: int,
+        next_labels: Tensor | None,
+        may_warn: bool,
+    ) -> Context:
+        """Return the rows' context, and let the cache remember it."""
+        num_rows, num_columns = input_ids.shape
+        remembered = remembered_context(past_key_values)
+        if past and remembered is not None:
+            check_rows(remembered, num_rows)
+            return remembered
+        if past:
+            padding_mask = mask_of_call(padding_mask, num_columns)
+        context = self.find_context(input_ids, padding_mask)
+        if may_warn and remembered is None:
+            warn_of_context(context, input_ids, padding_mask, next_labels, self)
+        if past:
+            context = context_after(context, past, num_columns)
+        if past_key_values is not None:
+            remember_context(past_key_values, context, prefix_length=past)
+        return context
 
     def find_context(self, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
         """Find each row's context by this model's token ids."""
@@ -395,18 +399,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         on_cpu = self.inverse_frequencies.device.type == "cpu"
         return on_cpu and self.config._attn_implementation != "eager"
 
-    def _wants(self, name: str, given: bool | None) -> bool:
-        wanted = bool(getattr(self.config, name, False) if given is None else given)
-        if wanted and name == "output_attentions" and self.config._attn_implementation != "eager":
-            if not torch.compiler.is_compiling():  # a warning breaks a graph
-                logger.warning_once(
-                    "output_attentions: no weights are returned, since "
-                    f"{self.config._attn_implementation!r} attention never forms them; load the "
-                    "model with attn_implementation='eager'."
-                )
-            return False
-        return wanted
-
     def new_prefix_encoder(self, prefix_length: int, *, project: bool) -> PrefixEncoder:
         """Build a prefix encoder of this model's sizes without attaching it."""
         return PrefixEncoder(
@@ -431,15 +423,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the word embedding."""
         self.word_embeddings = value
-
-
-def _padding_layout(input_ids: Tensor, attention_mask: Tensor | None) -> FlatLayout | None:
-    """Return the layout that skips padding; None without padding or while a graph is traced."""
-    if attention_mask is None or attention_mask.shape != input_ids.shape:
-        return None
-    if torch.compiler.is_compiling():  # a shape that depends on the mask's values breaks a graph
-        return None
-    return None if bool(attention_mask.all()) else find_layout(attention_mask, None)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
@@ -525,15 +508,22 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
         )
         hidden_states = outputs.last_hidden_state  # (B, S, E), or (1, N, E) without logits
         logits = loss = None
-        if layout is not None and targets is not None:
+        if next_labels is not None:
             answers = hidden_states
-            if wants_logits:
+            may_ignore = targets is None
+            if targets is None:
+                targets = without_padding(next_labels, attention_mask).flatten()  # (B * S,)
+            elif layout is not None and wants_logits:
                 answers = flatten_rows(hidden_states, layout, only_needed=True)  # (1, N, E)
-            loss = self._loss(answers.squeeze(0), targets, num_items_in_batch)
-        elif next_labels is not None:
-            targets = without_padding(next_labels, attention_mask).flatten()  # (B * S,)
-            flat_states = hidden_states.flatten(0, 1)  # (B * S, E)
-            loss = self._loss(flat_states, targets, num_items_in_batch, may_ignore=True)
+            loss = mean_loss(
+                answers.flatten(0, 1),  # (N, E)
+                self.lm_head,
+                targets,
+                num_items_in_batch,
+                chunk_tokens=self.loss_chunk_tokens,
+                label_smoothing=self.label_smoothing if self.training else 0.0,
+                may_ignore=may_ignore,
+            )
         if wants_logits:
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -546,32 +536,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _loss(
-        self,
-        hidden_states: Tensor,
-        targets: Tensor,
-        num_items_in_batch: int | Tensor | None,
-        *,
-        may_ignore: bool = False,
-    ) -> Tensor:
-        """Return the mean loss of targets (N,) given hidden_states (N, E), or the sum over
-        num_items_in_batch. may_ignore: targets may be -100.
-        """
-        targets = targets.to(hidden_states.device)
-        total = summed_loss(
-            hidden_states,
-            self.lm_head,
-            targets,
-            chunk_tokens=self.loss_chunk_tokens,
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-            may_ignore=may_ignore,
-        )
-        if num_items_in_batch is None:
-            return total / ((targets != IGNORED_LABEL).sum() if may_ignore else len(targets))
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
 
     @property
     def prefix_encoder(self) -> PrefixEncoder | None:

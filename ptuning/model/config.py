@@ -1,7 +1,6 @@
-"""ChatGLM-6B's configuration under its published key names.
+"""ChatGLM-6B's configuration: the published `config.json` (`model_type: chatglm`), key by key.
 
-The file is the published `config.json` (`model_type: chatglm`); sizes come from it and from nowhere
-else.
+Model sizes come from it and from nowhere else.
 Source: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/config.json
 """
 
@@ -23,11 +22,10 @@ SOP_TOKEN_ID = 130004  # of the newer release; the older one's ids are all 20,00
 
 
 class ChatGLMConfig(PreTrainedConfig):
-    """Sizes and token ids of a first-generation ChatGLM, and the prefix it may carry.
+    """Sizes and token ids of a first-generation ChatGLM; later generations are refused.
 
     `pre_seq_len` (prefix length in tokens, None for no prefix) and `prefix_projection` are
-    published keys too. Raises ValueError for a later ChatGLM generation and for sizes that cannot
-    fit together.
+    published keys too.
     """
 
     model_type: ClassVar[str] = "chatglm"
@@ -64,7 +62,7 @@ class ChatGLMConfig(PreTrainedConfig):
     embedding_quantization_bit: int = 0  # our own key; the published -int4-qe config has none
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Refuse other models, let transformers read the rest, and refuse impossible sizes."""
+        """Refuse other models and impossible sizes."""
         later = [key for key in LATER_GENERATION_KEYS if key in kwargs]
         if later:
             raise ValueError(
@@ -91,7 +89,7 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read a config.json; ids it leaves out, as the older release does, follow from <sop>."""
+        """Read a config.json; ids missing in the older release's follow from <sop>'s."""
         bos_token_id = config_dict.get("bos_token_id")
         if isinstance(bos_token_id, int):
             ids = {"mask_token_id": bos_token_id - 4, "gmask_token_id": bos_token_id - 3}

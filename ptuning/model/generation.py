@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
@@ -239,12 +239,28 @@ def check_attention(implementation: str | None) -> None:
         )
 
 
-def check_prefix(prefix: Sequence[Tensor], config: ChatGLMConfig, num_rows: int) -> None:
+def wants_output(config: ChatGLMConfig, name: str, given: bool | None) -> bool:
+    """Tell whether an optional output is asked for, by argument or config, and exists."""
+    wanted = bool(getattr(config, name, False) if given is None else given)
+    if wanted and name == "output_attentions" and config._attn_implementation != "eager":
+        if not torch.compiler.is_compiling():  # a warning breaks a graph
+            logger.warning_once(
+                "output_attentions: no weights are returned, since "
+                f"{config._attn_implementation!r} attention never forms them; load the "
+                "model with attn_implementation='eager'."
+            )
+        return False
+    return wanted
+
+
+def check_prefix(
+    prefix: Sequence[Tensor], config: ChatGLMConfig, num_layers: int, num_rows: int
+) -> None:
     """Refuse prefix keys and values of another model or batch."""
-    if len(prefix) != config.num_layers:
+    if len(prefix) != num_layers:
         raise ValueError(
-            f"prefix_key_values has {len(prefix)} layers; this model needs {config.num_layers}: "
-            "compute it with this model's prefix_for(True)."
+            f"prefix_key_values has {len(prefix)} layers; this model needs {num_layers}: compute "
+            "it with this model's prefix_for(True)."
         )
     shape = tuple(prefix[0].shape)
     heads = (config.num_attention_heads, config.head_dim)
@@ -257,13 +273,11 @@ def check_prefix(prefix: Sequence[Tensor], config: ChatGLMConfig, num_rows: int)
 
 
 def warn_of_context(
-    context_end: Tensor,
+    context: Context,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     next_labels: Tensor | None,
-    sop_id: int,
-    *,
-    is_training: bool,
+    model: PreTrainedModel,
 ) -> None:
     """Warn, once each, of rows without <sop> or an answer, and of labels on the context.
 
@@ -274,7 +288,8 @@ def warn_of_context(
         return
     if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    end = context_end[:, None]  # (B, 1)
+    sop_id = model.config.bos_token_id
+    end = context.end[:, None]  # (B, 1)
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     if bool((end == len(columns)).any()):
         logger.warning_once(
@@ -290,7 +305,7 @@ def warn_of_context(
                 "each other, so a loss on them is meaningless; set those labels to -100.",
                 sop_id,
             )
-    elif is_training:
+    elif model.training and torch.is_grad_enabled():
         is_answer = columns > end  # (B, S)
         if attention_mask is not None:
             is_answer = is_answer & attention_mask.bool()

@@ -8,6 +8,8 @@ https://arxiv.org/abs/2411.09009
 Shapes: B rows, S tokens of this call, N tokens with a label, E hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -54,6 +56,25 @@ def labelled_layout(
         mask = torch.ones_like(next_labels)
     layout = find_layout(mask, next_labels != IGNORED_LABEL)
     return layout, next_labels.flatten()[layout.tokens][layout.needed]
+
+
+def mean_loss(
+    hidden_states: Tensor,
+    head: torch.nn.Module,
+    targets: Tensor,
+    num_items: int | Tensor | None,
+    *,
+    may_ignore: bool,
+    **options: Any,
+) -> Tensor:
+    """Return the mean of `summed_loss`, or the sum over num_items."""
+    targets = targets.to(hidden_states.device)
+    total = summed_loss(hidden_states, head, targets, may_ignore=may_ignore, **options)
+    if num_items is None:
+        return total / ((targets != IGNORED_LABEL).sum() if may_ignore else len(targets))
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(total.device)
+    return total / num_items
 
 
 def summed_loss(

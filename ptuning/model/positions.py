@@ -249,6 +249,15 @@ def find_layout(attention_mask: Tensor, needed: Tensor | None) -> FlatLayout:
     return FlatLayout((real.shape[0], real.shape[1]), tokens, needed)
 
 
+def padding_layout(input_ids: Tensor, attention_mask: Tensor | None) -> FlatLayout | None:
+    """Return the layout that skips padding; None without padding or while a graph is traced."""
+    if attention_mask is None or attention_mask.shape != input_ids.shape:
+        return None
+    if torch.compiler.is_compiling():  # a shape that depends on the mask's values breaks a graph
+        return None
+    return None if bool(attention_mask.all()) else find_layout(attention_mask, None)
+
+
 def prompt_layout(lengths: Sequence[int], device: torch.device) -> FlatLayout:
     """Return the layout of right-padded prompts of which only the last token is needed.
 

@@ -1,7 +1,8 @@
 """Prefix encoder: the only trained weights in P-Tuning v2.
 
 Each prefix token owns one key and one value per layer, placed before the real tokens' keys.
-Source: Liu et al. 2021, https://arxiv.org/abs/2110.07602, section 3.
+Sources: Liu et al. 2021, https://arxiv.org/abs/2110.07602, section 3; PrefixEncoder in
+https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/modeling_chatglm.py
 Shapes: P prefix tokens, B batch, L layers, H heads, D width of a head, E = H x D.
 """
 
@@ -11,11 +12,11 @@ from torch.nn import functional
 
 
 class PrefixTable(nn.Embedding):
-    """The (P, ...) table of prefix entries; its own class because it alone starts from N(0, 1)."""
+    """The (P, ...) table of prefix entries; a class of its own as it alone starts from N(0, 1)."""
 
 
 class PrefixLinear(nn.Linear):
-    """A linear layer of the projection; its own class because it starts as torch's own do."""
+    """A linear layer of the projection; a class of its own as it starts as torch's layers do."""
 
 
 class PrefixEncoder(nn.Module):
@@ -23,7 +24,7 @@ class PrefixEncoder(nn.Module):
 
     State-dict keys are the published ones: `embedding.weight` (P, 2*L*E), or with projection
     `embedding.weight` (P, E), `trans.0.{weight,bias}` and `trans.2.{weight,bias}`. They are float32
-    whatever the model around them is. ValueError for a length below 1.
+    in a model of any type.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class PrefixEncoder(nn.Module):
         hidden_size = num_heads * head_dim
         table_width = 2 * num_layers * hidden_size
         entry_width = hidden_size if project else table_width
-        # A model that loads in half precision is also built in it, so the type is said here.
+        # A model that loads in half precision is also built in it, hence the explicit dtype.
         self.embedding = PrefixTable(prefix_length, entry_width, dtype=torch.float32)
         self.trans: nn.Sequential | None = None
         if project:
@@ -71,20 +72,20 @@ class PrefixEncoder(nn.Module):
         if self.trans is not None:
             table = self.trans(table)
         # Cast first: the backward pass then permutes in dtype, in half the memory of float32.
-        table = table.to(dtype).view(-1, 2 * self.num_layers, self.num_heads, self.head_dim)
+        table = table.to(dtype)
+        table = table.view(-1, 2 * self.num_layers, self.num_heads, self.head_dim)  # (P, 2*L, H, D)
         table = table.permute(1, 2, 0, 3)  # (2*L, H, P, D)
-        return table.contiguous().unsqueeze(1).split(2)
+        return table.contiguous().unsqueeze(1).split(2)  # L x (2, 1, H, P, D)
 
 
 def join_prefix(
     prefix: Tensor, keys: Tensor, values: Tensor, *, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Place one layer's prefix (2, 1 or B, H, P, D) before keys and values (B, H, S, D).
+    """Prepend one layer's prefix (2, 1 or B, H, P, D) to keys and values: (B, H, P + S, D) each.
 
-    Returns keys and values, (B, H, P + S, D) each. dropout > 0 draws its own mask for every row, as
-    the published code does.
+    dropout > 0 draws a mask for each row, as the published code does.
     """
-    prefix = prefix.to(keys.dtype).expand(-1, keys.shape[0], -1, -1, -1)
+    prefix = prefix.to(keys.dtype).expand(-1, keys.shape[0], -1, -1, -1)  # (2, B, H, P, D)
     if dropout > 0.0:
         prefix = functional.dropout(prefix, dropout)
     # One backward node for both halves: indexing each would fill a gradient of zeros for the other.

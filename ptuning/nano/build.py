@@ -38,8 +38,9 @@ from ptuning.data.tokenizer import (
     ChatGLMTokenizer,
     escape_whitespace,
 )
-from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.loss import IGNORED_LABEL
 from ptuning.nano.corpus import (
     CorpusExample,
     SampleRow,

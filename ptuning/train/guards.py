@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptuning.model.chatglm import IGNORED_LABEL, ChatGLMForConditionalGeneration
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.loss import IGNORED_LABEL
 from ptuning.storage import write_atomically
 from ptuning.train.checkpoints import RunState
 

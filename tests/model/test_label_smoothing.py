@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
-from ptuning.model.chatglm import IGNORED_LABEL
+from ptuning.model.loss import IGNORED_LABEL
 
 NEAR_ZERO = 1e-7
 

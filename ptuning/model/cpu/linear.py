@@ -1,9 +1,9 @@
-"""Linear maps of a frozen base, with the fastest matrix products that PyTorch has on a CPU.
+"""Linear layers of a frozen base, and GELU, by the fastest operations PyTorch has on a CPU.
 
 PyTorch multiplies float32 with MKL, which leaves half of the vector width of AMD's processors with
-AVX-512 unused. oneDNN, which PyTorch carries for other types, uses all of it, on the weight as it
-is stored; on a prepacked copy it is faster again, above all for a few rows. Without AVX-512 MKL is
-ahead for many rows. docs/performance.md has the figures.
+AVX-512 unused. oneDNN, which PyTorch ships for other types, uses all of it on the stored weight; on
+a prepacked copy, in oneDNN's own layout, it is faster again, above all for a few rows. Without
+AVX-512 MKL is ahead for many rows. docs/performance.md has the figures.
 Shapes: T rows (tokens), I input features, O output features.
 """
 
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+PREPACK_SHARE = 0.25  # of free memory that prepacked weights may take
+MIN_ROWS = 4  # below, reading the stored weight takes most of the time, whatever the product
+MAX_ROWS_WITHOUT_AVX512 = 255  # above, MKL is faster for float32
 GELU_LINEAR = 2 * math.sqrt(2 / math.pi)  # a; GELU's sqrt(2 / pi), doubled
 GELU_CUBIC = GELU_LINEAR * 0.044715  # b
 GELU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK_ELEMENTS = 2**18  # of a GELU block: 1 MiB in float32
-PREPACK_SHARE = 0.25  # of free memory that prepacked weights may take
-MIN_ROWS = 4  # below, an unpacked weight is read from memory once and any product takes as long
-MOST_ROWS_NARROW = 256  # without AVX-512, from here on a float32 product is MKL's
+GELU_BLOCK = 2**18  # elements: 1 MiB in float32
 
 _plain_torch = False
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Use torch's own products and activation inside, as the published code did; to compare."""
+    """Use torch's own products and GELU inside, as the published code did (for benchmarks)."""
     global _plain_torch
     before, _plain_torch = _plain_torch, True
     try:
@@ -42,73 +42,65 @@ def plain_torch() -> Iterator[None]:
 
 
 def prefers_plain_torch() -> bool:
-    """Say whether torch's own operations are asked for, or needed by a compiler."""
+    """Tell whether torch's own operations were asked for, or a compiler needs them."""
     return _plain_torch or torch.compiler.is_compiling()
 
 
-class PrepackedWeight(NamedTuple):
-    """A copy of a frozen weight (O, I) in oneDNN's own layout, and what it was made of."""
-
-    copy: Tensor
-    source: Tensor
-    state: tuple[Any, ...]
-
-
 class Linear(nn.Linear):
-    """nn.Linear with faster products on a CPU while its weight wants no gradient."""
+    """nn.Linear with faster products on a CPU while its weight needs no gradient."""
 
-    _prepacked: PrepackedWeight | None = None
+    # The prepacked copy, the weight (O, I) it was made of, and that weight's state.
+    _prepacked: tuple[Tensor, Tensor, tuple[Any, ...]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
-        if not self._takes(x):
+        if not self._uses_onednn(x):
             return super().forward(x)
         if torch.is_grad_enabled() and x.requires_grad:
             # In two dimensions, where oneDNN's result is no view: autograd forbids changing a view
             # that a custom Function returned in place, and peft's AdaLoRA does.
-            output: Tensor = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), self)
-            return output.reshape(*x.shape[:-1], output.shape[-1])
+            output: Tensor = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), self)  # (T, O)
+            return output.reshape(*x.shape[:-1], output.shape[-1])  # (..., O)
         return self._multiply(x)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return x (..., I) times the weight transposed, plus the bias; autograd sees nothing."""
-        if not self._takes(x):
+        """Return what forward does, outside autograd."""
+        if not self._uses_onednn(x):
             return functional.linear(x, self.weight, self.bias)
         return self._multiply(x)
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        packed = self.prepacked_weight()
-        return _onednn(x, self.weight if packed is None else packed.copy, self.bias)
 
     def product_back(self, gradient: Tensor) -> Tensor:
         """Return gradient (..., O) times the weight (..., I): the gradient of `product`'s input."""
         is_float32 = gradient.dtype is torch.float32
-        if not (is_float32 and self._takes(gradient) and has_avx512()):
+        if not (is_float32 and self._uses_onednn(gradient) and has_avx512()):
             return gradient @ self.weight
         return _onednn(gradient, self.weight.t(), None)
 
-    def prepack_(self) -> None:
-        """Keep a copy of the weight in oneDNN's layout beside it.
+    def _multiply(self, x: Tensor) -> Tensor:
+        prepacked = self.prepacked_weight()
+        return _onednn(x, self.weight if prepacked is None else prepacked, self.bias)
 
-        A weight that is changed, replaced, moved, cast or trained later drops its copy. What is
-        written in place through `weight.data`, as peft's merge does, PyTorch cannot tell: pack anew
-        after it.
+    def prepack_(self) -> None:
+        """Keep a prepacked copy next to the weight.
+
+        It is dropped once the weight is changed, replaced, moved, cast or trained. PyTorch cannot
+        detect what is written in place through `weight.data`, as peft's merge does: prepack again.
         """
         copy = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-        self._prepacked = PrepackedWeight(copy, self.weight, _state_of(self.weight))
+        self._prepacked = (copy, self.weight, _state_of(self.weight))
 
-    def prepacked_weight(self) -> PrepackedWeight | None:
-        """Return the copy while it is that of the weight as it is now."""
-        packed = self._prepacked
-        if packed is None:
+    def prepacked_weight(self) -> Tensor | None:
+        """Return the prepacked copy if there is one and the weight has not changed since."""
+        if self._prepacked is None:
             return None
+        copy, source, state = self._prepacked
         weight = self.weight
-        if packed.source is not weight or packed.state != _state_of(weight) or weight.requires_grad:
-            self._prepacked = None
-        return self._prepacked
+        if source is weight and state == _state_of(weight) and not weight.requires_grad:
+            return copy
+        self._prepacked = None
+        return None
 
-    def _takes(self, x: Tensor) -> bool:
-        """Say whether oneDNN is there, meant, and faster for this product."""
+    def _uses_onednn(self, x: Tensor) -> bool:
         return (
             not prefers_plain_torch()
             and x.device.type == "cpu"
@@ -120,41 +112,38 @@ class Linear(nn.Linear):
         )
 
     def _gains(self, x: Tensor) -> bool:
-        """Say whether oneDNN is the faster one for so many rows."""
-        is_packed = self.prepacked_weight() is not None
+        is_prepacked = self.prepacked_weight() is not None
         if x.dtype is not torch.float32:
-            return is_packed
+            return is_prepacked
         num_rows = x.numel() // x.shape[-1]
-        is_few = num_rows < MOST_ROWS_NARROW or has_avx512()
-        return is_few and (is_packed or num_rows >= MIN_ROWS)
+        is_few = num_rows <= MAX_ROWS_WITHOUT_AVX512 or has_avx512()
+        return is_few and (is_prepacked or num_rows >= MIN_ROWS)
 
     def _is_trained(self) -> bool:
         bias = self.bias
         return self.weight.requires_grad or (bias is not None and bias.requires_grad)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear":
-        """Move or cast, and drop the copy of what was there before."""
         super()._apply(fn, recurse)
-        self.prepacked_weight()  # kept where nothing changed: trainers move a model to where it is
+        self.prepacked_weight()  # drops the copy if anything changed; trainers often move nothing
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the packed copy out of pickles and deep copies."""
+        """Leave the prepacked copy out of pickles and deep copies."""
         return {name: value for name, value in self.__dict__.items() if name != "_prepacked"}
 
 
 def _state_of(weight: Tensor) -> tuple[Any, ...]:
-    """Return what differs once a weight has other values or another form."""
     return weight.data_ptr(), weight._version, weight.dtype, weight.shape
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """The product of a frozen weight: only the input has a gradient."""
+    """The product with a frozen weight: only the input has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: Linear) -> Tensor:
         ctx.linear = linear
-        return linear._multiply(x)  # Linear.forward asked before
+        return linear._multiply(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
@@ -162,12 +151,12 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def prepack_weights_(model: nn.Module, *, room_bytes: int) -> int:
-    """Pack the frozen linear maps of model that lie on the CPU, if the copies fit in room_bytes.
+    """Prepack the frozen linear layers on the CPU if the copies fit in room_bytes.
 
-    A few rows at a time (decoding) are two to three times as fast, a training step 2 to 5 %.
-    Returns the bytes that the copies take, 0 when there is nothing to pack or no room.
+    Decoding, a few rows at a time, becomes two to three times as fast, a training step 2 to 5 %.
+    Return the bytes of the copies, 0 if there is nothing to prepack or no room.
     """
-    maps = [
+    layers = [
         module
         for module in model.modules()
         if isinstance(module, Linear)
@@ -175,18 +164,18 @@ def prepack_weights_(model: nn.Module, *, room_bytes: int) -> int:
         and can_prepack(module.weight.dtype)
         and not module.weight.requires_grad
     ]
-    needed = sum(module.weight.nbytes for module in maps)
+    needed = sum(layer.weight.nbytes for layer in layers)
     if needed > room_bytes:
         return 0
-    for module in maps:
-        module.prepack_()
+    for layer in layers:
+        layer.prepack_()
     return needed
 
 
 def prepack_if_room(model: PreTrainedModel) -> int:
-    """Pack a float model on the CPU if a quarter of the free memory is enough; return its bytes.
+    """Prepack a float model if a quarter of the free memory suffices; return the bytes.
 
-    A quantised model is meant to be small, so its float output head is not held twice.
+    A quantised model is meant to be small, so its float output head is not copied.
     """
     if model.config.quantization_bit:
         return 0
@@ -196,7 +185,7 @@ def prepack_if_room(model: PreTrainedModel) -> int:
 
 
 def can_prepack(dtype: torch.dtype) -> bool:
-    """Say whether this processor has packed products of a type."""
+    """Tell whether oneDNN has products of this type for this processor."""
     if dtype is torch.bfloat16:
         return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype is torch.float32 and has_onednn()
@@ -204,13 +193,13 @@ def can_prepack(dtype: torch.dtype) -> bool:
 
 @cache
 def has_avx512() -> bool:
-    """Say whether PyTorch computes with vectors of 512 bits here."""
+    """Tell whether PyTorch computes with 512-bit vectors here."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @cache
 def has_onednn() -> bool:
-    """Say whether this build of PyTorch has the oneDNN products, and they work here."""
+    """Tell whether this build of PyTorch has the oneDNN products, and they work here."""
     names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     products = torch.ops.mkldnn
     if not (torch.backends.mkldnn.is_available() and all(hasattr(products, n) for n in names)):
@@ -218,10 +207,10 @@ def has_onednn() -> bool:
     ones = torch.ones(4, 4)
     try:
         stored = _onednn(ones, ones.t(), None)
-        packed = _onednn(ones, products._reorder_linear_weight(ones), None)
+        prepacked = _onednn(ones, products._reorder_linear_weight(ones), None)
     except (RuntimeError, NotImplementedError):  # built, but not for this processor
         return False
-    return torch.equal(stored, ones * 4) and torch.equal(packed, ones * 4)
+    return torch.equal(stored, ones * 4) and torch.equal(prepacked, ones * 4)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -235,12 +224,12 @@ def gelu(x: Tensor) -> Tensor:
     """Return 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), element by element.
 
     The tanh form of section 2 in https://arxiv.org/abs/1606.08415. PyTorch's CPU kernel spends its
-    time in a tanh of full precision, in both passes. As 1 + tanh(z) is 2 sigmoid(2 z), the same
+    time in a full-precision tanh, in both passes. As 1 + tanh(z) is 2 sigmoid(2 z), the same
     function is x sigmoid(u) with u = a x + b x^3, which takes half the time in blocks that stay in
-    the processor's cache; its slope s + (s - s^2) (3 u - 2 a x), s = sigmoid(u), is formed from the
-    same numbers, so that the backward pass is one product.
+    the processor's cache. Its slope s + (s - s^2) (3 u - 2 a x), with s = sigmoid(u), comes from
+    the same numbers, so the backward pass is one product.
 
-    On a CPU the gradient is a number for |x| up to 1e12, where x^3 is one too.
+    On a CPU the gradient is finite for |x| up to 1e12, where x^3 is.
     """
     if x.device.type != "cpu" or x.dtype not in GELU_DTYPES or prefers_plain_torch():
         return functional.gelu(x, approximate="tanh")
@@ -251,14 +240,13 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class _GeluWithSlope(torch.autograd.Function):
-    """Keeps the slope in place of the input."""
+    """Saves the slope instead of the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        slope = torch.empty_like(x)
+        slope = torch.empty_like(x, memory_format=torch.contiguous_format)
         ctx.save_for_backward(slope)
-        return _gelu_in_blocks(x, slope)
+        return _gelu_in_blocks(x.contiguous(), slope)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
@@ -268,8 +256,8 @@ class _GeluWithSlope(torch.autograd.Function):
 def _gelu_in_blocks(x: Tensor, slope: Tensor | None) -> Tensor:
     """Return GELU of a contiguous x, and fill slope; the arithmetic is float32."""
     output = torch.empty_like(x)
-    blocks = [x.view(-1).split(BLOCK_ELEMENTS), output.view(-1).split(BLOCK_ELEMENTS)]
-    slopes = [None] * len(blocks[0]) if slope is None else slope.view(-1).split(BLOCK_ELEMENTS)
+    blocks = [x.view(-1).split(GELU_BLOCK), output.view(-1).split(GELU_BLOCK)]
+    slopes = [None] * len(blocks[0]) if slope is None else slope.view(-1).split(GELU_BLOCK)
     linear = torch.tensor(GELU_LINEAR)
     for source, target, slope_target in zip(*blocks, slopes, strict=True):
         exact = source.float()

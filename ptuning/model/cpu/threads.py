@@ -1,12 +1,12 @@
-"""As many threads as the processors that this process may use, and only where they compute.
+"""As many threads as this process may use processors, and only in threads that compute.
 
-PyTorch counts the machine's cores. In a container that gets a share of their time only, that many
-threads wait for each other, ten times slower at worst. Source of the limit's format: the kernel's
-cgroup v2 documentation, `cpu.max`, https://docs.kernel.org/admin-guide/cgroup-v2.html
+PyTorch counts the machine's cores. In a container limited to a share of their time, that many
+threads wait for each other, ten times slower at worst. Source of the limit's format: cgroup v2,
+`cpu.max`, https://docs.kernel.org/admin-guide/cgroup-v2.html
 
-OpenMP gives every thread that computes helpers of its own and keeps them. GNU's counts them all:
-with more than there are processors each wait for a helper becomes a system call, and decoding in a
-thread of its own, after the main thread loaded the weights, took twice as long and more.
+OpenMP gives each computing thread helper threads of its own and keeps them. GNU's counts them all:
+once there are more than processors, each wait for a helper becomes a system call, and decoding in a
+second thread, after the main thread loaded the weights, took more than twice as long.
 Source: https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html and
 https://www.openmp.org/spec-html/5.0/openmpsu155.html (omp_pause_resource_all)
 """
@@ -27,9 +27,9 @@ CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def limit_threads(limit_file: Path = CGROUP_LIMIT) -> int:
-    """Lower PyTorch's threads to the container's share of processors; return how many there are.
+    """Lower PyTorch's threads to the container's processors; return how many there are.
 
-    A number that the user set in OMP_NUM_THREADS or MKL_NUM_THREADS stays as it is.
+    A number that the user set in OMP_NUM_THREADS or MKL_NUM_THREADS stays.
     """
     share = container_cpus(limit_file)
     if share is not None and not _is_chosen() and share < torch.get_num_threads():
@@ -38,10 +38,9 @@ def limit_threads(limit_file: Path = CGROUP_LIMIT) -> int:
 
 
 def leave_a_processor() -> int:
-    """Compute with one thread less, for work beside it; return how many there are, at least one.
+    """Use one thread less, but at least one, and return how many; a number the user set stays.
 
-    For a small model, whose threads would rather wait for each other than share a processor. A
-    number that the user set stays as it is.
+    For a small model next to other work: its threads lose more by sharing a processor.
     """
     if not _is_chosen() and torch.get_num_threads() > 1:
         torch.set_num_threads(torch.get_num_threads() - 1)
@@ -64,10 +63,10 @@ def container_cpus(limit_file: Path = CGROUP_LIMIT) -> int | None:
 
 
 def release_helper_threads() -> bool:
-    """End the helpers that OpenMP keeps for the calling thread; they come back when it computes.
+    """End the calling thread's OpenMP helpers, which return when it computes again.
 
-    For a thread that is done computing while another goes on. Returns False where nothing could be
-    done: no Linux, or an OpenMP before 5.0.
+    For a thread that is done computing while another continues. False if nothing could be done: no
+    Linux, or an OpenMP before 5.0.
     """
     pauses = [getattr(library, "omp_pause_resource_all", None) for library in _openmp_libraries()]
     results = [pause(OMP_PAUSE_SOFT) == 0 for pause in pauses if pause is not None]
@@ -75,7 +74,7 @@ def release_helper_threads() -> bool:
 
 
 def _openmp_libraries() -> list[ctypes.CDLL]:
-    """Return PyTorch's OpenMP, and the copies that other packages brought along."""
+    """Return PyTorch's OpenMP and the copies that other packages loaded."""
     try:
         lines = LOADED_FILES.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

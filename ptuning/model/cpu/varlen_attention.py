@@ -1,10 +1,10 @@
-"""Attention of packed rows on a CPU: rows of about one length together, by plain products.
+"""Attention of flat rows on a CPU: rows of similar length together, by batched matmuls.
 
-Nothing is laid out in a grid of the longest row, and the prefix's dropout mask, one for each row as
-the published code draws it, comes from random bytes. On a CPU this takes a half (float32) to a
-quarter (bfloat16) of the time of PyTorch's fused attention.
-Shapes: T tokens of all rows, R rows of a group, S tokens of its longest, C = R x S its cells, P
-prefix, K keys, P + S and at most 31 that nobody sees, H heads, D width of a head.
+No grid as wide as the longest row is formed, and the prefix's dropout mask, one per row as in the
+published code, comes from random bytes. On a CPU this takes a half (float32) to a quarter
+(bfloat16) of the time of PyTorch's fused attention.
+Shapes: B batch, T tokens of all rows, R rows of a group, S tokens of its longest, C = R x S its
+cells, P prefix, K keys: P + S, rounded up with at most 31 masked ones, H heads, D head width.
 """
 
 import math
@@ -18,10 +18,10 @@ from torch.nn import functional
 
 from ptuning.model.positions import FlatLayout, Rotation, swap_quarters
 
-PRODUCTS = 32  # matrices in one call: its overhead is small then, and the scores stay in the cache
-PADDED_SHARE = 8  # a row joins a group whose longest is longer by an eighth at most
-KEY_STEP = 32  # numbers of 16 bits in a vector: the softmax of others takes up to twice as long
-BYTES = 2**8  # a mask entry is drawn as one of so many numbers
+MATRICES = 32  # in one call: its overhead is small then, and the scores stay in the cache
+PADDED_SHARE = 8  # a group's longest row is at most an eighth longer than any row in it
+KEY_STEP = 32  # numbers of 16 bits in a vector: softmax over other widths takes up to twice as long
+BYTES = 2**8  # values of the random byte that decides about a mask entry
 BITS = {  # the integers as wide as a floating type
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -31,41 +31,45 @@ BITS = {  # the integers as wide as a floating type
 
 
 class RowGroup(NamedTuple):
-    """R rows of about one length, S the longest, attended by the same products.
+    """R rows of similar length, S the longest, computed by the same matmuls.
 
-    Cells behind a shorter row's end hold its last token again; nobody sees them.
+    Cells past a shorter row's end repeat its last token and are masked.
     """
 
     rows: Tensor  # (R,) which rows of the batch
     members: slice  # the same, counted through all groups
-    tokens: tuple[slice, ...]  # of the T, each row's own
-    sources: Tensor  # (C,) which of the T tokens lies in each cell
+    tokens: tuple[slice, ...]  # each row's own of the T tokens
+    sources: Tensor  # (C,) the token in each cell, of the T
     cos: Tensor  # (C, 1, 2, D) float32: of queries, with their scale, and of keys
     sin: Tensor  # the same, signed as a Rotation's
-    mask: Tensor  # (R, 1, S, K - P), summands of the scores: 0 or very low
+    mask: Tensor  # (R, 1, S, K - P), added to the scores: 0 or very low
 
 
 class VarlenRows(NamedTuple):
-    """The rows of a packed batch: where they lie, whom their tokens see, how these turn."""
+    """A batch's rows, grouped by length, with their masks and rotations."""
 
     groups: tuple[RowGroup, ...]
     spans: tuple[slice, ...]  # each row's real tokens among the cells of all groups
-    prefix_mask: Tensor | None = None  # (B, 1, P), summands of the prefix's scores; None: all 0
+    prefix_mask: Tensor | None = None  # (B, 1, P), added to the prefix's scores; None: all 0
 
 
 def find_rows(
     layout: FlatLayout, mask: Tensor, rotation: Rotation, *, num_heads: int, prefix_length: int
 ) -> VarlenRows:
-    """Return the rows of a layout, given the grid's mask (B, 1, S, S), the prefix left out.
+    """Group the rows of a layout; mask (B or 1, 1, S, S) and rotation are those of the whole grid.
 
-    rotation is that of the whole (B, S) grid.
+    The mask leaves the prefix out.
     """
     num_rows, length = layout.shape
-    sizes = torch.bincount(layout.tokens // length, minlength=num_rows)
+    sizes = torch.bincount(layout.tokens // length, minlength=num_rows)  # (B,)
     firsts = sizes.cumsum(0) - sizes
-    cos, sin = (_of_tokens(angle, layout) for angle in rotation)
+    cos, sin = (
+        angle.expand(num_rows, -1, -1).flatten(0, 1)[layout.tokens][:, None, None]  # (T, 1, 1, D)
+        for angle in rotation
+    )
     scale = cos.new_tensor([cos.shape[-1] ** -0.5, 1.0]).view(1, 1, 2, 1)
-    cos, sin = cos * scale, sin * scale
+    cos, sin = cos * scale, sin * scale  # (T, 1, 2, D)
+    lowest = torch.finfo(mask.dtype).min
     groups = []
     spans: dict[int, slice] = {}
     start = 0
@@ -74,13 +78,13 @@ def find_rows(
         last = sizes[rows, None] - 1  # (R, 1)
         steps = torch.arange(int(last.max()) + 1)
         source = firsts[rows, None] + torch.minimum(steps, last)  # (R, S)
-        seen = _mask_of(rows, layout.tokens[source] % length, steps > last, mask)
-        seen = functional.pad(
-            seen,
-            (0, round_up_keys(prefix_length + len(steps)) - prefix_length - len(steps)),
-            value=torch.finfo(mask.dtype).min,
-        )
-        first_member, source = len(spans), source.flatten()
+        columns = layout.tokens[source] % length  # (R, S) of the grid
+        mask_rows = rows if len(mask) > 1 else torch.zeros_like(rows)
+        seen = mask[mask_rows[:, None, None], 0, columns[:, :, None], columns[:, None]]  # (R, S, S)
+        seen = seen.masked_fill((steps > last)[:, None], lowest).unsqueeze(1)  # (R, 1, S, S)
+        num_keys = prefix_length + len(steps)
+        seen = functional.pad(seen, (0, round_up_keys(num_keys) - num_keys), value=lowest)
+        first_member, source = len(spans), source.flatten()  # (C,)
         for index, row in enumerate(members):
             first = start + index * len(steps)
             spans[row] = slice(first, first + int(sizes[row]))
@@ -100,12 +104,12 @@ def find_rows(
 
 
 def group_rows(sizes: Sequence[int], *, num_heads: int) -> list[list[int]]:
-    """Return the numbers of rows of these sizes in groups, the longest of each first.
+    """Group rows of these sizes by length; each group starts with its longest row.
 
     >>> group_rows([50, 90, 100, 52], num_heads=8)
     [[2, 1], [3, 0]]
     """
-    most = max(1, PRODUCTS // num_heads)
+    most = max(1, MATRICES // num_heads)
     groups: list[list[int]] = []
     for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
         if groups and len(groups[-1]) < most:
@@ -118,7 +122,7 @@ def group_rows(sizes: Sequence[int], *, num_heads: int) -> list[list[int]]:
 
 
 def round_up_keys(num_keys: int) -> int:
-    """Return the keys that are held for so many, the next multiple of 32.
+    """Round up to the key columns that are computed, a multiple of 32.
 
     >>> round_up_keys(128), round_up_keys(225)
     (128, 256)
@@ -126,29 +130,16 @@ def round_up_keys(num_keys: int) -> int:
     return -(-num_keys // KEY_STEP) * KEY_STEP
 
 
-def _mask_of(rows: Tensor, columns: Tensor, beyond: Tensor, mask: Tensor) -> Tensor:
-    """Return the mask (R, 1, S, S) of rows whose tokens stand in columns (R, S) of the grid."""
-    of_row = rows if len(mask) > 1 else torch.zeros_like(rows)
-    seen = mask[of_row[:, None, None], 0, columns[:, :, None], columns[:, None]]
-    return seen.masked_fill(beyond[:, None], torch.finfo(mask.dtype).min).unsqueeze(1)
-
-
-def _of_tokens(angle: Tensor, layout: FlatLayout) -> Tensor:
-    """Return angle (B or 1, S, D) of every token: (T, 1, 1, D)."""
-    grid = angle.expand(layout.shape[0], -1, -1)
-    return grid.flatten(0, 1).index_select(0, layout.tokens)[:, None, None]
-
-
 def varlen_attention(
     fused: Tensor, prefix: Tensor | None, rows: VarlenRows, *, num_heads: int, dropout: float
 ) -> Tensor:
-    """Return the attention's output (1, T, E) for fused (1, T, 3E): each head's query, key, value.
+    """Return the attention output (1, T, E) for fused (1, T, 3E): each head's query, key, value.
 
-    prefix is (2, 1 or B, H, P, D) or None. dropout > 0 draws a mask for every row.
+    prefix is (2, 1 or B, H, P, D) or None. dropout > 0 draws a mask for each row.
     """
     if prefix is not None:
         prefix = prefix.to(fused.dtype)
-    with torch.autocast("cpu", enabled=False):  # types are settled here
+    with torch.autocast("cpu", enabled=False):  # the dtypes are right already
         output: Tensor = _RowAttention.apply(fused, prefix, rows, num_heads, dropout)
     return output
 
@@ -156,11 +147,13 @@ def varlen_attention(
 def varlen_prefill(
     fused: Tensor, prefix: Tensor | None, rows: VarlenRows, *, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output as `varlen_attention` does, and keys and values (H, C, D); no gradients."""
+    """Return varlen_attention's output, keys and values (H, C, D) of all groups; no gradients."""
     length = 0 if prefix is None else prefix.shape[3]
     output, attended = _attend(fused, rows, _Prefix(prefix, len(rows.spans), 0.0), num_heads)
     own = [
-        joined[:, :, :, length : length + query.shape[2]].transpose(1, 2).flatten(2, 3)
+        joined[:, :, :, length : length + query.shape[2]]
+        .transpose(1, 2)
+        .flatten(2, 3)  # (2, H, C, D)
         for query, joined, _ in attended
     ]
     key, value = torch.cat(own, dim=2)  # (H, C, D) each
@@ -178,46 +171,45 @@ class _Attended(NamedTuple):
 def _attend(
     fused: Tensor, rows: VarlenRows, prefix: "_Prefix", num_heads: int
 ) -> tuple[Tensor, list[_Attended]]:
-    """Return the output (1, T, E), and what each group's attention went through."""
+    """Return the output (1, T, E) and what each group's backward pass needs."""
     tokens = fused[0].unflatten(1, (num_heads, 3, -1))  # (T, H, 3, D)
     output = fused.new_empty(len(tokens), num_heads, tokens.shape[-1])
     attended = []
     for group in rows.groups:
         cells = tokens.index_select(0, group.sources)  # (C, H, 3, D)
-        turned, key = (_by_head(x, group) for x in _turn(cells[:, :, :2], group).unbind(2))
-        query = fused.new_empty(turned.shape).copy_(turned)  # (R, H, S, D)
+        rotated, key = (_by_head(x, group) for x in _rotate(cells[:, :, :2], group).unbind(2))
+        query = fused.new_empty(rotated.shape).copy_(rotated)  # (R, H, S, D)
         joined = prefix.join(group, key, _by_head(cells[:, :, 2], group))
-        weights = _products(query, joined[0].transpose(2, 3))  # (R, H, S, K)
+        weights = _matmul(query, joined[0].transpose(2, 3))  # (R, H, S, K)
         weights[..., prefix.length :] += group.mask
         if rows.prefix_mask is not None:
             weights[..., : prefix.length] += rows.prefix_mask[group.rows].unsqueeze(1)
         torch.softmax(weights, dim=-1, out=weights)
-        read = _products(weights, joined[1]).transpose(1, 2)  # (R, S, H, D)
+        attended_rows = _matmul(weights, joined[1]).transpose(1, 2)  # (R, S, H, D)
         for index, place in enumerate(group.tokens):
-            output[place] = read[index, : place.stop - place.start]
+            output[place] = attended_rows[index, : place.stop - place.start]
         attended.append(_Attended(query, joined, weights))
-    return output.flatten(1).unsqueeze(0), attended
+    return output.flatten(1).unsqueeze(0), attended  # (1, T, E)
 
 
-def _turn(pairs: Tensor, group: RowGroup, *, sign: float = 1.0) -> Tensor:
-    """Return pairs (C, H, 2, D) of queries and keys turned, in float32; they may be overwritten."""
+def _rotate(pairs: Tensor, group: RowGroup, *, sign: float = 1.0) -> Tensor:
+    """Rotate pairs (C, H, 2, D) of queries and keys, in float32; may overwrite them."""
     exact = pairs.float()
     partner = swap_quarters(exact)
     return exact.mul_(group.cos).addcmul_(partner, group.sin, value=sign)
 
 
 def _by_head(cells: Tensor, group: RowGroup) -> Tensor:
-    """Return cells (C, H, D) as (R, H, S, D)."""
-    return cells.unflatten(0, (len(group.rows), -1)).transpose(1, 2)
+    return cells.unflatten(0, (len(group.rows), -1)).transpose(1, 2)  # (R, H, S, D)
 
 
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Return left (R, H, X, Y) times right (R, H, Y, Z), matrix by matrix."""
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply left (R, H, X, Y) by right (R, H, Y, Z); several times as fast as `@` here."""
     return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
 
 
 class _RowAttention(torch.autograd.Function):
-    """Forward keeps rotated queries, each group's keys, values and weights; backward is by hand."""
+    """Save rotated queries, each group's keys and values, and weights; derive backward by hand."""
 
     @staticmethod
     def forward(
@@ -259,7 +251,7 @@ class _RowAttention(torch.autograd.Function):
                 _add_prefix_gradient(grad_prefix, grad_joined, keep, group)
             if grad_fused is not None:
                 own = grad_joined[:, :, :, length : length + slope.shape[2]]  # (2, R, H, S, D)
-                grad_query = _products(slope, attended.joined[0])
+                grad_query = _matmul(slope, attended.joined[0])
                 _add_own_gradient(grad_fused, grad_query, own, group)
         if grad_fused is not None:
             grad_fused = grad_fused.flatten(1).unsqueeze(0)
@@ -271,7 +263,7 @@ class _RowAttention(torch.autograd.Function):
 def _slopes(attended: _Attended, grad_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of the scores (R, H, S, K) and of keys and values (2, R, H, K, D)."""
     query, joined, weights = attended
-    slope = _products(grad_rows, joined[1].transpose(2, 3))
+    slope = _matmul(grad_rows, joined[1].transpose(2, 3))
     torch._softmax_backward_data(slope, weights, -1, weights.dtype, grad_input=slope)
     grad_joined = torch.empty_like(joined)
     for half, left, right in ((0, slope, query), (1, weights, grad_rows)):
@@ -283,23 +275,23 @@ def _slopes(attended: _Attended, grad_rows: Tensor) -> tuple[Tensor, Tensor]:
 def _add_own_gradient(
     grad_fused: Tensor, grad_query: Tensor, grad_own: Tensor, group: RowGroup
 ) -> None:
-    """Write to grad_fused (T, H, 3, D) the gradients of these rows' queries, keys and values.
+    """Write the gradients of a group's queries, keys and values to grad_fused (T, H, 3, D).
 
     grad_query is (R, H, S, D), of rotated queries; grad_own (2, R, H, S, D), of keys and values.
     """
-    turned = torch.stack((grad_query, grad_own[0]), dim=3)  # (R, H, S, 2, D)
-    turned = turned.transpose(1, 2).flatten(0, 1)  # (C, H, 2, D)
-    turned = _turn(turned, group, sign=-1.0).unflatten(0, (len(group.rows), -1))
+    pairs = torch.stack((grad_query, grad_own[0]), dim=3)  # (R, H, S, 2, D)
+    pairs = pairs.transpose(1, 2).flatten(0, 1)  # (C, H, 2, D)
+    pairs = _rotate(pairs, group, sign=-1.0).unflatten(0, (len(group.rows), -1))  # (R, S, H, 2, D)
     for index, place in enumerate(group.tokens):
         num_tokens = place.stop - place.start
-        grad_fused[place, :, :2] = turned[index, :num_tokens]
+        grad_fused[place, :, :2] = pairs[index, :num_tokens]
         grad_fused[place, :, 2] = grad_own[1, index, :, :num_tokens].transpose(0, 1)
 
 
 def _add_prefix_gradient(
     grad_prefix: Tensor, grad_joined: Tensor, keep: Tensor | None, group: RowGroup
 ) -> None:
-    """Add to grad_prefix (2, 1 or B, H, P, D) float32 what these rows' first P keys have."""
+    """Add the gradients of a group's first P keys to grad_prefix (2, 1 or B, H, P, D), float32."""
     part = grad_joined[:, :, :, : grad_prefix.shape[3]]  # (2, R, H, P, D)
     if keep is not None:
         _keep(part, keep[:, group.members], part)
@@ -310,18 +302,18 @@ def _add_prefix_gradient(
 
 
 class _Prefix:
-    """Joins the prefix, under a dropout mask of each row's own, with rows' keys and values."""
+    """Joins the prefix, under each row's own dropout mask, with the rows' keys and values."""
 
     def __init__(self, prefix: Tensor | None, num_rows: int, dropout: float) -> None:
         self.prefix = prefix
         self.length = 0 if prefix is None else prefix.shape[3]
-        self.keep: Tensor | None = None  # (2, B, H, P, D), the rows counted through the groups
+        self.keep: Tensor | None = None  # (2, B, H, P, D), rows in the order of the groups
         if prefix is not None and dropout > 0.0:
             self.prefix = prefix / (1.0 - dropout)
             self.keep = draw_keep_mask((2, num_rows, *prefix.shape[2:]), dropout)
 
     def join(self, group: RowGroup, key: Tensor, value: Tensor) -> Tensor:
-        """Return keys and values of a group (2, R, H, K, D), given its own (R, H, S, D) each."""
+        """Return a group's keys and values (2, R, H, K, D), given its own (R, H, S, D) each."""
         num_rows, num_heads, length, width = value.shape
         num_keys = self.length + group.mask.shape[3]
         joined = value.new_empty(2, num_rows, num_heads, num_keys, width)
@@ -343,10 +335,10 @@ class _Prefix:
 def draw_keep_mask(shape: Sequence[int], dropout: float) -> Tensor:
     """Return an int8 mask: 0 with probability dropout, else all bits set.
 
-    An entry falls where a random byte is below a threshold: dropout * 256, rounded up or down by
-    chance for each matrix of the last two axes, so that the probability is exact. Such a mask is
-    drawn and applied (`_keep`) several times as fast as a bool one. It is seeded from torch's
-    generator, so that a resumed or recomputed step draws the same.
+    An entry is 0 where a random byte is below a threshold: dropout * 256, rounded up or down at
+    random for each matrix of the last two axes, so that the probability is exact. Such a mask is
+    drawn and applied (`_keep`) several times as fast as a bool one. torch's generator seeds it, so
+    a resumed or recomputed step draws the same mask.
     """
     assert 0.0 <= dropout <= 1 - 1 / BYTES, "a threshold is a byte"
     seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64))
@@ -360,6 +352,6 @@ def draw_keep_mask(shape: Sequence[int], dropout: float) -> Tensor:
 
 
 def _keep(values: Tensor, mask: Tensor, out: Tensor) -> None:
-    """Write values to out, zero where the mask is; the shapes are those of out."""
+    """Write values to out, zero where the mask is zero."""
     bits = BITS[values.dtype]
     torch.bitwise_and(values.view(bits), mask, out=out.view(bits))

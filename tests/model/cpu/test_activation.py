@@ -31,7 +31,7 @@ def exact(x, upstream):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("block", [7, 1000, 2**18])
 def test_values_and_gradient_are_those_of_the_formula(dtype, block, monkeypatch):
-    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(linear, "GELU_BLOCK", block)
     x = values().to(dtype).requires_grad_()
     upstream = torch.randn(x.shape).to(dtype)
     output = gelu(x)
