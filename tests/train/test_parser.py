@@ -1,15 +1,27 @@
-"""Old command lines: every flag of the published scripts and of transformers 4.27's trainer parses."""
+"""Every flag parses, also those of the published scripts and of transformers 4.27, and mistakes are one line."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from ptuning.train import parser
-from ptuning.train.flags import GROUPS
-from ptuning.train.parser import IGNORED, REFUSED, RENAMED, REPLACED
+from ptuning.train.flags import GROUPS, UsageError
+from ptuning.train.parser import (
+    IGNORED,
+    REFUSED,
+    RENAMED,
+    REPLACED,
+    make_parser,
+    transformers_flags,
+)
 from ptuning.train.run_config import parse_arguments
 
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = [
     *("--do_train", "--train_file", "rows.json", "--model_name_or_path", "my/base"),
     *("--output_dir", "out", "--pre_seq_len", "4"),
@@ -54,6 +66,152 @@ max_train_samples=10 max_eval_samples=10 max_predict_samples=10 num_beams=1
 ignore_pad_token_for_loss=true source_prefix=x forced_bos_token=x prompt_column=content
 response_column=summary history_column=history
 """.split()
+
+
+def read(*more):
+    return parse_arguments([*NEEDED, *more])
+
+
+def test_a_mistake_is_reported_within_a_second_and_without_torch():
+    """Help under 0.5 s of CPU, a typo within 1 s; twice that here, for a machine under load."""
+    code = (
+        "import sys, time; sys.argv = ['main.py'] + sys.argv[1:]\n"
+        "import main\n"
+        "try: code = main.main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "sys.stderr.write(f'\\n{code} {time.process_time()}')"
+    )
+    for flags, code_wanted in ((["--help"], 0), ([], 2), (["--learnin_rate", "3"], 2)):
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        code_found, cpu_s = done.stderr.splitlines()[-1].split()
+        assert (int(code_found), done.returncode) == (code_wanted, 0), done.stderr
+        assert float(cpu_s) < 1
+        assert time.monotonic() - started < 10
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("spelling", ["--prefix_projection", "--prefix-projection"])
+def test_a_switch_is_read_in_every_published_spelling(spelling):
+    assert read().prefix_projection is None
+    assert read(spelling).prefix_projection is True
+    assert read(spelling, "True").prefix_projection is True
+    assert read(f"{spelling}=false").prefix_projection is False
+    assert read(spelling, "--do_eval", "--validation_file", "d").do_eval is True
+    assert read("--no_compare_base").compare_base is False
+    assert read("--no-compare-base").compare_base is False
+    assert read("--measure_retention").measures_retention is True
+
+
+def test_a_flag_with_hyphens_is_the_flag():
+    config = read("--pre-seq-len", "128")
+    assert (config.pre_seq_len, config.tuning) == (128, "ptuning")
+
+
+def test_names_are_not_abbreviated():
+    with pytest.raises(UsageError, match=r"--pre_seq \(did you mean --pre_seq_len"):
+        read("--pre_seq", "8")
+
+
+@pytest.mark.parametrize(
+    ("more", "needed"),
+    [
+        (["--max_steps", "many"], "--max_steps is many; give a whole number"),
+        (["--learning-rate", "high"], "--learning-rate is high; give a number"),
+        (["--use_cpu", "perhaps"], "--use_cpu is perhaps; give true or false"),
+        (["--max_steps"], "--max_steps has no value"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_one_line(more, needed):
+    with pytest.raises(UsageError) as caught:
+        read(*more)
+    assert needed in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_flag_of_transformers_is_read_as_it_declares_it():
+    """Against the classes themselves: what is read from their source is what they hold."""
+    from dataclasses import MISSING, fields
+
+    from transformers import Seq2SeqTrainingArguments
+
+    real = {f.name: f for f in fields(Seq2SeqTrainingArguments) if f.init}
+    read = {flag.name: flag for flag in transformers_flags()}
+    assert set(real) - set(read) <= {"parallelism_config"}
+    assert set(read) <= set(real)
+    for name, flag in read.items():
+        if flag.default is not None:
+            assert real[name].default is not MISSING
+            assert real[name].default == flag.default, name
+        assert flag.help, name
+
+
+def test_declared_defaults_are_those_of_transformers():
+    from dataclasses import fields
+
+    from transformers import Seq2SeqTrainingArguments
+
+    from ptuning.train.flags import TrainerArguments
+
+    theirs = {f.name: f.default for f in fields(Seq2SeqTrainingArguments)}
+    changed = {"eval_strategy", "lr_scheduler_type", "disable_tqdm"}
+    for flag in fields(TrainerArguments):
+        if flag.name in theirs and flag.name not in changed:
+            assert flag.default == theirs[flag.name], flag.name
+
+
+def test_help_shows_every_flag_once_and_no_old_one():
+    text = make_parser().format_help()
+    for name in ("--pre_seq_len", "--gradient_accumulation_steps", "--weight_decay"):
+        assert text.count(f"  {name} ") == 1
+    assert "--pre-seq-len" not in text
+    assert "--no_cuda" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "needed"),
+    [
+        ('{"lerning_rate": 1}', "did you mean --learning_rate"),
+        ('{"max_steps": "many"}', "--max_steps is many; give a whole number"),
+        ('{"max_steps": 2.5}', "--max_steps is 2.5; give a whole number"),
+        ('{"max_steps": true}', "--max_steps is true; give a whole number"),
+        ('{"use_cpu": "perhaps"}', "--use_cpu is perhaps; give true or false"),
+        ("[1]", "holds a list"),
+        ("{", "not a JSON file"),
+    ],
+)
+def test_a_wrong_json_file_is_one_line(content, needed, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(content)
+    with pytest.raises(UsageError) as caught:
+        parse_arguments([str(path)])
+    assert needed in str(caught.value)
+
+
+def test_words_that_are_no_flags_are_named_as_typed():
+    with pytest.raises(UsageError, match=r"^stray is not a flag; python main\.py --help"):
+        read("stray")
+    with pytest.raises(
+        UsageError, match=r"run\.json is not a flag; a JSON file of flags goes first"
+    ):
+        read("run.json")
+
+
+def test_a_json_file_may_spell_flags_as_a_command_line_does(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(
+        '{"max-steps": 3, "no_compare_base": true, "activation_checkpointing": false, '
+        '"resume_from_checkpoint": true}'
+    )
+    config = parse_arguments([str(path), *NEEDED])
+    assert (config.max_steps, config.compare_base, config.checkpointing) == (3, False, "false")
+    assert config.resume_from_checkpoint == "true"
+
+
+# ---- Old flags ----
 
 
 @pytest.mark.parametrize("pair", OF_THE_OLD_TRAINER + OF_THE_PUBLISHED_SCRIPTS)

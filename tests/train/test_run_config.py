@@ -2,15 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from ptuning.train.flags import UsageError
-from ptuning.train.parser import make_parser, transformers_flags
+from ptuning.train.parser import make_parser
 from ptuning.train.run_config import RunConfig, find_tuning, parse_arguments, preset_values
 from ptuning.tunings.artefact import Info, write_info
 
@@ -35,29 +32,7 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
-# ---- Parsing ----
-
-
-def test_a_mistake_is_reported_within_a_second_and_without_torch():
-    """Help under 0.5 s of CPU, a typo within 1 s; twice that here, for a machine under load."""
-    code = (
-        "import sys, time; sys.argv = ['main.py'] + sys.argv[1:]\n"
-        "import main\n"
-        "try: code = main.main(sys.argv[1:])\n"
-        "except SystemExit as end: code = end.code\n"
-        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
-        "sys.stderr.write(f'\\n{code} {time.process_time()}')"
-    )
-    for flags, code_wanted in ((["--help"], 0), ([], 2), (["--learnin_rate", "3"], 2)):
-        started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
-        )
-        code_found, cpu_s = done.stderr.splitlines()[-1].split()
-        assert (int(code_found), done.returncode) == (code_wanted, 0), done.stderr
-        assert float(cpu_s) < 1
-        assert time.monotonic() - started < 10
-        assert "Traceback" not in done.stderr
+# ---- Which value wins ----
 
 
 def test_without_flags_the_user_is_told_what_to_type():
@@ -65,86 +40,6 @@ def test_without_flags_the_user_is_told_what_to_type():
         UsageError, match=r"--do_train, --do_eval or --do_predict .* bash train\.sh"
     ):
         parse_arguments([])
-
-
-@pytest.mark.parametrize("spelling", ["--prefix_projection", "--prefix-projection"])
-def test_a_switch_is_read_in_every_published_spelling(spelling, tmp_path):
-    assert read(tmp_path).prefix_projection is None
-    assert read(tmp_path, spelling).prefix_projection is True
-    assert read(tmp_path, spelling, "True").prefix_projection is True
-    assert read(tmp_path, f"{spelling}=false").prefix_projection is False
-    assert read(tmp_path, spelling, "--do_eval", "--validation_file", "d").do_eval is True
-    assert read(tmp_path, "--no_compare_base").compare_base is False
-    assert read(tmp_path, "--no-compare-base").compare_base is False
-    assert read(tmp_path, "--measure_retention").measures_retention is True
-
-
-def test_a_flag_with_hyphens_is_the_flag(tmp_path):
-    flags = train(tmp_path, "--pre-seq-len", "128")
-    assert (parse_arguments(flags).pre_seq_len, parse_arguments(flags).tuning) == (128, "ptuning")
-
-
-def test_names_are_not_abbreviated(tmp_path):
-    with pytest.raises(UsageError, match=r"--pre_seq \(did you mean --pre_seq_len"):
-        parse_arguments(train(tmp_path, "--pre_seq", "8"))
-
-
-@pytest.mark.parametrize(
-    ("more", "needed"),
-    [
-        (["--max_steps", "many"], "--max_steps is many; give a whole number"),
-        (["--learning-rate", "high"], "--learning-rate is high; give a number"),
-        (["--use_cpu", "perhaps"], "--use_cpu is perhaps; give true or false"),
-        (["--max_steps"], "--max_steps has no value"),
-    ],
-)
-def test_a_value_of_the_wrong_type_is_one_line(more, needed, tmp_path):
-    with pytest.raises(UsageError) as caught:
-        read(tmp_path, *more)
-    assert needed in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_every_flag_of_transformers_is_read_as_it_declares_it():
-    """Against the classes themselves: what is read from their source is what they hold."""
-    from dataclasses import MISSING, fields
-
-    from transformers import Seq2SeqTrainingArguments
-
-    real = {f.name: f for f in fields(Seq2SeqTrainingArguments) if f.init}
-    read = {flag.name: flag for flag in transformers_flags()}
-    assert set(real) - set(read) <= {"parallelism_config"}
-    assert set(read) <= set(real)
-    for name, flag in read.items():
-        if flag.default is not None:
-            assert real[name].default is not MISSING
-            assert real[name].default == flag.default, name
-        assert flag.help, name
-
-
-def test_declared_defaults_are_those_of_transformers():
-    from dataclasses import fields
-
-    from transformers import Seq2SeqTrainingArguments
-
-    from ptuning.train.flags import TrainerArguments
-
-    theirs = {f.name: f.default for f in fields(Seq2SeqTrainingArguments)}
-    changed = {"eval_strategy", "lr_scheduler_type", "disable_tqdm"}
-    for flag in fields(TrainerArguments):
-        if flag.name in theirs and flag.name not in changed:
-            assert flag.default == theirs[flag.name], flag.name
-
-
-def test_help_shows_every_flag_once_and_no_old_one():
-    text = make_parser().format_help()
-    for name in ("--pre_seq_len", "--gradient_accumulation_steps", "--weight_decay"):
-        assert text.count(f"  {name} ") == 1
-    assert "--pre-seq-len" not in text
-    assert "--no_cuda" not in text
-
-
-# ---- Which value wins ----
 
 
 def test_a_json_file_says_the_same_and_flags_behind_it_win(tmp_path):
@@ -160,26 +55,6 @@ def test_a_json_file_says_the_same_and_flags_behind_it_win(tmp_path):
         assert (config.prefix_projection, config.max_steps) == (True, -1)
         assert config.trainer_flags == {"weight_decay": 1e-3}
     assert parse_arguments([str(path), "--learning_rate", "0.25"]).learning_rate == 0.25
-
-
-@pytest.mark.parametrize(
-    ("content", "needed"),
-    [
-        ('{"lerning_rate": 1}', "did you mean --learning_rate"),
-        ('{"max_steps": "many"}', "--max_steps is many; give a whole number"),
-        ('{"max_steps": 2.5}', "--max_steps is 2.5; give a whole number"),
-        ('{"max_steps": true}', "--max_steps is true; give a whole number"),
-        ('{"use_cpu": "perhaps"}', "--use_cpu is perhaps; give true or false"),
-        ("[1]", "holds a list"),
-        ("{", "not a JSON file"),
-    ],
-)
-def test_a_wrong_json_file_is_one_line(content, needed, tmp_path):
-    path = tmp_path / "run.json"
-    path.write_text(content)
-    with pytest.raises(UsageError) as caught:
-        parse_arguments([str(path)])
-    assert needed in str(caught.value)
 
 
 def test_gentle_lowers_the_rate_and_starts_near_zero_and_says_so(tmp_path):
@@ -569,26 +444,6 @@ def test_scoring_without_anything_tuned_says_what_to_give(tmp_path):
     with pytest.raises(UsageError, match="lora without an adapter"):
         parse_arguments([*flags, "--tuning", "lora"])
     assert parse_arguments([*flags, "--tuning", "full"]).tuning == "full"
-
-
-def test_words_that_are_no_flags_are_named_as_typed(tmp_path):
-    with pytest.raises(UsageError, match=r"^stray is not a flag; python main\.py --help"):
-        read(tmp_path, "stray")
-    with pytest.raises(
-        UsageError, match=r"run\.json is not a flag; a JSON file of flags goes first"
-    ):
-        read(tmp_path, "run.json")
-
-
-def test_a_json_file_may_spell_flags_as_a_command_line_does(tmp_path):
-    path = tmp_path / "run.json"
-    path.write_text(
-        '{"max-steps": 3, "no_compare_base": true, "activation_checkpointing": false, '
-        '"resume_from_checkpoint": true}'
-    )
-    config = parse_arguments([str(path), *train(tmp_path, "--pre_seq_len", "4")])
-    assert (config.max_steps, config.compare_base, config.checkpointing) == (3, False, "false")
-    assert config.resume_from_checkpoint == "true"
 
 
 def test_smoothing_says_what_it_smooths(tmp_path):
