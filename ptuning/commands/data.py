@@ -39,7 +39,7 @@ from ptuning.data.prompts import COLUMN_FIELDS, RowFormat, TextRow, to_example
 from ptuning.data.raw_file import as_places
 from ptuning.data.reading import find_files
 from ptuning.output import Progress
-from ptuning.scoring.pictures import Lengths, Limit, check_picture_name, draw_length_histogram
+from ptuning.scoring.pictures import check_picture_name, draw_length_histogram
 from ptuning.storage import write_atomically
 from ptuning.tunings.loading import NANO_DIR, find_base, load_tokenizer
 
@@ -155,18 +155,13 @@ def _draw_lengths(given: str | None, reports: list[Report]) -> None:
     if given == NO_PICTURE or not files:
         return
     names = Counter(counts.path.name for counts in files)
-    lengths = [
-        Lengths(
-            counts.path.name if names[counts.path.name] == 1 else str(counts.path),
-            counts.prompt_lengths.tolist(),
-            counts.answer_lengths.tolist(),
-        )
+    drawn = [
+        (counts.path.name if names[counts.path.name] == 1 else str(counts.path), counts.sides)
         for counts in files
     ]
     path = DEFAULT_PICTURE if given is None else Path(given)
-    limits = [Limit(side.flag, side.limit, side.limit - side.reserve) for side in files[0].sides]
     try:
-        draw_length_histogram(lengths, path, prompt_limit=limits[0], answer_limit=limits[1])
+        draw_length_histogram(drawn, path)
     except OSError as error:
         if given is not None:
             raise

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ptuning.data.checking.lengths import Side
+
 TEXT_COLOUR, QUIET_COLOUR, FAINT_COLOUR = "#333a42", "#7a828c", "#d9dde2"
 ALARM_COLOUR = "#b3261e"
 COLOURS = ("#2563a8", "#c2571a", "#3c7d3f", "#7d4fa3", "#8a6d1f", "#4a8f95")
@@ -155,22 +157,6 @@ def _drawable(points: list[Point]) -> list[Point]:
     return sorted((p for p in points if math.isfinite(p.value)), key=lambda point: point.step)
 
 
-class Lengths(NamedTuple):
-    """The lengths of one file's texts in tokens, without control tokens."""
-
-    name: str
-    prompts: Sequence[int]
-    answers: Sequence[int]
-
-
-class Limit(NamedTuple):
-    """A length limit, and how many of its tokens remain for text."""
-
-    flag: str
-    length: int
-    room: int
-
-
 @contextmanager
 def _picture(path: Path, width: float, height: float) -> "Iterator[Figure]":
     """Yield a figure of width x height inches; write it as PNG or SVG, by the path's suffix."""
@@ -302,22 +288,20 @@ def _draw_learning_rate(axes: "Axes", points: list[Point]) -> None:
     axes.set_ylabel("learning rate", fontsize=9)
 
 
-def draw_length_histogram(
-    files: Sequence[Lengths], path: Path, *, prompt_limit: Limit, answer_limit: Limit
-) -> None:
-    """Draw histograms of prompt and answer lengths, one line per file, 6 files at most.
+def draw_length_histogram(files: "Sequence[tuple[str, Sequence[Side]]]", path: Path) -> None:
+    """Draw the prompt and answer lengths of files with their names, 6 files at most.
 
     Raises ValueError for a suffix other than .png or .svg, and if no file has rows.
     """
     check_picture_name(path)
-    drawn = [file for file in files if len(file.prompts)][: len(COLOURS)]
+    drawn = [(name, sides) for name, sides in files if len(sides[0].lengths)][: len(COLOURS)]
     if not drawn:
         raise ValueError("there is no row whose length could be drawn.")
     with _picture(path, 9.0, 4.6) as figure:
-        left, right = figure.subplots(1, 2)
-        _draw_side(left, "prompt", [(f.name, f.prompts) for f in drawn], prompt_limit)
-        _draw_side(right, "answer", [(f.name, f.answers) for f in drawn], answer_limit)
-        left.set_ylabel("share of rows (%)")
+        panels = figure.subplots(1, 2)
+        for index, axes in enumerate(panels):
+            _draw_side(axes, [(name, sides[index]) for name, sides in drawn])
+        panels[0].set_ylabel("share of rows (%)")
 
 
 def check_picture_name(path: Path) -> None:
@@ -326,26 +310,24 @@ def check_picture_name(path: Path) -> None:
         raise ValueError(f"the picture {path} must end in {' or '.join(SUFFIXES)}.")
 
 
-def _draw_side(
-    axes: "Axes", noun: str, files: Sequence[tuple[str, Sequence[int]]], limit: Limit
-) -> None:
+def _draw_side(axes: "Axes", files: "Sequence[tuple[str, Side]]") -> None:
     """Draw one panel: a stepped line per file, and the limit."""
     import numpy as np
 
-    arrays = [np.asarray(lengths) for _, lengths in files]
-    longest = max(int(lengths.max()) for lengths in arrays)
-    usual = max(int(np.percentile(lengths, 99.5, method="higher")) for lengths in arrays)
-    high = max(usual, min(longest, limit.room + 1))
+    noun, flag, limit, reserve, _ = files[0][1]
+    longest = max(int(side.lengths.max()) for _, side in files)
+    usual = max(int(np.percentile(side.lengths, 99.5, method="higher")) for _, side in files)
+    high = max(usual, min(longest, limit - reserve + 1))
     width = max(1, -(-(high + 1) // NUM_BINS))  # tokens of a bin
     edges = np.arange(0, high + width + 1, width)
-    for (name, _), lengths, colour in zip(files, arrays, COLOURS, strict=False):
-        counts, _ = np.histogram(np.minimum(lengths, edges[-1] - 1), bins=edges)
-        shares = 100 * counts / len(lengths)
+    for (name, side), colour in zip(files, COLOURS, strict=False):
+        counts, _ = np.histogram(np.minimum(side.lengths, edges[-1] - 1), bins=edges)
+        shares = 100 * counts / len(side.lengths)
         axes.stairs(shares, edges, color=colour, alpha=0.14, fill=True)
-        cut = (lengths > limit.room).mean()
-        axes.stairs(shares, edges, color=colour, linewidth=1.6, label=f"{name}: {cut:.1%} cut")
-    axes.axvline(limit.room + 0.5, color=ALARM_COLOUR, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.set_title(f"{noun}s, limit {limit.flag} {limit.length}")
+        label = f"{name}: {side.cut_share(limit):.1%} cut"
+        axes.stairs(shares, edges, color=colour, linewidth=1.6, label=label)
+    axes.axvline(limit - reserve + 0.5, color=ALARM_COLOUR, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.set_title(f"{noun}s, limit {flag} {limit}")
     beyond = "" if longest < edges[-1] else f", last bar up to {longest:,}"
     axes.set_xlabel(f"tokens of {noun} text{beyond}")
     axes.margins(x=0.01)
