@@ -357,7 +357,7 @@ def _length_lines(
     lengths: np.ndarray, rows: Sequence["ContractRow"], row_format: RowFormat
 ) -> list[str]:
     """Return a table of lengths and cuts, and what the given limits would truncate."""
-    prompts, answers = sides_of(row_format, lengths[:, 0], lengths[:, 1])
+    prompts, answers = sides_of(row_format, lengths)
     is_answered = np.array([bool(row["response"].strip()) for row in rows])
     answered = answers._replace(lengths=answers.lengths[is_answered])
     sides = [side for side in (prompts, answered) if len(side.lengths)]

@@ -15,7 +15,7 @@ from ptuning.scoring.pictures import COLOURS, draw_length_histogram
 def draw(files: dict[str, tuple[Sequence[int], Sequence[int]]], path: Path) -> None:
     """Draw files by name, with the lengths of their prompts and answers."""
     sides = [
-        (name, sides_of(RowFormat(), np.array(prompts), np.array(answers)))
+        (name, sides_of(RowFormat(), np.array([prompts, answers]).T))
         for name, (prompts, answers) in files.items()
     ]
     draw_length_histogram(sides, path)

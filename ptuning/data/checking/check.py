@@ -81,7 +81,7 @@ def check_file(
             lengths.append(_count_tokens(counts, chunk, examples, tokenizer))
             progress.update(len(chunk))
     if lengths:
-        counts.prompt_lengths, counts.answer_lengths = np.concatenate(lengths).T
+        counts.lengths = np.concatenate(lengths)  # (rows, 2)
     _drop_whole_characters(counts.words["spelled_character"], tokenizer)
     return counts
 

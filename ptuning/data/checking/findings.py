@@ -140,8 +140,8 @@ class FileCounts:
 
     A place is a line or, where rows have none, the number of a row: `unit` says which. Rows are
     those of training: a conversation is one for each answer. Keys of rows and prompts are digests:
-    16 bytes of the prompt, then 16 of the answer for a row. Lengths are in tokens, without control
-    tokens, one for each row used.
+    16 bytes of the prompt, then 16 of the answer for a row. lengths: tokens of prompt and answer of
+    each row used, without control tokens, (rows, 2).
     """
 
     path: Path
@@ -167,18 +167,17 @@ class FileCounts:
     rows: dict[bytes, int] = field(default_factory=dict)  # key -> first place
     prompts: dict[bytes, int] = field(default_factory=dict)  # key -> first place
     contested: dict[bytes, list[int]] = field(default_factory=dict)  # prompt -> places
-    prompt_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    answer_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    lengths: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))
 
     @property
     def num_used(self) -> int:
         """Rows that training would use or, in a file without answers, that would be answered."""
-        return len(self.prompt_lengths)
+        return len(self.lengths)
 
     @property
     def sides(self) -> list[Side]:
         """Prompts and answers; in a file without answers, those have no tokens."""
-        return sides_of(self.row_format, self.prompt_lengths, self.answer_lengths)
+        return sides_of(self.row_format, self.lengths)
 
     def add(self, kind: str, place: int, example: str | None = None) -> None:
         """Count one more of a kind."""

@@ -51,12 +51,12 @@ class Side(NamedTuple):
         return int(self.lengths.max()) + self.reserve
 
 
-def sides_of(row_format: RowFormat, prompts: np.ndarray, answers: np.ndarray) -> list[Side]:
-    """Return the two sides of rows with these lengths."""
+def sides_of(row_format: RowFormat, lengths: np.ndarray) -> list[Side]:
+    """Return prompts and answers as two sides; lengths is (rows, 2)."""
     source, target = row_format.max_source_length, row_format.max_target_length
     return [
-        Side("prompt", "--max_source_length", source, 1, prompts),  # 1: [gMASK]
-        Side("answer", "--max_target_length", target, 2, answers),  # 2: <sop> and <eop>
+        Side("prompt", "--max_source_length", source, 1, lengths[:, 0]),  # 1: [gMASK]
+        Side("answer", "--max_target_length", target, 2, lengths[:, 1]),  # 2: <sop> and <eop>
     ]
 
 

@@ -447,7 +447,7 @@ def test_a_history_counts_as_part_of_the_prompt(
 ) -> None:
     rows = [{**row(), "history": [["问", "答<eop>"]]}, {**row(), "history": []}]
     counts = check(tmp_path / "a.json", rows, tokenizer)
-    assert counts.prompt_lengths[0] > counts.prompt_lengths[1] + 5
+    assert counts.lengths[0, 0] > counts.lengths[1, 0] + 5
     assert counts.places["control_text"] == [1]
     assert "duplicate_row" not in counts.places
 
@@ -535,7 +535,7 @@ def test_rows_of_many_chunks_keep_their_lengths(
     rows = [row(f"{n}", "色" * (n % 7 + 1)) for n in range(CHUNK_ROWS + 5)]
     counts = check(tmp_path / "a.json", rows, tokenizer)
     expected = tokenizer.encode_batch([r["summary"] for r in rows])
-    assert counts.answer_lengths.tolist() == [len(ids) for ids in expected]
+    assert counts.lengths[:, 1].tolist() == [len(ids) for ids in expected]
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=50), st.integers(3, 2000))
