@@ -36,6 +36,19 @@ UNKNOWN_PIECE, PAD_PIECE, END_PIECE = "<unk>", "<pad>", "</s>"
 MASK_PIECE, GMASK_PIECE, SOP_PIECE, EOP_PIECE = "[MASK]", "[gMASK]", "<sop>", "<eop>"
 NEWLINE_PIECE, TAB_PIECE = "<n>", "<|tab|>"
 BLANK_PIECES = tuple(f"<|blank_{count}|>" for count in range(2, MAX_BLANKS + 1))
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+SPECIAL_TOKENS = {
+    "bos_token": SOP_PIECE,
+    "eos_token": EOP_PIECE,
+    "mask_token": MASK_PIECE,
+    "pad_token": PAD_PIECE,
+    "unk_token": UNKNOWN_PIECE,
+}
+SPECIFIC_TOKENS = {"end_token": END_PIECE, "gmask_token": GMASK_PIECE}  # not of transformers' names
+WELL_KNOWN_PIECES = (*SPECIAL_TOKENS.values(), *SPECIFIC_TOKENS.values())
+REQUIRED_PIECES = (*WELL_KNOWN_PIECES, NEWLINE_PIECE, TAB_PIECE, *BLANK_PIECES, *BYTE_PIECES)
+# The published order: leading pieces, ordinary ones, trailing pieces, bytes
+LEADING_PIECES = (UNKNOWN_PIECE, "<s>", END_PIECE, PAD_PIECE, NEWLINE_PIECE)
 CONTROL_PIECES = (
     MASK_PIECE,
     GMASK_PIECE,
@@ -46,28 +59,7 @@ CONTROL_PIECES = (
     "<ENC>",
     "<dBLOCK>",
 )
-LEADING_PIECES = (UNKNOWN_PIECE, "<s>", END_PIECE, PAD_PIECE, NEWLINE_PIECE)
 TRAILING_PIECES = (*CONTROL_PIECES, TAB_PIECE, *BLANK_PIECES)
-WELL_KNOWN_PIECES = (
-    UNKNOWN_PIECE,
-    PAD_PIECE,
-    END_PIECE,
-    MASK_PIECE,
-    GMASK_PIECE,
-    SOP_PIECE,
-    EOP_PIECE,
-)
-BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-REQUIRED_PIECES = (*WELL_KNOWN_PIECES, NEWLINE_PIECE, TAB_PIECE, *BLANK_PIECES, *BYTE_PIECES)
-
-SPECIAL_TOKENS = {
-    "bos_token": SOP_PIECE,
-    "eos_token": EOP_PIECE,
-    "mask_token": MASK_PIECE,
-    "pad_token": PAD_PIECE,
-    "unk_token": UNKNOWN_PIECE,
-}
-SPECIFIC_TOKENS = {"end_token": END_PIECE, "gmask_token": GMASK_PIECE}  # not of transformers' names
 
 _PIECE_OF = {"\n": NEWLINE_PIECE, "\t": TAB_PIECE}
 _PIECE_OF |= {" " * count: piece for count, piece in enumerate(BLANK_PIECES, 2)}
