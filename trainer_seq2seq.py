@@ -186,10 +186,7 @@ class Seq2SeqTrainer(transformers.Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train from step 0, or from the step of a checkpoint.
-
-        OutOfMemoryStop, DiskError, BadStepsError and Stopped say what to type.
-        """
+        """Train from step 0, or from the step of a checkpoint."""
         if resume_from_checkpoint:
             self._resumed_from = Path(str(resume_from_checkpoint))
             self.args.eval_on_start = False  # that was at step 0
@@ -198,10 +195,7 @@ class Seq2SeqTrainer(transformers.Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def train_and_save(self, checkpoint: Path | None) -> None:
-        """Train, from a checkpoint if there is one; write the results to the output directory.
-
-        These are what was trained, train_results.json, and the trainer's state with its log.
-        """
+        """Train, from a checkpoint if there is one; write the artefact, the results and the log."""
         dtype = str(self.chatglm.dtype).removeprefix("torch.")
         what = self.run.tuning.describe(self.chatglm)
         logger.info("Training %s in %s on %s", what, dtype, self.args.device)
@@ -288,7 +282,7 @@ class Seq2SeqTrainer(transformers.Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[None, None, None]:
-        """Keep the batch's summed loss and its number of answer tokens for evaluation_loop."""
+        """Keep the batch's summed loss and number of answer tokens for evaluation_loop."""
         inputs = self._prepare_inputs(inputs)
         shape = inputs["input_ids"].shape
         with memory_explained("validating", self.run.workload, shape), torch.no_grad():
@@ -298,10 +292,7 @@ class Seq2SeqTrainer(transformers.Trainer):
         return None, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate; the teacher-forced loss is the mean over answer tokens.
-
-        So it depends neither on the batch size nor on the number of processes.
-        """
+        """Take the loss as the mean over answer tokens, whatever the batch size and the ranks."""
         self._validated.clear()
         output = super().evaluation_loop(*args, **kwargs)
         own = torch.stack(self._validated).cpu().double().sum(dim=0)  # (2,)
@@ -377,7 +368,7 @@ class Seq2SeqTrainer(transformers.Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _find_best_checkpoint(self) -> None:
-        """Name the best checkpoint by its path here, even if the directory was moved."""
+        """Set the best checkpoint's path, also after the directory was moved."""
         if self.state.best_global_step:
             best = self.directory.path / f"checkpoint-{self.state.best_global_step}"
             if fault_of(best) is None:
@@ -491,7 +482,14 @@ class Seq2SeqTrainer(transformers.Trainer):
         else:
             self._find_best_checkpoint()
         if self.args.should_save:
-            self._save_trainer_state(staging / TRAINER_STATE_NAME)
+            callbacks = [*self.callback_handler.callbacks, self.control]
+            states: Any = {
+                type(callback).__name__: callback.state()
+                for callback in callbacks
+                if isinstance(callback, ExportableState)
+            }
+            self.state.stateful_callbacks = states
+            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish_checkpoint(checkpoint, self._facts())
@@ -508,26 +506,15 @@ class Seq2SeqTrainer(transformers.Trainer):
         state = TrainedState(self.state.global_step, metrics, settings, state_dict)
         self.run.tuning.save(self.chatglm, Path(output_dir or self.directory.path), state)
 
-    def _save_trainer_state(self, path: Path) -> None:
-        """Write transformers' state with that of its callbacks, as transformers does."""
-        callbacks = [*self.callback_handler.callbacks, self.control]
-        states: Any = {
-            type(c).__name__: c.state() for c in callbacks if isinstance(c, ExportableState)
-        }
-        self.state.stateful_callbacks = states
-        self.state.save_to_json(str(path))
-
     def _facts(self) -> CheckpointFacts:
-        args = self.args
-        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return CheckpointFacts(
             step=self.state.global_step,
             max_steps=self.state.max_steps,
-            processes=args.world_size,
-            resumable=not args.save_only_model,
+            processes=self.args.world_size,
+            resumable=not self.args.save_only_model,
             sound=self.run_state.skipped_in_a_row == 0,
             rows=self.directory.rows,
-            rows_per_step=rows_per_step,
+            rows_per_step=self.run.config.rows_per_step(self.args.world_size),
         )
 
     def _checkpoint_bytes(self) -> int:

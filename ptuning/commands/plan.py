@@ -1,10 +1,9 @@
 """`python -m ptuning plan FLAGS`: what a run of main.py will take, before any weight is loaded.
 
-Reads config.json and the tokenizer, tokenises the rows (from the cache if they are there), times
-one matrix product, and prints tokens, steps, memory and time. Exit status 0 if the run is expected
-to fit in memory, 3 if not, 2 if the flags or files are at fault. With --gpu_memory it plans for a
-GPU of that size, even without such a GPU; then without the time. GB are 10**9 bytes. FLOPs are
-counted as in docs/performance.md.
+Reads config.json and the tokenizer, tokenises the rows, times one matrix product, and prints
+tokens, steps, memory and time. Exit status 0 if the run is expected to fit in memory, 3 if not, 2
+if the flags or files are at fault. With --gpu_memory it plans for a GPU of that size, without the
+time if there is none. GB are 10**9 bytes. FLOPs are counted as in docs/performance.md.
 """
 
 import argparse
@@ -108,10 +107,7 @@ def look(config: RunConfig) -> Situation:
 
 
 def planned_base(config: RunConfig) -> ChatGLMConfig:
-    """Read the base's config.json, and put in how the flags will have the base stored and tuned.
-
-    Of a hub model nothing else is fetched.
-    """
+    """Read the base's config.json, with the quantisation and the prefix that the flags ask for."""
     directory = Path(config.model_name_or_path)
     if not directory.is_dir():
         from transformers.utils import cached_file
@@ -131,7 +127,7 @@ def planned_base(config: RunConfig) -> ChatGLMConfig:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Time the product of a large linear map, as a run computes it, best of four: FLOP/s."""
+    """Time a large linear map as a run computes it; return FLOP per second, best of four."""
     length = PRODUCT_SIZE.get(device.type, PRODUCT_SIZE["cpu"])
     linear = Linear(length, length, bias=False, device=device, dtype=dtype).requires_grad_(False)
     prepack_weights_(linear, room_bytes=2 * linear.weight.nbytes)
@@ -249,7 +245,7 @@ def advice_lines(
     memory_of: Callable[[Fit], Memory],
     more: dict[str, Memory] | None = None,
 ) -> list[str]:
-    """Say what each change that helps would need, those that fit first; more are further ones."""
+    """Say what each change that helps would need, those that fit first; more has further ones."""
     fit, limit = situation.fit, FREE_SHARE * situation.free
     found = {
         change.flags: memory_of(changed(fit, change.workload))

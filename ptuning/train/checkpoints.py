@@ -29,19 +29,15 @@ READ_BYTES = 1 << 20
 
 
 class CheckpointFacts(TypedDict):
-    """What a checkpoint records about its run, besides the list of its files.
-
-    `resumable`: it holds the optimizer. `sound`: the step it was written at was not skipped.
-    `rows` is the fingerprint of the training rows; `rows_per_step` counts them over all processes.
-    """
+    """What a checkpoint records about its run, besides the list of its files."""
 
     step: int
     max_steps: int
     processes: int
-    resumable: bool
-    sound: bool
-    rows: str
-    rows_per_step: int
+    resumable: bool  # it holds the optimizer
+    sound: bool  # the step it was written at was not skipped
+    rows: str  # fingerprint of the training rows
+    rows_per_step: int  # over all processes
 
 
 def staging_path(checkpoint: Path) -> Path:
@@ -62,9 +58,9 @@ def start_checkpoint(checkpoint: Path) -> None:
 
 
 def finish_checkpoint(checkpoint: Path, facts: CheckpointFacts) -> None:
-    """List the files of `staging_path`, flush them, and give the folder its own name.
+    """List the files of `staging_path`, flush them, and rename the folder.
 
-    A folder that already has the name (a damaged one, or one of another course) is replaced.
+    A folder that already has the name (damaged, or of a run that was overwritten) is replaced.
     """
     staging = staging_path(checkpoint)
     files = {
@@ -81,7 +77,7 @@ def finish_checkpoint(checkpoint: Path, facts: CheckpointFacts) -> None:
 
 
 def move_into_place(staging: Path, checkpoint: Path) -> None:
-    """Rename a complete staging folder; delete the folder that had its name afterwards."""
+    """Rename a complete staging folder; then delete the folder that had its name."""
     removed = _set_aside(checkpoint)
     os.rename(staging, checkpoint)
     _flush(checkpoint.parent)
@@ -90,12 +86,12 @@ def move_into_place(staging: Path, checkpoint: Path) -> None:
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint; while it is half deleted it no longer has its name."""
+    """Delete a checkpoint, renamed first so that a half-deleted one is never found."""
     shutil.rmtree(_set_aside(checkpoint))
 
 
 def _set_aside(checkpoint: Path) -> Path:
-    """Give a checkpoint, if it exists, the name that it is deleted under; return that name."""
+    """Rename a checkpoint, if it exists, to the name it is deleted under; return that name."""
     removed = checkpoint.with_name(f".{checkpoint.name}{REMOVED}")
     if removed.exists():
         shutil.rmtree(removed)
@@ -121,10 +117,7 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
 
 
 def fault_of(checkpoint: Path, *, thorough: bool = False) -> str | None:
-    """Say what is wrong with a checkpoint; None if it is intact.
-
-    Sizes are always compared; thorough reads every file once and compares checksums too.
-    """
+    """Say what is wrong with a checkpoint, None if it is intact; thorough compares checksums."""
     try:
         facts = read_facts(checkpoint)
     except ValueError as error:
@@ -158,7 +151,7 @@ def _crc32(path: Path) -> int:
 
 
 def _flush(path: Path) -> None:
-    """Make a file's content, or a folder's names, survive a loss of power."""
+    """Flush a file's content, or a folder's names, to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -173,7 +166,11 @@ def _flush(path: Path) -> None:
 
 @dataclass
 class RunState:
-    """The part of a run's state that `trainer_state.json` does not hold."""
+    """The part of a run's state that `trainer_state.json` does not hold.
+
+    A sampler without a seed of its own draws the order of the rows from the random state at the
+    start of the epoch.
+    """
 
     loss_since_log: float = 0.0  # sum over the steps since the last log line
     loss_logged: float = 0.0  # sum over the steps before it
@@ -185,14 +182,14 @@ class RunState:
 
 
 def save_run_state(checkpoint: Path, rank: int, state: RunState) -> None:
-    """Write one process's state to a checkpoint; numbers come back bit for bit."""
+    """Write one rank's state to a checkpoint; JSON keeps floats bit for bit."""
     content = {"format_version": STATE_FORMAT, **asdict(state)}
     path = checkpoint / STATE_NAME.format(rank=rank)
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def load_run_state(checkpoint: Path, rank: int) -> RunState:
-    """Read one process's state, or process 0's if fewer processes wrote the checkpoint."""
+    """Read one rank's state, or rank 0's if fewer ranks wrote the checkpoint."""
     path = checkpoint / STATE_NAME.format(rank=rank)
     if not path.is_file():
         path = checkpoint / STATE_NAME.format(rank=0)
@@ -206,7 +203,7 @@ def load_run_state(checkpoint: Path, rank: int) -> RunState:
 
 
 def capture_random_state() -> dict[str, Any]:
-    """Return the state of Python's, NumPy's and torch's CPU generator as JSON values."""
+    """Return the states of Python's, NumPy's and torch's CPU generators as JSON values."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002  # what trainers seed
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()

@@ -258,6 +258,15 @@ def test_rows_are_halved_until_their_keys_and_values_fit() -> None:
     assert fitting(2 * cache_gb, test=prompts(100, 1024)) == 8, "long rows hold more"
 
 
+def test_each_beam_of_an_answer_has_a_kv_cache() -> None:
+    one, four = (
+        Fit(Workload(CPU, num_beams=beams, new_tokens=64), SIZE, 0, eval_batch=8)
+        for beams in (1, 4)
+    )
+    caches = [fit.answering_memory([64] * 100).terms["KV cache"] for fit in (one, four)]
+    assert caches[1] == 4 * caches[0]
+
+
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_validation_counts_its_longest_rows(on_cpu: bool) -> None:
     for length, expected in ((128, 64), (1152, 8)):
