@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptuning.model.checkpoint.files import check_finite, map_bin, open_safetensors
+from ptuning.model.checkpoint.files import check_finite, read_tensors
 from ptuning.model.checkpoint.layout import EMBEDDING, check_base
 from ptuning.storage import (
     ADAPTER_CONFIG_NAME,
@@ -141,11 +141,7 @@ def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"{directory} has {ADAPTER_CONFIG_NAME} but no {ADAPTER_WEIGHTS_NAME}; copy it again."
         )
-    if file.suffix == ".bin":
-        tensors = map_bin(file)
-    else:
-        with open_safetensors(file) as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors = read_tensors(file)
     for name, value in tensors.items():
         check_finite(name, value, file)
     return tensors

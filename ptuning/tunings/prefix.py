@@ -9,19 +9,17 @@ Shapes: P prefix tokens, L layers, H heads, D width of a head, E = H x D hidden 
 import io
 import json
 import logging
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint.files import check_finite
+from ptuning.model.checkpoint.files import check_finite, read_tensors, shorten
 from ptuning.model.checkpoint.layout import (
     PREFIX_KEYS,
     base_fingerprint,
@@ -285,44 +283,27 @@ def _read_for(
 def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
     """Return the prefix tensors at path by short name (`embedding.weight`), float32, CPU."""
     file = find_prefix_weights(path)
-    try:
-        if file.suffix == ".safetensors":
-            loaded = load_file(file)
-        else:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{file} cannot be read as a prefix ({type(error).__name__}): it is damaged, cut "
-            "short, or holds more than tensors; copy it again or give another checkpoint."
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ValueError(
-            f"{file} does not hold named tensors but a {type(loaded).__name__}; give a P-Tuning v2 "
-            "checkpoint."
-        )
+    stored = read_tensors(file)
     tensors = {}
-    for name, value in loaded.items():
+    for name, value in stored.items():
         short = name.rpartition("prefix_encoder.")[2]
-        if "prefix_encoder." in name or short == "embedding.weight" or short.startswith("trans."):
+        if short == "embedding.weight" or short.startswith("trans.") or short != name:
             tensors[short] = _checked_tensor(name, value, file)
     if "embedding.weight" not in tensors:
         raise ValueError(
             f"{file} has no prefix ({PREFIX_KEYS}embedding.weight); it holds "
-            f"{', '.join(sorted(loaded)[:3]) or 'nothing'}...: give a P-Tuning v2 checkpoint."
+            f"{shorten(sorted(stored)) or 'nothing'}: give a P-Tuning v2 checkpoint."
         )
     return tensors
 
 
-def _checked_tensor(name: str, value: Any, file: Path) -> Tensor:
+def _checked_tensor(name: str, value: Tensor, file: Path) -> Tensor:
     """Return value in float32; ValueError for what cannot be a weight of a prefix."""
     num_axes = 1 if name.endswith(".bias") else 2
-    if not isinstance(value, Tensor) or value.dim() != num_axes or value.numel() == 0:
-        what = (
-            f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "that is no tensor"
-        )
+    if value.dim() != num_axes or value.numel() == 0:
         raise ValueError(
-            f"{file} does not hold a prefix: it has {name} {what}, and {num_axes} non-empty axes "
-            "are needed; give a P-Tuning v2 checkpoint."
+            f"{file} does not hold a prefix: it has {name} of shape {tuple(value.shape)}, and "
+            f"{num_axes} non-empty axes are needed; give a P-Tuning v2 checkpoint."
         )
     check_finite(name, value, file)
     return value.float()

@@ -49,7 +49,7 @@ def test_a_truncated_file_is_refused(small: Model, artefact: Path, name: str, ke
     torch.save(published(small), artefact / PUBLISHED_NAME)
     file = artefact / name
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"cannot be read as a prefix.*copy it again"):
+    with pytest.raises(ValueError, match=rf"{name} .*copy or download it again"):
         ptuning.load_prefix(small, file)
 
 
@@ -66,10 +66,10 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     monkeypatch.chdir(tmp_path)
     file = tmp_path / PUBLISHED_NAME
     torch.save(published(small) | {"extra": RunsCode()}, file)
-    with pytest.raises(ValueError, match=r"cannot be read as a prefix.*more than tensors"):
+    with pytest.raises(ValueError, match=r"holds more than tensors"):
         ptuning.load_prefix(small, tmp_path)
     file.write_bytes(pickle.dumps(RunsCode(), protocol=2))
-    with pytest.raises(ValueError, match=r"cannot be read as a prefix"):
+    with pytest.raises(ValueError, match=r"not in the format torch\.save"):
         ptuning.load_prefix(small, file)
     assert not (tmp_path / "pickle-ran-code").exists()
 
@@ -84,7 +84,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(
 )
 def test_a_file_of_another_kind_is_refused(small: Model, tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / PUBLISHED_NAME)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin (has no prefix|does not hold)"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a table of tensors"):
         ptuning.load_prefix(small, tmp_path)
 
 

@@ -4,37 +4,37 @@ Everything is written to a temporary directory next to the destination and renam
 an interrupted run leaves nothing. No more than one shard is held in memory.
 """
 
-import json
-import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
-from ptuning.model.checkpoint.files import SAFETENSORS_FILE, SAFETENSORS_INDEX, StoredTensor
+from ptuning.model.checkpoint.files import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    SAFETENSORS_INDEX,
+    TOKENIZER_CONFIG_FILE,
+    VOCABULARY_FILE,
+    StoredTensor,
+)
 from ptuning.model.checkpoint.layout import (
     Checkpoint,
     CheckpointSummary,
     check_checkpoint,
     read_checkpoint,
-    read_json,
 )
 from ptuning.model.checkpoint.load import head_is_embedding, stored_tensors
 from ptuning.output import open_bar
-
-logger = logging.getLogger(__name__)
+from ptuning.storage import read_json, write_json
 
 SHARD_BYTES = 2 * 10**9  # also the most that is held in memory
 SPARE_BYTES = 64 * 2**20  # room for the files next to the weights
 COMPANIONS = (
-    "ice_text.model",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "LICENSE*",
-    "MODEL_LICENSE*",
-    "NOTICE*",
+    *(VOCABULARY_FILE, "special_tokens_map.json", GENERATION_CONFIG_FILE),
+    *("LICENSE*", "MODEL_LICENSE*", "NOTICE*"),
 )
 # Keys that point to a repository's own code, which is not copied because it is not used.
 CODE_KEYS = ("auto_map", "custom_pipelines")
@@ -91,64 +91,47 @@ def _check_room(destination: Path, num_bytes: int) -> None:
         )
 
 
-def split_into_shards(
-    tensors: dict[str, StoredTensor], shard_bytes: int
-) -> Iterator[dict[str, StoredTensor]]:
-    """Yield the tensors in order, in groups of at most shard_bytes; a larger one is alone."""
-    shard: dict[str, StoredTensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if shard and size + tensor.num_bytes > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.num_bytes
-    if shard:
-        yield shard
-
-
 def _write_weights(directory: Path, tensors: dict[str, StoredTensor]) -> None:
-    shards = list(split_into_shards(tensors, SHARD_BYTES))
-    total_bytes = sum(tensor.num_bytes for tensor in tensors.values())
-    weight_map: dict[str, str] = {}
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    total_bytes = split.metadata["total_size"]
     with open_bar(total_bytes, "writing weights", unit="B", unit_scale=True) as bar:
-        for number, shard in enumerate(shards, 1):
-            name = SAFETENSORS_FILE
-            if len(shards) > 1:
-                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for name, keys in split.filename_to_tensors.items():
             save_file(
-                {key: tensor[...].contiguous() for key, tensor in shard.items()},
+                {key: tensors[key][...].contiguous() for key in keys},
                 directory / name,
                 metadata={"format": "pt"},
             )
             # safetensors makes files that only their owner may read; a model is shared.
-            shutil.copymode(directory / "config.json", directory / name)
-            weight_map.update(dict.fromkeys(shard, name))
-            bar.update(sum(tensor.num_bytes for tensor in shard.values()))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        _write_json(directory / SAFETENSORS_INDEX, index)
+            shutil.copymode(directory / CONFIG_FILE, directory / name)
+            bar.update(sum(tensors[key].num_bytes for key in keys))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(directory / SAFETENSORS_INDEX, index)
 
 
 def _write_companions(directory: Path, checkpoint: Checkpoint) -> None:
     """Copy the tokenizer and the licences; write the configurations without references to code."""
-    config = checkpoint.config
-    values = read_json(checkpoint.directory / "config.json") | {
-        "architectures": ["ChatGLMForConditionalGeneration"],
-        "tie_word_embeddings": config.tie_word_embeddings,
+    source, config = checkpoint.directory, checkpoint.config
+    changed: dict[str, dict[str, Any]] = {
+        CONFIG_FILE: {
+            "architectures": ["ChatGLMForConditionalGeneration"],
+            "tie_word_embeddings": config.tie_word_embeddings,
+        },
+        TOKENIZER_CONFIG_FILE: {},
     }
     if config.quantization_bit:
-        values["quantization_bit"] = config.quantization_bit
-    _write_json(directory / "config.json", values)
-    tokenizer_config = checkpoint.directory / "tokenizer_config.json"
-    if tokenizer_config.is_file():
-        _write_json(directory / tokenizer_config.name, read_json(tokenizer_config))
+        changed[CONFIG_FILE]["quantization_bit"] = config.quantization_bit
+    for name, values in changed.items():
+        if (source / name).is_file():
+            values = read_json(source / name) | values
+            kept = {key: value for key, value in values.items() if key not in CODE_KEYS}
+            write_json(directory / name, kept)
     for pattern in COMPANIONS:
-        for file in checkpoint.directory.glob(pattern):
+        for file in source.glob(pattern):
             if file.is_file():
                 shutil.copy(file, directory / file.name)
-
-
-def _write_json(file: Path, values: dict[str, object]) -> None:
-    kept = {key: value for key, value in values.items() if key not in CODE_KEYS}
-    file.write_text(json.dumps(kept, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -39,7 +39,9 @@ from ptuning.storage import ADAPTER_CONFIG_NAME, ADAPTER_FILES, INFO_NAME
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
-COMPANION_FILES = ("tokenizer_config.json", GENERATION_CONFIG_FILE, "ice_text.model")
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+VOCABULARY_FILE = "ice_text.model"
+COMPANION_FILES = (TOKENIZER_CONFIG_FILE, GENERATION_CONFIG_FILE, VOCABULARY_FILE)
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_FILE = "model.safetensors"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -54,20 +56,6 @@ NOT_ON_THE_HUB = (
     RevisionNotFoundError,
     EntryNotFoundError,
 )
-
-# The dtype names of the safetensors format that a ChatGLM checkpoint can use.
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 # Pages of a mapping stay in memory until it is dropped, so it is renewed after this many bytes.
 REMAP_BYTES = 64 * 2**20
@@ -278,13 +266,17 @@ def _headers_of(file: Path, expected: list[str]) -> Iterator[tuple[str, TensorHe
     with open_safetensors(file) as opened:
         for name in opened.keys():  # noqa: SIM118  (not a mapping)
             piece = opened.get_slice(name)
-            dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
-            if dtype is None:
-                raise ValueError(
-                    f"{file}: {name} has dtype {piece.get_dtype()}; ChatGLM checkpoints hold "
-                    f"{', '.join(SAFETENSORS_DTYPES)}: convert it with the tool that wrote it."
-                )
-            yield name, TensorHeader(file, dtype, tuple(piece.get_shape()))
+            shape = tuple(piece.get_shape())
+            empty = piece[:0] if shape else opened.get_tensor(name)  # nothing of it is read
+            yield name, TensorHeader(file, empty.dtype, shape)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return every tensor of a file; ValueError says how it is damaged."""
+    if file.suffix != ".safetensors":
+        return map_bin(file)
+    with open_safetensors(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
 def open_safetensors(file: Path) -> safe_open:

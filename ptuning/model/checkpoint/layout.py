@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ptuning.model.checkpoint.files import (
     CONFIG_FILE,
+    TOKENIZER_CONFIG_FILE,
     TensorHeader,
     find_weight_files,
     read_headers,
@@ -153,7 +154,7 @@ def read_config(directory: Path) -> ChatGLMConfig:
 
 
 def _num_image_tokens(directory: Path, config: ChatGLMConfig) -> int:
-    file = directory / "tokenizer_config.json"
+    file = directory / TOKENIZER_CONFIG_FILE
     given = read_json(file).get("num_image_tokens") if file.is_file() else None
     if isinstance(given, int):
         return given

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from ptuning.model.checkpoint import convert as checkpoint_convert
-from ptuning.model.checkpoint.convert import convert_checkpoint, split_into_shards
-from ptuning.model.checkpoint.files import StoredTensor
+from ptuning.model.checkpoint.convert import convert_checkpoint
 from ptuning.model.checkpoint.layout import check_checkpoint
 from tests.model.published import (
     golden_config,
@@ -23,10 +22,6 @@ from tests.model.published import (
     write_companions,
     write_shards,
 )
-
-
-def unused() -> torch.Tensor:
-    raise AssertionError("splitting reads nothing")
 
 
 def listing(directory: Path) -> set[str]:
@@ -132,17 +127,6 @@ def test_large_checkpoint_is_written_in_shards(
     first, second = AutoModel.from_pretrained(source), AutoModel.from_pretrained(tmp_path / "out")
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
-
-
-def test_shards_are_filled_in_order_and_a_large_tensor_is_alone() -> None:
-    sizes = {"a": 40, "b": 40, "c": 200, "d": 60, "e": 40, "f": 1}
-    tensors = {k: StoredTensor(torch.int8, (v,), unused) for k, v in sizes.items()}
-    assert [list(shard) for shard in split_into_shards(tensors, 100)] == [
-        ["a", "b"],
-        ["c"],
-        ["d", "e"],
-        ["f"],
-    ]
 
 
 def test_files_may_be_read_by_those_who_may_read_the_configuration(
