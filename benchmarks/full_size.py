@@ -28,7 +28,7 @@ from benchmarks.random_checkpoint import BITS, check_room, checkpoint_bytes, wri
 from benchmarks.row_lengths import MAX_LENGTH
 from benchmarks.setting import SIZES, device_name, json_file, machine, synchronise, write_json
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint.layout import check_checkpoint
+from ptuning.model.checkpoint.layout import read_checkpoint
 from ptuning.train.fit import checkpoint_layers, keep_freed_memory
 from ptuning.tunings.loading import load_base
 
@@ -188,7 +188,7 @@ def run(directory: Path, flags: Namespace) -> dict[str, object]:
     models: list[ChatGLMForConditionalGeneration] = []
     stages.append(measure("load", flags.device, lambda: models.append(load(directory, flags))))
     steps, loss = train(models[0], flags)
-    summary = check_checkpoint(directory)
+    summary = read_checkpoint(directory)
     disk_bytes = sum(file.stat().st_size for file in directory.glob("*.bin"))
     weight_bytes = sum(value.nbytes for _, value in models[0].base_parameters())
     say(

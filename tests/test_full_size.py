@@ -16,7 +16,7 @@ from benchmarks.random_checkpoint import (
     stored_shapes,
     write_checkpoint,
 )
-from ptuning.model.checkpoint.layout import HEAD, check_checkpoint
+from ptuning.model.checkpoint.layout import HEAD, read_checkpoint
 
 SIZE = (2, 32, 2, 64)  # layers, hidden size, heads, vocabulary
 
@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_what_is_written_is_a_published_layout(bits: int, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "small", bits)
-    summary = check_checkpoint(tmp_path)
+    summary = read_checkpoint(tmp_path)
     assert summary.quantization_bits == bits
     assert summary.dtype == torch.float16
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -97,7 +97,7 @@ def test_quantising_as_it_is_read_needs_the_float_release(made: list[Path], tmp_
         "--keep",
     ]
     assert full_size.main([*arguments, "--stored_bit", "0", "--quantization_bit", "4"]) == 0
-    assert check_checkpoint(tmp_path / "kept").num_shards == 8
+    assert read_checkpoint(tmp_path / "kept").num_shards == 8
     assert full_size.main(arguments) == 0, "what is there is loaded as it lies"
     assert made == [tmp_path / "kept"]
     with pytest.raises(SystemExit, match="2"):

@@ -13,11 +13,12 @@ import torch
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.checkpoint.files import find_weight_files
 from ptuning.train.processes import shards_weights
 from ptuning.train.run_config import RunConfig, UsageError
 from ptuning.tunings.artefact import FULL, LORA, TrainedState
 from ptuning.tunings.full import FullTuning
-from ptuning.tunings.loading import check_weights, choose_dtype, load_base
+from ptuning.tunings.loading import choose_dtype, load_base
 from ptuning.tunings.lora import LoraTuning
 from ptuning.tunings.prefix import PrefixTuning
 
@@ -69,7 +70,9 @@ class Tuning(Protocol):
 def open_tuning(config: RunConfig) -> Tuning:
     """Return the tuning that a run asks for; its checkpoint is sound, no base is loaded."""
     base, checkpoint = config.model_name_or_path, config.checkpoint
-    check_weights(base)
+    if Path(base).is_dir():
+        with _usage_errors("--model_name_or_path"):
+            find_weight_files(Path(base))
     tuning: Tuning
     if config.tuning == LORA:
         targets = config.lora_target_modules
@@ -97,7 +100,7 @@ def open_tuning(config: RunConfig) -> Tuning:
             project=config.prefix_projection,
             init_std=config.prefix_init_std,
         )
-    with _usage_errors(config):
+    with _usage_errors(_flag_of_tuned(config)):
         tuning.check_files()
     return tuning
 
@@ -118,7 +121,7 @@ def load_model(
         quantize_embeddings=config.quantize_embeddings,
         **config.hub,
     )
-    with _usage_errors(config):
+    with _usage_errors(_flag_of_tuned(config)):
         tuning.attach(model)
     if not (config.do_train and shards_weights(arguments)):
         model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
@@ -126,15 +129,19 @@ def load_model(
 
 
 @contextmanager
-def _usage_errors(config: RunConfig) -> Iterator[None]:
-    """Turn an error in what is tuned into a UsageError that names the flag that asked for it."""
+def _usage_errors(flag: str) -> Iterator[None]:
+    """Turn an error in files into a UsageError that names the flag that asked for them."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        flag = f"--tuning is {config.tuning}"
-        if config.checkpoint is not None and config.checkpoint != config.model_name_or_path:
-            flag = config.checkpoint_flag
         raise UsageError(f"{flag}: {error}") from error
+
+
+def _flag_of_tuned(config: RunConfig) -> str:
+    """Return the flag that named the checkpoint, or asked for what is new."""
+    if config.checkpoint in (None, config.model_name_or_path):
+        return f"--tuning is {config.tuning}"
+    return config.checkpoint_flag
 
 
 def newest_metrics(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

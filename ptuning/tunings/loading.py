@@ -83,16 +83,6 @@ def _has_model(path: Path) -> bool:
     return not all("prefix_encoder." in name for name in read_headers(find_weight_files(path)))
 
 
-def check_weights(name_or_path: str) -> None:
-    """Refuse a folder of a base that has no weights (ModelError); a hub id is not looked up."""
-    path = Path(name_or_path)
-    if path.is_dir() and not [*path.glob("*.safetensors"), *path.glob("*.bin")]:
-        raise ModelError(
-            f"{WORDS_OF_MAIN['flag']} is {name_or_path}, a folder without weights (*.safetensors, "
-            "*.bin); give the folder with all of the published files."
-        )
-
-
 def load_tokenizer(name_or_path: str, **hub: Any) -> "ChatGLMTokenizer":
     """Load the tokenizer of a base; hub holds transformers' cache_dir, revision and token."""
     from transformers import AutoTokenizer

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from ptuning.__main__ import main
-from ptuning.model.checkpoint.layout import check_checkpoint
+from ptuning.model.checkpoint.layout import read_checkpoint
 from tests.model.published import make_published, make_safetensors
 
 
@@ -54,7 +54,7 @@ def test_convert_writes_what_it_says(
     source = make_published(golden, tmp_path / "source")
     with caplog.at_level(logging.INFO, logger="ptuning"):
         assert main(["convert", str(source), str(tmp_path / "out"), "--quantization_bit", "4"]) == 0
-    summary = check_checkpoint(tmp_path / "out")
+    summary = read_checkpoint(tmp_path / "out")
     assert summary.quantization_bits == 4
     assert f"{tmp_path / 'out'}: {summary}" in caplog.messages
 

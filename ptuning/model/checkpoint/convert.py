@@ -22,8 +22,6 @@ from ptuning.model.checkpoint.files import (
 )
 from ptuning.model.checkpoint.layout import (
     Checkpoint,
-    CheckpointSummary,
-    check_checkpoint,
     read_checkpoint,
 )
 from ptuning.model.checkpoint.load import head_is_embedding, stored_tensors
@@ -42,10 +40,10 @@ CODE_KEYS = ("auto_map", "custom_pipelines")
 
 def convert_checkpoint(
     source: str | Path, destination: str | Path, *, quantization_bits: int | None = None
-) -> CheckpointSummary:
+) -> Checkpoint:
     """Write the checkpoint in source to destination as safetensors; return what was written.
 
-    quantization_bits None keeps the weights as stored. Raises what check_checkpoint raises;
+    quantization_bits None keeps the weights as stored. Raises what read_checkpoint raises;
     FileExistsError for a destination that is not empty; OSError when the disk has no room;
     ValueError for bits that contradict the stored.
     """
@@ -55,7 +53,7 @@ def convert_checkpoint(
             f"{destination} is already there and not empty; give a new directory."
         )
     checkpoint = read_checkpoint(source)
-    stored_bits = checkpoint.summary.quantization_bits
+    stored_bits = checkpoint.quantization_bits
     if quantization_bits is not None and stored_bits not in (0, quantization_bits):
         raise ValueError(
             f"--quantization_bit is {quantization_bits}, but {source} is stored with {stored_bits} "
@@ -78,7 +76,7 @@ def convert_checkpoint(
     finally:
         if temporary.exists():  # it has its final name when all went well
             shutil.rmtree(temporary)
-    return check_checkpoint(destination)
+    return read_checkpoint(destination)
 
 
 def _check_room(destination: Path, num_bytes: int) -> None:

@@ -48,69 +48,57 @@ OLDER_NUM_IMAGE_TOKENS = 20_000
 
 
 @dataclass(frozen=True)
-class CheckpointSummary:
-    """What a directory holds, from its configuration and headers alone.
+class Checkpoint:
+    """A checked checkpoint: every tensor its model needs is there, in the right shape.
 
-    dtype is that of all tensors that are not quantised. quantization_bits and embedding_bits are 0
-    for floats; prefix_length is None without a prefix among the weights.
+    headers holds the tensors of the model and of a prefix, num_bytes is the size of all that are
+    stored. quantization_bits and embedding_bits are 0 for floats; prefix_length is None without a
+    prefix among the weights.
     """
 
+    directory: Path
+    config: ChatGLMConfig
+    headers: dict[str, TensorHeader]
     release: str
-    dtype: torch.dtype
     num_shards: int
     num_bytes: int
     quantization_bits: int
     embedding_bits: int
     prefix_length: int | None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all tensors that are not quantised."""
+        return self.headers["transformer.final_layernorm.weight"].dtype
+
     def __str__(self) -> str:
         """Describe the checkpoint in one line."""
         weights = f"int{self.quantization_bits}" if self.quantization_bits else str(self.dtype)[6:]
-        shards = "1 file" if self.num_shards == 1 else f"{self.num_shards} files"
-        size = (
-            f"{self.num_bytes / 1e9:.2f} GB"
-            if self.num_bytes >= 1e8
-            else f"{self.num_bytes / 1e6:.1f} MB"
-        )
         embedding = f", int{self.embedding_bits} embedding" if self.embedding_bits else ""
+        shards = "1 file" if self.num_shards == 1 else f"{self.num_shards} files"
+        size = f"{self.num_bytes / 1e6:.1f} MB"
+        if self.num_bytes >= 1e8:
+            size = f"{self.num_bytes / 1e9:.2f} GB"
         return f"{self.release}; {weights} weights{embedding}, {size} in {shards}"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checked checkpoint: every tensor its model needs is there, in the right shape.
-
-    headers holds the tensors of the model and of a prefix, and no others.
-    """
-
-    directory: Path
-    config: ChatGLMConfig
-    headers: dict[str, TensorHeader]
-    summary: CheckpointSummary
-
-
-def check_checkpoint(directory: str | Path) -> CheckpointSummary:
-    """Check the checkpoint in directory without reading a weight; return what it is.
-
-    FileNotFoundError names a missing file; ValueError a damaged file, a missing tensor or one of
-    the wrong shape, or another model's checkpoint.
-    """
-    return read_checkpoint(Path(directory)).summary
-
-
 def read_checkpoint(
-    directory: Path, config: ChatGLMConfig | None = None, *, use_safetensors: bool | None = None
+    directory: str | Path,
+    config: ChatGLMConfig | None = None,
+    *,
+    use_safetensors: bool | None = None,
 ) -> Checkpoint:
     """Return the checked checkpoint in directory; config is read from it unless given.
 
-    Raises what check_checkpoint raises.
+    No weight is read. FileNotFoundError names a missing file; ValueError a damaged file, a missing
+    tensor or one of the wrong shape, or another model's checkpoint.
     """
+    directory = Path(directory)
     weight_files = find_weight_files(directory, use_safetensors=use_safetensors)
     if config is None:
         config = read_config(directory)
     headers = read_headers(weight_files)
-    bits = _weight_bits(headers, config)
-    embedding_bits = _embedding_bits(headers, config)
+    bits, embedding_bits = _stored_bits(directory, headers, config)
     expected = _expected_shapes(headers, config, bits)
     prefix_length = _add_prefix(expected, headers, config)
     _check_tensors(directory, headers, expected)
@@ -123,16 +111,17 @@ def read_checkpoint(
             directory,
             shorten(unknown),
         )
-    summary = CheckpointSummary(
+    return Checkpoint(
+        directory,
+        config,
+        {name: headers[name] for name in expected},
         release=release_name(config, _num_image_tokens(directory, config)),
-        dtype=headers["transformer.final_layernorm.weight"].dtype,
         num_shards=len(weight_files),
         num_bytes=sum(header.num_bytes for header in headers.values()),
         quantization_bits=bits,
         embedding_bits=embedding_bits,
         prefix_length=prefix_length,
     )
-    return Checkpoint(directory, config, {name: headers[name] for name in expected}, summary)
 
 
 def read_config(directory: Path) -> ChatGLMConfig:
@@ -168,31 +157,32 @@ def _packed_bits(header: TensorHeader | None, columns: int) -> int:
     return 4 if header.shape[1] * 2 == columns else 8
 
 
-def _weight_bits(headers: dict[str, TensorHeader], config: ChatGLMConfig) -> int:
-    """Return the bits of the layers' weights; ValueError when config.json says otherwise."""
+def _stored_bits(
+    directory: Path, headers: dict[str, TensorHeader], config: ChatGLMConfig
+) -> tuple[int, int]:
+    """Return the bits of the layers' weights and of the embedding, 0 for floats.
+
+    ValueError where the configuration says otherwise.
+    """
     name = f"transformer.layers.0.{LAYER_LINEARS[0]}.weight"
-    bits, given = _packed_bits(headers.get(name), config.hidden_size), config.quantization_bit
+    bits = _packed_bits(headers.get(name), config.hidden_size)
+    embedding_bits = _packed_bits(headers.get(EMBEDDING), config.hidden_size)
+    given = config.quantization_bit
     if given:
         check_bits(given)
     if given and bits not in (0, given):
         raise ValueError(
-            f"quantization_bit is {given}, but the weights in {headers[name].file.parent} are "
-            f"stored with {bits} bits; leave it out, or give the float16 release."
+            f"quantization_bit is {given}, but the weights in {directory} are stored with {bits} "
+            "bits; leave it out, or give the float16 release."
         )
-    return bits
-
-
-def _embedding_bits(headers: dict[str, TensorHeader], config: ChatGLMConfig) -> int:
-    """Return the bits of the embedding; ValueError when config.json says otherwise."""
-    bits = _packed_bits(headers.get(EMBEDDING), config.hidden_size)
-    given = config.embedding_quantization_bit
-    if given and given != bits:
-        stored = f"{bits} bits" if bits else "floats"
+    if config.embedding_quantization_bit not in (0, embedding_bits):
+        stored = f"{embedding_bits} bits" if embedding_bits else "floats"
         raise ValueError(
-            f"embedding_quantization_bit is {given}, but {EMBEDDING} is stored as {stored}; leave "
-            "it out of config.json; the embedding can be quantised after loading."
+            f"embedding_quantization_bit is {config.embedding_quantization_bit}, but {EMBEDDING} "
+            f"is stored as {stored}; leave it out of config.json; the embedding can be quantised "
+            "after loading."
         )
-    return bits
+    return bits, embedding_bits
 
 
 def _expected_shapes(

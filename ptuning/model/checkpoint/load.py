@@ -60,7 +60,7 @@ def load_pretrained(
 
     load is transformers' `from_pretrained`, bound to the class; kwargs are its arguments and three
     more: quantization_bit=4 or 8 quantises float weights as they are read, quantization_backend
-    names what runs them, adapter_name=None attaches no adapter. Raises what `check_checkpoint`
+    names what runs them, adapter_name=None attaches no adapter. Raises what `read_checkpoint`
     raises, before any weight is read; never runs code that came with the weights.
     """
     _refuse_arguments(name_or_path, kwargs)
@@ -74,27 +74,26 @@ def load_pretrained(
     unties = config.tie_word_embeddings is False
     config.tie_word_embeddings = may_lack_head
     checkpoint = read_checkpoint(directory, config, use_safetensors=use_safetensors)
-    summary = checkpoint.summary
     config.tie_word_embeddings = not unties and head_is_embedding(checkpoint)
     _check_device_map(kwargs.get("device_map"), config)
-    logger.info("%s: %s", name_or_path, summary)
-    if summary.prefix_length is not None and config.pre_seq_len is None:
+    logger.info("%s: %s", name_or_path, checkpoint)
+    if checkpoint.prefix_length is not None and config.pre_seq_len is None:
         logger.warning(
             "%s also holds a trained prefix of %d tokens, which is not loaded with the model; load "
             "it in Python with ptuning.load_prefix(model, %r).",
             name_or_path,
-            summary.prefix_length,
+            checkpoint.prefix_length,
             str(directory),
         )
-    config.quantization_bit = config.quantization_bit or summary.quantization_bits
-    config.embedding_quantization_bit = summary.embedding_bits
+    config.quantization_bit = config.quantization_bit or checkpoint.quantization_bits
+    config.embedding_quantization_bit = checkpoint.embedding_bits
     wants_info = kwargs.pop("output_loading_info", False)
     tensors = stored_tensors(
         checkpoint,
         with_prefix=config.pre_seq_len is not None,
         device=_only_device(kwargs.get("device_map")),
     )
-    with bars_for(summary.num_bytes):
+    with bars_for(checkpoint.num_bytes):
         model, info = load(
             None,
             *model_args,

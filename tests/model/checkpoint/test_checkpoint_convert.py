@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from ptuning.model.checkpoint import convert as checkpoint_convert
 from ptuning.model.checkpoint.convert import convert_checkpoint
-from ptuning.model.checkpoint.layout import check_checkpoint
+from ptuning.model.checkpoint.layout import read_checkpoint
 from tests.model.published import (
     golden_config,
     golden_tensors,
@@ -38,7 +38,7 @@ def test_converted_checkpoint_is_the_same_model_in_one_copy(golden: Path, tmp_pa
         "MODEL_LICENSE",
         "model.safetensors",
     }
-    assert summary == check_checkpoint(tmp_path / "out")
+    assert summary == read_checkpoint(tmp_path / "out")
     tensors = golden_tensors(golden)
     assert summary.num_bytes == sum(v.nbytes for k, v in tensors.items() if k != "lm_head.weight")
     first, second = AutoModel.from_pretrained(source), AutoModel.from_pretrained(tmp_path / "out")

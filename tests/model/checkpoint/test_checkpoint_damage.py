@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from ptuning.model.chatglm import ChatGLMModel
-from ptuning.model.checkpoint.layout import check_checkpoint
+from ptuning.model.checkpoint.layout import read_checkpoint
 from tests.model.published import (
     golden_config,
     golden_tensors,
@@ -37,9 +37,9 @@ def single(golden: Path, tmp_path: Path) -> Path:
 
 
 def complaint(directory: Path, kind: type[Exception] = ValueError) -> str:
-    """What check_checkpoint and from_pretrained both say; they must not differ."""
+    """What read_checkpoint and from_pretrained both say; they must not differ."""
     with pytest.raises(kind) as checked:
-        check_checkpoint(directory)
+        read_checkpoint(directory)
     with pytest.raises(kind) as loaded:
         AutoModel.from_pretrained(directory)
     text = str(checked.value)
@@ -253,19 +253,19 @@ def test_bad_index_is_named(shards: Path, content: str) -> None:
 def test_bad_config_is_named(shards: Path, content: str) -> None:
     (shards / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json"):
-        check_checkpoint(shards)
+        read_checkpoint(shards)
 
 
 def test_missing_directory_config_and_weights_are_told_apart(golden: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist; give the directory"):
-        check_checkpoint(tmp_path / "nothing")
+        read_checkpoint(tmp_path / "nothing")
     write_companions(tmp_path / "no-weights", golden_config(golden))
     with pytest.raises(FileNotFoundError, match="has no weights"):
         AutoModel.from_pretrained(tmp_path / "no-weights")
     make_published(golden, tmp_path / "no-config")
     (tmp_path / "no-config" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        check_checkpoint(tmp_path / "no-config")
+        read_checkpoint(tmp_path / "no-config")
 
 
 def test_bits_that_contradict_the_stored_ones_are_named(golden: Path, tmp_path: Path) -> None:

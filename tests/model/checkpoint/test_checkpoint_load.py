@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint import files as checkpoint_files
-from ptuning.model.checkpoint.layout import check_checkpoint, float_shapes, prefix_shapes
+from ptuning.model.checkpoint.layout import float_shapes, prefix_shapes, read_checkpoint
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.quantization.layers import quantize_embeddings_
 from tests.model.published import (
@@ -231,7 +231,7 @@ def test_summary_says_what_lies_there_without_reading_weights(
     monkeypatch.setattr(
         checkpoint_files.CheckpointReader, "read", None
     )  # a weight that is read ends the test
-    summary = check_checkpoint(directory)
+    summary = read_checkpoint(directory)
     assert (summary.num_shards, summary.dtype, summary.quantization_bits) == (8, torch.float16, 0)
     stored = published_order(golden_tensors(golden)).values()
     assert summary.num_bytes == sum(value.nbytes for value in stored)
@@ -317,7 +317,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="is for model_type 'llama'"):
-        check_checkpoint(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_variants_are_refused(published: Path) -> None:

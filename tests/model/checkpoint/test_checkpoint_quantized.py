@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 import ptuning
 from ptuning.model.checkpoint.files import CheckpointReader, TensorHeader
-from ptuning.model.checkpoint.layout import check_checkpoint
+from ptuning.model.checkpoint.layout import read_checkpoint
 from ptuning.model.checkpoint.load import quantized_when_read
 from ptuning.model.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from ptuning.model.quantization.reference import dequantize_weight, quantize_weight
@@ -52,7 +52,7 @@ def test_published_numbers(golden: Path, tmp_path: Path, bits: int, form: str) -
 
 
 def test_summary_of_a_slim_release(golden: Path, tmp_path: Path) -> None:
-    summary = check_checkpoint(make_quantized(golden, tmp_path, 4))
+    summary = read_checkpoint(make_quantized(golden, tmp_path, 4))
     assert (summary.quantization_bits, summary.embedding_bits, summary.num_shards) == (4, 0, 1)
     assert "; int4 weights, " in str(summary)
 
@@ -87,7 +87,7 @@ def test_quantised_embedding_means_its_dequantised_values(
     golden: Path, tmp_path: Path, embedding_bits: int, tied: bool
 ) -> None:
     directory = make_qe(golden, tmp_path / "qe", embedding_bits, tied=tied)
-    assert f"int4 weights, int{embedding_bits} embedding" in str(check_checkpoint(directory))
+    assert f"int4 weights, int{embedding_bits} embedding" in str(read_checkpoint(directory))
     model = AutoModel.from_pretrained(directory, dtype=torch.float32)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, QuantizedEmbedding)
@@ -133,7 +133,7 @@ def test_half_quantised_tables_are_refused(golden: Path, tmp_path: Path) -> None
     with pytest.raises(
         ValueError, match=r"one of transformer.word_embeddings.weight and lm_head.weight as int8"
     ):
-        check_checkpoint(directory)
+        read_checkpoint(directory)
 
 
 def test_backend_is_chosen_by_name(golden: Path, tmp_path: Path) -> None:
