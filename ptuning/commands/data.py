@@ -28,7 +28,6 @@ from ptuning.data.checking.findings import (
 from ptuning.data.checking.lengths import (
     as_percent,
     length_values,
-    number_of,
     sides_of,
     table_lines,
 )
@@ -36,7 +35,7 @@ from ptuning.data.formats import NoAnswers
 from ptuning.data.mixing import MixSource
 from ptuning.data.parsing import write_json
 from ptuning.data.prompts import COLUMN_FIELDS, RowFormat, TextRow, to_example
-from ptuning.data.raw_file import as_places
+from ptuning.data.raw_file import as_places, number_of
 from ptuning.data.reading import find_files
 from ptuning.output import Progress
 from ptuning.scoring.pictures import check_picture_name, draw_length_histogram

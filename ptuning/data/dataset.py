@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from ptuning.data.mixing import draw_rows
 from ptuning.data.prompts import Example, RowFormat, to_example
-from ptuning.data.raw_file import DataError, unreadable
+from ptuning.data.raw_file import DataError, number_of, unreadable
 from ptuning.data.reading import FileRows, read_rows
 from ptuning.data.tokenization import IGNORED_LABEL, to_generation_batch, to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
@@ -123,7 +123,7 @@ class DataSummary:
         """Return the summary for printing, with what to change where something was lost."""
 
         def share(count: int) -> str:
-            return f"{count} {'row' if count == 1 else 'rows'} ({count / self.num_kept:.1%})"
+            return f"{number_of(count, 'row')} ({count / self.num_kept:.1%})"
 
         cached = " (tokens from the cache)" if self.from_cache else ""
         lines = [f"{self.source}: {self.heading}{cached}", *(f"  {line}" for line in self.found)]

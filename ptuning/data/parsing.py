@@ -31,6 +31,7 @@ from ptuning.data.raw_file import (
     as_places,
     decode_text,
     find_encoding_fault,
+    number_of,
     quoted,
     read_contents,
 )
@@ -100,7 +101,7 @@ class DataFile:
     def notes(self) -> list[str]:
         """What was not read as written; complete once rows() has been read."""
         return self.opening_notes + [
-            f"{len(places):,} {noun}{'s' * (len(places) != 1)} inside the file left out "
+            f"{number_of(len(places), noun)} inside the file left out "
             f"({as_places(places, self.unit)})"
             for noun, places in self.skipped.items()
         ]
@@ -176,8 +177,7 @@ def _open_object(file: DataFile, start: int) -> None:
         if found is not None:
             rows, arrangement = found
             file.unit, file.num_rows = "row", len(rows)
-            plural = "s" * (len(rows) != 1)
-            file.opening_notes.append(f"{arrangement}: read as {len(rows):,} row{plural}")
+            file.opening_notes.append(f"{arrangement}: read as {number_of(len(rows), 'row')}")
             file.read = lambda _: (
                 _to_row(file.path, number, one, "row") for number, one in enumerate(rows, start=1)
             )

@@ -107,6 +107,15 @@ def quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
 
 
+def number_of(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    >>> number_of(1, "row"), number_of(2000, "row")
+    ('1 row', '2,000 rows')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def as_places(places: Sequence[int], unit: str, most: int | None = MAX_PLACES) -> str:
     """Name places, consecutive ones as a range; most None names all.
 

@@ -28,7 +28,7 @@ from ptuning.data.parsing import (
     parse_json,
 )
 from ptuning.data.prompts import RowFormat, TextRow
-from ptuning.data.raw_file import MAX_PLACES, DataError, RawRow, as_places
+from ptuning.data.raw_file import MAX_PLACES, DataError, RawRow, as_places, number_of
 
 # Columns that belong to a prompt if they are filled, and columns that never do
 PROMPT_PARTS = {
@@ -95,7 +95,7 @@ class FileRows:
     def heading(self, num_kept: int, kept: str) -> str:
         """Say how many rows there are; kept is what became of num_kept."""
         made = "" if self.num_made == self.num_read else f", {self.num_made:,} answers in them"
-        return f"{_number(self.num_read)} read{made}, {num_kept:,} {kept}"
+        return f"{number_of(self.num_read, 'row')} read{made}, {num_kept:,} {kept}"
 
     def lines(self, *, left_out: str, most: int | None = MAX_PLACES) -> list[str]:
         """Say what was found and what was not used; left_out is the verb for rows not kept.
@@ -105,28 +105,24 @@ class FileRows:
         lines = [f"format {self.layout}"]
         if self.unused:
             unused = [
-                f"{name} (filled in {count:,} of {_number(self.num_read)})"
+                f"{name} (filled in {count:,} of {number_of(self.num_read, 'row')})"
                 for name, count in self.unused.items()
             ]
             lines.append(f"columns not used: {', '.join(unused)}")
         lines += self.notes
         for reason, places in self.dropped.items():
-            share = f"{len(places) / self.num_made:.1%}"
+            rows = f"{number_of(len(places), 'row')} ({len(places) / self.num_made:.1%})"
             where = as_places(sorted(places), self.unit, most)
-            lines.append(f"{_number(len(places))} ({share}) {left_out}: {reason} ({where})")
+            lines.append(f"{rows} {left_out}: {reason} ({where})")
         if self.left_out is not None:
             lines.append(f"{self.left_out}; {self.left_out.remedy}")
         if self.leaks:
             lines.append(
-                f"{_number(len(self.leaks))} with a history that holds their own question and "
-                "answer, which is learned as copying: delete that turn "
+                f"{number_of(len(self.leaks), 'row')} with a history that holds their own question "
+                "and answer, which is learned as copying: delete that turn "
                 f"({as_places(self.leaks, self.unit, most)})"
             )
         return lines
-
-
-def _number(count: int) -> str:
-    return f"{count:,} row" if count == 1 else f"{count:,} rows"
 
 
 def read_rows(

@@ -45,16 +45,11 @@ class Header(NamedTuple):
     nameless: bool
     separator_record: list[str]  # the fields of Excel's `sep=;` line; [] if there is none
 
-    @property
-    def delimiter_name(self) -> str:
-        """The delimiter in words, plural."""
-        return DELIMITERS.get(self.delimiter, repr(self.delimiter))
-
     def notes(self) -> list[str]:
         """Say what was detected, since it may not be what was meant."""
         notes = []
         if self.delimiter != ",":
-            notes.append(f"fields are separated by {self.delimiter_name}")
+            notes.append(f"fields are separated by {_name_of(self.delimiter)}")
         if self.nameless:
             notes.append("column 1 has no name and is left out, as the index that pandas writes")
         return notes
@@ -168,7 +163,7 @@ def read_delimited(
                 path,
                 number,
                 f"{len(fields)} fields, but the {place} names {len(names)}; put quotes around "
-                f"fields with {header.delimiter_name}.",
+                f"fields with {_name_of(header.delimiter)}.",
             )
             continue
         columns = dict(zip(names, fields, strict=True))
@@ -180,6 +175,10 @@ def read_delimited(
         yield DataError(path, header.line, message)
 
 
+def _name_of(delimiter: str) -> str:
+    return DELIMITERS.get(delimiter, repr(delimiter))
+
+
 def _broken(error: csv.Error, delimiter: str) -> str:
     """Say what is wrong with a record, and how to mend it."""
     kind = "TSV" if delimiter == "\t" else "CSV"
@@ -188,7 +187,7 @@ def _broken(error: csv.Error, delimiter: str) -> str:
             f"broken {kind}: a quote that opens in this row is never closed; close it, and write a "
             'quote inside a field as "".'
         )
-    name = DELIMITERS.get(delimiter, repr(delimiter))
+    name = _name_of(delimiter)
     return f"broken {kind}: {error}; put quotes around fields with {name} or quotes."
 
 

@@ -18,13 +18,12 @@ from ptuning.data.checking.lengths import (
     as_percent,
     histogram_lines,
     length_values,
-    number_of,
     sides_of,
     table_lines,
 )
 from ptuning.data.formats import Layout, suggest_flags
 from ptuning.data.prompts import RowFormat
-from ptuning.data.raw_file import DecodedText, as_places
+from ptuning.data.raw_file import DecodedText, as_places, number_of
 from ptuning.data.reading import LeftOut
 
 MOST_EXAMPLES = 5  # places and examples listed for one finding

@@ -137,15 +137,6 @@ def _bin_label(edges: list[int], index: int) -> str:
     return f"{low}-{last}" if last > low else str(low)
 
 
-def number_of(count: int, noun: str) -> str:
-    """Return a count with its noun.
-
-    >>> number_of(1, "row"), number_of(2000, "row")
-    ('1 row', '2,000 rows')
-    """
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def as_percent(share: float) -> str:
     """Return a share, 0 to 1, as a percentage; only zero reads 0.0%.
 
