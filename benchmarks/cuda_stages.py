@@ -315,12 +315,12 @@ def decode(target: Target, bits: int, cases: Sequence[Decoding]) -> Iterator[Fig
     for num_rows, batch, graphs in cases:
         asked = dict(enumerate(questions[:num_rows]))
         warm = dict(enumerate(questions[:batch]))
-        run(warm, max_rows=batch, record_steps=graphs)  # compiles kernels
-        speed = run(asked, max_rows=batch, record_steps=graphs)
+        run(warm, max_rows=batch, use_graphs=graphs)  # compiles kernels
+        speed = run(asked, max_rows=batch, use_graphs=graphs)
         name = f"{num_rows} rows, batch {batch}{'' if graphs else ', no graphs'}"
         yield from speed_figures(name, speed, bandwidth)
     few = {0: questions[0]._replace(num_answer_tokens=12)}
-    work = partial(run, few, max_rows=1, record_steps=False)
+    work = partial(run, few, max_rows=1, use_graphs=False)
     yield from profiled(target, "batch 1, 12 tokens, no graphs", work)
 
 

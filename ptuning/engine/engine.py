@@ -143,7 +143,8 @@ class Engine:
         """Prefill new rows and choose their first tokens."""
         prompts = [row.prompt for row in rows]
         staying = [row.request.prefixes for row in self.rows]
-        found = prefill(self.model.transformer, prompts, self._prefixes_of(rows, staying))
+        prefixes = self._lookup_prefixes(rows, staying)
+        found = prefill(self.model.transformer, prompts, prefixes)
         first_slot = len(self.rows)
         self._reserve([*self.rows, *rows], max(map(len, prompts)))
         self.slots.write(first_slot, found.cache, found.spans)
@@ -157,9 +158,9 @@ class Engine:
         """Return the final states (R, E) of every row's newest token."""
         if self.graphed is not None:
             return self.graphed.step(rows, self.slots, self.prefix_cache)
-        return decode_step(self.model.transformer, rows, self.slots, self._prefixes_of(rows))
+        return decode_step(self.model.transformer, rows, self.slots, self._lookup_prefixes(rows))
 
-    def _prefixes_of(
+    def _lookup_prefixes(
         self, rows: Sequence[Row], staying: Sequence[PrefixMix] = ()
     ) -> BatchPrefixes | None:
         return self.prefix_cache.lookup([row.request.prefixes for row in rows], staying=staying)

@@ -26,15 +26,14 @@ from ptuning.model.chatglm import ChatGLMModel
 
 ROWS_STEP = 8  # row counts above 8 are padded to a multiple of it, smaller ones to a power of 2
 COLUMNS_STEP = 64
-# A capture costs about four eager steps on the host, by count and not measured: the reference step,
-# the warm-up, the capture with its instantiation, and the replay that is validated. So a shape is
-# captured only once it has recurred, and a mix of prefixes much later, since any row that joins or
-# leaves changes the mix.
+# A capture costs the host about four eager steps (by count, not measured): reference step, warm-up,
+# capture and validated replay. So a shape is captured only once it has recurred, and a mix of
+# prefixes much later, since any row that is admitted or evicted changes the mix.
 STEPS_BEFORE, MIXED_STEPS_BEFORE = 3, 16
 # The least recently used graph beyond this many is evicted. 128 rows meet 19 row counts x 3 widths
-# (192 columns) = 57 shapes, which all fit, so they do not evict one another in turn. A graph holds
-# its output, at most 1 MiB (128 x 4096 in half precision), and CUDA's record of some 830 kernels:
-# before driver 550, 64 KiB each or 3.2 GiB in 64 graphs; less since then.
+# (192 columns) = 57 shapes, which all fit. A graph holds its output, at most 1 MiB (128 x 4096 in
+# half precision), and CUDA's record of some 830 kernels: 64 KiB each before driver 550, 3.2 GiB in
+# 64 graphs; less since then.
 # Source: https://docs.pytorch.org/docs/stable/torch.compiler_cudagraph_trees.html
 MAX_GRAPHS = 64
 MAX_SHAPES = 4096  # whose eager steps are counted
@@ -66,18 +65,11 @@ class Shape(NamedTuple):
 class GraphedSteps:
     """Runs decoding steps, replaying a CUDA graph wherever a shape recurs."""
 
-    def __init__(
-        self, transformer: ChatGLMModel, make_capture: Callable[[], Capture] | None = None
-    ) -> None:
-        """Take a model on CUDA; make_capture replaces CUDA's own capture in tests."""
+    def __init__(self, transformer: ChatGLMModel) -> None:
         self.transformer = transformer
         self.disabled_reason = ""  # set once a capture has failed
         self.graphs: dict[Shape, Graph] = {}  # least recently used first
-        # Not a bound method: that would be a reference cycle, and keep the graphs' memory until the
-        # garbage collector runs.
-        self._make_capture = make_capture or (
-            lambda: CudaCapture(transformer.final_layernorm.weight.device)
-        )
+        self.new_capture: Callable[[torch.device], Capture] = CudaCapture  # tests replace it
         self._capture: Capture | None = None
         self._steps: Counter[Shape] = Counter()  # eager steps by shape
         self._addresses: tuple[Slots, int, int] | None = None
@@ -143,7 +135,7 @@ class GraphedSteps:
         if not bool(expected[: len(rows)].isfinite().all()):
             del self._steps[shape]  # the model overflows: nothing to validate against
             return expected
-        capture = self._capture or self._make_capture()
+        capture = self._capture or self.new_capture(device)
         try:
             replay, output = capture(work)
             replay()

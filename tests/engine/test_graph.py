@@ -60,7 +60,8 @@ def capture():
 
 
 def graphed(engine, capture):
-    engine.graphed = GraphedSteps(engine.model.transformer, lambda: capture)
+    engine.graphed = GraphedSteps(engine.model.transformer)
+    engine.graphed.new_capture = lambda _device: capture
     return engine
 
 

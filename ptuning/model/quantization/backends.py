@@ -42,7 +42,7 @@ class Backend(Protocol):
 
 
 class BackendReport(NamedTuple):
-    """One line of the doctor's table; reason is None for an available back end."""
+    """Whether a back end runs; reason is None for one that does."""
 
     name: str
     available: bool
