@@ -10,11 +10,21 @@ import io
 import logging
 import os
 import sys
+from typing import Any
 
 from ptuning.commands.registry import KEY_VARIABLE, PASSWORD_VARIABLE
-from ptuning.serve.startup import check_address, check_guarded, choose_served, loading_options
+from ptuning.serve.startup import check_address, check_guarded, choose_served
 
 logger = logging.getLogger(__name__)
+
+
+def _loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that `Session.load` takes."""
+    return {
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "quantization_bit": arguments.quantization_bit,
+    }
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -30,7 +40,7 @@ def chat(arguments: argparse.Namespace) -> int:
         for stream in (sys.stdin, sys.stdout):
             if isinstance(stream, io.TextIOWrapper):  # pipes are UTF-8 whatever the locale
                 stream.reconfigure(encoding="utf-8", errors="replace")
-    with Session.load(served.model, max_rows=1, **loading_options(arguments)) as session:
+    with Session.load(served.model, max_rows=1, **_loading_options(arguments)) as session:
         for name, path in served.prefixes.items():
             session.add_prefix(name, path)
         TerminalChat(
@@ -69,13 +79,15 @@ def serve(arguments: argparse.Namespace) -> int:
     from ptuning.serve.api import serve as run_server
     from ptuning.serve.client import EndedProcessError, EngineClient
 
-    api_key = arguments.api_key or os.environ.get(KEY_VARIABLE)
+    api_key = arguments.api_key
+    if api_key is None:  # an empty one is refused, not replaced
+        api_key = os.environ.get(KEY_VARIABLE)
     check_address(arguments.host, arguments.port, api_key)
     with EngineClient.load(
         served.model,
         max_rows=arguments.max_rows,
         max_queue=arguments.max_queue,
-        **loading_options(arguments),
+        **_loading_options(arguments),
     ) as session:
         for name, path in served.prefixes.items():
             session.add_prefix(name, path)
@@ -95,7 +107,9 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def web(arguments: argparse.Namespace) -> int:
     """Load, then show the demo page until Ctrl-C; only to this machine unless a password is set."""
-    password = arguments.password or os.environ.get(PASSWORD_VARIABLE)
+    password = arguments.password
+    if password is None:  # an empty one is refused, not replaced
+        password = os.environ.get(PASSWORD_VARIABLE)
     check_guarded(arguments.host, password, flag="--password")
     served = choose_served(arguments.model, arguments.prefix)
     if importlib.util.find_spec("gradio") is None:
@@ -109,7 +123,7 @@ def web(arguments: argparse.Namespace) -> int:
     from ptuning.serve.web import build_page, launch
     from ptuning.serve.web_talk import WebTalk
 
-    with Session.load(served.model, **loading_options(arguments)) as session:
+    with Session.load(served.model, **_loading_options(arguments)) as session:
         for name, path in served.prefixes.items():
             session.add_prefix(name, path)
         blocks = build_page(WebTalk(session))

@@ -157,9 +157,8 @@ class Scheduler:
         with self._wake:
             self._is_closed = True
             self._wake.notify()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         while self._process_inbox():

@@ -4,12 +4,11 @@ Without a named model they take the newest tuning result, or the nano model. An 
 machines can reach requires a key or a password.
 """
 
-import argparse
 import ipaddress
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ptuning.storage import INFO_NAME
 from ptuning.tunings.artefact import PREFIX_CONFIG_NAME
@@ -75,15 +74,6 @@ def choose_served(
     model = model or str(NANO_DIR)
     find_model(model)  # refuses a name that stands for no model
     return Served(model, named)
-
-
-def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags that `Session.load` takes."""
-    return {
-        "dtype": arguments.dtype,
-        "device": arguments.device,
-        "quantization_bit": arguments.quantization_bit,
-    }
 
 
 def check_guarded(host: str, secret: str | None, *, flag: str) -> None:

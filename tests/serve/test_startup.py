@@ -6,6 +6,8 @@ import socket
 
 import pytest
 
+from ptuning.__main__ import main
+from ptuning.commands.registry import KEY_VARIABLE, PASSWORD_VARIABLE
 from ptuning.serve.startup import check_address, choose_served, find_newest, is_loopback
 from ptuning.tunings.loading import NANO_DIR
 
@@ -83,3 +85,11 @@ def test_a_port_in_use_is_refused_before_anything_is_loaded() -> None:
     check_address("127.0.0.1", port, None)
     with pytest.raises(ValueError, match="--port 70000"):
         check_address("127.0.0.1", 70000, None)
+
+
+@pytest.mark.parametrize("line", ["serve --api_key", "web --password"])
+def test_an_empty_secret_is_refused_though_the_variable_has_one(line, monkeypatch, capsys) -> None:
+    for variable in (KEY_VARIABLE, PASSWORD_VARIABLE):
+        monkeypatch.setenv(variable, "secret")
+    assert main([*line.split(), ""]) == 2
+    assert f"{line.split()[1]} is empty" in capsys.readouterr().err
