@@ -79,6 +79,99 @@ def to_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server failed; its log says why.", "internal_error")
 
 
+class EventNotifier:
+    """Sets events of the event loop from another thread, waking the loop once for many of them.
+
+    A wake-up is a system call of the engine's thread; one for every row would slow down its steps.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending: list[asyncio.Event] = []
+
+    def set_soon(self, loop: asyncio.AbstractEventLoop, progress: asyncio.Event) -> None:
+        """Have the loop set an event."""
+        with self._lock:
+            self._pending.append(progress)
+            is_first = len(self._pending) == 1
+        if is_first:
+            with suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(self._set_pending)
+
+    def _set_pending(self) -> None:
+        with self._lock:
+            pending, self._pending = self._pending, []
+        for progress in pending:
+            progress.set()
+
+
+class RequestMonitor:
+    """Wakes the handler of one request: on new tokens, on its timeout, on a disconnect."""
+
+    def __init__(
+        self, receive: Receive, notifier: EventNotifier, *, timeout_s: float, every_token: bool
+    ) -> None:
+        """Start the timeout; every_token False wakes the handler at the end of the answer only."""
+        self._notifier = notifier
+        self._every_token = every_token
+        self._loop = asyncio.get_running_loop()
+        self._progress = asyncio.Event()
+        self._error: Exception | None = None
+        late = AnswerTimeoutError(f"the answer took over {timeout_s:g} s; ask for fewer tokens.")
+        self._timer = self._loop.call_later(timeout_s, self._fail, late)
+        self._watch = asyncio.create_task(self._watch_client(receive))
+
+    def on_progress(self, finished: bool) -> None:
+        """Wake the handler; called in another thread."""
+        if (finished or self._every_token) and not self._progress.is_set():
+            self._notifier.set_soon(self._loop, self._progress)
+
+    async def wait(self) -> None:
+        """Wait for progress; raises AnswerTimeoutError or ClientGoneError."""
+        await self._progress.wait()
+        self._progress.clear()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._timer.cancel()
+        self._watch.cancel()
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        self._progress.set()
+
+    async def _watch_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        self._fail(ClientGoneError())
+
+
+async def _start_in_thread(start: Callable[[], Answer]) -> Answer:
+    """Start an answer outside the event loop, since tokenizing a long prompt takes a while."""
+    task = asyncio.ensure_future(asyncio.to_thread(start))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        # The thread continues; its answer is dropped, which stops the computation.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        raise
+
+
+async def _pieces(answer: Answer, monitor: RequestMonitor) -> AsyncIterator[str]:
+    """Yield new text, at the end even if it is empty; SessionClosedError if the server stops."""
+    while True:
+        piece = answer.poll()
+        if piece or answer.finish_reason is not None:
+            yield piece
+        if answer.finish_reason == "cancelled":
+            raise SessionClosedError("the server is shutting down.")
+        if answer.finish_reason is not None:
+            return
+        await monitor.wait()
+
+
 class Api:
     """The handlers and what they share."""
 
@@ -111,16 +204,8 @@ class Api:
             every_token=bool(body.stream or body.stops()),
         )
         try:
-            answer = await _start_in_thread(
-                partial(
-                    self.session.chat,
-                    query,
-                    history,
-                    body.model,
-                    on_progress=monitor.on_progress,
-                    **options,
-                )
-            )
+            start = partial(self.session.chat, query, history, body.model, **options)
+            answer = await _start_in_thread(partial(start, on_progress=monitor.on_progress))
         except BaseException:
             monitor.close()
             raise
@@ -136,7 +221,7 @@ class Api:
         self,
         body: ChatBody | CompletionBody,
         answer: Answer,
-        monitor: "RequestMonitor",
+        monitor: RequestMonitor,
         formatter: ReplyFormatter,
     ) -> AsyncIterator[bytes]:
         """Yield the events of one answer; an error after the start is an event too."""
@@ -161,7 +246,7 @@ class Api:
                 yield event(to_api_error(error).body())
 
     @contextmanager
-    def _closing(self, model: str, answer: Answer, monitor: "RequestMonitor") -> Iterator[None]:
+    def _closing(self, model: str, answer: Answer, monitor: RequestMonitor) -> Iterator[None]:
         """Stop the answer and count its tokens, however the block ends."""
         try:
             yield
@@ -300,98 +385,3 @@ def serve(server: uvicorn.Server) -> None:
         server.run()
     except KeyboardInterrupt:  # raised again by uvicorn after its shutdown
         logger.info("Stopped.")
-
-
-class EventNotifier:
-    """Sets events of the event loop from another thread, waking the loop once for many of them.
-
-    A wake-up is a system call of the engine's thread; one for every row would slow down its steps.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pending: list[asyncio.Event] = []
-
-    def set_soon(self, loop: asyncio.AbstractEventLoop, progress: asyncio.Event) -> None:
-        """Have the loop set an event."""
-        with self._lock:
-            self._pending.append(progress)
-            is_first = len(self._pending) == 1
-        if is_first:
-            with suppress(RuntimeError):  # the loop is closed: the server has ended
-                loop.call_soon_threadsafe(self._set_pending)
-
-    def _set_pending(self) -> None:
-        with self._lock:
-            pending, self._pending = self._pending, []
-        for progress in pending:
-            progress.set()
-
-
-class RequestMonitor:
-    """Wakes the handler of one request: on new tokens, on its timeout, on a disconnect."""
-
-    def __init__(
-        self, receive: Receive, notifier: EventNotifier, *, timeout_s: float, every_token: bool
-    ) -> None:
-        """Start the timeout; every_token False wakes the handler at the end of the answer only."""
-        self._notifier = notifier
-        self._every_token = every_token
-        self._loop = asyncio.get_running_loop()
-        self._progress = asyncio.Event()
-        self._error: Exception | None = None
-        late = AnswerTimeoutError(
-            f"the answer took longer than {timeout_s:g} s; ask for fewer tokens."
-        )
-        self._timer = self._loop.call_later(timeout_s, self._fail, late)
-        self._watch = asyncio.create_task(self._watch_client(receive))
-
-    def on_progress(self, finished: bool) -> None:
-        """Wake the handler; called in another thread."""
-        if (finished or self._every_token) and not self._progress.is_set():
-            self._notifier.set_soon(self._loop, self._progress)
-
-    async def wait(self) -> None:
-        """Wait for progress; raises AnswerTimeoutError or ClientGoneError."""
-        await self._progress.wait()
-        self._progress.clear()
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._timer.cancel()
-        self._watch.cancel()
-
-    def _fail(self, error: Exception) -> None:
-        self._error = error
-        self._progress.set()
-
-    async def _watch_client(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            continue
-        self._fail(ClientGoneError())
-
-
-async def _start_in_thread(start: Callable[[], Answer]) -> Answer:
-    """Start an answer outside the event loop, since tokenizing a long prompt takes a while."""
-    task = asyncio.ensure_future(asyncio.to_thread(start))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        # The thread continues; its answer is dropped, which stops the computation.
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        raise
-
-
-async def _pieces(answer: Answer, monitor: RequestMonitor) -> AsyncIterator[str]:
-    """Yield new text, at the end even if it is empty; SessionClosedError if the server stops."""
-    while True:
-        piece = answer.poll()
-        if piece or answer.finish_reason is not None:
-            yield piece
-        if answer.finish_reason == "cancelled":
-            raise SessionClosedError("the server is shutting down.")
-        if answer.finish_reason is not None:
-            return
-        await monitor.wait()

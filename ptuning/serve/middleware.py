@@ -103,27 +103,32 @@ class AuthAndLimitsMiddleware:
             self.metrics.count_request(path, status, time.monotonic() - started_s)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        body = b""
-        error = None if self._has_key(request) else WRONG_KEY
-        if error is None:
-            try:
-                async with asyncio.timeout(BODY_TIMEOUT_S):
-                    body = await self._read_body(request)
-            except ClientDisconnect:
-                return
-            except TimeoutError:
-                error = ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s.")
-        if len(body) > self.max_body_bytes:
-            message = (
-                f"the body has more than {self.max_body_bytes} bytes, which is the limit; send "
-                "less history."
-            )
-            error = ApiError(413, message, code="request_too_large")
-        if error is not None:
-            await error.response()(scope, receive, send)
-        else:
+        body = await self._checked_body(Request(scope, receive))
+        if isinstance(body, ApiError):
+            await body.response()(scope, receive, send)
+        elif body is not None:
             await self.app(scope, _with_body(body, receive), send)
+
+    async def _checked_body(self, request: Request) -> bytes | ApiError | None:
+        """Return the body, the reason to refuse it, or None if the client disconnected."""
+        if not self._has_key(request):
+            return WRONG_KEY
+        body, num_bytes = b"", 0
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                async for chunk in request.stream():
+                    num_bytes += len(chunk)
+                    body = (body + chunk)[: self.max_body_bytes + 1]
+                    if num_bytes > self.max_body_bytes + DRAINED_BYTES:
+                        break
+        except ClientDisconnect:
+            return None
+        except TimeoutError:
+            return ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s.")
+        if len(body) > self.max_body_bytes:
+            limit = f"the body may have {self.max_body_bytes} bytes and has more"
+            return ApiError(413, f"{limit}; send less history.", code="request_too_large")
+        return body
 
     def _has_key(self, request: Request) -> bool:
         if self.api_key is None or request.scope["path"] in OPEN_PATHS:
@@ -131,17 +136,6 @@ class AuthAndLimitsMiddleware:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         is_right = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
         return scheme.lower() == "bearer" and is_right
-
-    async def _read_body(self, request: Request) -> bytes:
-        """Return the body; of an oversized one, one byte more than the limit."""
-        body = b""
-        num_bytes = 0
-        async for chunk in request.stream():
-            num_bytes += len(chunk)
-            body = (body + chunk)[: self.max_body_bytes + 1]
-            if num_bytes > self.max_body_bytes + DRAINED_BYTES:
-                break
-        return body
 
 
 WRONG_KEY = ApiError(
@@ -153,13 +147,9 @@ WRONG_KEY = ApiError(
 
 def _with_body(body: bytes, receive: Receive) -> Receive:
     """Return a receive function that gives the body again, then what follows it."""
-    is_given = False
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
-        nonlocal is_given
-        if is_given:
-            return await receive()
-        is_given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return messages.pop() if messages else await receive()
 
     return receive_again
