@@ -37,7 +37,6 @@ from ptuning.data.parsing import write_json
 from ptuning.data.prompts import COLUMN_FIELDS, RowFormat, TextRow, to_example
 from ptuning.data.raw_file import as_places, number_of
 from ptuning.data.reading import find_files
-from ptuning.output import Progress
 from ptuning.scoring.pictures import check_picture_name, draw_length_histogram
 from ptuning.storage import write_atomically
 from ptuning.tunings.loading import NANO_DIR, find_base, load_tokenizer
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ROWS = 1000  # rows encoded between two steps of the progress bar
 OUT_SUFFIXES = (".jsonl", ".json")
 
 
@@ -318,21 +316,18 @@ def _no_rows(files: Sequence["Conversion"], *, keep_unanswered: bool) -> str:
     return f"nothing is written: no row could be converted: {reasons}{more}."
 
 
-def _count_tokens(tokenizer: "ChatGLMTokenizer", rows: Sequence["ContractRow"]) -> np.ndarray:
+def _count_tokens(tokenizer: "ChatGLMTokenizer", rows: list["ContractRow"]) -> np.ndarray:
     """Return the tokens of prompt and answer of each row, (rows, 2); the prompt has the history."""
+    from ptuning.data.dataset import in_chunks
+
     lengths: list[int] = []
-    with Progress(len(rows), "counting tokens", leave=False) as progress:
-        for start in range(0, len(rows), CHUNK_ROWS):
-            chunk = rows[start : start + CHUNK_ROWS]
-            texts = []
-            for row in chunk:
-                history = tuple((question, answer) for question, answer in row["history"])
-                example = to_example(
-                    TextRow(1, row["prompt"], row["response"], history), RowFormat()
-                )
-                texts += [example.prompt, example.response]
-            lengths += map(len, tokenizer.encode_batch(texts))
-            progress.update(len(chunk))
+    for chunk in in_chunks(rows, "counting tokens"):
+        texts = []
+        for row in chunk:
+            history = tuple((question, answer) for question, answer in row["history"])
+            example = to_example(TextRow(1, row["prompt"], row["response"], history), RowFormat())
+            texts += [example.prompt, example.response]
+        lengths += map(len, tokenizer.encode_batch(texts))
     return np.array(lengths, dtype=np.int32).reshape(-1, 2)  # (rows, 2)
 
 

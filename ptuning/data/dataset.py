@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, compress
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from ptuning.storage import write_atomically
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3  # of the cache; raise it when the same settings give other tokens
+Item = TypeVar("Item")
 CHUNK_ROWS = 1000  # rows tokenized between two steps of the progress bar
 
 
@@ -211,7 +212,7 @@ def load_training_dataset(
     examples = [to_example(row, found) for row in rows.kept]
     encoded = [
         row
-        for chunk in _in_chunks(examples, path, show_progress)
+        for chunk in in_chunks(examples, f"tokenizing {path.name}", visible=show_progress)
         for row in to_training_batch(
             tokenizer,
             chunk,
@@ -277,7 +278,7 @@ def load_generation_dataset(
     asked = list(compress(examples, has_prompt))
     prompts: list[list[int]] = []
     prompts_cut = 0
-    for chunk in _in_chunks(asked, path, show_progress):
+    for chunk in in_chunks(asked, f"tokenizing {path.name}", visible=show_progress):
         ids, cuts = to_generation_batch(
             tokenizer,
             chunk,
@@ -321,12 +322,11 @@ def _keep_only(path: Path, rows: FileRows, is_kept: Sequence[bool], reason: str)
         raise NoRows(path, None, message)
 
 
-def _in_chunks(examples: list[Example], path: Path, visible: bool) -> Iterator[list[Example]]:
-    """Yield the examples in parts, moving a progress bar."""
-    title = f"tokenizing {path.name}"
-    with Progress(len(examples), title, visible=visible, leave=False) as progress:
-        for start in range(0, len(examples), CHUNK_ROWS):
-            chunk = examples[start : start + CHUNK_ROWS]
+def in_chunks(items: list[Item], title: str, *, visible: bool = True) -> Iterator[list[Item]]:
+    """Yield the items in parts of CHUNK_ROWS, moving a progress bar."""
+    with Progress(len(items), title, visible=visible, leave=False) as progress:
+        for start in range(0, len(items), CHUNK_ROWS):
+            chunk = items[start : start + CHUNK_ROWS]
             yield chunk
             progress.update(len(chunk))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ptuning.data.checking.findings import FileCounts
-from ptuning.data.dataset import CHUNK_ROWS, collector_paused
+from ptuning.data.dataset import CHUNK_ROWS, collector_paused, in_chunks
 from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
 from ptuning.data.parsing import DataFile, open_data
 from ptuning.data.prompts import Example, RowFormat, TextRow, to_example
@@ -71,15 +71,12 @@ def check_file(
     rows = _used_rows(counts, sources, counts.layout)
     lengths = []
     title = f"checking {counts.path.name}"
-    with Progress(len(rows), title, visible=show_progress, leave=False) as progress:
-        for start in range(0, len(rows), CHUNK_ROWS):
-            chunk = rows[start : start + CHUNK_ROWS]
-            examples = [to_example(row, row_format) for row in chunk]
-            for row, example in zip(chunk, examples, strict=True):
-                _count_text(counts, counts.layout, row, example)
-                _count_repeats(counts, row.line, example)
-            lengths.append(_count_tokens(counts, chunk, examples, tokenizer))
-            progress.update(len(chunk))
+    for chunk in in_chunks(rows, title, visible=show_progress):
+        examples = [to_example(row, row_format) for row in chunk]
+        for row, example in zip(chunk, examples, strict=True):
+            _count_text(counts, counts.layout, row, example)
+            _count_repeats(counts, row.line, example)
+        lengths.append(_count_tokens(counts, chunk, examples, tokenizer))
     if lengths:
         counts.lengths = np.concatenate(lengths)  # (rows, 2)
     _drop_whole_characters(counts.words["spelled_character"], tokenizer)
