@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.setting import json_file, machine, write_json
-from ptuning.data.general import FILE_NAME, read_general_prompts
+from ptuning.data.general_prompts import FILE_NAME, read_general_prompts
 from ptuning.nano.corpus import general_text, sample_general_prompts
 from ptuning.storage import write_atomically
 from ptuning.tunings.loading import NANO_DIR

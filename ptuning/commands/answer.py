@@ -10,7 +10,7 @@ import logging
 
 import torch
 
-from ptuning.data.general import read_general_prompts
+from ptuning.data.general_prompts import read_general_prompts
 from ptuning.data.prompts import Example
 from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ptuning.data.general import FILE_NAME as GENERAL_FILE
+from ptuning.data.general_prompts import FILE_NAME as GENERAL_FILE
 from ptuning.data.tokenizer import (
     BLANK_PIECES,
     CONTROL_PIECES,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptuning.data.general import GeneralPrompts
+from ptuning.data.general_prompts import GeneralPrompts
 from ptuning.data.prompts import Example
 from ptuning.data.tokenization import IGNORED_LABEL, pad_right, to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer

@@ -22,7 +22,7 @@ from ptuning.data.dataset import (
     mix_rows,
 )
 from ptuning.data.formats import UnknownColumns
-from ptuning.data.general import GeneralPrompts, find_general_prompts, read_general_prompts
+from ptuning.data.general_prompts import GeneralPrompts, find_general_prompts, read_general_prompts
 from ptuning.data.mixing import FORM, parse_mix
 from ptuning.data.raw_file import DataError
 from ptuning.data.reading import LeftOut

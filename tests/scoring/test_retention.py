@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from main import main
-from ptuning.data.general import GeneralPrompts
+from ptuning.data.general_prompts import GeneralPrompts
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.scoring.retention import MAX_NEW_TOKENS, RetentionRun, TokenScores, divergence

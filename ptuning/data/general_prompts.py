@@ -1,8 +1,7 @@
-"""General prompts: what a base is asked before and after tuning, to see what it has forgotten.
+"""General prompts: what a base is asked before and after tuning, to measure what it has forgotten.
 
-A file of them has a column `prompt`, in any form that data files have; further columns are not
-read. A base can carry its own set in its folder, as the nano model does, which knows nothing of
-the world.
+A file of them has a column `prompt`, in any format of data files; other columns are ignored. A base
+can come with its own set, as the nano model does, which has no knowledge of the world.
 """
 
 from pathlib import Path
@@ -18,17 +17,14 @@ GENERAL_PROMPTS = Path(__file__).with_name(FILE_NAME)  # half Chinese, half Engl
 
 
 class GeneralPrompts(NamedTuple):
-    """The prompts, and the file that they stand in."""
+    """The prompts, and the file that they are from."""
 
     source: Path
     prompts: list[str]
 
 
 def find_general_prompts(named: str | None, base: str | None) -> Path:
-    """Return the file named, else the one in the base's folder, else the set of this package.
-
-    None: no file was named, or the base is not known.
-    """
+    """Return the file named, else the one in the base's directory, else that of this package."""
     if named is not None:
         return Path(named)
     own = Path(base) / FILE_NAME if base is not None else GENERAL_PROMPTS

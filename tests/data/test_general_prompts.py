@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ptuning.data.general import (
+from ptuning.data.general_prompts import (
     FILE_NAME,
     GENERAL_PROMPTS,
     find_general_prompts,
