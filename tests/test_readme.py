@@ -70,6 +70,16 @@ def test_both_trees_name_what_is_there() -> None:
     assert not missing
 
 
+def test_the_tree_names_every_file_of_a_package_that_it_opens() -> None:
+    listed = {line.split(" ")[0] for line in ENGLISH.splitlines() if line.startswith("ptuning/")}
+    opened = {
+        path.rpartition("/")[0] for path in listed if path.endswith(".py") and path.count("/") > 1
+    }
+    for package in opened:
+        names = {f"{package}/{file.name}" for file in (ROOT / package).glob("*.py")}
+        assert names - {f"{package}/__init__.py"} <= listed
+
+
 @both
 def test_the_rows_shown_are_read_in_the_format_named(text: str, tmp_path: Path) -> None:
     shown = re.findall(r"^\| `(\w+)` \| `(\{.*?\})`(?=[:;：； ])", text, flags=re.MULTILINE)
