@@ -15,10 +15,10 @@ lint() {
   "$PYTHON" -m ruff format --check .
 }
 
-# One thread per process: the models in the tests are too small to gain from more.
+# One worker per core and one thread per worker: the models in the tests are too small to gain from more threads.
 # Offline: a test that contacts a hub fails at once on every machine, not only on one without a network.
 tests() {
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 "$PYTHON" -m pytest -q "$@"
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 "$PYTHON" -m pytest -q -n "${WORKERS:-auto}" --dist loadfile "$@"
 }
 
 case $step in
