@@ -1,19 +1,26 @@
-"""Key/value caches that keep their rows' context, from which 2-D positions follow.
+"""Key/value caches that keep their rows' context, and the places of tokens that continue one.
 
 transformers' caches hold keys and values only, and reorder, repeat and select rows (for beams and
 samples) by their own methods. A cache that the model fills changes its class to one of these, whose
-methods move the context too.
-Shapes: B rows.
+methods move the context too: 2-D positions follow from it.
+Shapes: B rows, S tokens of this call, K key columns without the prefix.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
 
-from ptuning.model.positions import Context
+from ptuning.model.positions import (
+    Context,
+    is_full_mask,
+    mask_of_call,
+    position_ids,
+    visible_keys,
+)
 
 
 class ContextKeeper:
@@ -118,7 +125,65 @@ def refuse_filled(past_key_values: Cache | None) -> None:
         )
 
 
-def context_after(context: Context, num_cached: int, num_columns: int) -> Context:
+class Placement(NamedTuple):
+    """Where the tokens of a call are."""
+
+    positions: Tensor  # (B, 2, S)
+    visible: Tensor | None  # bool (B, 1, S, K), True for visible; None: all keys are
+    found: Context | None  # the context, if this call's tokens were searched for it
+
+
+def place_tokens(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    positions: Tensor | None,
+    past_key_values: Cache | None,
+    find: Callable[[Tensor, Tensor | None], Context],
+) -> Placement:
+    """Return the positions of input_ids (B, S), unless given, and the keys that they see.
+
+    attention_mask is a padding mask (B, cached + S) or a full one. A cache given is made to
+    remember the context, which `find` finds in tokens and their padding mask.
+    """
+    is_full = is_full_mask(attention_mask)
+    if is_full and positions is not None:
+        return Placement(positions, attention_mask, None)
+    mask = None if is_full else attention_mask
+    num_queries = num_keys = input_ids.shape[1]
+    past = 0
+    if past_key_values is not None:
+        past = int(past_key_values.get_seq_length())  # a static cache counts in a tensor
+        num_keys = past_key_values.get_mask_sizes(num_queries, 0)[0]
+    if past and mask is not None and mask.shape[1] < past + num_queries:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns for {past} cached tokens and "
+            f"{num_queries} of this call; give one column for each."
+        )
+    context = found = None
+    if past == 0 or positions is None:
+        remembered = remembered_context(past_key_values)
+        if past and remembered is not None:
+            _check_rows(remembered, len(input_ids))
+            context = remembered
+        else:
+            context = find(input_ids, mask_of_call(mask, num_queries) if past else mask)
+            found = None if is_full or remembered is not None else context
+            if past:
+                context = _context_after(context, past, num_queries)
+            if past_key_values is not None:
+                remember_context(past_key_values, context, prefix_length=past)
+        if positions is None:
+            positions = position_ids(context, past, num_queries)
+    if is_full:
+        return Placement(positions, attention_mask, found)
+    if past > 0 and num_queries == 1 and mask is None and num_keys == past + 1:
+        return Placement(positions, None, found)
+    # Without a context: the second channel counts from <sop> on, all that is cached is visible.
+    end = past + (positions[:, 1] == 0).sum(dim=1) if context is None else context.end
+    return Placement(positions, visible_keys(end, mask, past, num_queries, num_keys), found)
+
+
+def _context_after(context: Context, num_cached: int, num_columns: int) -> Context:
     """Return the context of rows that continue another program's cache (peft's PrefixTuning).
 
     Its keys and values are a prefix to whole prompts: every token sees them, and positions do not
@@ -132,7 +197,7 @@ def context_after(context: Context, num_cached: int, num_columns: int) -> Contex
     return context.shift(num_cached)
 
 
-def check_rows(context: Context, num_rows: int) -> None:
+def _check_rows(context: Context, num_rows: int) -> None:
     """Refuse a cache of more or fewer rows than the tokens that continue it."""
     if context.end.shape[0] != num_rows:
         raise ValueError(

@@ -30,12 +30,9 @@ from transformers.utils import can_return_tuple
 from ptuning.model.attention import Attention, LayerInputs
 from ptuning.model.cache import (
     ChatGLMCache,
-    check_rows,
-    context_after,
     is_filled,
+    place_tokens,
     refuse_filled,
-    remember_context,
-    remembered_context,
 )
 from ptuning.model.checkpoint.load import load_pretrained, prepare_for_config_
 from ptuning.model.config import ChatGLMConfig
@@ -67,12 +64,9 @@ from ptuning.model.positions import (
     inverse_frequencies,
     is_full_mask,
     keep_needed,
-    mask_of_call,
     padding_layout,
-    position_ids,
     rotation_at,
     unflatten_rows,
-    visible_keys,
 )
 from ptuning.model.prefix_encoder import PrefixEncoder, PrefixLinear, PrefixTable
 
@@ -232,14 +226,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         flat = None  # the layout of the hidden states while they are flat
         if not (wants_states or is_filled(past_key_values) or is_full_mask(attention_mask)):
             flat = padding_layout(input_ids, attention_mask) if layout is None else layout
-        positions, visible = self._place(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            next_labels,
-            may_warn=position_ids is None and (layout is None or next_labels is not None),
+        positions, visible, found = place_tokens(
+            input_ids, attention_mask, position_ids, past_key_values, self.find_context
         )
+        if position_ids is None and (layout is None or next_labels is not None):
+            warn_of_context(found, input_ids, attention_mask, next_labels, self)
         prefix = self.prefix_for(use_prefix, prefix_key_values)
         if prefix is not None:
             check_prefix(prefix, self.config, len(self.layers), len(input_ids))
@@ -274,71 +265,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states=tuple(all_hidden_states) if wants_states else None,
             attentions=tuple(all_weights) if wants_attentions else None,
         )
-
-    def _place(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        given_positions: Tensor | None,
-        past_key_values: Cache | None,
-        next_labels: Tensor | None,
-        *,
-        may_warn: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return positions (B, 2, S) and visible keys (B, 1, S, K), None when all are visible."""
-        is_full = is_full_mask(attention_mask)
-        if is_full and given_positions is not None:
-            return given_positions, attention_mask
-        mask = None if is_full else attention_mask
-        num_queries = input_ids.shape[1]
-        past, num_keys = 0, num_queries
-        if past_key_values is not None:
-            past = int(past_key_values.get_seq_length())  # a static cache counts in a tensor
-            num_keys = past_key_values.get_mask_sizes(num_queries, 0)[0]
-        if past and mask is not None and mask.shape[1] < past + num_queries:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns for {past} cached tokens and "
-                f"{num_queries} of this call; give one column for each."
-            )
-        context = None
-        if past == 0 or given_positions is None:
-            may_warn = may_warn and not is_full
-            context = self._context(input_ids, mask, past_key_values, past, next_labels, may_warn)
-            if given_positions is None:
-                given_positions = position_ids(context, past, num_queries)  # (B, 2, S)
-        if is_full:
-            return given_positions, attention_mask
-        if past > 0 and num_queries == 1 and mask is None and num_keys == past + 1:
-            return given_positions, None
-        # Without a context: the second channel counts from <sop> on, all that is cached is visible.
-        end = past + (given_positions[:, 1] == 0).sum(dim=1) if context is None else context.end
-        return given_positions, visible_keys(end, mask, past, num_queries, num_keys)
-
-    def _context(
-        self,
-        input_ids: Tensor,
-        padding_mask: Tensor | None,
-        past_key_values: Cache | None,
-        past: int,
-        next_labels: Tensor | None,
-        may_warn: bool,
-    ) -> Context:
-        """Return the rows' context, and let the cache remember it."""
-        num_rows, num_columns = input_ids.shape
-        remembered = remembered_context(past_key_values)
-        if past and remembered is not None:
-            check_rows(remembered, num_rows)
-            return remembered
-        if past:
-            padding_mask = mask_of_call(padding_mask, num_columns)
-        context = self.find_context(input_ids, padding_mask)
-        if may_warn and remembered is None:
-            warn_of_context(context, input_ids, padding_mask, next_labels, self)
-        if past:
-            context = context_after(context, past, num_columns)
-        if past_key_values is not None:
-            remember_context(past_key_values, context, prefix_length=past)
-        return context
 
     def find_context(self, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
         """Find each row's context by this model's token ids."""

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ptuning.model.cache import remember_context
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.loss import IGNORED_LABEL
-from ptuning.model.positions import Context, position_ids, visible_keys
+from ptuning.model.positions import Context, mask_of_call, position_ids, visible_keys
 
 ATTENTIONS = ("eager", "sdpa")  # what `ptuning.model.attention` computes
 # generate passes these on, but they are not the model's: the tokenizers are for stop_strings and
@@ -273,7 +273,7 @@ def check_prefix(
 
 
 def warn_of_context(
-    context: Context,
+    context: Context | None,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     next_labels: Tensor | None,
@@ -281,9 +281,12 @@ def warn_of_context(
 ) -> None:
     """Warn, once each, of rows without <sop> or an answer, and of labels on the context.
 
-    attention_mask and next_labels, the label of each token's next token, are (B, S). Nothing is
-    read from a graph that is being traced or captured, nor from meta and fake tensors.
+    context is None where it was not searched for: nothing to warn of. next_labels (B, S) is the
+    label of each token's next token. Nothing is read from a graph that is being traced or captured,
+    nor from meta and fake tensors.
     """
+    if context is None:
+        return
     if torch.compiler.is_compiling() or type(input_ids) is not Tensor or input_ids.is_meta:
         return
     if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -307,8 +310,9 @@ def warn_of_context(
             )
     elif model.training and torch.is_grad_enabled():
         is_answer = columns > end  # (B, S)
-        if attention_mask is not None:
-            is_answer = is_answer & attention_mask.bool()
+        padding_mask = mask_of_call(attention_mask, len(columns))
+        if padding_mask is not None:
+            is_answer = is_answer & padding_mask.bool()
         if not bool(is_answer.any(dim=1).all()):
             logger.warning_once(
                 "A training row ends with <sop> (id %s), so the whole row is context, whose "
