@@ -5,7 +5,7 @@
 Both take optimiser steps of --rows rows, with the lengths of real ADGEN rows (16 of them have 1,547
 tokens) unless --rows_file names others. `published` pads every row to 128 tokens, takes one row at
 a time, recomputes every layer in the backward pass, forms all logits, uses torch's own products
-and, on a CPU, float32, as the published code does; `ours` takes the rows as one packed batch in
+and, on a CPU, float32, as the published code does; `ours` takes the rows as one flat batch in
 --dtype. With --quantization_bit both multiply by the quantised weights of this toolkit. Real tokens
 are those of prompts and answers, padding not counted. Model FLOP utilisation counts the
 useful work alone (docs/performance.md) against the fastest matrix product measured in the same run.

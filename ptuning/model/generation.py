@@ -75,7 +75,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse transformers' continuous batching, which lays several rows end to end."""
         raise ValueError(
-            "generate_batch packs several rows into one, which ChatGLM's mask cannot tell apart; "
+            "generate_batch lays several rows end to end, which ChatGLM's mask cannot tell apart; "
             "call generate with the prompts as one padded batch."
         )
 
@@ -215,7 +215,7 @@ def refuse_unknown(given: dict[str, Any]) -> None:
     if names:
         raise ValueError(
             f"forward got {', '.join(names)}, which ChatGLM does not take: leave it out. (Rows "
-            "packed into one row cannot be told apart: give (B, S) with an attention_mask.)"
+            "end to end cannot be told apart: give (B, S) with an attention_mask.)"
         )
 
 

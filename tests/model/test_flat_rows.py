@@ -1,4 +1,4 @@
-"""Packed rows give what separate rows give: logits, loss, gradient, generated tokens."""
+"""Flat rows give what separate rows give: logits, loss, gradient, generated tokens."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def loss_and_gradient(model, batches, total):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_packed_batch_has_the_loss_and_gradient_of_its_rows_alone(model, side, checkpointing):
+def test_a_flat_batch_has_the_loss_and_gradient_of_its_rows_alone(model, side, checkpointing):
     rows = training_rows(model)
     total = sum(int((labels != -100).sum()) for _, labels in rows)
     alone = [(i[None], lab[None], torch.ones_like(i)[None]) for i, lab in rows]
@@ -99,7 +99,7 @@ def test_only_real_tokens_reach_the_linear_layers(model):
     assert seen[27] == (1, answer_tokens)
 
 
-def test_packing_and_unpacking_are_inverse():
+def test_flattening_and_unflattening_are_inverse():
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
     needed = torch.tensor([[False, True, True], [False, False, True]])
@@ -112,7 +112,7 @@ def test_packing_and_unpacking_are_inverse():
     assert keep_needed(flat, layout)[0].equal(grid[mask.bool() & needed])
 
 
-def test_unpacking_keeps_nothing_of_the_packed_tokens_for_the_backward_pass():
+def test_unflattening_keeps_nothing_of_the_flat_tokens_for_the_backward_pass():
     layout = find_layout(torch.tensor([[1, 1, 0], [0, 1, 1]]), None)
     flat = torch.randn(1, 4, 5, requires_grad=True)
     kept = []

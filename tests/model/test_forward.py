@@ -223,7 +223,7 @@ REFUSED = {
         {"input_ids": torch.tensor([[5, GMASK, SOP]]), "labels": torch.tensor([[5, GMASK]])},
         r"labels is \(1, 2\) for input_ids \(1, 3\)",
     ),
-    "packed rows": (
+    "rows end to end": (
         {
             "input_ids": torch.tensor([[5, GMASK, SOP]]),
             "cu_seq_lens_q": torch.tensor([0, 3]),

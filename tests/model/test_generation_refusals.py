@@ -119,7 +119,7 @@ def test_an_attention_mask_of_another_shape_is_refused(
 
 
 def test_continuous_batching_is_refused_at_once(small: Model, prompts: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match=r"generate_batch packs.*one padded batch"):
+    with pytest.raises(ValueError, match=r"generate_batch lays.*one padded batch"):
         small.generate_batch(prompts)
 
 

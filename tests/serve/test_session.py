@@ -273,11 +273,11 @@ def test_the_notice_says_what_is_missing(tokenizer):
     )
 
 
-# Packed weights
+# Prepacked weights
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this PyTorch was built without oneDNN")
-def test_every_linear_map_of_a_session_is_frozen_and_packed():
+def test_every_linear_map_of_a_session_is_frozen_and_prepacked():
     with Session.load(NANO_DIR, device="cpu") as session:
         model = session.model
         assert not [name for name, p in model.named_parameters() if p.requires_grad]

@@ -145,7 +145,7 @@ def test_weights_are_counted_to_the_byte(dtype: torch.dtype, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [0, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_packed_copies_are_counted_to_the_byte_and_only_where_there_is_room(
+def test_prepacked_copies_are_counted_to_the_byte_and_only_where_there_is_room(
     dtype: torch.dtype, bits: int
 ) -> None:
     model = build(dtype)
@@ -162,12 +162,12 @@ def test_packed_copies_are_counted_to_the_byte_and_only_where_there_is_room(
     assert weight_bytes(size) - weight_bytes(plain) == taken
     assert size.prepacked == bool(taken) == (can_prepack(dtype) and not bits)
     assert prepack_if_room(model) == taken
-    assert prepacked_bytes(size_in(model, tuning="full")) == 0, "what is trained is not packed"
+    assert prepacked_bytes(size_in(model, tuning="full")) == 0, "what is trained is not prepacked"
 
 
 @pytest.mark.skipif(not can_prepack(torch.float32), reason="this PyTorch was built without oneDNN")
 @pytest.mark.parametrize("wanted", ["auto", "false"])
-def test_packed_copies_cost_no_checkpointed_layer_and_no_run(wanted: str) -> None:
+def test_prepacked_copies_cost_no_checkpointed_layer_and_no_run(wanted: str) -> None:
     """However much is free, the choice next to the copies is the one without them."""
     size = size_in(build(torch.float32, num_layers=8))
     rows = NO_ROWS._replace(train=training_rows((60, 50, 40) * 8, num_answer_tokens=12))

@@ -22,11 +22,11 @@ def frozen() -> Linear:
 
 
 @pytest.mark.parametrize("is_wide", [False, True])
-@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("is_prepacked", [False, True])
 @pytest.mark.parametrize("shape", [(24,), (1, 0, 24), (1, 24), (3, 24), (2, 5, 24), (300, 24)])
-def test_output_and_gradient_are_those_of_torch(frozen, shape, is_packed, is_wide, monkeypatch):
+def test_output_and_gradient_are_those_of_torch(frozen, shape, is_prepacked, is_wide, monkeypatch):
     monkeypatch.setattr(linear_module, "has_avx512", lambda: is_wide)
-    if is_packed:
+    if is_prepacked:
         prepack_weights_(frozen, room_bytes=PLENTY)
     x = torch.randn(shape, requires_grad=True)
     upstream = torch.randn(*shape[:-1], 40)
@@ -70,8 +70,8 @@ def test_without_avx512_many_rows_and_gradients_are_left_to_torch(
     frozen, fast_products, monkeypatch, is_wide, num_rows, calls
 ):
     monkeypatch.setattr(linear_module, "has_avx512", lambda: is_wide)
-    for pack in (False, True):
-        if pack:
+    for prepack in (False, True):
+        if prepack:
             prepack_weights_(frozen, room_bytes=PLENTY)
         fast_products.clear()
         frozen(torch.randn(num_rows, 24, requires_grad=True)).sum().backward()
@@ -107,7 +107,7 @@ def test_a_trained_weight_gets_its_gradient(frozen, name):
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_changed_moved_or_copied_weight_drops_its_packed_copy(frozen, dtype):
+def test_a_changed_moved_or_copied_weight_drops_its_prepacked_copy(frozen, dtype):
     frozen.to(dtype)
     x = torch.randn(8, 24).to(dtype)
     if not prepack_weights_(frozen, room_bytes=PLENTY):
@@ -129,7 +129,7 @@ def test_a_changed_moved_or_copied_weight_drops_its_packed_copy(frozen, dtype):
 
 
 @needs_onednn
-def test_a_replaced_or_trained_weight_drops_its_packed_copy(frozen):
+def test_a_replaced_or_trained_weight_drops_its_prepacked_copy(frozen):
     x = torch.randn(8, 24)
     other = torch.randn_like(frozen.weight)
 
@@ -160,7 +160,7 @@ def test_a_replaced_or_trained_weight_drops_its_packed_copy(frozen):
 
 @needs_onednn
 @pytest.mark.parametrize("cast", ["half", "double", "bfloat16"])
-def test_a_tied_head_drops_its_packed_copy_with_the_embedding(cast):
+def test_a_tied_head_drops_its_prepacked_copy_with_the_embedding(cast):
     """The embedding is cast first, and the head's weight, the same parameter, with it."""
 
     class Tied(nn.Module):
@@ -183,7 +183,7 @@ def test_a_tied_head_drops_its_packed_copy_with_the_embedding(cast):
 
 
 @needs_onednn
-def test_packing_counts_its_bytes_and_needs_room(frozen):
+def test_prepacking_counts_its_bytes_and_needs_room(frozen):
     size = 24 * 40 * 4
     assert prepack_weights_(frozen, room_bytes=size - 1) == 0
     assert frozen.prepacked_weight() is None
