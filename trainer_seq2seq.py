@@ -22,12 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import (
-    EarlyStoppingCallback,
-    SchedulerType,
-    Seq2SeqTrainingArguments,
-    trainer,
-)
+from transformers import EarlyStoppingCallback, SchedulerType, Seq2SeqTrainingArguments, trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput

@@ -35,13 +35,7 @@ from ptuning.train.fit import (
     workload_of,
     workload_size,
 )
-from ptuning.train.memory import (
-    Memory,
-    ModelSize,
-    largest_batch,
-    trained_bytes,
-    weight_bytes,
-)
+from ptuning.train.memory import Memory, ModelSize, largest_batch, trained_bytes, weight_bytes
 from ptuning.train.processes import trainer_arguments
 from ptuning.train.rows import Rows, check_files, load_rows, too_long
 from ptuning.train.run_config import RunConfig
