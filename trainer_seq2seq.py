@@ -57,7 +57,7 @@ from ptuning.train.guards import (
     fault_in,
     gather_evidence,
 )
-from ptuning.train.processes import leave_frozen_alone, sharded_loader
+from ptuning.train.processes import exclude_frozen_from_ddp, sharded_loader
 from ptuning.train.progress import CURVE_NAME, CurveCallback, ProgressLines
 from ptuning.train.rows import Rows
 from ptuning.train.run_config import RunConfig
@@ -124,7 +124,7 @@ class Seq2SeqTrainer(transformers.Trainer):
         if config.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
         if args.world_size > 1:
-            leave_frozen_alone(model)
+            exclude_frozen_from_ddp(model)
         self.run, self.directory = run, run.directory
         self.run_state = RunState()
         self.agreed_to_stop = False  # by several processes

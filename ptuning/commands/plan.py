@@ -72,12 +72,12 @@ class Situation(NamedTuple):
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 3 if the run is not expected to fit, else 0."""
-    text, fits = make_plan(look(arguments.config))
+    text, fits = make_plan(read_situation(arguments.config))
     sys.stdout.write(text)
     return 0 if fits else NOT_FITTING
 
 
-def look(config: RunConfig) -> Situation:
+def read_situation(config: RunConfig) -> Situation:
     """Read configuration and rows, time the device, and fit the run to its memory."""
     check_files(config)
     arguments = trainer_arguments(config)

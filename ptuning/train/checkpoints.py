@@ -41,11 +41,7 @@ class CheckpointFacts(TypedDict):
 
 
 def staging_path(checkpoint: Path) -> Path:
-    """Return the temporary name that a checkpoint is written under.
-
-    >>> staging_path(Path("out/checkpoint-10")).name
-    '.checkpoint-10.unfinished'
-    """
+    """Return the temporary name that a checkpoint is written under."""
     return checkpoint.with_name(f".{checkpoint.name}{UNFINISHED}")
 
 

@@ -42,11 +42,7 @@ def num_launched() -> int:
 
 
 def process_name() -> str:
-    """Return the prefix of this process's messages; "" if it is the only one.
-
-    >>> process_name()
-    ''
-    """
+    """Return the prefix of this process's messages; "" if it is the only one."""
     return f"process {os.environ.get('RANK') or 0}: " if num_launched() > 1 else ""
 
 
@@ -197,7 +193,7 @@ def check_shared_folder(folder: Path, mark: str) -> None:
         )
 
 
-def leave_frozen_alone(model: nn.Module) -> None:
+def exclude_frozen_from_ddp(model: nn.Module) -> None:
     """Exclude frozen weights and buffers from DistributedDataParallel's broadcasts.
 
     All ranks read them from the same files, and they do not change.

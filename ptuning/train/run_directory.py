@@ -131,9 +131,7 @@ class RunDirectory:
                     "another, start a new run from its weights: --init_from %s",
                     *(name, _shown(new), "its own" if old is None else _shown(old), checkpoint),
                 )
-            self._settings.pop(name, None)
-            if name in then:
-                self._settings[name] = old
+            self._settings[name] = old
 
     def _choose(self) -> Path | None:
         wanted = str(self._requested or "").lower()
@@ -324,21 +322,12 @@ def fingerprint_rows(rows: TokenDataset | None) -> str:
 
 
 def _rows(fingerprint: str) -> str:
-    """Write a fingerprint of rows in words.
-
-    >>> _rows("48-0afead3b")
-    '48 rows, checksum 0afead3b'
-    """
     count, _, checksum = fingerprint.partition("-")
     return f"{count} rows, checksum {checksum}"
 
 
 def _shown(value: object) -> str:
-    """Write a setting as it is typed.
-
-    >>> _shown(None), _shown(True), _shown(0.02)
-    ('unset', 'true', '0.02')
-    """
+    """Write a setting as it is typed."""
     if value is None:
         return "unset"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -88,7 +88,7 @@ def test_a_gpu_that_is_not_here_is_planned_without_a_time(
     assert "Python" not in text, "the process's memory is not the GPU's"
     assert "64 rows at a time" in text
     assert text.count(f"  time       {plan.NO_TIME}\n") == 2
-    situation = plan.look(parse_arguments([*flags, "--gpu_memory", "8"]))
+    situation = plan.read_situation(parse_arguments([*flags, "--gpu_memory", "8"]))
     size = situation.fit.size
     assert (size.unit, size.prepacked, size.on_cpu) == (2, False, False)
 

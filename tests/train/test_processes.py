@@ -120,7 +120,7 @@ def test_machines_that_do_not_share_the_output_folder_are_refused(monkeypatch, t
 def test_frozen_weights_and_buffers_are_not_sent_around():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     model[0].requires_grad_(False)
-    launch.leave_frozen_alone(model)
+    launch.exclude_frozen_from_ddp(model)
     ignored = set(model._ddp_params_and_buffers_to_ignore)
     assert ignored == {
         *("0.weight", "0.bias"),
