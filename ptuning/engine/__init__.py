@@ -1,1 +1,1 @@
-"""Continuous batching: sequences join and leave one batch at any step, each with its prefix."""
+"""Continuous batching: rows are admitted and evicted at any step, each with its own prefixes."""

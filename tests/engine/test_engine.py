@@ -76,7 +76,7 @@ def most_varied_end(answers):
 
 
 @pytest.mark.parametrize("use_prefix", [True, False])
-def test_rows_that_end_early_leave_and_others_join(model, monkeypatch, use_prefix):
+def test_finished_rows_are_evicted_and_others_admitted(model, monkeypatch, use_prefix):
     prompts = random_prompts(model, 14)
     long = row_by_row(model, prompts, 1023, 12, use_prefix)
     end = most_varied_end(long)

@@ -96,7 +96,7 @@ def test_rows_with_four_prefixes_and_the_base_answer_as_alone(model, prefixes, a
     assert {row.finish_reason for row in rows} == {"length"}
 
 
-def test_rows_join_and_are_cancelled_at_any_time(model, prefixes):
+def test_rows_are_admitted_and_cancelled_at_any_time(model, prefixes):
     prompts = random_prompts(model, 20, seed=2)
     expected = [generate(model, p, prefixes[i % 4], 12) for i, p in enumerate(prompts)]
     rng = random.Random(0)

@@ -116,7 +116,7 @@ def answers_of(engine, asked):
 
 
 @pytest.mark.parametrize("max_rows", [1, 5, 12])
-def test_rows_of_all_kinds_that_join_and_leave_answer_as_in_eager_steps(model, max_rows, capture):
+def test_rows_admitted_and_evicted_at_any_step_answer_as_in_eager_steps(model, max_rows, capture):
     asked = requests(model, 6 + max_rows)
     plain = answers_of(Engine(model, max_rows=max_rows, max_prefill_delay=0), asked)
     engine = graphed(Engine(model, max_rows=max_rows, max_prefill_delay=0), capture)

@@ -28,7 +28,7 @@ SCENES = {
     "one row": ["C"],
     "one row of two prefixes": [[("A", 0.3), ("B", 0.7)]],
     "one weighted": [[("A", 0.5)], [("A", 2.0)], "A"],
-    "base beside one": ["A", (), "A", ()],
+    "base next to one": ["A", (), "A", ()],
     "base first": [(), (), "B"],
     "different lengths": ["B", "A", "C", "A", "D"],
     "idle places": ["A", "A", "A", "B", "A", "A", "A"],
@@ -154,7 +154,7 @@ def test_rows_that_come_and_go_see_their_own_on_the_stacks_that_stay(prefixes):
         joining = rng.choices(letters, k=rng.randint(1, 3))
         staying = shares_of(rows, prefixes)
         rows += joining
-        for part in (joining, rows):  # as the engine asks: who joins, then all
+        for part in (joining, rows):  # as the engine asks: the admitted rows, then all
             shares = shares_of(part, prefixes)
             seen = cache.lookup(shares, staying=staying if part is joining else ())
             if seen is None:
@@ -176,10 +176,10 @@ def test_one_prefix_is_not_copied(prefixes):
     prefix = prefixes["A"]
     alone = PrefixCache(CPU).lookup(shares_of(["A", "A"], prefixes))
     assert alone.groups is None
-    beside_base = PrefixCache(CPU).lookup(shares_of(["A", ()], prefixes))
+    next_to_base = PrefixCache(CPU).lookup(shares_of(["A", ()], prefixes))
     for layer, held in enumerate(prefix.key_values):
         assert alone.key_values(layer) is held
-        assert alone.stack.layers[layer] is beside_base.stack.layers[layer] is held
+        assert alone.stack.layers[layer] is next_to_base.stack.layers[layer] is held
 
 
 def test_a_stack_holds_every_prefix_once_and_zeros_at_the_ends(prefixes):
@@ -266,7 +266,7 @@ def test_nothing_is_held_that_is_forgotten_or_no_longer_in_use():
     assert held_after(ask("ABC", [(), ()])) == set()
 
 
-def test_rows_that_join_leave_the_prefixes_of_the_others_in_the_stack(prefixes):
+def test_admitted_rows_keep_the_prefixes_of_the_others_in_the_stack(prefixes):
     cache = PrefixCache(CPU)
     all_rows = shares_of("ABCD", prefixes)
     stack = cache.lookup(all_rows).stack

@@ -64,7 +64,7 @@ def test_draws_have_the_distribution_of_transformers(options):
         assert abs(drawn[token] / count - probability) <= margin
 
 
-def test_greedy_rows_beside_drawing_ones_take_the_likeliest():
+def test_greedy_rows_next_to_drawing_ones_take_the_likeliest():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 1.0, 4.9], [2.0, 1.9, 0.0]])
     rows = [row(), row(temperature=5.0), row(tokens=[0], repetition_penalty=1.5)]
     chosen = choose_tokens(logits, rows)

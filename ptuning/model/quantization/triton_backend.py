@@ -1,9 +1,9 @@
 """The `triton` back end: products that dequantise the packed weight inside a Triton kernel.
 
-Three ways, by the number of activation rows M. Up to MAX_MATVEC_ROWS (decoding), tensor cores are
-idle and reading the weight is the cost: one program per row. Up to MAX_FUSED_ROWS in half
-precision, the weight is dequantised inside the product. Beyond, that would dequantise each tile
-many times, so a block of the weight is dequantised once and a library product reads it.
+Three ways, by the number of activation rows M. Up to MAX_MATVEC_ROWS (decoding), the weight is read
+once per row, without tensor cores. Up to MAX_FUSED_ROWS in half precision, it is dequantised inside
+the product. Beyond, that would dequantise each tile many times, so a block of the weight is
+dequantised once and a library product reads it.
 Codes become the reference's weights in registers: code x scale in float16, then the activations'
 dtype. Sums are float32, offsets 64-bit. Sizes are arguments: Triton specialises them only on being
 multiples of 16, which vector loads need, and `num_rows`, which changes with every batch, not at

@@ -63,7 +63,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
         pick_backend("fast", CPU, torch.float32, 4)
 
 
-def test_a_dtype_nobody_takes_is_an_error() -> None:
+def test_an_unsupported_dtype_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"no quantization backend can run .*float64"):
         pick_backend("auto", CPU, torch.float64, 8)
 

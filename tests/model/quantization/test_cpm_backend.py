@@ -233,6 +233,6 @@ def test_each_failure_to_load_is_a_reason(
     assert expected in reason
 
 
-def test_it_is_for_cuda_cards_only() -> None:
+def test_it_needs_a_cuda_device() -> None:
     reason = CpmBackend().unavailable_reason(torch.device("cpu"), torch.float16)
     assert reason == "it needs a CUDA device; the device is cpu"

@@ -47,7 +47,7 @@ KERNELS = ("matvec_kernel", *FUSED, "dequantize_kernel", "rotate_kernel")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile anew, and leave nothing in the user's cache."""
+    """Compile again, and leave nothing in the user's cache."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 

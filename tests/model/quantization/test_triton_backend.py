@@ -46,7 +46,7 @@ def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         ((7, 5), torch.bfloat16, "torch.bfloat16 needs compute capability 8.0; the GPU has 7.5"),
     ],
 )
-def test_cards_too_old_for_it_are_named(
+def test_gpus_too_old_for_it_are_named(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, expected: str
 ) -> None:
     monkeypatch.setattr(triton_backend, "triton", object())
