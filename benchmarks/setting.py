@@ -22,7 +22,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.linear import Linear, prepack_weights_
 from ptuning.model.quantization.layers import quantize_model_
-from ptuning.model.quantization.reference import SUPPORTED_BITS
+from ptuning.storage import SUPPORTED_BITS
 from ptuning.tunings.loading import NANO_DIR
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from ptuning.storage import SUPPORTED_BITS
 from ptuning.tunings.artefact import EXPORT_FORMATS
 
 DEFAULT_PICTURE = Path("output/data-check.png")
@@ -49,7 +50,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization_bit",
         type=int,
-        choices=(4, 8),
+        choices=SUPPORTED_BITS,
         help="bits of the layers' weights; unset keeps them as they are stored",
     )
 
@@ -217,7 +218,9 @@ def _answer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="nano", help="the base: a directory or hub id; unset: nano"
     )
-    parser.add_argument("--quantization_bit", type=int, choices=(4, 8), help="quantise it first")
+    parser.add_argument(
+        "--quantization_bit", type=int, choices=SUPPORTED_BITS, help="quantise it first"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens")
     parser.add_argument("--batch_size", type=int, default=16, help="rows answered at a time")
 
@@ -313,7 +316,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization_bit",
         type=int,
-        choices=(4, 8),
+        choices=SUPPORTED_BITS,
         help="quantise the base as it is read; unset: as it is stored",
     )
 

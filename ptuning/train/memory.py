@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ptuning.engine.engine import MAX_PREFILL_TOKENS, MAX_PREFILL_TOKENS_CPU
+from ptuning.model.checkpoint.layout import linear_shapes
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.cpu.varlen_attention import group_rows, round_up_keys
 from ptuning.model.loss import chunk_tokens_on
@@ -62,13 +63,8 @@ class ModelSize:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """A layer's linear maps, (rows, columns) of each weight."""
-        hidden, inner = self.hidden_size, self.inner_size
-        return {
-            "query_key_value": (3 * hidden, hidden),
-            "dense": (hidden, hidden),
-            "dense_h_to_4h": (inner, hidden),
-            "dense_4h_to_h": (hidden, inner),
-        }
+        shapes = linear_shapes(self.hidden_size, self.inner_size)
+        return {name.rpartition(".")[2]: shape for name, shape in shapes.items()}
 
     @property
     def layer_weights(self) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ptuning.data.mixing import parse_mix
 from ptuning.data.prompts import SHORTEST, RowFormat
 from ptuning.data.reading import find_files
-from ptuning.storage import INFO_NAME
+from ptuning.storage import INFO_NAME, SUPPORTED_BITS
 from ptuning.train.flags import (
     GROUPS,
     DataArguments,
@@ -386,7 +386,7 @@ def _check_values(config: RunConfig) -> None:
         value = getattr(config, name, config.trainer_flags.get(name))
         if value is not None and not 0 <= value < 1:
             raise UsageError(f"--{name} is {value}; use 0 to less than 1.")
-    if config.quantization_bit not in (None, 0, 4, 8):
+    if config.quantization_bit not in (None, 0, *SUPPORTED_BITS):
         raise UsageError(
             f"--quantization_bit is {config.quantization_bit}; use 4 or 8, or leave it out."
         )

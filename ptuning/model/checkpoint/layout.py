@@ -277,6 +277,12 @@ def is_layer_linear(name: str) -> bool:
     return _LINEAR_WEIGHT.fullmatch(name) is not None
 
 
+def linear_shapes(hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    """Return the (rows, columns) of each linear weight of a layer."""
+    shapes = ((3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner))
+    return dict(zip(LAYER_LINEARS, shapes, strict=True))
+
+
 def float_shapes(config: ChatGLMConfig) -> dict[str, Shape]:
     """Return the shape of every tensor of a float checkpoint without a prefix, in file order."""
     hidden, width = config.hidden_size, config.inner_hidden_size
@@ -285,11 +291,7 @@ def float_shapes(config: ChatGLMConfig) -> dict[str, Shape]:
         layer = f"transformer.layers.{index}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{layer}{norm}.weight"] = shapes[f"{layer}{norm}.bias"] = (hidden,)
-        for linear, (rows, columns) in zip(
-            LAYER_LINEARS,
-            ((3 * hidden, hidden), (hidden, hidden), (width, hidden), (hidden, width)),
-            strict=True,
-        ):
+        for linear, (rows, columns) in linear_shapes(hidden, width).items():
             shapes[f"{layer}{linear}.weight"] = (rows, columns)
             shapes[f"{layer}{linear}.bias"] = (rows,)
     for part in ("weight", "bias"):

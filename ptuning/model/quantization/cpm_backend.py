@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptuning.model.quantization.reference import SUPPORTED_BITS
 from ptuning.model.quantization.torch_backend import (
     ACTIVATION_DTYPES,
     Dequantize,
     blockwise_matmul,
     blockwise_matmul_transposed,
 )
+from ptuning.storage import SUPPORTED_BITS
 
 KERNEL_SOURCE = Path(__file__).with_name("kernels.cu")
 THREADS_PER_BLOCK = 256

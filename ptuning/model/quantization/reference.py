@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SUPPORTED_BITS = (4, 8)
+from ptuning.storage import SUPPORTED_BITS
+
 BLOCK_BYTES = 8 * 2**20  # of a float weight that are quantised at a time
 
 
