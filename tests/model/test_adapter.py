@@ -19,9 +19,9 @@ from ptuning.model.checkpoint.layout import base_fingerprint
 from ptuning.storage import INFO_NAME
 from ptuning.tunings.artefact import FULL, LORA, Info, find_prefix_weights
 from ptuning.tunings.lora import save_adapter
-from tests.model.checkpoint.test_checkpoint_hub import COMMIT
+from tests.model.checkpoint.test_hub import COMMIT
 from tests.model.test_full_gradient import ROWS
-from tests.tunings.test_adapter import give_adapter
+from tests.tunings.test_lora import give_adapter
 
 peft = pytest.importorskip("peft", reason="needs the peft library (pip install peft)")
 
