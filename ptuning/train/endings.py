@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from ptuning.data.raw_file import DataError
+from ptuning.output import first_line
 from ptuning.train.fit import Workload, free_bytes, memory_savers
 from ptuning.train.guards import BadStepsError
 from ptuning.train.processes import is_lost_peer, num_launched, process_name
@@ -75,7 +76,7 @@ def _explain(error: BaseException, config: RunConfig) -> Ending | None:
         return Ending(DISK, f"{error} Make room, then: {how_to_resume(config)}")
     if num_launched() > 1 and is_lost_peer(error):
         why = "its own message says why, unless it was killed"
-        return Ending(LOST_PEER, f"another process ended first; {why} ({_first_line(error)})")
+        return Ending(LOST_PEER, f"another process ended first; {why} ({first_line(error)})")
     return None
 
 
@@ -118,10 +119,6 @@ def _with_other_flags(config: RunConfig) -> str:
         "Then type the same command with the changed flag and --overwrite_output_dir, or keep what "
         f"was learned: --init_from {good} with another --output_dir."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---- Disks ----
@@ -172,7 +169,7 @@ class OutOfMemoryStop(RuntimeError):
         batch = "" if batch_shape is None else " a batch of {} x {} tokens".format(*batch_shape)
         lines = [
             f"out of memory on {workload.device} while {phase}{batch}: "
-            f"{memory_line(workload.device)} ({_first_line(error)[:200]})",
+            f"{memory_line(workload.device)} ({first_line(error)[:200]})",
             "Type the same command with one of these:",
             *(f"  {advice}" for advice in advice_for(workload, phase)),
         ]
@@ -204,9 +201,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."))
     True
     """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_WORDS)
+    is_plain = isinstance(error, RuntimeError) and any(w in str(error) for w in MEMORY_WORDS)
+    return is_plain or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def advice_for(workload: Workload, phase: str) -> list[str]:

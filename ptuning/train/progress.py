@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
 
-from ptuning.output import Progress, duration, on_terminal, open_bar, tenths
+from ptuning.output import Progress, duration, first_line, on_terminal, open_bar, tenths
 from ptuning.train.processes import in_main_process
 from ptuning.train.run_config import RunConfig, UsageError
 
@@ -279,15 +279,11 @@ def check_push_to_hub(output_dir: str | Path, flags: Mapping[str, Any]) -> None:
     except (errors.HfHubHTTPError, ValueError) as error:  # refused: token, permission, name
         raise UsageError(
             f"--push_to_hub: {constants.ENDPOINT} refuses the repository {repository}: "
-            f"{_first_line(error)} Give a token that may write to it (--hub_token, hf auth login) "
+            f"{first_line(error)} Give a token that may write to it (--hub_token, hf auth login) "
             f"and --hub_model_id OWNER/NAME, {leave_out}"
         ) from error
     except (errors.HTTPError, OSError) as error:  # HTTPError: httpx's or httpx2's, as the hub has
         raise UsageError(
-            f"--push_to_hub: {constants.ENDPOINT} cannot be reached ({_first_line(error)}): check "
+            f"--push_to_hub: {constants.ENDPOINT} cannot be reached ({first_line(error)}): check "
             f"the connection or set HF_ENDPOINT to a mirror, {leave_out}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

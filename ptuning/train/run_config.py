@@ -97,7 +97,6 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
         """Check every flag that needs no file of rows and no model; ValueError."""
         _check_task(self)
         _check_values(self)
-        _check_start(self)
         _check_tuning(self)
         _check_forgetting(self)
 
@@ -332,7 +331,7 @@ def _notices_of(typed: Mapping[str, Any]) -> list[str]:
 
 
 def _check_task(config: RunConfig) -> None:
-    """Check that there is something to do, and files to do it with."""
+    """Check that there is something to do, and what it needs."""
     if not (config.do_train or config.do_eval or config.do_predict):
         raise UsageError(
             "nothing to do: add --do_train, --do_eval or --do_predict and their files, or type "
@@ -357,6 +356,16 @@ def _check_task(config: RunConfig) -> None:
         raise UsageError(
             f"--eval_strategy is {config.eval_strategy} without --validation_file; give its rows, "
             "or leave --eval_strategy out."
+        )
+    if config.init_from and config.ptuning_checkpoint:
+        raise UsageError(
+            f"--init_from is {config.init_from} and --ptuning_checkpoint is "
+            f"{config.ptuning_checkpoint}; training starts from one of them: leave one out."
+        )
+    if config.init_from and not config.do_train:
+        raise UsageError(
+            f"--init_from is {config.init_from} without --do_train; to score it, name it with "
+            "--ptuning_checkpoint."
         )
 
 
@@ -395,22 +404,6 @@ def _check_values(config: RunConfig) -> None:
     if config.early_stopping_patience is not None and not config.load_best_model_at_end:
         raise UsageError(
             "--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps."
-        )
-
-
-def _check_start(config: RunConfig) -> None:
-    """Check --init_from, which with --do_train is the same as --ptuning_checkpoint."""
-    if config.init_from is None:
-        return
-    if config.ptuning_checkpoint is not None:
-        raise UsageError(
-            f"--init_from is {config.init_from} and --ptuning_checkpoint is "
-            f"{config.ptuning_checkpoint}; training starts from one of them: leave one out."
-        )
-    if not config.do_train:
-        raise UsageError(
-            f"--init_from is {config.init_from} without --do_train; to score it, name it with "
-            "--ptuning_checkpoint."
         )
 
 
