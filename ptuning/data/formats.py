@@ -556,7 +556,12 @@ def _history(row: RawRow, column: str) -> History:
 
 def _text(row: RawRow, column: str | None) -> str:
     """Return a column as text, "" for none; a number is its own digits (the reader keeps them)."""
-    return "" if column is None else _field(row, f'the field "{column}"', row.columns.get(column))
+    if column is None:
+        return ""
+    value = row.columns.get(column)
+    if isinstance(value, str) and value.isprintable():  # most values: spares the name below
+        return str(value)
+    return _field(row, f'the field "{column}"', value)
 
 
 def _field(row: RawRow, name: str, value: Any) -> str:

@@ -199,16 +199,16 @@ def _to_row(path: Path, place: int, value: Any, unit: str = "line") -> RawRow | 
 def _read_lines(path: Path, text: str, skipped: Skipped) -> Iterator[RawRow | DataError]:
     """Yield one object per line; blank lines are skipped."""
     for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
-        bare = line.strip().lstrip(f" \t\r{BOM}")
-        margin = line.index(bare)
-        if BOM in line[: margin if bare else None]:
+        bare = line.strip()
+        if bare.startswith(BOM):
             skipped[BOM_NAME].append(number)
+            bare = bare.lstrip(f" \t\r{BOM}")
         if not bare:
             continue
         try:
             value = DECODER.decode(bare)
         except json.JSONDecodeError as error:
-            message = f"broken JSON: {_explain(error, margin)}; {_LINES_CURE}"
+            message = f"broken JSON: {_explain(error, line.index(bare))}; {_LINES_CURE}"
             yield DataError(path, number, message)
         except ValueError as error:
             yield DataError(path, number, str(error))
