@@ -48,12 +48,7 @@ from ptuning.model.generation import (
     wants_output,
     warn_of_context,
 )
-from ptuning.model.loss import (
-    labelled_layout,
-    mean_loss,
-    shift_left,
-    without_padding,
-)
+from ptuning.model.loss import labelled_layout, mean_loss, shift_left, without_padding
 from ptuning.model.positions import (
     Context,
     FlatLayout,
