@@ -99,8 +99,8 @@ def load_tokenizer(name_or_path: str, **hub: Any) -> "ChatGLMTokenizer":
         raise ModelError(_explain("tokenizer", name_or_path, error)) from error
     if not isinstance(tokenizer, ChatGLMTokenizer):
         raise ModelError(
-            f"{name_or_path} has a {type(tokenizer).__name__}; needed is the first ChatGLM-6B's "
-            f"(ice_text.model)."
+            f"{name_or_path} has a {type(tokenizer).__name__}; give a model with the tokenizer of "
+            "the first ChatGLM-6B (ice_text.model)."
         )
     return tokenizer
 
@@ -225,7 +225,7 @@ def base_of(tuned: Path) -> str:
         return find_base(base, flag="--model")
     except ModelError as error:
         raise ValueError(
-            f"{tuned} was trained on {base}, and no model is there; where it is now, {remedy}."
+            f"{tuned} was trained on {base}, and no model is there; {remedy}, with its new path."
         ) from error
 
 
@@ -237,6 +237,6 @@ def refuse_other_kinds(path: Path) -> None:
     if kind != PTUNING:
         what = "a LoRA adapter" if kind == LORA else "a whole model"
         raise ValueError(
-            f"{path} holds {what}, which changes every answer and not one row's as a prefix does; "
-            f"start with it as the model: --model {path}"
+            f"{path} holds {what}, which changes every answer, not only those of one name; start "
+            f"with it as the model: --model {path}"
         )

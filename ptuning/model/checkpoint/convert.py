@@ -1,4 +1,4 @@
-"""Write a checkpoint once more as safetensors: one copy of the head, no code, quantised if asked.
+"""Convert a checkpoint to safetensors: one copy of the head, no code, quantised if asked.
 
 Everything is written to a temporary directory next to the destination and renamed when complete;
 an interrupted run leaves nothing. No more than one shard is held in memory.
@@ -20,10 +20,7 @@ from ptuning.model.checkpoint.files import (
     VOCABULARY_FILE,
     StoredTensor,
 )
-from ptuning.model.checkpoint.layout import (
-    Checkpoint,
-    read_checkpoint,
-)
+from ptuning.model.checkpoint.layout import Checkpoint, read_checkpoint
 from ptuning.model.checkpoint.load import head_is_embedding, stored_tensors
 from ptuning.output import open_bar
 from ptuning.storage import read_json, write_json
@@ -45,7 +42,7 @@ def convert_checkpoint(
 
     quantization_bits None keeps the weights as stored. Raises what read_checkpoint raises;
     FileExistsError for a destination that is not empty; OSError when the disk has no room;
-    ValueError for bits that contradict the stored.
+    ValueError for bits that contradict the stored ones.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

@@ -94,14 +94,8 @@ def load_pretrained(
         device=_only_device(kwargs.get("device_map")),
     )
     with bars_for(checkpoint.num_bytes):
-        model, info = load(
-            None,
-            *model_args,
-            config=config,
-            state_dict=tensors,
-            output_loading_info=True,
-            **kwargs,
-        )
+        kwargs |= {"config": config, "state_dict": tensors, "output_loading_info": True}
+        model, info = load(None, *model_args, **kwargs)
     _check_complete(info, directory)
     _share_offloaded_embedding(model)
     if backend is not None:
@@ -206,7 +200,7 @@ def _settle_config(
 
 
 def _check_device_map(device_map: Any, config: ChatGLMConfig) -> None:
-    """Raise ValueError for a model that cannot be split between disk and memory in this way."""
+    """Raise ValueError for a split between disk and memory that is not possible."""
     if not isinstance(device_map, dict):
         return
     on_disk = tuple(key and f"{key}." for key, device in device_map.items() if device == "disk")
@@ -352,14 +346,12 @@ def quantized_when_read(
     """
     header = reader.headers[name]
     halves: dict[int, Tensor] = {}
-    own_turn = threading.Lock()
 
     def take(half: int) -> Tensor:
-        with own_turn:
+        with turn:
             if half not in halves:
                 try:
-                    with turn:
-                        pair = quantize_in_blocks(reader.read(name).to(device), bits)
+                    pair = quantize_in_blocks(reader.read(name).to(device), bits)
                 except ValueError as error:
                     raise ValueError(f"{header.file}: {name}: {error}") from error
                 halves.update(enumerate(pair))
