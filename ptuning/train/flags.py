@@ -44,7 +44,9 @@ class ModelArguments:
         "Start a new training run from the weights of an earlier one, with a fresh optimizer and "
         "schedule. Takes what --ptuning_checkpoint takes.",
     )
-    pre_seq_len: int | None = flag(None, "Prefix length in tokens. Default: the checkpoint's.")
+    pre_seq_len: int | None = flag(
+        None, "Prefix length in prefix tokens. Default: the checkpoint's."
+    )
     prefix_projection: bool | None = flag(
         None, "Train the prefix through a two-layer MLP. Default: as in the checkpoint, else false."
     )
@@ -241,8 +243,12 @@ class TrainerArguments:
     bf16: bool = flag(False, "bfloat16 for the frozen base, or mixed precision with --tuning full.")
     fp16: bool = flag(False, "float16 for the frozen base, or mixed precision with --tuning full.")
     deepspeed: str | None = flag(None, "DeepSpeed configuration, a JSON file. Default: none.")
-    fsdp: str | None = flag(None, "Shard the model with PyTorch FSDP, e.g. full_shard.")
-    generation_max_length: int | None = flag(None, "Limit of prompt plus answer in tokens.")
+    fsdp: str | None = flag(
+        None, "Shard the model with PyTorch FSDP, e.g. full_shard. Default: off."
+    )
+    generation_max_length: int | None = flag(
+        None, "Limit of prompt plus answer in tokens. Default: no limit."
+    )
     generation_num_beams: int | None = flag(None, "As --num_beams, which overrides it.")
     disable_tqdm: bool = flag(False, "Print plain lines, without a progress bar.")
     push_to_hub: bool = flag(False, "Upload the checkpoints to the Hugging Face hub.")
@@ -256,7 +262,9 @@ class TrainerArguments:
         None, "Options of torch.utils.checkpoint, a JSON object. Default: this toolkit's own."
     )
     torch_compile_backend: str | None = flag(None, "Backend of --torch_compile. Default: inductor.")
-    torch_compile_mode: str | None = flag(None, "Mode of --torch_compile, e.g. max-autotune.")
+    torch_compile_mode: str | None = flag(
+        None, "Mode of --torch_compile, e.g. max-autotune. Default: default."
+    )
 
 
 GROUPS = (ModelArguments, DataArguments, TrainingArguments, TrainerArguments)
