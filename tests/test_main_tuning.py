@@ -51,7 +51,7 @@ def test_a_run_trains_answers_and_leaves_its_artefact_and_the_base(tuning, base,
     names = {path.name for path in out.iterdir()}
     assert names >= ARTEFACT[tuning] | {"predict_results.json", "report.html"}
     page = (out / "report.html").read_text("utf-8")
-    assert f"<h1>ChatGLM {METHODS[tuning]}</h1>" in page
+    assert METHODS[tuning] in page
     assert {path.name for path in (out / "checkpoint-20").iterdir()} >= ARTEFACT[tuning] | OF_ALL
     assert not list(out.rglob(".unfinished"))
     assert not list(out.rglob("prefix*"))
