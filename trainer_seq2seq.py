@@ -1,6 +1,6 @@
 """transformers' Trainer with atomic checkpoints, exact resume, guarded steps and a loss per token.
 
-A run killed at any moment and started again takes the same steps as one that was left alone. With
+A run killed at any moment and started again takes the same steps as an uninterrupted one. With
 several processes each row is used once. The parts are in `ptuning.train`: `checkpoints` (with what
 transformers does not store), `guards` (bad steps), `processes` (sharded rows). Written against the
 methods of transformers 5.10 to 5.23 that it overrides.
@@ -344,7 +344,7 @@ class Seq2SeqTrainer(transformers.Trainer):
         else:
             what = (
                 f"the {schedule} learning-rate schedule now spans {num_steps} steps and jumps "
-                "here, so the result is that of neither length"
+                "here, so the result matches neither length"
             )
             if step >= planned:
                 advice = (
@@ -386,7 +386,7 @@ class Seq2SeqTrainer(transformers.Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _is_done(self) -> bool:
-        """Tell whether a resumed run was at its end; transformers would take one step more."""
+        """Return whether a resumed run was at its end; transformers would take one step more."""
         return self.state.global_step >= self.state.max_steps or any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience
             for callback in self._early_stopping()
@@ -421,7 +421,7 @@ class Seq2SeqTrainer(transformers.Trainer):
             raise Stopped(self.run.stop.requested or signal.SIGTERM, saved=True)
 
     def _epoch_end_follows(self) -> bool:
-        """Tell whether the events of an epoch's end follow those of this step."""
+        """Return whether the events of an epoch's end follow those of this step."""
         ends = self.control.should_epoch_stop or self.control.should_training_stop
         ends = ends or float(self.state.epoch or 0.5).is_integer()
         return ends and not self._is_epoch_over

@@ -285,7 +285,7 @@ def memory(target: Target, bits: int) -> Iterator[Figure]:
 
     Also with the loss in chunks of 16 tokens, which --gpu_memory 4.6 chooses for int4.
     """
-    flags = flags_for(target, bits, steps=2)  # the second finds the optimiser's state
+    flags = flags_for(target, bits, steps=2)  # the second finds the optimizer's state
     model = make_model(flags).train()
     weight_bytes = sum(value.nbytes for _, value in model.base_parameters())
     yield Figure("weights", weight_bytes / 1e9, "GB")

@@ -128,7 +128,7 @@ def peak_bytes(device: str) -> int:
 
 
 def train(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow]) -> None:
-    """Take two optimiser steps: the second has the optimiser's state."""
+    """Take two optimizer steps: the second has the optimizer's state."""
     encoder = model.prefix_encoder
     assert encoder is not None, "make_model attaches one"
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)

@@ -59,7 +59,7 @@ FIGURES = {  # column -> key in predict_results.json
 def main() -> int:
     """Run all cases and print the table."""
     parser = ArgumentParser(prog="benchmarks.retention", description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300, help="optimiser steps of each case")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each case")
     parser.add_argument("--batch_size", type=int, default=16, help="rows per step")
     parser.add_argument("--prefix", type=int, default=128, help="prefix length in tokens")
     parser.add_argument("--ratio", type=float, default=0.25, help="share of general rows in --mix")

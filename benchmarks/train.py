@@ -2,7 +2,7 @@
 
     python -m benchmarks.train [--size small] [--dtype float32] [--quantization_bit 4] [--rows 16]
 
-Both take optimiser steps of --rows rows, with the lengths of real ADGEN rows (16 of them have 1,547
+Both take optimizer steps of --rows rows, with the lengths of real ADGEN rows (16 of them have 1,547
 tokens) unless --rows_file names others. `published` pads every row to 128 tokens, takes one row at
 a time, recomputes every layer in the backward pass, forms all logits, uses torch's own products
 and, on a CPU, float32, as the published code does; `ours` takes the rows as one flat batch in
@@ -81,7 +81,7 @@ def useful_flops(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchRow
 
 
 class StepTimes(NamedTuple):
-    """Seconds of whole optimiser steps."""
+    """Seconds of whole optimizer steps."""
 
     first_s: float  # of warmed-up steps
     median_s: float  # after WARM_UP_STEPS

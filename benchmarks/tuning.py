@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
 def main() -> int:
     """Run the three methods and print the table."""
     parser = ArgumentParser(prog="benchmarks.tuning", description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=150, help="optimiser steps of each way")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each way")
     parser.add_argument("--batch_size", type=int, default=16, help="rows per step")
     parser.add_argument("--output", type=Path, default=Path("output/tuning-table"))
     parser.add_argument("--json", type=json_file, help="write the figures here too")

@@ -226,4 +226,4 @@ def test_resuming_with_another_way_of_tuning_is_refused(base, files, capsys):  #
         )
         == 2
     )
-    assert "is of the kind lora" in capsys.readouterr().err
+    assert "is a lora checkpoint" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m ptuning plan FLAGS`: what a run of main.py will take, before any weight is loaded.
+"""`python -m ptuning plan FLAGS`: memory and time of a run, before any weight is loaded.
 
 Reads config.json and the tokenizer, tokenises the rows, times one matrix product, and prints
 tokens, steps, memory and time. Exit status 0 if the run is expected to fit in memory, 3 if not, 2
@@ -121,7 +121,7 @@ def planned_base(config: RunConfig) -> ChatGLMConfig:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Time a large linear map as a run computes it; return FLOP per second, best of four."""
+    """Time a large matmul as a run computes it; return FLOP per second, best of four."""
     length = PRODUCT_SIZE.get(device.type, PRODUCT_SIZE["cpu"])
     linear = Linear(length, length, bias=False, device=device, dtype=dtype).requires_grad_(False)
     prepack_weights_(linear, room_bytes=2 * linear.weight.nbytes)

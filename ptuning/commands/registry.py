@@ -1,4 +1,4 @@
-"""The commands and their flags; nothing here imports torch, so help and typos are answered at once.
+"""The commands and their flags; without torch, so that --help and argument errors return at once.
 
 A new command is an entry in COMMANDS, a function that adds its flags, and a function in this
 package that takes the parsed arguments and returns the exit status. Its module is imported only
@@ -168,7 +168,7 @@ def _data_convert(actions: Any) -> None:
         metavar="N",
         help="rows that --mix draws; unset: the most without drawing a row twice",
     )
-    convert.add_argument("--seed", type=int, default=42, help="of the draws and their order: 42")
+    convert.add_argument("--seed", type=int, default=42, help="seed of sampling and order: 42")
 
 
 def _add_row_flags(parser: argparse.ArgumentParser) -> None:
@@ -246,13 +246,9 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 
 def _chat(parser: argparse.ArgumentParser) -> None:
     _add_model_flags(parser)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: always the likeliest token"
-    )
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="draw among the likeliest tokens up to this share"
-    )
-    parser.add_argument("--seed", type=int, help="of the draws; unset: a new one each time")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy decoding")
+    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling threshold")
+    parser.add_argument("--seed", type=int, help="random seed; unset: a new one each time")
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
@@ -265,7 +261,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         f"the variable {KEY_VARIABLE}",
     )
     parser.add_argument("--max_rows", type=int, default=32, help="answers decoded together")
-    parser.add_argument("--max_queue", type=int, default=128, help="requests that may wait besides")
+    parser.add_argument("--max_queue", type=int, default=128, help="requests that may wait")
     parser.add_argument(
         "--timeout", type=float, default=300.0, help="seconds a request may take, waiting included"
     )
@@ -348,7 +344,7 @@ COMMANDS = (
     ),
     Command(
         "plan",
-        "Say what a run of main.py will take, before any weight is loaded",
+        "Estimate memory and time of a main.py run before any weight is loaded",
         _plan,
         "plan:run",
         takes_main_flags=True,

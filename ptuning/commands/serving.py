@@ -1,7 +1,7 @@
-"""`python -m ptuning chat`, `serve` and `web`: one session and its three faces.
+"""`python -m ptuning chat`, `serve` and `web`: one session and its three front ends.
 
-A typo is answered before anything heavy is imported: torch, FastAPI and gradio are imported by the
-function that needs them.
+Argument errors are reported before anything heavy is imported: torch, FastAPI and gradio are
+imported by the function that needs them.
 """
 
 import argparse

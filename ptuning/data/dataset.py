@@ -398,7 +398,7 @@ def load_tokens(path: Path, source: str) -> tuple[TokenDataset, DataSummary] | N
         if notes.keys() != {item.name for item in fields(DataSummary)} - _NOT_CACHED:
             raise ValueError("it has other notes than expected")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        logger.warning("the token cache %s is broken (%s) and is made again", path, error)
+        logger.warning("the token cache %s is corrupt (%s) and will be rebuilt", path, error)
         return None
     return TokenDataset(arrays), DataSummary(source=source, from_cache=True, **notes)
 
@@ -407,7 +407,7 @@ _NOT_CACHED = {"source", "from_cache"}  # fields of the summary that say where t
 
 
 def save_tokens(path: Path, arrays: TokenArrays, summary: DataSummary) -> None:
-    """Write rows and summary whole or not at all; a failure is announced, and done without."""
+    """Write rows and summary atomically; on failure warn and continue without a cache."""
     notes = {name: value for name, value in asdict(summary).items() if name not in _NOT_CACHED}
     try:
         write_atomically(path, save(arrays._asdict(), metadata={"notes": json.dumps(notes)}))

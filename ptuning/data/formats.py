@@ -110,7 +110,7 @@ class Layout:
         return f'empty "{column}"' if whole is None else f'{missing} in "{whole}"'
 
     def leaks(self, row: TextRow) -> bool:
-        """Say whether a column of earlier turns already holds the row's own question and answer."""
+        """Return whether the history already holds the row's own question and answer."""
         return self.history is not None and (row.prompt, row.response) in row.history
 
 

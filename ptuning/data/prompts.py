@@ -213,7 +213,7 @@ def check_contents(chats: list[Any]) -> None:
 
 
 def end_in_answer(chats: list[Any]) -> bool:
-    """Say whether all chats end in an answer, or none; reject a mixture."""
+    """Return whether all chats end in an answer, or none; reject a mixture."""
     ends = {bool(chat) and chat[-1].get("role") == "assistant" for chat in chats}
     if len(ends) > 1:
         raise ValueError(

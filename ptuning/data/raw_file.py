@@ -294,20 +294,20 @@ def _decode_chinese(content: bytes, num_replaced: int) -> tuple[str, tuple[Readi
 
 
 def _is_mostly_utf_8(text: str) -> bool:
-    """Say whether few characters were replaced: about 1 in 8 byte pairs of GBK is valid UTF-8."""
+    """Return whether few characters were replaced; 1 in 8 byte pairs of GBK is valid UTF-8."""
     num_replaced = text.count(_REPLACEMENT)
     num_others = len(text) - len(text.encode("ascii", "ignore")) - num_replaced
     return num_others > 4 * num_replaced
 
 
 def _looks_western(content: bytes) -> bool:
-    """Say whether foreign bytes stand alone between ASCII: accents, quotes and dashes."""
+    """Return whether foreign bytes stand alone between ASCII: accents, quotes and dashes."""
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", content)]
     return sum(runs) < 1.5 * len(runs)
 
 
 def _has_utf_8_lines(content: bytes) -> bool:
-    """Say whether whole lines are UTF-8, as in files of two encodings joined.
+    """Return whether whole lines are UTF-8, as in files of two encodings joined.
 
     A line of GBK with three or more characters is valid UTF-8 by chance in 1 of 60 cases.
     """
@@ -337,7 +337,7 @@ def find_encoding_fault(path: Path, decoded: DecodedText, *, is_gzip: bool) -> D
     ]
     if not commands and not decoded.text.replace(_REPLACEMENT, "").isascii():
         message = (
-            "not UTF-8, though other lines are; mend these lines, or convert each part of the file "
+            "not UTF-8, though other lines are; fix these lines, or convert each part of the file "
             "to UTF-8 before joining them."
         )
     elif not commands:

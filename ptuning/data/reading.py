@@ -223,7 +223,7 @@ def count_unused(rows: Sequence[RawRow], layout: Layout) -> dict[str, int]:
 
 
 def is_contract(columns: dict[str, Any]) -> bool:
-    """Say whether a row says where it comes from, as rows of the contract do."""
+    """Return whether a row says where it comes from, as rows of the contract do."""
     row_id, source, meta = (columns.get(name) for name in ORIGIN)
     return isinstance(row_id, str) and isinstance(source, str) and isinstance(meta, dict)
 
@@ -295,7 +295,7 @@ def _flags_that_use(column: str, layout: Layout) -> str:
 
 
 def _is_text(rows: Sequence[RawRow], name: str) -> bool:
-    """Say whether most values are text; numbers, names and ids hold no white space."""
+    """Return whether most values are text; numbers, names and ids hold no white space."""
     values = [value for row in rows if _is_filled(value := row.columns.get(name))]
     texts = [
         value

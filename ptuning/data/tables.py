@@ -180,7 +180,7 @@ def _name_of(delimiter: str) -> str:
 
 
 def _broken(error: csv.Error, delimiter: str) -> str:
-    """Say what is wrong with a record, and how to mend it."""
+    """Say what is wrong with a record, and how to fix it."""
     kind = "TSV" if delimiter == "\t" else "CSV"
     if "unexpected end of data" in str(error):
         return (

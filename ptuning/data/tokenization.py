@@ -125,7 +125,7 @@ def pad_right(
 ) -> dict[str, Tensor]:
     """Return input_ids, attention_mask (1 for tokens) and labels (-100 for padding), each (B, S).
 
-    Three index tensors besides spare the model their computation, which would stall a GPU: tokens
+    Three index tensors are returned as well; computing them in the model would stall a GPU: tokens
     (T,), the cells of the flattened grid that hold tokens; needed (N,), those tokens that have a
     label after them; targets (N,), these labels. Drop the three if you change rows or labels.
 

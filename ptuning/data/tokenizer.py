@@ -212,7 +212,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return hashlib.sha256(settings.encode("utf-8") + model).hexdigest()
 
     def names_control_token(self, text: str) -> bool:
-        """Say whether a text spells out a control token, such as `<eop>`; it is encoded as text."""
+        """Return whether a text spells out a control token, such as `<eop>`."""
         if "<" not in text and "[" not in text:  # most texts have neither
             return False
         return any(name in text for name in WELL_KNOWN_PIECES)

@@ -1,8 +1,8 @@
 """Continuous batching: waiting rows are admitted and finished ones evicted at any step.
 
-One engine serves evaluation and chat. Each row has its own prefixes, sampling and limits. Nothing
-is padded: a prefill takes prompts without padding, and a step is one token in each row. An engine
-belongs to one thread.
+One engine serves evaluation and chat. Each row has its own prefixes, sampling and limits. Linear
+layers see no padding: a prefill concatenates prompts, and a step is one token in each row. An
+engine belongs to one thread.
 Shapes: R rows, B batch, S tokens of the longest prompt, E hidden size, V vocabulary.
 """
 
@@ -106,7 +106,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Row]:
-        """Admit waiting rows if there is room, else decode; return the rows that advanced.
+        """Admit waiting rows once enough fit or have waited, else decode; return the advanced rows.
 
         Each of them got a token or its finish_reason; finished ones are evicted.
         """

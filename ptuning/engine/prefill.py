@@ -1,4 +1,4 @@
-"""Prefill: one pass over new prompts without padding, each with its own prefixes.
+"""Prefill: one pass over new prompts, each with its own prefixes; only GPU attention pads them.
 
 The layers are those of `ChatGLMModel`; unlike in its forward pass, rows have different prefixes,
 whose weights are in the mask.

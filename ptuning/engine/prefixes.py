@@ -1,8 +1,8 @@
 """Prefixes in a batch: each is held once, and every row attends to its own, mixed by weights.
 
-A weight w scales what a prefix draws in the softmax: every score of its keys gets + log(w). So 1 is
-the prefix as trained, 0 the base without it, and 2 counts every prefix key twice. A row may see
-several prefixes side by side, each with its own weight.
+A weight w scales the attention a prefix receives: log(w) is added to every score of its keys. So 1
+is the prefix as trained, 0 the base without it, and 2 counts every prefix key twice. A row may
+attend to several prefixes, each with its own weight.
 The prefixes in use are stacked, and the rows of each are grouped, so that a layer's products are
 one batched product however many prefixes there are. Rows that all see the same prefix need neither
 stack nor groups.

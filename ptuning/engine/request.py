@@ -14,10 +14,11 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row chooses its tokens. temperature 0 is greedy: always the likeliest token.
+    """How one row samples its tokens; temperature 0 is greedy decoding.
 
-    top_p keeps the fewest likeliest tokens whose probabilities reach it, top_k that many (0: all).
-    repetition_penalty above 1 makes tokens of prompt and answer less likely. seed None draws one.
+    top_p keeps the smallest set of most probable tokens whose probabilities sum to at least top_p,
+    top_k the k most probable (0: all). repetition_penalty above 1 makes tokens of prompt and answer
+    less likely. seed None picks a random seed.
     """
 
     temperature: float = 0.0

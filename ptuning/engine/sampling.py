@@ -1,8 +1,8 @@
 """Choose each row's next token: the likeliest, or a random draw.
 
-Every row draws one random number per token from its own generator, so its answer depends on its
-seed and not on the other rows. Order as in transformers: repetition penalty, temperature, top_k,
-top_p.
+A row with a temperature draws one random number per token from its own generator, so its answer
+depends on its seed and not on the other rows. Order as in transformers: repetition penalty,
+temperature, top_k, top_p.
 Shapes: R rows, V vocabulary.
 """
 

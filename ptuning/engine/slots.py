@@ -1,4 +1,4 @@
-"""Keys and values of the decoding rows, in slots whose number and size follow the work.
+"""Keys and values of the decoding rows, in slots that grow and shrink with the load.
 
 A slot holds the row's tokens from column 0 on. In memory the columns of a key are contiguous, which
 makes the scores of a single query twice as fast to compute. Memory grows by at least half, or to

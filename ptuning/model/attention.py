@@ -1,7 +1,7 @@
 """Self-attention with an optional prefix of extra keys and values.
 
 The prefix is joined outside the key/value cache: a cache holds real tokens only, and any call can
-change the prefix or leave it out. Softmax is computed in float32.
+change the prefix or leave it out. Eager attention computes the softmax in float32.
 Shapes: B batch, S tokens of this call, T real tokens of all rows, N tokens whose output is read,
 K = P + cached + S keys, P prefix, H heads, D head width, E = H x D.
 """

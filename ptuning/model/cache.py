@@ -1,4 +1,4 @@
-"""Key/value caches that keep their rows' context, and the places of tokens that continue one.
+"""Key/value caches that carry each row's context, and the positions of tokens appended to them.
 
 transformers' caches hold keys and values only, and reorder, repeat and select rows (for beams and
 samples) by their own methods. A cache that the model fills changes its class to one of these, whose
@@ -109,7 +109,7 @@ def remembered_context(past_key_values: Cache | None) -> Context | None:
 
 
 def is_filled(past_key_values: Cache | None) -> bool:
-    """Tell whether a cache holds tokens, or may: a static one counts them on the device."""
+    """Return whether a cache holds tokens, or may: a static one counts them on the device."""
     if past_key_values is None:
         return False
     length = past_key_values.get_seq_length()

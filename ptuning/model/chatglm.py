@@ -2,9 +2,10 @@
 
 Read it from top to bottom: `FeedForward` and `Layer` make one block, `ChatGLMModel` puts L blocks
 between word embedding and final norm, `ChatGLMForConditionalGeneration` adds output head and loss.
-Beside it: `attention`; `positions` (2-D positions, mask, rotary embedding); `prefix_encoder`.
-What differs from a GPT: two position channels, attention in both directions within the context, and
-a skip connection that carries the normalised input, scaled by SKIP_SCALE.
+See also `attention`, `positions` (2-D positions, mask, rotary embedding), `prefix_encoder`;
+`generation` checks arguments, `cache` places tokens, `loss` has the loss.
+Unlike GPT it has two position channels, bidirectional attention within the context, and a skip
+connection that carries the normalised input, scaled by SKIP_SCALE.
 Module and parameter names are the keys of published checkpoints.
 Source: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/modeling_chatglm.py
 Shapes: B batch, S tokens of this call, T real tokens of all rows, N tokens whose output is read, K
@@ -105,7 +106,7 @@ class Layer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the next hidden states (B, S, E) and the attention weights, None unless eager.
 
-        Flat hidden states are (1, T, E); only_needed makes them (1, N, E).
+        Flat hidden states are (1, T, E); only_needed keeps the N that the layout needs, if it says.
         """
         normalised = self.input_layernorm(hidden_states)
         attended, weights = self.attention(
@@ -316,7 +317,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return LayerInputs(rotation, mask, dropout, flat)
 
     def uses_varlen(self) -> bool:
-        """Tell whether flat rows are attended without a grid: on a CPU, unless eager."""
+        """Return whether flat rows are attended without a grid: on a CPU, unless eager."""
         on_cpu = self.inverse_frequencies.device.type == "cpu"
         return on_cpu and self.config._attn_implementation != "eager"
 
@@ -388,13 +389,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
     ) -> CausalLMOutputWithPast:
         """Return logits (B, S, V); with labels the loss as well, and in training only the loss.
 
-        The arguments are ChatGLMModel.forward's and:
+        The arguments are ChatGLMModel.forward's, except layout and next_labels, and:
 
         Args:
             labels: (B, S), -100 where there is none. The loss is the mean over labels whose
-                preceding token is not padding, or their sum over num_items_in_batch.
+                preceding token is not padding, or their sum divided by num_items_in_batch.
             shift_labels: in place of labels: the next token's label at each position.
-            logits_to_keep: keep the logits of the last n positions; 0 keeps all.
+            logits_to_keep: keep the last n positions (0: all), or those in a tensor of indices.
             tokens, needed, targets: (T,), (N,), (N,), what labels and attention_mask say, as
                 indices (from `ptuning.data.tokenization.pad_right`). With labels and all three only
                 the loss is computed, and the host never waits for the device.

@@ -1,7 +1,7 @@
 """What transformers asks of ChatGLM around its forward pass: `generate`, and checks of arguments.
 
-The positions of a step follow from all tokens so far, not from a running count: so `generate` has
-hooks here, and what cannot be placed is refused with words.
+The positions of a step follow from all tokens so far, not from a running count, so `generate` is
+overridden here, and input whose positions cannot be derived raises a ValueError.
 Shapes: B batch, S tokens of this call, P prefix, L layers, H heads, D head width.
 """
 
@@ -240,7 +240,7 @@ def check_attention(implementation: str | None) -> None:
 
 
 def wants_output(config: ChatGLMConfig, name: str, given: bool | None) -> bool:
-    """Tell whether an optional output is asked for, by argument or config, and exists."""
+    """Return whether an optional output is asked for, by argument or config, and exists."""
     wanted = bool(getattr(config, name, False) if given is None else given)
     if wanted and name == "output_attentions" and config._attn_implementation != "eager":
         if not torch.compiler.is_compiling():  # a warning breaks a graph

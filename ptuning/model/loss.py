@@ -67,7 +67,7 @@ def mean_loss(
     may_ignore: bool,
     **options: Any,
 ) -> Tensor:
-    """Return the mean of `summed_loss`, or the sum over num_items."""
+    """Return the mean of `summed_loss`, or the sum divided by num_items."""
     targets = targets.to(hidden_states.device)
     total = summed_loss(hidden_states, head, targets, may_ignore=may_ignore, **options)
     if num_items is None:

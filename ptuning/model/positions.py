@@ -187,7 +187,7 @@ def swap_quarters(x: Tensor) -> Tensor:
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
     """Rotate queries and keys of heads (B, S, H, 3, D), in float32; values stay as they are.
 
-    On CUDA this is one Triton kernel (`rotary_triton`); in compiled layers the compiler fuses it.
+    On CUDA with Triton this is one kernel (`rotary_triton`); a compiler fuses it.
     """
     rotated: Tensor = _Rotate.apply(heads, rotation.cos, rotation.sin)
     return rotated

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 
 class PrefixTable(nn.Embedding):
-    """The (P, ...) table of prefix entries; a class of its own as it alone starts from N(0, 1)."""
+    """The (P, ...) table of prefix entries, the only embedding that is initialised from N(0, 1)."""
 
 
 class PrefixLinear(nn.Linear):
-    """A linear layer of the projection; a class of its own as it starts as torch's layers do."""
+    """A linear layer of the projection, which keeps nn.Linear's default initialisation."""
 
 
 class PrefixEncoder(nn.Module):

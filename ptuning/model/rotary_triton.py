@@ -26,7 +26,7 @@ _library.define("rotate(Tensor heads, Tensor cos, Tensor sin, float sign) -> Ten
 
 @cache
 def can_rotate(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether the kernel runs on a CUDA device; warn once where it does not."""
+    """Return whether the kernel runs on a CUDA device; warn once where it does not."""
     reason = unavailable_reason("triton", device, dtype)
     if reason is not None:
         logger.warning("Rotary embedding uses plain operations, which are slower: %s", reason)

@@ -81,7 +81,7 @@ def ask_bare(rng: Random) -> CorpusExample:
 
 
 def tell_in_tone(product: Product, rng: Random) -> tuple[str, str]:
-    """Return an instruction and the product told as it says."""
+    """Return an instruction and the product description in the requested tone."""
     tone = pick(rng, tuple(TONES))
     instruction = f"用{tone}的语气写"
     answer = TONES[tone](product, rng)
@@ -129,7 +129,7 @@ def ask_value(rng: Random) -> CorpusExample:
 
 
 def write_freely(rng: Random) -> CorpusExample:
-    """Write text with no prompt: a told product, clauses, or a sentence of the sample's kind."""
+    """Write text with no prompt: a description, clauses, or a sentence in the sample's style."""
     product = sample_product(rng, mix_order=True)
     place = rng.random()
     if place < 0.3:

@@ -56,7 +56,7 @@ FEWEST_TO_SMOOTH = 8  # fewer points are not smoothed
 
 
 class Point(NamedTuple):
-    """A logged value and its optimiser step."""
+    """A logged value and its optimizer step."""
 
     step: float
     value: float
@@ -188,7 +188,7 @@ def draw_loss_curve(log_history: Iterable[Mapping[str, Any]], path: Path) -> Non
         _draw_losses(axes, history)
         epoch = history.last_epoch
         epochs = "" if epoch is None else f"  ({epoch:.2f} epochs in all)"
-        bottom.set_xlabel(f"optimiser step{epochs}")
+        bottom.set_xlabel(f"optimizer step{epochs}")
         bottom.locator_params(axis="x", integer=True)
 
 

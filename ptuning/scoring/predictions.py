@@ -112,7 +112,7 @@ class PredictionFile(AbstractContextManager["PredictionFile"]):
         except FileNotFoundError:
             return False
         except ValueError:
-            logger.warning("%s is not JSON; its predictions are made again.", self.state_path)
+            logger.warning("%s is not JSON; its predictions will be regenerated.", self.state_path)
             return False
 
     def _resume(self) -> None:

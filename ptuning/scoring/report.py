@@ -80,7 +80,7 @@ class ReportData:
     tuned: CorpusScores
     rows: Sequence[ReportRow]
     tuning: str = "ptuning"  # or "lora", "full"
-    step: int | None = None  # optimiser step of what was tuned; None: not known
+    step: int | None = None  # optimizer step of what was tuned; None: not known
     base: CorpusScores | None = None  # None: the base was not run
     retention: Retention | None = None  # None: forgetting was not measured
     settings: Mapping[str, object] = field(default_factory=dict)

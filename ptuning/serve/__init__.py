@@ -1,1 +1,1 @@
-"""One session (model and prefixes, loaded once) and its thin faces: terminal, web page, API."""
+"""One session (model and prefixes, loaded once) and its front ends: terminal, web page, API."""

@@ -1,9 +1,9 @@
 """A session whose model computes in a process of its own, so that HTTP does not slow it down.
 
-Python runs one thread of a process at a time, and decoding releases the lock at every operation:
-with 32 clients of a small model, more time was spent on switching threads than on decoding. Only
-messages pass between the processes: requests one way, the tokens of each step the other. The worker
-ends with its client, however that ends; if it ends first, every answer in progress says so. It is
+Only one thread holds the GIL at a time, and decoding releases it at every operation: with 32
+clients of a small model, more time was spent on switching threads than on decoding. Only messages
+pass between the processes: requests one way, the tokens of each step the other. The worker ends
+with its client, however that ends; if it ends first, every answer in progress reports it. It is
 spawned, so a script that loads one does so under `if __name__ == "__main__":`.
 """
 

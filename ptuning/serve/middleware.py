@@ -126,7 +126,7 @@ class AuthAndLimitsMiddleware:
         except TimeoutError:
             return ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s.")
         if len(body) > self.max_body_bytes:
-            limit = f"the body may have {self.max_body_bytes} bytes and has more"
+            limit = f"the request body exceeds the limit of {self.max_body_bytes} bytes"
             return ApiError(413, f"{limit}; send less history.", code="request_too_large")
         return body
 

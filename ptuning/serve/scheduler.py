@@ -141,7 +141,7 @@ class Scheduler:
             self._wake.notify()
 
     def cancel(self, row: Row) -> None:
-        """Stop computing a row; no effect on a finished one."""
+        """Cancel a row; no effect on a finished one."""
         with self._wake:
             self._cancelled.append(row)
             self._wake.notify()

@@ -98,7 +98,7 @@ Weighted = tuple[tuple[str, float], ...]  # names of the prefixes a row sees, wi
 
 
 class Load(NamedTuple):
-    """The work a session has at the moment."""
+    """The current load of a session."""
 
     num_rows: int  # being decoded
     num_waiting: int
@@ -124,7 +124,7 @@ class AbstractSession(ABC):
     @property
     @abstractmethod
     def load_now(self) -> Load:
-        """The work at the moment."""
+        """The current load."""
 
     @abstractmethod
     def start(
@@ -341,7 +341,7 @@ class Session(AbstractSession):
 
     @property
     def load_now(self) -> Load:
-        """The work at the moment."""
+        """The current load."""
         scheduler = self.scheduler
         slot_bytes = scheduler.engine.slots.num_bytes
         return Load(scheduler.num_rows, scheduler.num_waiting, slot_bytes)

@@ -88,7 +88,7 @@ def check_guarded(host: str, secret: str | None, *, flag: str) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can reach host.
+    """Return whether only this machine can reach host.
 
     >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
     (True, True, False)

@@ -146,7 +146,7 @@ class Usage(NamedTuple):
 class Answer(Iterator[str]):
     """Yields text as it is generated; the pieces concatenate to `text`.
 
-    Closing it, leaving its `with` block, or setting the `cancel` event stops the computation.
+    Closing it, leaving its `with` block, or setting the `cancel` event cancels it.
     Iterate from one thread at a time.
     """
 
@@ -217,7 +217,7 @@ class Answer(Iterator[str]):
         return self.text
 
     def close(self) -> None:
-        """Stop the computation unless it is finished."""
+        """Cancel the answer unless it is finished."""
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
             self._stop_computing()
@@ -231,5 +231,5 @@ class Answer(Iterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        """Stop the computation of an answer that is garbage-collected before its end."""
+        """Cancel if the answer is garbage-collected before it finished."""
         self.close()

@@ -90,7 +90,7 @@ class Controls:
 
 
 def _chat(label: str, name: str, visible: bool) -> gr.Chatbot:
-    """Return one conversation; text is shown as it is, since `*` is no markup here."""
+    """Return one conversation; Markdown is off, since `*` separates attributes."""
     return gr.Chatbot(
         label=label,
         elem_id=name,

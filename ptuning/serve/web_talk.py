@@ -1,4 +1,4 @@
-"""The page's work without the page: one question to one or two models, answered side by side.
+"""The web page's logic without Gradio: one question to one or two models, side by side.
 
 A visitor is one open page. A visitor's new question stops the one in progress.
 """
@@ -45,7 +45,7 @@ class WebTalk:
         return [*self.session.prefixes, BASE_NAME]
 
     def is_trained_on_chats(self, model: str) -> bool:
-        """Tell whether a model was trained with earlier turns: the base was, a prefix may be."""
+        """Return whether a model was trained with earlier turns: the base was, a prefix may be."""
         settings = self.session.settings_of(model)
         if model == BASE_NAME and not settings:
             return True

@@ -136,7 +136,7 @@ class EngineWorker:
             self._send(StepResult([(number, failed)], self._session.load_now))
 
     def stop(self, number: int) -> None:
-        """Stop computing a request; no effect on a finished one."""
+        """Cancel a request; no effect on a finished one."""
         row = self._rows.get(number)
         if row is not None:
             self._session.scheduler.cancel(row)

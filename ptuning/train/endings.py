@@ -142,7 +142,7 @@ class DiskError(RuntimeError):
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Tell whether an error comes from a disk that is full or fails.
+    """Return whether an error comes from a disk that is full or fails.
 
     >>> is_disk_error(OSError(errno.ENOSPC, "No space left on device"))
     True
@@ -196,7 +196,7 @@ def memory_explained(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out.
+    """Return whether an error means that memory ran out.
 
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."))
     True

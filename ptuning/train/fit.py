@@ -469,7 +469,7 @@ def compile_layers(
 
 
 def compiling_pays(device: torch.device, dtype: torch.dtype, num_tokens: float) -> bool:
-    """Tell whether a run is compiled by default: on CUDA, in bfloat16, if it is long enough."""
+    """Return whether a run is compiled by default: on CUDA, in bfloat16, if it is long enough."""
     is_cuda = device.type == "cuda"
     return is_cuda and dtype is torch.bfloat16 and num_tokens >= TOKENS_TO_AMORTISE
 

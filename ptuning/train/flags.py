@@ -44,9 +44,7 @@ class ModelArguments:
         "Start a new training run from the weights of an earlier one, with a fresh optimizer and "
         "schedule. Takes what --ptuning_checkpoint takes.",
     )
-    pre_seq_len: int | None = flag(
-        None, "Prefix length in prefix tokens. Default: the checkpoint's."
-    )
+    pre_seq_len: int | None = flag(None, "Number of prefix tokens. Default: the checkpoint's.")
     prefix_projection: bool | None = flag(
         None, "Train the prefix through a two-layer MLP. Default: as in the checkpoint, else false."
     )
@@ -75,7 +73,7 @@ class ModelArguments:
         None, "Bits per weight of the frozen base, 4 or 8. Default: as stored in the checkpoint."
     )
     quantization_backend: str = flag(
-        "auto", "Kernels for quantized weights: auto, torch, triton or cpm_kernels."
+        "auto", "Kernels for quantised weights: auto, torch, triton or cpm_kernels."
     )
     quantize_embeddings: bool = flag(
         False, "Store the word embedding, and the output head tied to it, in int8 as well."

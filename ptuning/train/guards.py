@@ -204,7 +204,7 @@ class StepGuard:
         write_atomically(path, "\n".join(lines).encode("utf-8", "backslashreplace"))
         kept = "no checkpoint was written before" if last_sound is None else f"{last_sound} is kept"
         return (
-            f"{self.max_in_a_row} steps in a row could not be used; of the last one, step {step}, "
+            f"Stopped after {self.max_in_a_row} consecutive skipped steps; at step {step}, "
             f"{fault}. Likely cause: {cause}. The batch is in {path}; {kept}."
         )
 

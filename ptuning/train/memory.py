@@ -62,13 +62,13 @@ class ModelSize:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """A layer's linear maps, (rows, columns) of each weight."""
+        """A layer's linear layers, (rows, columns) of each weight."""
         shapes = linear_shapes(self.hidden_size, self.inner_size)
         return {name.rpartition(".")[2]: shape for name, shape in shapes.items()}
 
     @property
     def layer_weights(self) -> int:
-        """Parameters of all layers' linear maps, biases left out."""
+        """Parameters of all layers' linear layers, without biases."""
         return self.num_layers * sum(rows * columns for rows, columns in self.linears.values())
 
     @property
@@ -121,7 +121,9 @@ class Batch(NamedTuple):
 
 
 def largest_batch(lengths: np.ndarray, context_lengths: np.ndarray, num_rows: int) -> Batch:
-    """Return the batch of the longest rows: no other batch of the run needs more memory.
+    """Return the batch of the longest rows.
+
+    With every layer checkpointed, a batch of more answer tokens may need slightly more.
 
     >>> largest_batch(np.array([5, 9, 7]), np.array([2, 3, 3]), 2)
     Batch(lengths=(9, 7), answer_tokens=10)
@@ -238,7 +240,7 @@ def activation_bytes(size: ModelSize, batch: Batch, *, checkpointed_layers: int 
 
 
 def chunks_loss(size: ModelSize) -> bool:
-    """Tell whether the loss is computed in chunks: the head is neither trained nor quantised."""
+    """Return whether the loss is computed in chunks: the head is neither trained nor quantised."""
     return size.tuning != "full" and not size.embedding_bits
 
 

@@ -50,7 +50,7 @@ IGNORED = {
     "logging_dir": "set the variable TENSORBOARD_LOGGING_DIR instead",
     "mp_parameters": "SageMaker's model parallelism is not supported",
     "past_index": "ChatGLM has no such output",
-    "preprocessing_num_workers": "tokenization uses all cores by itself",
+    "preprocessing_num_workers": "tokenization already uses all cores",
     "push_to_hub_organization": "use --hub_model_id",
     "ray_scope": "there is no hyperparameter search here",
     "remove_unused_columns": "rows are token ids when the trainer gets them",
@@ -62,8 +62,8 @@ IGNORED = {
     "use_fast_tokenizer": "there is only one tokenizer",
     "use_ipex": "PyTorch includes these kernels",
     "use_legacy_prediction_loop": "there is only one prediction loop",
-    "use_mps_device": "Apple's GPU is found by itself",
-    "xpu_backend": "PyTorch finds it by itself",
+    "use_mps_device": "Apple's GPU is detected automatically",
+    "xpu_backend": "PyTorch detects it automatically",
 }
 # Old flag -> what to do instead.
 REFUSED = {

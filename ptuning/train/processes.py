@@ -94,7 +94,7 @@ def process_values(config: RunConfig) -> dict[str, Any]:
 
 
 def shards_weights(arguments: Seq2SeqTrainingArguments) -> bool:
-    """Tell whether an engine (FSDP, ZeRO stage 3) leaves each process a part of the weights."""
+    """Return whether an engine (FSDP, ZeRO stage 3) leaves each process a part of the weights."""
     zero = getattr(arguments, "hf_deepspeed_config", None)
     by_accelerate = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE_WORDS
     return bool(arguments.fsdp) or by_accelerate or (zero is not None and zero.is_zero3())
@@ -153,7 +153,7 @@ def process_index() -> int:
 
 
 def is_main_process() -> bool:
-    """Tell whether this is rank 0, which writes the shared files."""
+    """Return whether this is rank 0, which writes the shared files."""
     return process_index() == 0
 
 
@@ -204,7 +204,7 @@ def exclude_frozen_from_ddp(model: nn.Module) -> None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Tell whether an error comes from another process that has ended."""
+    """Return whether an error comes from another process that has ended."""
     if isinstance(error, distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_PEER_WORDS)

@@ -1,8 +1,8 @@
 """What a training run reports: progress lines, a bar, its loss curve, and logs elsewhere.
 
 The callbacks replace transformers' own printing, which is Python dicts, in the main process; those
-of --report_to stay. transformers misses a package or a hub token only once the model is loaded, so
-`check_run` looks for them at the start.
+of --report_to stay. transformers reports a missing package or hub token only after the model is
+loaded, so `check_run` looks for them at the start.
 """
 
 import logging
@@ -111,7 +111,7 @@ class ProgressLines(TrainerCallback):
         return tenths(state.global_step, total) > tenths(self._line_step, total)
 
     def _is_wanted(self, state: TrainerState) -> bool:
-        """Tell whether a log entry is printed; no step is printed twice."""
+        """Return whether a log entry is printed; no step is printed twice."""
         if self._line_step == state.global_step:
             return False
         is_late = time.monotonic() - self._line_at >= LINE_EVERY_S
@@ -249,7 +249,7 @@ def check_reporting(report_to: str | Sequence[str] | None) -> None:
 
 
 def _is_installed(module: str) -> bool:
-    """Tell whether a package can be imported; a folder ./wandb of offline runs is none."""
+    """Return whether a package can be imported; a folder ./wandb of offline runs does not count."""
     spec = find_spec(module)
     return spec is not None and spec.origin is not None
 

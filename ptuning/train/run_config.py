@@ -282,7 +282,7 @@ def find_tuning(typed: Mapping[str, Any]) -> str | None:
 
 
 def is_tuned_model(name_or_path: str | None) -> bool:
-    """Tell whether a directory was written by full fine-tuning."""
+    """Return whether a directory was written by full fine-tuning."""
     return name_or_path is not None and (Path(name_or_path) / INFO_NAME).is_file()
 
 
@@ -424,8 +424,8 @@ def _check_tuning(config: RunConfig) -> None:
         found = kind_of(checkpoint)
         if found != tuning:
             raise UsageError(
-                f"--tuning is {tuning}, but {config.checkpoint_flag} {checkpoint} is of the kind "
-                f"{found}; leave --tuning out, or give another checkpoint."
+                f"--tuning is {tuning}, but {config.checkpoint_flag} {checkpoint} is a {found} "
+                f"checkpoint; leave --tuning out, or give another checkpoint."
             )
     if tuning == PTUNING and config.pre_seq_len is None and checkpoint is None:
         raise UsageError("--tuning is ptuning without a prefix; give --pre_seq_len 128.")

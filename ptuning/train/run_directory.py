@@ -179,12 +179,12 @@ class RunDirectory:
             trained, given = facts["rows"], self.rows
             if not self._requested:
                 raise self._refusal(
-                    f"its training rows were others ({_rows(trained)}; now {_rows(given)})",
+                    f"it was trained on different rows ({_rows(trained)}; now {_rows(given)})",
                     rows_differ=True,
                 )
             raise OutputDirectoryError(
-                f"{checkpoint} was trained on other rows than --train_file has with "
-                f"these flags; resume with the old file and lengths, or start a new "
+                f"{checkpoint} was trained on different rows than --train_file now "
+                f"gives; resume with the old file and lengths, or start a new "
                 f"training from its weights: --init_from {checkpoint} with another --output_dir."
             )
         where = f"{checkpoint}{'' if self._requested else ', which the same command wrote'}"
@@ -211,7 +211,7 @@ class RunDirectory:
         write_atomically(self.path / RECORD_NAME, text.encode())
 
     def holds_a_model(self) -> bool:
-        """Tell whether the result of a training is here, checkpoints aside."""
+        """Return whether the result of a training is here, checkpoints aside."""
         return any((self.path / name).is_file() for name in ARTEFACT_NAMES)
 
     def _recorded(self) -> dict[str, Any]:
@@ -305,7 +305,7 @@ class RunDirectory:
                 is_complete = match[2] == UNFINISHED and fault_of(path, thorough=True) is None
                 if is_complete and not checkpoint.exists():
                     move_into_place(path, checkpoint)
-                    logger.info("%s was complete but not renamed yet: it is used", checkpoint)
+                    logger.info("Recovered %s, complete but not yet renamed", checkpoint)
                 else:
                     shutil.rmtree(path)
                     logger.info("Removed %s, which a stopped run left unfinished", path)
@@ -424,7 +424,7 @@ def _read_mark(descriptor: int) -> dict[str, Any]:
 
 
 def _is_running(mark: dict[str, Any]) -> bool:
-    """Tell whether the process of a mark is alive; one on another host counts as alive."""
+    """Return whether the process of a mark is alive; one on another host counts as alive."""
     if not mark or mark["pid"] == os.getpid():
         return False
     if mark["host"] != socket.gethostname():

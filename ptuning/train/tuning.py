@@ -59,7 +59,7 @@ class Tuning(Protocol):
         """Write what is trained, and nothing of the frozen base, to directory."""
 
     def restore(self, model: ChatGLMForConditionalGeneration, directory: Path) -> None:
-        """Put the values of a checkpoint into the parameters that the optimiser holds."""
+        """Put the values of a checkpoint into the parameters that the optimizer holds."""
 
     def untuned(
         self, model: ChatGLMForConditionalGeneration

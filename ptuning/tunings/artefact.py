@@ -102,7 +102,7 @@ def kind_of(path: str | Path) -> str:
         kind = read_json(path / ADAPTER_CONFIG_NAME).get("peft_type")
         if kind != "LORA":
             raise ValueError(
-                f"{path} holds a peft adapter of the kind {kind}; give a LoRA adapter, or a prefix "
+                f"{path} holds a peft adapter of type {kind}; give a LoRA adapter, or a prefix "
                 "as training wrote it."
             )
         return LORA
@@ -200,7 +200,7 @@ def check_kind(directory: Path, wanted: str) -> None:
     """Refuse a checkpoint of another kind of tuning (ModelError)."""
     kind = kind_of(directory)
     if kind != wanted:
-        raise ModelError(f"{directory} is of the kind {kind}, and --tuning is {wanted}.")
+        raise ModelError(f"{directory} is a {kind} checkpoint, and --tuning is {wanted}.")
 
 
 def check_targets(target_modules: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Full fine-tuning: every weight of the base is trained, and a checkpoint is a whole model.
 
-While training the weights are float32, the optimiser's own: --bf16 and --fp16 are accelerate's or
+While training the weights are float32, the optimizer's own: --bf16 and --fp16 are accelerate's or
 DeepSpeed's mixed precision around them, as in the published code. Answers come in the dtype that a
 frozen base would have. To compare, the untouched base is loaded again from its files.
 """

@@ -70,7 +70,7 @@ def find_base(name_or_path: str, *, flag: str, tuned_flag: str | None = None) ->
 
 
 def _has_model(path: Path) -> bool:
-    """Say whether a folder has a model; a published prefix may have a model's config.json."""
+    """Return whether a folder has a model; a published prefix may have a model's config.json."""
     if not (path / "config.json").is_file():
         return False
     has_weights = any(path.glob("*model*.safetensors")) or any(path.glob("*model*.bin"))

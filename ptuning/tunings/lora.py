@@ -1,7 +1,7 @@
-"""LoRA: low-rank products next to a layer's linears, trained with the peft library; base frozen.
+"""LoRA: low-rank updates to the linear layers of a frozen base, trained with the peft library.
 
 A directory holds `adapter_model.safetensors` and `adapter_config.json` as peft reads them, and
-tuning_config.json with what the run was.
+tuning_config.json, which describes the run.
 """
 
 import copy

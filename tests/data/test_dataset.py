@@ -185,7 +185,7 @@ def test_a_broken_cache_is_announced_and_made_again(
     [cached] = (data_file.parent / "cache").iterdir()
     cached.write_bytes(cached.read_bytes()[:-3])
     again, summary = load(data_file, tokenizer)
-    assert "is broken" in caplog.text
+    assert "is corrupt" in caplog.text
     assert not summary.from_cache
     assert np.array_equal(again.arrays.ids, first.arrays.ids)
     assert load(data_file, tokenizer)[1].from_cache
@@ -362,7 +362,7 @@ def test_a_cut_file_is_announced_and_not_used(
     save_tokens(path, ARRAYS, SUMMARY)
     path.write_bytes(path.read_bytes()[:keep])
     assert load_tokens(path, "a.json") is None
-    assert f"the token cache {path} is broken" in caplog.text
+    assert f"the token cache {path} is corrupt" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_arrays_that_do_not_fit_together_are_not_used(
     path = tmp_path / "tokens.safetensors"
     save_tokens(path, ARRAYS._replace(**changes), SUMMARY)
     assert load_tokens(path, "a.json") is None
-    assert "is broken" in caplog.text
+    assert "is corrupt" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_announced(

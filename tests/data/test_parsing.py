@@ -426,7 +426,7 @@ def test_a_file_of_two_encodings_is_converted_in_parts(tmp_path: Path) -> None:
     content = lines[0].encode() + lines[1].encode("gbk") + lines[2].encode()
     file = open_data(save(tmp_path / "a.json", content))
     assert str(file.encoding_fault).startswith(
-        f"{tmp_path / 'a.json'}:2: not UTF-8, though other lines are; mend these lines, or convert"
+        f"{tmp_path / 'a.json'}:2: not UTF-8, though other lines are; fix these lines, or convert"
     )
     assert file.decoded.damaged_lines == (2,)
     many = "".join(f'{{"a": "衣服很好看{index}", "b": "是的"}}\n' for index in range(500))

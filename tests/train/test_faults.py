@@ -205,7 +205,7 @@ def test_a_finished_run_that_is_resumed_takes_no_step(short_run, caplog):
             "8",
             (),
             "at step 4 of 6, and this run asks for 8: the linear learning-rate schedule now "
-            "spans 8 steps and jumps here, so the result is that of neither "
+            "spans 8 steps and jumps here, so the result matches neither "
             "length. To keep the old schedule, type --max_steps 6",
         ),
         ("4", "6", (), "For a schedule of its own, start a new training from the weights: --init"),
@@ -235,7 +235,7 @@ def test_other_rows_are_refused_and_another_batch_is_told(short_run, capsys, cap
     flags = ("--resume_from_checkpoint", "auto")
     assert short_run.start(*flags, "--max_train_samples", "20") == 2
     error = capsys.readouterr().err
-    assert "was trained on other rows than --train_file has" in error
+    assert "was trained on different rows than --train_file now" in error
     assert "--init_from" in error
     assert short_run.start(*flags, "--per_device_train_batch_size", "2") == 0
     assert (
@@ -397,7 +397,7 @@ def test_a_corrupt_token_cache_is_made_again(damage, short_run, caplog):
         else:
             save_file({"a": torch.ones(1)}, file, metadata={"notes": "{}"})
     assert short_run.start("--overwrite_output_dir") == 0
-    assert "is broken" in caplog.text
+    assert "is corrupt" in caplog.text
     assert same(short_run.prefix(), whole)
 
 

@@ -114,7 +114,7 @@ def test_too_many_in_a_row_stop_the_run_and_show_the_batch(short_run, monkeypatc
     spoil(monkeypatch, {1, 4, 5, 6}, SPOILT["nan loss"])
     assert short_run.start("--max_bad_steps", "3", "--save_total_limit", "1") == 3
     error = capsys.readouterr().err
-    assert "3 steps in a row could not be used" in error
+    assert "Stopped after 3 consecutive skipped steps" in error
     assert "step 6, the loss is nan" in error
     assert "Likely cause: " in error
     assert "--init_from" in error

@@ -429,7 +429,7 @@ def test_the_config_of_the_base_itself_is_accepted(tmp_path):
 
 def test_a_checkpoint_of_another_kind_is_reported(tmp_path, adapter):
     more = ["--tuning", "full", "--ptuning_checkpoint", str(adapter)]
-    with pytest.raises(UsageError, match="is of the kind lora"):
+    with pytest.raises(UsageError, match="is a lora checkpoint"):
         parse_arguments(train(tmp_path, *more))
     more = ["--ptuning_checkpoint", str(adapter), "--lora_rank", "4"]
     with pytest.raises(UsageError, match="adapter has its own"):

@@ -344,7 +344,7 @@ def test_another_learning_rate_or_other_rows_change_nothing(short_run, monkeypat
     assert "--learning_rate was 0.02 and is 0.001" in error
     write_rows(short_run.folder / "train.json", rows(29))
     assert short_run.start("--save_total_limit", "1") == 2
-    assert "its training rows were others (30 rows, " in capsys.readouterr().err
+    assert "it was trained on different rows (30 rows, " in capsys.readouterr().err
     assert contents(short_run.out) == before
     assert short_run.start("--overwrite_output_dir", "--max_steps", "2") == 0
     assert short_run.checkpoints() == ["checkpoint-2"]

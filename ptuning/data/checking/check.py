@@ -1,4 +1,4 @@
-"""What `python -m ptuning data check` counts in a data file, and words that no person wrote.
+"""What `python -m ptuning data check` counts in a data file, and text that is not content.
 
 Rows are read as training reads them and encoded in chunks, so memory holds the file's rows, a
 digest and two lengths for each, but never all tokens.
@@ -272,7 +272,7 @@ def find_placeholders(text: str) -> list[str]:
 
 
 def is_fake_input(text: str) -> bool:
-    """Say whether an input says that there is none: "No input", "<noinput>", "N/A".
+    """Return whether an input says that there is none: "No input", "<noinput>", "N/A".
 
     >>> is_fake_input("\\\\<noinput\\\\>"), is_fake_input("No."), is_fake_input("")
     (True, False, False)

@@ -43,13 +43,13 @@ class FindingKind(NamedTuple):
 PROBLEMS = {
     "unreadable": FindingKind(
         "a file that cannot be opened, or has no row that can be read (exit status 2)",
-        "mend or leave out this file", "{fault}"),
+        "fix or leave out this file", "{fault}"),
     "encoding": FindingKind(
         "another encoding than UTF-8, or bytes that fit none",
         "training refuses the file; here it is read as {encoding}, odd bytes as U+FFFD", "{fault}"),
     "broken_row": FindingKind(
         "a row that is not a JSON object or CSV line, or has a field that is not text",
-        "mend or delete them", "broken, and training stops at the first: {rows}"),
+        "fix or delete them", "broken, and training stops at the first: {rows}"),
     "missing_column": FindingKind(
         "a named column that no row has, or none that is known to hold prompts",
         "{advice}", "{fault}"),
@@ -76,7 +76,7 @@ PROBLEMS = {
         "delete these words from the text"),
     "unknown_mark": FindingKind(
         "<UNK> in the answer",
-        "replace it by the word it stands for, or delete the rows: it is learnt as text"),
+        "replace it by the word it stands for, or delete the rows: it is learned as text"),
     "unknown_token": FindingKind(
         "characters that the tokenizer cannot write",
         "replace these characters, or use the vocabulary of ChatGLM-6B"),
@@ -85,7 +85,7 @@ PROBLEMS = {
         "delete the copies: they count twice in training and in scores"),
     "shared_row": FindingKind(
         "the same prompt and answer in two files",
-        "delete them from one of the two; scores on rows that were trained on are untrue",
+        "delete them from one of the two; scores on training rows are inflated",
         "in both: {rows}"),
 }  # fmt: skip
 # Notices are informational.
@@ -101,12 +101,12 @@ NOTICES = {
         "nothing to do if that is meant", "{reason}, not trained on: {rows} ({share})"),
     "missing_word": FindingKind(
         "NaN, None, null or N/A in place of a prompt or an answer",
-        "empty the field if the word stands for nothing; it is learnt as text"),
+        "empty the field if the word stands for nothing; it is learned as text"),
     "fake_input": FindingKind(
         'inputs that say there is none, such as "No input" or "N/A"',
         "empty the field; as it is, it is joined to the prompt"),
     "unknown_mark_prompt": FindingKind(
-        "<UNK> in the prompt", "nothing to do if prompts will look so in use"),
+        "<UNK> in the prompt", "nothing to do if real prompts contain it"),
     "no_answers": FindingKind(
         "a file without any answer: a test set, whose prompts are checked",
         "{advice}", "no answer in the whole file: {rows}"),

@@ -129,7 +129,7 @@ def find_adapter(
 
 
 def has_network() -> bool:
-    """Say whether the hub's name resolves; without a network huggingface_hub retries for long."""
+    """Return whether the hub's name resolves; without a network huggingface_hub keeps retrying."""
     if urllib.request.getproxies():
         return True  # the proxy resolves names
     try:
@@ -286,14 +286,14 @@ def open_safetensors(file: Path) -> safe_open:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         cut = _first_tensor_cut(file)
-        lost = f"it is cut short: {cut} is not whole" if cut else f"it is damaged ({error})"
+        lost = f"it is truncated inside {cut}" if cut else f"it is damaged ({error})"
         raise ValueError(f"{file} cannot be read: {lost}; {_COPY_AGAIN}.") from error
 
 
 def map_bin(file: Path, expected: list[str] | None = None) -> dict[str, Tensor]:
     """Return a .bin file's tensors, mapped and not read; ValueError says how it is damaged.
 
-    expected are the names that the index lists: all that is known of a file that was cut short.
+    expected are the names that the index lists: all that is known of a truncated file.
     """
     if _check_first_bytes(file) != _ZIP_MAGIC:
         raise ValueError(
@@ -399,7 +399,7 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def is_floating_point(self) -> bool:
-        """Say whether the values are floats, as Tensor.is_floating_point does."""
+        """Return whether the values are floats, as Tensor.is_floating_point does."""
         return self.dtype.is_floating_point
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -408,7 +408,7 @@ class StoredTensor:
 
 
 def same_values(headers: dict[str, TensorHeader], first: str, second: str) -> bool:
-    """Say whether two tensors are stored and equal; both are mapped for as long as that takes."""
+    """Return whether two tensors are stored and equal; both are mapped only meanwhile."""
     left, right = headers.get(first), headers.get(second)
     if left is None or right is None or left[1:] != right[1:]:  # dtype and shape
         return False

@@ -267,7 +267,7 @@ def _check_tensors(
 
 
 def is_layer_linear(name: str) -> bool:
-    """Say whether name is a weight that quantisation touches.
+    """Return whether name is a weight that quantisation touches.
 
     >>> is_layer_linear("transformer.layers.3.mlp.dense_h_to_4h.weight")
     True

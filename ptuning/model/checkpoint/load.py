@@ -258,7 +258,7 @@ def stored_tensors(
 
 
 def head_is_embedding(checkpoint: Checkpoint) -> bool:
-    """Say whether the output head repeats the embedding, or is not stored at all."""
+    """Return whether the output head repeats the embedding, or is not stored at all."""
     headers = checkpoint.headers
     if HEAD not in headers:
         return True
@@ -341,8 +341,8 @@ def quantized_when_read(
 ) -> dict[str, StoredTensor]:
     """Return the packed weight and its scales in place of a float weight, neither computed yet.
 
-    Both are computed when the first of them is read; the other is kept until it is read too. All
-    weights share turn, so that one float weight is in memory at a time however many threads read.
+    Both are computed when the first of them is read; the other is kept until it is read too. The
+    lock turn is shared by all weights, so that one float weight is in memory at a time.
     """
     header = reader.headers[name]
     halves: dict[int, Tensor] = {}

@@ -42,7 +42,7 @@ def plain_torch() -> Iterator[None]:
 
 
 def prefers_plain_torch() -> bool:
-    """Tell whether torch's own operations were asked for, or a compiler needs them."""
+    """Return whether torch's own operations were asked for, or a compiler needs them."""
     return _plain_torch or torch.compiler.is_compiling()
 
 
@@ -185,7 +185,7 @@ def prepack_if_room(model: PreTrainedModel) -> int:
 
 
 def can_prepack(dtype: torch.dtype) -> bool:
-    """Tell whether oneDNN has products of this type for this processor."""
+    """Return whether oneDNN has products of this type for this processor."""
     if dtype is torch.bfloat16:
         return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype is torch.float32 and has_onednn()
@@ -193,13 +193,13 @@ def can_prepack(dtype: torch.dtype) -> bool:
 
 @cache
 def has_avx512() -> bool:
-    """Tell whether PyTorch computes with 512-bit vectors here."""
+    """Return whether PyTorch computes with 512-bit vectors here."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @cache
 def has_onednn() -> bool:
-    """Tell whether this build of PyTorch has the oneDNN products, and they work here."""
+    """Return whether this build of PyTorch has the oneDNN products, and they work here."""
     names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     products = torch.ops.mkldnn
     if not (torch.backends.mkldnn.is_available() and all(hasattr(products, n) for n in names)):

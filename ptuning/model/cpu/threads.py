@@ -1,12 +1,12 @@
-"""As many threads as this process may use processors, and only in threads that compute.
+"""Limit PyTorch's threads to the container's CPU quota; release OpenMP workers of idle threads.
 
-PyTorch counts the machine's cores. In a container limited to a share of their time, that many
-threads wait for each other, ten times slower at worst. Source of the limit's format: cgroup v2,
-`cpu.max`, https://docs.kernel.org/admin-guide/cgroup-v2.html
+PyTorch counts the machine's cores. In a container with a smaller CPU quota, that many threads wait
+for each other, up to ten times slower. Source of the quota's format: cgroup v2, `cpu.max`,
+https://docs.kernel.org/admin-guide/cgroup-v2.html
 
-OpenMP gives each computing thread helper threads of its own and keeps them. GNU's counts them all:
-once there are more than processors, each wait for a helper becomes a system call, and decoding in a
-second thread, after the main thread loaded the weights, took more than twice as long.
+OpenMP gives each computing thread its own workers and keeps them. GNU's implementation counts them
+all: once they outnumber the processors, every wait for a worker becomes a system call, and decoding
+in a second thread, after the main thread loaded the weights, took more than twice as long.
 Source: https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html and
 https://www.openmp.org/spec-html/5.0/openmpsu155.html (omp_pause_resource_all)
 """

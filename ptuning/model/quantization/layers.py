@@ -1,8 +1,7 @@
 """Quantised layers under the published names, and the conversion of a model's layers to them.
 
-The float weight is never stored: forward and backward pass dequantise the packed one block by
-block, so training a prefix through 28 layers keeps the packed weights and nothing else. Only the
-input receives a gradient.
+The float weight is never kept: forward and backward dequantise the packed weight block by block, so
+training a prefix through 28 layers stores only packed weights. Only the input receives a gradient.
 Shapes: M rows of activations, num_out x num_in the weight of a linear, V vocabulary, E hidden size;
 a packed row has num_in or E bytes, in int4 half as many.
 """

@@ -145,8 +145,8 @@ class Dequantizer:
 
     With in_halves, for int4 on a CPU, the block gets its even columns first, then its odd ones:
     writing the two nibbles of a byte to two halves vectorises, interleaving them does not. Code x
-    scale is formed in float16, but on a CPU, which is slow in it, in float32, where it is exact,
-    and then rounded to float16: the same numbers.
+    scale is computed in float16. CPUs are slow at float16, so there it is computed exactly in
+    float32 and rounded to float16, with the same result.
     """
 
     def __init__(self, *, in_halves: bool) -> None:
