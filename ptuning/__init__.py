@@ -9,6 +9,7 @@ at once. Registration waits for the first use of an Auto class from `transformer
 may be the importer, itself half imported.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -18,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 if TYPE_CHECKING:
     from ptuning.tunings.prefix import load_prefix, save_prefix
@@ -37,7 +38,11 @@ def check_versions() -> None:
         except metadata.PackageNotFoundError:
             found = "not installed"
         else:
-            if requirement.specifier.contains(Version(found).base_version):  # of a nightly, too
+            try:
+                release = Version(found).base_version  # of a nightly, too
+            except InvalidVersion:  # of a build of one's own, such as 2.9-mine
+                release = (re.match(r"[\d.]*\d", found) or ["0"])[0]
+            if requirement.specifier.contains(release):
                 continue
         raise ImportError(
             f"{requirement.name} is {found}; this toolkit needs {needed}: pip install '{needed}'"
@@ -47,9 +52,9 @@ def check_versions() -> None:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ptuning.tunings import prefix as prefix_artefact
+    from ptuning.tunings import prefix
 
-    return getattr(prefix_artefact, name)
+    return getattr(prefix, name)
 
 
 def _register() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ LAYER_LINEARS = (
     "mlp.dense_h_to_4h",
     "mlp.dense_4h_to_h",
 )
+TARGET_MODULES = tuple(name.rpartition(".")[2] for name in LAYER_LINEARS)  # as peft names them
 SUPPORTED_BITS = (4, 8)  # of quantised weights
+FORMAT_VERSION = 1  # of prefix_config.json and tuning_config.json
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -53,3 +55,30 @@ def read_json(file: Path) -> dict[str, Any]:
             "download it again."
         )
     return values
+
+
+def read_description(file: Path, *needed: str) -> dict[str, Any]:
+    """Return an artefact's description; ValueError for another format or missing keys."""
+    values = read_json(file)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format_version {version}; this version reads {FORMAT_VERSION}: update the "
+            "toolkit."
+        )
+    missing = [key for key in needed if key not in values]
+    if missing:
+        raise ValueError(
+            f"{file} is incomplete (it lacks {', '.join(missing)}); restore it from the run."
+        )
+    return values
+
+
+def check_targets(target_modules: Sequence[str]) -> None:
+    """Refuse names that are not a layer's linears (ValueError)."""
+    unknown = [name for name in target_modules if name not in TARGET_MODULES]
+    if unknown or not target_modules:
+        raise ValueError(
+            f"--lora_target_modules is {','.join(target_modules) or 'empty'}; give one or more of "
+            f"{', '.join(TARGET_MODULES)}, separated by commas."
+        )

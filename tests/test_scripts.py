@@ -721,6 +721,8 @@ def test_the_checks_run_slow_tests_and_the_tests_alone_do_not(checkout: Path) ->
     everything = marks.removesuffix(" and not slow")
     assert everything != marks
     checks = run(script, "check", "-k", "x", PYTHON=str(python)).stdout.splitlines()
-    assert checks[-1] == f"-m pytest -q -m {everything} -k x"
+    assert checks[-1] == f"-m pytest -q -n auto --dist loadfile -m {everything} -k x"
     alone = run(script, "test", "-k", "x", PYTHON=str(python)).stdout.splitlines()
-    assert alone[-1] == "-m pytest -q -k x", "and pyproject.toml leaves the slow ones out"
+    assert alone[-1] == "-m pytest -q -n auto --dist loadfile -k x", (
+        "and pyproject.toml leaves the slow ones out"
+    )

@@ -30,6 +30,7 @@ def test_what_is_installed_here_passes() -> None:
         ("2.13.0+cpu", "5.23.0"),
         ("3.0.1", "5.99.9"),
         ("2.8.0a0+git1", "5.10.0.dev0"),
+        ("2.9-mine", "5.23.0"),
     ],
 )
 def test_the_range_is_inclusive_below_and_open_above(

@@ -23,7 +23,8 @@ from ptuning.storage import (
     ADAPTER_FILES,
     ADAPTER_WEIGHTS_NAME,
     INFO_NAME,
-    read_json,
+    check_targets,
+    read_description,
 )
 
 ADAPTER = "default"  # the name inside the model; it is not stored
@@ -54,8 +55,11 @@ def add_adapter(
 
     Each target linear's output gains alpha / rank x B(A(x)), with A (rank, in_features) random and
     B (out_features, rank) zero, so that the answers are the base's until it is trained. None
-    targets peft's own choice, query_key_value. ValueError for a model that has an adapter.
+    targets peft's own choice, query_key_value. ValueError for a model that has an adapter, and for
+    names that are not a layer's linears.
     """
+    if target_modules is not None:
+        check_targets(target_modules)
     base = model.name_or_path or ""
     config = load_peft().LoraConfig(
         r=rank,
@@ -63,7 +67,9 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=target_modules and list(target_modules),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(Path(base).absolute()) if Path(base).is_dir() else base,
+        base_model_name_or_path=str(Path(base).absolute())
+        if base and Path(base).is_dir()
+        else base,
     )
     _inject(model, config, ADAPTER)
 
@@ -84,7 +90,7 @@ def attach_adapter(
         )
     config = peft.PeftConfig.from_pretrained(str(directory))
     if (directory / INFO_NAME).is_file():
-        info = read_json(directory / INFO_NAME)
+        info = read_description(directory / INFO_NAME, "tuning")
         if info.get("tuning") == "lora" and config.peft_type == peft.PeftType.LORA:
             base, fingerprint = info.get("base_model_name_or_path"), info.get("base_fingerprint")
             check_base(model, f"the adapter at {directory}", base, fingerprint)
@@ -106,12 +112,13 @@ def _inject(model: PreTrainedModel, config: Any, name: str) -> None:
     peft = load_peft()
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    from ptuning.model.quantization.layers import QuantizedLinear, lora_linear_class
+    from ptuning.model.quantization.layers import QuantizedLinear
+    from ptuning.model.quantization.lora_linear import QuantizedLoraLinear
 
     if adapter_parameters(model):
         raise ValueError("this model has a LoRA adapter already; load the base again for another.")
     if isinstance(config, peft.LoraConfig):
-        config._register_custom_module({QuantizedLinear: lora_linear_class()})
+        config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
     peft.inject_adapter_in_model(config, model, adapter_name=name)
     cast_adapter_dtype(model, name)  # to float32
 

@@ -143,8 +143,13 @@ class EngineClient(AbstractSession):
                 self.find_prefix(name)
             check_queue(len(self._requests), self._max_rows, self._max_queue)
             self._requests[number] = on_update
-            self._call(EngineWorker.start, number, request, prefixes)
-        return partial(self._call, EngineWorker.stop, number)
+            self._queue_call(EngineWorker.start, number, request, prefixes)
+        self._flush()
+        return partial(self._stop, number)
+
+    def _stop(self, number: int) -> None:
+        self._queue_call(EngineWorker.stop, number)
+        self._flush()
 
     def _load_prefix(self, name: str, path: Path, *, allow_other_base: bool) -> NamedPrefix:
         number = next(self._numbers)
@@ -152,19 +157,24 @@ class EngineClient(AbstractSession):
         with self._lock:
             self._check_open()
             self._loading[number] = loading
-            self._call(EngineWorker.add_prefix, number, name, path.absolute(), allow_other_base)
+            arguments = (number, name, path.absolute(), allow_other_base)
+            self._queue_call(EngineWorker.add_prefix, *arguments)
+        self._flush()
         return NamedPrefix(name, path, loading.result())
 
     def _unload_prefix(self, name: str) -> None:
         with self._lock:
-            self._call(EngineWorker.remove_prefix, name)
+            self._queue_call(EngineWorker.remove_prefix, name)
+        self._flush()
 
-    def _call(self, method: Callable[..., None], *arguments: Any) -> None:
-        self._post((method.__name__, *arguments))
+    def _queue_call(self, method: Callable[..., None], *arguments: Any) -> None:
+        self._outbox.append(pickle.dumps((method.__name__, *arguments)))
 
-    def _post(self, message: Any) -> None:
-        """Send a message, after those that another thread is sending."""
-        self._outbox.append(pickle.dumps(message))
+    def _flush(self) -> None:
+        """Send the queued messages, unless another thread does; never with the lock held.
+
+        Sending blocks while the pipe is full because the worker does not read.
+        """
         while self._outbox and self._sending.acquire(blocking=False):
             try:
                 if self._outbox:  # another thread may have sent it before the lock was free
@@ -189,10 +199,12 @@ class EngineClient(AbstractSession):
             if self._is_closed:
                 return
             self._is_closed = True
-            self._post(None)
+            self._outbox.append(pickle.dumps(None))
+        self._flush()
         self._process.join(END_S)
         self._process.kill()
-        self._reader.join(END_S)
+        if self._reader is not threading.current_thread():
+            self._reader.join(END_S)
         self._connection.close()
 
     def _read(self) -> None:

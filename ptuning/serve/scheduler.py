@@ -153,11 +153,11 @@ class Scheduler:
             self._wake.notify()
 
     def close(self) -> None:
-        """End the thread; unfinished requests are cancelled."""
+        """End the thread; unfinished requests are cancelled. Callbacks may call this too."""
         with self._wake:
             self._is_closed = True
             self._wake.notify()
-        if self._thread is not None:
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self) -> None:

@@ -126,10 +126,14 @@ class FlagParser(argparse.ArgumentParser):
         for name, value in content.items():
             option = f"--{name}"
             action = actions[option]
-            if isinstance(value, list) and action.nargs in ("+", "*"):
-                words += [option, *map(_to_word, value)]
-            elif isinstance(value, list | dict):
-                setattr(given, action.dest, value)  # no word of a command line can say it
+            if isinstance(value, list | dict):  # no word of a command line can say it
+                if isinstance(action, _OldFlag):
+                    action(self, given, value)
+                elif action.type is not None or action.nargs == 0:
+                    kind = getattr(action.type, "__name__", "")
+                    raise UsageError(f"--{name} is {json.dumps(value)}; give {needed_for(kind)}.")
+                else:
+                    setattr(given, action.dest, value)
             elif action.nargs == 0:  # --no_compare_base
                 words += [option] * (_to_word(value).lower() in TRUE_WORDS)
             elif value is not None:
@@ -141,8 +145,7 @@ class FlagParser(argparse.ArgumentParser):
         message = re.sub(r"^argument (--\S+?)(/\S+)?: expected .*", r"\1 has no value", message)
         wrong = re.match(r"argument (--[\w-]+).*: invalid (\w+) value: '(.*)'$", message)
         if wrong:
-            needed = {"int": "a whole number", "float": "a number"}.get(wrong[2], "true or false")
-            message = f"{wrong[1]} is {wrong[3]}; give {needed}"
+            message = f"{wrong[1]} is {wrong[3]}; give {needed_for(wrong[2])}"
         raise UsageError(f"{message.removeprefix('argument ')}; {SEE_HELP}")
 
     def _explain_unknown(self, given: Sequence[str]) -> str:
@@ -157,6 +160,11 @@ class FlagParser(argparse.ArgumentParser):
             close = close or difflib.get_close_matches(word, options, n=1)
             hints.append(word + (f" (did you mean {close[0]}?)" if close else ""))
         return f"unknown flags: {', '.join(hints)}; {SEE_HELP}"
+
+
+def needed_for(kind: str) -> str:
+    """Say what to give for a flag of a type, by the type's name."""
+    return {"int": "a whole number", "float": "a number"}.get(kind, "true or false")
 
 
 def _to_word(value: Any) -> str:

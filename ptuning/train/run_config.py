@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ptuning.data.mixing import parse_mix
 from ptuning.data.prompts import SHORTEST, RowFormat
 from ptuning.data.reading import find_files
-from ptuning.storage import INFO_NAME, SUPPORTED_BITS
+from ptuning.storage import INFO_NAME, SUPPORTED_BITS, check_targets
 from ptuning.train.flags import (
     GROUPS,
     DataArguments,
@@ -31,7 +31,6 @@ from ptuning.tunings.artefact import (
     LORA,
     PTUNING,
     TUNINGS,
-    check_targets,
     kind_of,
     read_info,
 )

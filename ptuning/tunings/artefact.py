@@ -6,7 +6,7 @@ torch, so that a command line is checked at once; the tensors are read by `ptuni
 and `ptuning.model.adapter`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ptuning.storage import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
+    FORMAT_VERSION,
     INFO_NAME,
-    LAYER_LINEARS,
+    TARGET_MODULES,
+    read_description,
     read_json,
     write_json,
 )
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 PTUNING, LORA, FULL = "ptuning", "lora", "full"
 TUNINGS = (PTUNING, LORA, FULL)
-FORMAT_VERSION = 1
 PREFIX_CONFIG_NAME = "prefix_config.json"
 PREFIX_WEIGHTS_NAME = "prefix.safetensors"
 PUBLISHED_NAME = "pytorch_model.bin"
@@ -37,7 +38,6 @@ MARKS = {
     FULL: (),
 }
 # The linears of a layer that LoRA can adapt; the first is peft's own choice for ChatGLM.
-TARGET_MODULES = tuple(name.rpartition(".")[2] for name in LAYER_LINEARS)
 DEFAULT_TARGETS = TARGET_MODULES[:1]
 
 # Keys of one of the two files alone.
@@ -144,20 +144,8 @@ def read_prefix_info(path: Path) -> Info | None:
 
 
 def _parse_info(file: Path) -> Info:
-    values = read_json(file)
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format_version {version}; this version reads {FORMAT_VERSION}: update the "
-            "toolkit."
-        )
-    of_a_prefix = file.name == PREFIX_CONFIG_NAME
-    needed = SIZES_OF_A_PREFIX if of_a_prefix else ("tuning",)
-    missing = [key for key in needed if key not in values]
-    if missing:
-        raise ValueError(
-            f"{file} is incomplete (it lacks {', '.join(missing)}); restore it from the run."
-        )
+    needed = SIZES_OF_A_PREFIX if file.name == PREFIX_CONFIG_NAME else ("tuning",)
+    values = read_description(file, *needed)
     known = {f.name: values[f.name] for f in fields(Info) if f.name in values}
     return Info(**({"tuning": PTUNING} | known))
 
@@ -201,13 +189,3 @@ def check_kind(directory: Path, wanted: str) -> None:
     kind = kind_of(directory)
     if kind != wanted:
         raise ModelError(f"{directory} is a {kind} checkpoint, and --tuning is {wanted}.")
-
-
-def check_targets(target_modules: Sequence[str]) -> None:
-    """Refuse names that are not a layer's linears (ValueError)."""
-    unknown = [name for name in target_modules if name not in TARGET_MODULES]
-    if unknown or not target_modules:
-        raise ValueError(
-            f"--lora_target_modules is {','.join(target_modules) or 'empty'}; give one or more of "
-            f"{', '.join(TARGET_MODULES)}, separated by commas."
-        )

@@ -9,6 +9,7 @@ Shapes: P prefix tokens, L layers, H heads, D width of a head, E = H x D hidden 
 import io
 import json
 import logging
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.checkpoint.files import check_finite, read_tensors, shorten
+from ptuning.model.checkpoint.files import check_finite, check_first_bytes, read_tensors, shorten
 from ptuning.model.checkpoint.layout import (
     PREFIX_KEYS,
     base_fingerprint,
@@ -283,7 +284,7 @@ def _read_for(
 def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
     """Return the prefix tensors at path by short name (`embedding.weight`), float32, CPU."""
     file = find_prefix_weights(path)
-    stored = read_tensors(file)
+    stored = _read_stored(file)
     tensors = {}
     for name, value in stored.items():
         short = name.rpartition("prefix_encoder.")[2]
@@ -292,17 +293,38 @@ def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
     if "embedding.weight" not in tensors:
         raise ValueError(
             f"{file} has no prefix ({PREFIX_KEYS}embedding.weight); it holds "
-            f"{shorten(sorted(stored)) or 'nothing'}: give a P-Tuning v2 checkpoint."
+            f"{shorten(sorted(map(str, stored))) or 'nothing'}: give a P-Tuning v2 checkpoint."
         )
     return tensors
 
 
-def _checked_tensor(name: str, value: Tensor, file: Path) -> Tensor:
+def _read_stored(file: Path) -> dict[str, Any]:
+    """Return what a weight file holds; a .bin of any age may hold more than tensors."""
+    if file.suffix == ".safetensors":
+        return read_tensors(file)
+    check_first_bytes(file)
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{file} cannot be read: it is damaged, or holds more than tensors, which could run "
+            "code; copy or download it again from a source you trust."
+        ) from error
+    if not isinstance(stored, dict):
+        raise ValueError(
+            f"{file} does not hold named tensors but a {type(stored).__name__}; give a P-Tuning v2 "
+            "checkpoint."
+        )
+    return stored
+
+
+def _checked_tensor(name: str, value: Any, file: Path) -> Tensor:
     """Return value in float32; ValueError for what cannot be a weight of a prefix."""
     num_axes = 1 if name.endswith(".bias") else 2
-    if value.dim() != num_axes or value.numel() == 0:
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor) or value.dim() != num_axes or value.numel() == 0:
         raise ValueError(
-            f"{file} does not hold a prefix: it has {name} of shape {tuple(value.shape)}, and "
+            f"{file} does not hold a prefix: it has {name} of shape {shape}, and "
             f"{num_axes} non-empty axes are needed; give a P-Tuning v2 checkpoint."
         )
     check_finite(name, value, file)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 import sys
 from dataclasses import asdict
@@ -326,3 +327,34 @@ def test_an_adapter_is_no_prefix(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"holds a peft adapter.*AutoModelForCausalLM"):
         find_prefix_weights(tmp_path)
+
+
+def test_an_adapter_on_a_model_without_a_name_names_no_base(build_small) -> None:
+    model = build_small()
+    add_adapter(model, rank=2, alpha=4)
+    assert model.peft_config["default"].base_model_name_or_path == ""
+
+
+def test_modules_that_are_no_linears_of_a_layer_are_refused(build_small) -> None:
+    with pytest.raises(ValueError, match="lm_head; give one or more of query_key_value"):
+        add_adapter(build_small(), rank=2, alpha=4, target_modules=["lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"format_version": 2}, "format_version 2"), ({"tuning": None}, "it lacks tuning")],
+)
+def test_a_description_of_another_format_is_refused(base, tmp_path, changes, words) -> None:
+    by_training(base, tmp_path / "adapter")
+    file = tmp_path / "adapter" / INFO_NAME
+    values = json.loads(file.read_text(encoding="utf-8")) | changes
+    values = {name: value for name, value in values.items() if value is not None}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ValueError, match=words):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+def test_an_adapter_on_packed_weights_is_pickled(written) -> None:
+    model = AutoModelForCausalLM.from_pretrained(written[2], quantization_bit=4)
+    again = pickle.loads(pickle.dumps(model))
+    assert logits(again).equal(logits(model))

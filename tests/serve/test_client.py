@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ptuning.engine.request import Request
-from ptuning.serve.client import EndedProcessError, EngineClient
+from ptuning.serve.client import END_S, EndedProcessError, EngineClient
 from ptuning.serve.scheduler import (
     EngineError,
     QueueFullError,
@@ -370,6 +370,28 @@ def test_a_killed_process_is_told_to_everyone(tight, prefix_dirs):
     assert len(readers()) == before - 1
     assert not psutil.pid_exists(process.pid)
     assert "signal 9" in tight.failure
+
+
+def test_a_worker_that_does_not_read_neither_holds_callers_nor_the_close():
+    client = load(max_rows=1)
+    pid = client._process.pid
+    returned = []
+
+    def ask():
+        client.chat("你好，请问" * 150, max_source_length=1000)
+        returned.append(True)
+
+    os.kill(pid, signal.SIGSTOP)
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(150)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(0.2)
+    assert len(returned) >= 149, "one thread at most is sending"
+    started = time.monotonic()
+    client.close()
+    assert time.monotonic() - started < 2 * END_S
+    assert not psutil.pid_exists(pid)
 
 
 def test_a_model_that_is_not_there_is_refused_in_the_same_words_and_leaves_nothing(tmp_path):

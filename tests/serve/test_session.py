@@ -215,6 +215,13 @@ def test_a_full_queue_refuses_and_a_closed_session_too(nano, session):
         small.chat("你好")
 
 
+def test_a_callback_may_close_the_session(nano, session):
+    small = Session(nano, session.tokenizer)
+    answer = small.chat("你好", max_new_tokens=30, on_progress=lambda finished: small.close())
+    assert "你好".startswith(answer.read()[:2])
+    assert answer.finish_reason == "cancelled"
+
+
 def test_a_failure_reaches_who_waits_and_the_next_answer_works(session, monkeypatch):
     expected = session.chat("你好").read()
     with monkeypatch.context() as patch:

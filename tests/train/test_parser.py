@@ -178,6 +178,10 @@ def test_help_shows_every_flag_once_and_no_old_one():
         ('{"max_steps": "many"}', "--max_steps is many; give a whole number"),
         ('{"max_steps": 2.5}', "--max_steps is 2.5; give a whole number"),
         ('{"max_steps": true}', "--max_steps is true; give a whole number"),
+        ('{"max_steps": [5]}', "--max_steps is [5]; give a whole number"),
+        ('{"learning_rate": [0.001]}', "--learning_rate is [0.001]; give a number"),
+        ('{"do_train": [true]}', "--do_train is [true]; give true or false"),
+        ('{"no_compare_base": {}}', "--no_compare_base is {}; give true or false"),
         ('{"use_cpu": "perhaps"}', "--use_cpu is perhaps; give true or false"),
         ("[1]", "holds a list"),
         ("{", "not a JSON file"),
@@ -189,6 +193,16 @@ def test_a_wrong_json_file_is_one_line(content, needed, tmp_path):
     with pytest.raises(UsageError) as caught:
         parse_arguments([str(path)])
     assert needed in str(caught.value)
+
+
+def test_a_list_or_an_object_in_a_json_file_is_a_value(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(
+        '{"past_index": {}, "train_file": ["a.json", "-b.json"], "fsdp_config": {"x": 1}}'
+    )
+    values, notices = parser.parse([str(path)])
+    assert values == {"train_file": ["a.json", "-b.json"], "fsdp_config": {"x": 1}}
+    assert [notice[:25] for notice in notices] == ["--past_index is ignored: "]
 
 
 def test_words_that_are_no_flags_are_named_as_typed():

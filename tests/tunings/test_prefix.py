@@ -331,7 +331,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     with pytest.raises(ValueError, match=r"holds more than tensors"):
         ptuning.load_prefix(small, tmp_path)
     file.write_bytes(pickle.dumps(RunsCode(), protocol=2))
-    with pytest.raises(ValueError, match=r"not in the format torch\.save"):
+    with pytest.raises(ValueError, match=r"cannot be read.*more than tensors"):
         ptuning.load_prefix(small, file)
     assert not (tmp_path / "pickle-ran-code").exists()
 
@@ -346,8 +346,17 @@ def test_a_pickle_with_code_is_refused_and_not_run(
 )
 def test_a_file_of_another_kind_is_refused(small: Model, tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / PUBLISHED_NAME)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a table of tensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin (has no prefix|does not hold)"):
         ptuning.load_prefix(small, tmp_path)
+
+
+def test_an_old_file_and_one_with_more_than_tensors_are_read(small: Model, tmp_path: Path) -> None:
+    stored = published(small) | {"global_step": 300}
+    torch.save(stored, tmp_path / PUBLISHED_NAME, _use_new_zipfile_serialization=False)
+    wanted = small.prefix_encoder.state_dict()
+    ptuning.load_prefix(small, tmp_path)
+    found = small.prefix_encoder.state_dict()
+    assert all(found[name].equal(value) for name, value in wanted.items())
 
 
 def test_a_checkpoint_without_a_prefix_is_refused(build_small: Build, tmp_path: Path) -> None:

@@ -50,6 +50,13 @@ INDEX_OF = {SAFETENSORS_FILE: SAFETENSORS_INDEX, BIN_FILE: BIN_INDEX}
 # What use_safetensors accepts, in order of preference.
 ACCEPTED = {None: (SAFETENSORS_FILE, BIN_FILE), True: (SAFETENSORS_FILE,), False: (BIN_FILE,)}
 
+# The dtypes of the safetensors format that a ChatGLM checkpoint can hold.
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
+
 NOT_ON_THE_HUB = (
     HFValidationError,
     RepositoryNotFoundError,
@@ -267,8 +274,13 @@ def _headers_of(file: Path, expected: list[str]) -> Iterator[tuple[str, TensorHe
         for name in opened.keys():  # noqa: SIM118  (not a mapping)
             piece = opened.get_slice(name)
             shape = tuple(piece.get_shape())
-            empty = piece[:0] if shape else opened.get_tensor(name)  # nothing of it is read
-            yield name, TensorHeader(file, empty.dtype, shape)
+            stored = piece.get_dtype()
+            if stored not in DTYPES:
+                raise ValueError(
+                    f"{file} has {name} of dtype {stored}; ChatGLM checkpoints hold "
+                    f"{', '.join(DTYPES)}: convert it with the tool that wrote it."
+                )
+            yield name, TensorHeader(file, DTYPES[stored], shape)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -281,7 +293,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def open_safetensors(file: Path) -> safe_open:
     """Open a .safetensors file; ValueError says how it is damaged."""
-    _check_first_bytes(file)
+    check_first_bytes(file)
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
@@ -295,7 +307,7 @@ def map_bin(file: Path, expected: list[str] | None = None) -> dict[str, Tensor]:
 
     expected are the names that the index lists: all that is known of a truncated file.
     """
-    if _check_first_bytes(file) != _ZIP_MAGIC:
+    if check_first_bytes(file) != _ZIP_MAGIC:
         raise ValueError(
             f"{file} is not in the format torch.save has written since version 1.6: it is "
             f"damaged, so {_COPY_AGAIN}, or very old, so save it again with a current torch."
@@ -321,7 +333,7 @@ def map_bin(file: Path, expected: list[str] | None = None) -> dict[str, Tensor]:
     return loaded
 
 
-def _check_first_bytes(file: Path) -> bytes:
+def check_first_bytes(file: Path) -> bytes:
     """Return the first four bytes; ValueError for an empty file or a git-lfs pointer."""
     with file.open("rb") as stream:
         start = stream.read(len(_GIT_LFS_MAGIC))

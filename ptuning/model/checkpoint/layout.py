@@ -68,7 +68,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of all tensors that are not quantised."""
+        """The dtype of the norms, the embedding and the weights, unless these are quantised."""
         return self.headers["transformer.final_layernorm.weight"].dtype
 
     def __str__(self) -> str:
@@ -175,7 +175,7 @@ def _stored_bits(
             f"quantization_bit is {given}, but the weights in {directory} are stored with {bits} "
             "bits; leave it out, or give the float16 release."
         )
-    if config.embedding_quantization_bit not in (0, embedding_bits):
+    if (config.embedding_quantization_bit or 0) not in (0, embedding_bits):
         stored = f"{embedding_bits} bits" if embedding_bits else "floats"
         raise ValueError(
             f"embedding_quantization_bit is {config.embedding_quantization_bit}, but {EMBEDDING} "

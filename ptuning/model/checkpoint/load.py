@@ -182,13 +182,13 @@ def _settle_config(
 
     Takes keys of the configuration out of kwargs.
     """
+    own = directory / CONFIG_FILE
+    tied = given is not None and own.is_file() and read_json(own).get("tie_word_embeddings")
     if isinstance(given, PreTrainedConfig):
         assert isinstance(given, ChatGLMConfig), "transformers picks this class by its config"
-        file = directory / CONFIG_FILE
-        tied = file.is_file() and read_json(file).get("tie_word_embeddings")
         return copy.deepcopy(given), bool(tied or given.tie_word_embeddings)
     config = read_config(directory if given is None else Path(given))
-    tied = bool(config.tie_word_embeddings)
+    tied = bool(tied or config.tie_word_embeddings)
     overrides = {
         key: kwargs.pop(key)
         for key in list(kwargs)

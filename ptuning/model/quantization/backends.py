@@ -60,7 +60,8 @@ def check_backend_name(requested: str) -> None:
 
 @cache
 def get_backend(name: str) -> Backend:
-    """Return the only instance of the named back end."""
+    """Return the only instance of the named back end; ValueError for another name."""
+    check_backend_name(name)
     if name == "triton":
         from ptuning.model.quantization.triton_backend import TritonBackend  # imports triton
 

@@ -8,6 +8,7 @@ Shapes: see `torch_backend`.
 """
 
 import ctypes
+import importlib.util
 import os
 import re
 import tempfile
@@ -62,6 +63,26 @@ def loaded_libraries(memory_map: str) -> dict[str, Path]:
     return {name: Path(path) for path, name in LOADED_LIBRARY.findall(memory_map)}
 
 
+def load_nvrtc() -> None:
+    """Load NVRTC, unless torch has, from next to torch, NVIDIA's packages or a CUDA toolkit."""
+    name = f"libnvrtc.so.{str(torch.version.cuda).split('.')[0]}"
+    nvidia = importlib.util.find_spec("nvidia")
+    packages = (nvidia and nvidia.submodule_search_locations) or ()
+    toolkits = (os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key))
+    folders = [
+        Path(torch.__file__).parent / "lib",
+        *(folder for package in packages for folder in sorted(Path(package).glob("*/lib"))),
+        *(Path(toolkit) / "lib64" for toolkit in toolkits),
+    ]
+    for library in (name, *(str(folder / name) for folder in folders)):
+        with suppress(OSError):
+            # NVRTC opens its built-ins by name alone: found when they are loaded already.
+            for builtins in sorted(Path(library).parent.glob("libnvrtc-builtins.so*")):
+                ctypes.CDLL(str(builtins))
+            ctypes.CDLL(library)
+            return
+
+
 @contextmanager
 def torch_libraries() -> Iterator[None]:
     """Let cpm_kernels, while it is imported, find the CUDA libraries that torch has loaded.
@@ -69,8 +90,7 @@ def torch_libraries() -> Iterator[None]:
     It looks for names without a version in $CUDA_PATH/lib64, in /usr/local/cuda and on the loader's
     path; those of a pip-installed torch are in none of them, so CUDA_PATH points at links to them.
     """
-    with suppress(OSError):  # torch's own, if it is not loaded yet
-        ctypes.CDLL(f"libnvrtc.so.{str(torch.version.cuda).split('.')[0]}")
+    load_nvrtc()
     before = os.environ.get("CUDA_PATH")
     with tempfile.TemporaryDirectory(prefix="ptuning-cuda-") as folder:
         links = Path(folder) / "lib64"

@@ -7,8 +7,7 @@ a packed row has num_in or E bytes, in int4 half as many.
 """
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NoReturn, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -253,29 +252,6 @@ class QuantizedEmbedding(PackedModule):
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-@cache
-def lora_linear_class() -> type[nn.Module]:
-    """Return the LoRA layer around a QuantizedLinear; only here is peft imported."""
-    from peft.tuners.lora import Linear
-
-    class QuantizedLoraLinear(Linear):
-        """Adds B(A(x)), trained in float32, to what a frozen QuantizedLinear returns."""
-
-        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-            """Return the widths, which peft would read from a float weight's shape."""
-            return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-
-        def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> NoReturn:
-            """Refuse: packed weights have no room for the product."""
-            raise ValueError(
-                "the base is quantised, and adding LoRA's product to packed int8 or int4 weights "
-                "would round it away; keep the adapter next to the base, or load the base "
-                "unquantised to merge."
-            )
-
-    return QuantizedLoraLinear
 
 
 def layer_linear_names(model: PreTrainedModel) -> list[str]:

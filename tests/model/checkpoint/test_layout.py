@@ -300,3 +300,18 @@ def test_a_model_saved_without_its_head_is_told_from_a_damaged_one(
     assert "ChatGLMForConditionalGeneration" in text
     alone = ChatGLMModel.from_pretrained(tmp_path / "base")
     assert torch.equal(alone.word_embeddings.weight, model.transformer.word_embeddings.weight)
+
+
+def test_a_dtype_that_no_checkpoint_holds_is_named(single: Path) -> None:
+    name = "transformer.final_layernorm.weight"
+    file = single / "model.safetensors"
+    resave(file, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    assert f"{name} of dtype F8_E4M3; ChatGLM checkpoints hold F64" in complaint(single)
+
+
+def test_a_config_may_say_that_nothing_is_quantised(single: Path) -> None:
+    file = single / "config.json"
+    nulls = {"quantization_bit": None, "embedding_quantization_bit": None}
+    values = json.loads(file.read_text(encoding="utf-8")) | nulls
+    file.write_text(json.dumps(values), encoding="utf-8")
+    assert AutoModel.from_pretrained(single).config.quantization_bit == 0
