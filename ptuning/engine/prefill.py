@@ -92,7 +92,7 @@ def _mask(visible: Tensor, prefixes: BatchPrefixes | None, dtype: torch.dtype) -
         return additive_mask(visible, dtype)
     before = visible.new_zeros(*visible.shape[:-1], prefixes.width)
     mask = additive_mask(torch.cat((before, visible), dim=3), dtype)  # (B, 1, S, K)
-    mask[..., : prefixes.width] = _prefix_mask(prefixes, dtype).unsqueeze(2)
+    mask[..., : prefixes.width] = _prefix_mask(prefixes, dtype).unsqueeze(2)  # (B, 1, 1, W)
     return mask
 
 

@@ -60,7 +60,7 @@ def float_product(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.dtype is torch.float32 or left.device.type != "cuda":
         return left.float() @ right.float()
-    batches = (left.flatten(0, -3), right.flatten(0, -3))
+    batches = (left.flatten(0, -3), right.flatten(0, -3))  # (B, N, D), (B, D, M)
     product = torch.bmm(*batches, out_dtype=torch.float32)  # type: ignore[call-overload]
     found: Tensor = product.unflatten(0, left.shape[:-2])  # (..., N, M)
     return found
@@ -117,14 +117,15 @@ class BatchPrefixes(NamedTuple):
         stacked = self.stack.layers[layer]
         if self.groups is None:
             return stacked
-        key_values = stacked.index_select(1, self.seen).unflatten(1, (-1, self.num_seen))
-        return key_values.transpose(2, 3).flatten(3, 4)  # from (2, R, K, H, P, D)
+        key_values = stacked.index_select(1, self.seen)  # (2, R * K, H, P, D)
+        key_values = key_values.unflatten(1, (-1, self.num_seen))  # (2, R, K, H, P, D)
+        return key_values.transpose(2, 3).flatten(3, 4)  # (2, R, H, W, D)
 
     def scores(self, layer: int, query: Tensor) -> Tensor:
         """Return float32 products (R, H, W) of query (R, H, D) and the keys, without the mask."""
         keys = self.stack.layers[layer][0].transpose(-1, -2)  # (G, H, D, P)
         if self.groups is None:
-            return float_product(query.transpose(0, 1), keys[0]).transpose(0, 1)
+            return float_product(query.transpose(0, 1), keys[0]).transpose(0, 1)  # (R, H, P)
         grouped = self._grouped(query, self.groups.rows)  # (G, H, M, D)
         products = float_product(grouped, keys).transpose(1, 2).flatten(0, 1)  # (G * M, H, P)
         products = products.index_select(0, self.groups.places)  # (R * K, H, P)
@@ -134,7 +135,7 @@ class BatchPrefixes(NamedTuple):
         """Return output (R, H, D) plus the values weighted by weights (R, H, W)."""
         values = self.stack.layers[layer][1]  # (G, H, P, D)
         if self.groups is None:
-            return output + (weights.transpose(0, 1) @ values[0]).transpose(0, 1)
+            return output + (weights.transpose(0, 1) @ values[0]).transpose(0, 1)  # (R, H, D)
         weights = weights.unflatten(2, (self.num_seen, -1)).transpose(1, 2)  # (R, K, H, P)
         grouped = self._grouped(weights.flatten(0, 1), self.groups.indices)  # (G, H, M, P)
         drawn = (grouped @ values).transpose(1, 2).flatten(0, 1)  # (G * M, H, D)
@@ -145,7 +146,7 @@ class BatchPrefixes(NamedTuple):
         """Return (G, H, M, ...): the rows of tensor (..., H, ...) at each place of the groups."""
         assert self.groups is not None, "there are groups only where rows see different prefixes"
         rows = tensor.index_select(0, indices)  # (G * M, H, ...)
-        return rows.unflatten(0, (-1, self.groups.size)).transpose(1, 2)
+        return rows.unflatten(0, (-1, self.groups.size)).transpose(1, 2)  # (G, H, M, ...)
 
 
 class PrefixCache:

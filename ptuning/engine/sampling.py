@@ -67,7 +67,7 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> list[int]:
     draws = column([row.random.random() for row in rows]) * cumulated[:, -1:]
     drawn = (cumulated <= draws).sum(dim=-1, keepdim=True)
     last = kept.sum(dim=-1, keepdim=True) - 1  # where rounding pushed a draw past the end
-    return ids.gather(1, torch.minimum(drawn, last)).squeeze(1).tolist()
+    return ids.gather(1, torch.minimum(drawn, last)).squeeze(1).tolist()  # (R,)
 
 
 def logprobs_of(

@@ -55,7 +55,7 @@ def labelled_layout(
     if mask is None:
         mask = torch.ones_like(next_labels)
     layout = find_layout(mask, next_labels != IGNORED_LABEL)
-    return layout, next_labels.flatten()[layout.tokens][layout.needed]
+    return layout, next_labels.flatten()[layout.tokens][layout.needed]  # (N,)
 
 
 def mean_loss(

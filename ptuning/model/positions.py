@@ -289,7 +289,7 @@ def unflatten_rows(flat: Tensor, layout: FlatLayout) -> Tensor:
     num_rows, length = layout.shape
     grid = flat.new_zeros(num_rows * length, *flat.shape[2:])
     # index_copy_ would save the flat tokens for its backward pass, which reads only their shape.
-    grid.index_put_((layout.tokens,), flat.squeeze(0))
+    grid.index_put_((layout.tokens,), flat.squeeze(0))  # from (T, ...)
     return grid.unflatten(0, (num_rows, length))  # (B, S, ...)
 
 

@@ -256,7 +256,7 @@ class _GeluWithSlope(torch.autograd.Function):
 def _gelu_in_blocks(x: Tensor, slope: Tensor | None) -> Tensor:
     """Return GELU of a contiguous x, and fill slope; the arithmetic is float32."""
     output = torch.empty_like(x)
-    blocks = [x.view(-1).split(GELU_BLOCK), output.view(-1).split(GELU_BLOCK)]
+    blocks = [x.view(-1).split(GELU_BLOCK), output.view(-1).split(GELU_BLOCK)]  # each (n,)
     slopes = [None] * len(blocks[0]) if slope is None else slope.view(-1).split(GELU_BLOCK)
     linear = torch.tensor(GELU_LINEAR)
     for source, target, slope_target in zip(*blocks, slopes, strict=True):

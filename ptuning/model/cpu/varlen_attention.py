@@ -67,7 +67,7 @@ def find_rows(
         angle.expand(num_rows, -1, -1).flatten(0, 1)[layout.tokens][:, None, None]  # (T, 1, 1, D)
         for angle in rotation
     )
-    scale = cos.new_tensor([cos.shape[-1] ** -0.5, 1.0]).view(1, 1, 2, 1)
+    scale = cos.new_tensor([cos.shape[-1] ** -0.5, 1.0]).view(1, 1, 2, 1)  # of queries, of keys
     cos, sin = cos * scale, sin * scale  # (T, 1, 2, D)
     lowest = torch.finfo(mask.dtype).min
     groups = []
@@ -183,7 +183,8 @@ def _attend(
         weights = _matmul(query, joined[0].transpose(2, 3))  # (R, H, S, K)
         weights[..., prefix.length :] += group.mask
         if rows.prefix_mask is not None:
-            weights[..., : prefix.length] += rows.prefix_mask[group.rows].unsqueeze(1)
+            prefix_mask = rows.prefix_mask[group.rows].unsqueeze(1)  # (R, 1, 1, P)
+            weights[..., : prefix.length] += prefix_mask
         torch.softmax(weights, dim=-1, out=weights)
         attended_rows = _matmul(weights, joined[1]).transpose(1, 2)  # (R, S, H, D)
         for index, place in enumerate(group.tokens):
@@ -204,7 +205,7 @@ def _by_head(cells: Tensor, group: RowGroup) -> Tensor:
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply left (R, H, X, Y) by right (R, H, Y, Z); several times as fast as `@` here."""
+    """Return left (R, H, X, Y) @ right (R, H, Y, Z): (R, H, X, Z), several times faster here."""
     return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
 
 
@@ -245,7 +246,7 @@ class _RowAttention(torch.autograd.Function):
             attended = _Attended(*saved[3 * index : 3 * index + 3])
             grad_rows = torch.zeros_like(attended.query)
             for place, target in zip(group.tokens, grad_rows, strict=True):
-                target[:, : place.stop - place.start] = grad[place].transpose(0, 1)
+                target[:, : place.stop - place.start] = grad[place].transpose(0, 1)  # (H, S, D)
             slope, grad_joined = _slopes(attended, grad_rows)
             if grad_prefix is not None:
                 _add_prefix_gradient(grad_prefix, grad_joined, keep, group)
@@ -254,7 +255,7 @@ class _RowAttention(torch.autograd.Function):
                 grad_query = _matmul(slope, attended.joined[0])
                 _add_own_gradient(grad_fused, grad_query, own, group)
         if grad_fused is not None:
-            grad_fused = grad_fused.flatten(1).unsqueeze(0)
+            grad_fused = grad_fused.flatten(1).unsqueeze(0)  # (1, T, 3 * E)
         if grad_prefix is not None:
             grad_prefix = (grad_prefix / (1.0 - ctx.dropout)).to(grad.dtype)
         return grad_fused, grad_prefix, None, None, None
@@ -263,12 +264,12 @@ class _RowAttention(torch.autograd.Function):
 def _slopes(attended: _Attended, grad_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of the scores (R, H, S, K) and of keys and values (2, R, H, K, D)."""
     query, joined, weights = attended
-    slope = _matmul(grad_rows, joined[1].transpose(2, 3))
+    slope = _matmul(grad_rows, joined[1].transpose(2, 3))  # (R, H, S, K)
     torch._softmax_backward_data(slope, weights, -1, weights.dtype, grad_input=slope)
     grad_joined = torch.empty_like(joined)
     for half, left, right in ((0, slope, query), (1, weights, grad_rows)):
-        left, right = left.flatten(0, 1), right.flatten(0, 1)
-        torch.bmm(left.transpose(1, 2), right, out=grad_joined[half].flatten(0, 1))
+        left, right = left.flatten(0, 1), right.flatten(0, 1)  # (R * H, S, K), (R * H, S, D)
+        torch.bmm(left.transpose(1, 2), right, out=grad_joined[half].flatten(0, 1))  # (R * H, K, D)
     return slope, grad_joined
 
 
@@ -285,7 +286,7 @@ def _add_own_gradient(
     for index, place in enumerate(group.tokens):
         num_tokens = place.stop - place.start
         grad_fused[place, :, :2] = pairs[index, :num_tokens]
-        grad_fused[place, :, 2] = grad_own[1, index, :, :num_tokens].transpose(0, 1)
+        grad_fused[place, :, 2] = grad_own[1, index, :, :num_tokens].transpose(0, 1)  # (S, H, D)
 
 
 def _add_prefix_gradient(
@@ -347,7 +348,7 @@ def draw_keep_mask(shape: Sequence[int], dropout: float) -> Tensor:
     lower = math.floor(dropout * BYTES)
     rounded_up = torch.rand(*shape[:-2], 1, 1) < dropout * BYTES - lower
     thresholds = rounded_up.to(torch.uint8) + lower
-    drawn = torch.from_numpy(words)[:count].view(*shape)
+    drawn = torch.from_numpy(words)[:count].view(*shape)  # shape
     return drawn.ge_(thresholds).view(torch.int8).neg_()
 
 

@@ -182,7 +182,7 @@ class QuantizedLinear(PackedModule):
         )  # (M, out_features)
         if self.bias is not None:
             product = product.add_(self.bias.to(product.dtype))
-        return product.unflatten(0, x.shape[:-1]) if x.dim() != 2 else product
+        return product if x.dim() == 2 else product.unflatten(0, x.shape[:-1])  # (..., out)
 
     def extra_repr(self) -> str:
         """Describe the layer as print(model) shows it."""
@@ -229,7 +229,7 @@ class QuantizedEmbedding(PackedModule):
     def forward(self, ids: Tensor) -> Tensor:
         """Map token ids of any shape (...) to (..., E)."""
         packed, scale = self.weight[ids.flatten()], self.weight_scale[ids.flatten()]
-        rows = dequantize_weight(packed, scale, self.bits, self.dtype_anchor.dtype)
+        rows = dequantize_weight(packed, scale, self.bits, self.dtype_anchor.dtype)  # (M, E)
         return rows.unflatten(0, ids.shape) if ids.dim() != 1 else rows  # (..., E)
 
     def tied_head(self, backend: str = AUTO) -> QuantizedLinear:

@@ -95,7 +95,7 @@ def transposed_by_columns(
     product = grad.new_empty(num_rows, num_in)
     for start in range(0, num_in, step):
         stop = min(start + step, num_in)
-        block = buffer[: num_out * (stop - start)].view(num_out, stop - start)
+        block = buffer[: num_out * (stop - start)].view(num_out, stop - start)  # whole columns
         dequantize(packed[:, start // per_byte : stop // per_byte], scale, block)
         torch.mm(grad, block, out=product[:, start:stop])
     return product
@@ -182,7 +182,7 @@ class Dequantizer:
         """Return scratch of like's shape; the first block asked for is the largest."""
         if dtype not in self._scratch:
             self._scratch[dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
-        return self._scratch[dtype][: like.numel()].view(like.shape)
+        return self._scratch[dtype][: like.numel()].view(like.shape)  # like's shape
 
 
 class TorchBackend:
