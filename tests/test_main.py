@@ -353,7 +353,7 @@ def test_a_run_is_not_replaced_by_another_one_unasked(
     more = ["--learning_rate", "1e-3"] if what == "rate" else []
     assert main([*flags, *more]) == 2
     error = capsys.readouterr().err
-    difference = "--learning_rate was 0.02 and is 0.001" if what == "rate" else "training rows"
+    difference = "--learning_rate was 0.02 and is 0.001" if what == "rate" else "different rows"
     for word in (difference, "--output_dir", "NAME="):
         assert word in error
     # A finished run has no step left to continue with at another rate.
