@@ -11,6 +11,7 @@ once. Errors of the loading functions name main.py's flags; a command with other
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ptuning.output import first_line
 from ptuning.storage import ADAPTER_CONFIG_NAME, INFO_NAME
 from ptuning.tunings.artefact import (
     LORA,
@@ -164,10 +165,9 @@ def choose_dtype(device: "torch.device", requested: str | None) -> "torch.dtype"
 
 
 def _explain(what: str, name_or_path: str, error: Exception) -> str:
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     offline = " To work offline, download it once and give its folder."
     return (
-        f"the {what} of {name_or_path} cannot be loaded: {first_line}"
+        f"the {what} of {name_or_path} cannot be loaded: {first_line(error)}"
         f"{'' if Path(name_or_path).is_dir() else offline}"
     )
 

@@ -4,20 +4,11 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
 from ptuning.engine.engine import Decoding, GreedyEngine, generate_answers
 from ptuning.engine.slots import round_up
-
-
-@pytest.fixture(scope="module")
-def model(golden):
-    folder = golden / "chatglm-tiny"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.add_prefix(8).load_state_dict(load_file(folder / "prefix.safetensors"))
-    return model.eval()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ptuning  # noqa: F401  (registers the model)
@@ -44,14 +43,6 @@ class Capture:
             output.copy_(work())
 
         return replay, output
-
-
-@pytest.fixture(scope="module")
-def model(golden):
-    folder = golden / "chatglm-tiny"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.add_prefix(8).load_state_dict(load_file(folder / "prefix.safetensors"))
-    return model.eval()
 
 
 @pytest.fixture
