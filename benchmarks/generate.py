@@ -33,7 +33,6 @@ from benchmarks.setting import (
     weights_of,
     write_json,
 )
-from ptuning.data.tokenization import pad_left
 from ptuning.engine.engine import PUBLISHED_SAMPLING, Engine
 from ptuning.engine.prefixes import PrefixMix, SharedPrefix, mix_prefixes
 from ptuning.engine.request import Request, Row
@@ -137,10 +136,11 @@ def answer_as_published(
     synchronise(device)
     started = time.perf_counter()
     for number, (prompt, budget) in questions.items():
-        inputs = pad_left([prompt], pad_id=pad_id, pad_to_length=MAX_LENGTH)
+        num_padding = MAX_LENGTH - len(prompt)
+        mask = [0] * num_padding + [1] * len(prompt)
         output = model.generate(
-            inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
+            torch.tensor([[pad_id] * num_padding + list(prompt)], device=device),
+            attention_mask=torch.tensor([mask], device=device),
             max_new_tokens=budget,
             min_new_tokens=budget,
             do_sample=True,

@@ -17,6 +17,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch.nn import functional
@@ -36,7 +37,8 @@ from benchmarks.setting import (
 )
 from ptuning.data.tokenization import pad_right
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
-from ptuning.model.cpu.linear import plain_torch, prepack_if_room
+from ptuning.model.cpu import linear
+from ptuning.model.cpu.linear import prepack_if_room
 from ptuning.train.fit import keep_freed_memory
 
 ROWS_PER_STEP = 16  # as published: one row at a time, accumulated over 16
@@ -48,7 +50,8 @@ def published_step(model: ChatGLMForConditionalGeneration, rows: Sequence[BenchR
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed in later versions
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with plain_torch():
+    # torch's own products and GELU, as in the published code
+    with mock.patch.multiple(linear, has_onednn=lambda: False, GELU_DTYPES=()):
         for row in rows:
             batch = pad_right([row._asdict()], pad_id=3, pad_to_length=2 * MAX_LENGTH)
             input_ids = batch["input_ids"].to(model.device)

@@ -2,8 +2,7 @@
 
 The published recipe truncates every prompt at its end and puts <eop> after every answer. The
 corrected one puts it only after complete answers, and drops the oldest rounds first, so that the
-question and `答：` survive. Training rows are padded on the right, prompts on the left, so that
-generation continues the text.
+question and `答：` survive.
 Shapes: B rows, S tokens of the longest row or pad_to_length, T tokens of all rows, N with a target.
 """
 
@@ -135,7 +134,7 @@ def pad_right(
     """
     ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in batch]
     labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in batch]
-    length = _batch_length(ids, pad_to_length)
+    length = pad_to_length or max(map(len, ids))
     size = (len(ids), length)
     padded = {
         "input_ids": torch.full(size, pad_id, dtype=torch.long),  # (B, S)
@@ -159,34 +158,3 @@ def pad_right(
         num_tokens += len(row_ids)
     indices = {"tokens": tokens, "needed": needed, "targets": targets}
     return padded | {name: torch.cat(parts) for name, parts in indices.items()}
-
-
-def pad_left(
-    prompts: Sequence[Ids], *, pad_id: int, pad_to_length: int | None = None
-) -> dict[str, Tensor]:
-    """Return input_ids and attention_mask (1 for tokens) of prompts to continue, each (B, S).
-
-    >>> pad_left([[7, 8], [9]], pad_id=3)["input_ids"].tolist()
-    [[7, 8], [3, 9]]
-    """
-    ids = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
-    length = _batch_length(ids, pad_to_length)
-    input_ids = torch.full((len(ids), length), pad_id, dtype=torch.long)  # (B, S)
-    attention_mask = torch.zeros_like(input_ids)
-    for index, row_ids in enumerate(ids):
-        start = length - len(row_ids)
-        input_ids[index, start:] = row_ids
-        attention_mask[index, start:] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def _batch_length(rows: Sequence[Tensor], fixed: int | None) -> int:
-    if not rows:
-        raise ValueError("the batch has no rows; give at least one.")
-    longest = max(len(row) for row in rows)
-    if fixed is not None and longest > fixed:
-        raise ValueError(
-            f"a row has {longest} tokens and pad_to_length is {fixed}; raise it to {longest}, "
-            "or cut the rows with --max_source_length and --max_target_length."
-        )
-    return longest if fixed is None else fixed

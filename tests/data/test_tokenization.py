@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.data.prompts import Example, RowFormat, TextRow, build_rounds, to_example
-from ptuning.data.tokenization import pad_left, pad_right, to_generation_batch, to_training_batch
+from ptuning.data.tokenization import pad_right, to_generation_batch, to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from tests.data.one_row import labels_of, to_generation_prompt, to_training_example
 
@@ -89,7 +89,8 @@ def test_published_evaluation_rows_are_repeated_exactly(
     prompts, cuts = to_generation_batch(
         real_tokenizer, examples, max_source_length=64, recipe="published"
     )
-    assert pad_left(prompts, pad_id=3)["input_ids"].tolist() == case["input_ids"]
+    longest = max(map(len, prompts))
+    assert [[3] * (longest - len(prompt)) + prompt for prompt in prompts] == case["input_ids"]
     assert cuts == [False] * len(prompts)
     labels = real_tokenizer(case["summaries"], max_length=64, truncation=True)["input_ids"]
     assert labels == case["labels"]
@@ -320,31 +321,18 @@ def test_a_batch_says_where_its_tokens_and_targets_are() -> None:
     assert batch["targets"].tolist() == [8, 9, 6, 4]
 
 
-def test_prompts_are_padded_on_the_left_to_the_longest() -> None:
-    batch = pad_left([[7, 8, 9], torch.tensor([5], dtype=torch.int32)], pad_id=3)
-    assert batch["input_ids"].tolist() == [[7, 8, 9], [3, 3, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-
-
 @pytest.mark.parametrize("length", [3, 5])
 def test_a_batch_can_be_made_longer(length: int) -> None:
     right = pad_right(ROWS, pad_id=3, pad_to_length=length)
     assert right["labels"].shape == (2, length)
     assert right["labels"][0, 3:].tolist() == [-100] * (length - 3)
-    left = pad_left([[7, 8, 9]], pad_id=3, pad_to_length=length)
-    assert left["input_ids"].tolist() == [[3] * (length - 3) + [7, 8, 9]]
 
 
 def test_a_pad_id_inside_the_text_stays_visible() -> None:
-    batch = pad_left([[3, 3, 5]], pad_id=3)
+    batch = pad_right([{"input_ids": [3, 3, 5], "labels": [3, 3, 5]}], pad_id=3)
     assert batch["attention_mask"].tolist() == [[1, 1, 1]]
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="a row has 3 tokens and pad_to_length is 2"):
-        pad_right(ROWS, pad_id=3, pad_to_length=2)
-    with pytest.raises(ValueError, match="the batch has no rows"):
-        pad_left([], pad_id=3)
+def test_rows_without_one_label_for_each_token_are_refused() -> None:
     with pytest.raises(ValueError, match="row 0 of the batch has 2 input_ids and 1 labels"):
         pad_right([{"input_ids": [1, 2], "labels": [1]}], pad_id=3)

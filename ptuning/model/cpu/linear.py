@@ -8,8 +8,6 @@ Shapes: T rows (tokens), I input features, O output features.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -26,24 +24,6 @@ GELU_LINEAR = 2 * math.sqrt(2 / math.pi)  # a; GELU's sqrt(2 / pi), doubled
 GELU_CUBIC = GELU_LINEAR * 0.044715  # b
 GELU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GELU_BLOCK = 2**18  # elements: 1 MiB in float32
-
-_plain_torch = False
-
-
-@contextmanager
-def plain_torch() -> Iterator[None]:
-    """Use torch's own products and GELU inside, as the published code did (for benchmarks)."""
-    global _plain_torch
-    before, _plain_torch = _plain_torch, True
-    try:
-        yield
-    finally:
-        _plain_torch = before
-
-
-def prefers_plain_torch() -> bool:
-    """Return whether torch's own operations were asked for, or a compiler needs them."""
-    return _plain_torch or torch.compiler.is_compiling()
 
 
 class Linear(nn.Linear):
@@ -102,7 +82,7 @@ class Linear(nn.Linear):
 
     def _uses_onednn(self, x: Tensor) -> bool:
         return (
-            not prefers_plain_torch()
+            not torch.compiler.is_compiling()
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype
             and self._gains(x)
@@ -231,7 +211,7 @@ def gelu(x: Tensor) -> Tensor:
 
     On a CPU the gradient is finite for |x| up to 1e12, where x^3 is.
     """
-    if x.device.type != "cpu" or x.dtype not in GELU_DTYPES or prefers_plain_torch():
+    if x.device.type != "cpu" or x.dtype not in GELU_DTYPES or torch.compiler.is_compiling():
         return functional.gelu(x, approximate="tanh")
     if torch.is_grad_enabled() and x.requires_grad:
         output: Tensor = _GeluWithSlope.apply(x)
