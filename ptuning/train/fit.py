@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -43,7 +44,7 @@ from ptuning.train.memory import (
 from ptuning.train.processes import gather
 from ptuning.train.rows import Rows
 from ptuning.train.run_config import RunConfig
-from ptuning.tunings.artefact import DEFAULT_TARGETS, FULL, PTUNING
+from ptuning.tunings.artefact import DEFAULT_TARGETS, FULL, LORA, PTUNING, read_adapter_shape
 from ptuning.tunings.lora import RANK
 
 FREE_SHARE = 0.9  # of free memory is planned with; allocators lose the rest to fragmentation
@@ -394,7 +395,11 @@ def gpu_terms(device: torch.device, target: int | None) -> dict[str, int]:
 
 def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> Workload:
     """Return what decides the memory of a run on that device, per process."""
-    targets = config.lora_target_modules
+    rank, targets = config.lora_rank or RANK, DEFAULT_TARGETS
+    if config.lora_target_modules is not None:
+        targets = tuple(config.lora_target_modules.split(","))
+    if config.tuning == LORA and config.checkpoint is not None:
+        rank, targets = read_adapter_shape(Path(config.checkpoint))
     return Workload(
         device=device,
         processes=processes,
@@ -407,8 +412,8 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
         new_tokens=config.new_tokens,
         num_beams=config.beams,
         tuning=config.tuning or PTUNING,
-        lora_rank=config.lora_rank or RANK,
-        lora_targets=DEFAULT_TARGETS if targets is None else tuple(targets.split(",")),
+        lora_rank=rank,
+        lora_targets=targets,
         quantization_bit=config.quantization_bit,
         compiles=config.torch_compile_backend is not None,
     )

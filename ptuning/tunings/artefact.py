@@ -135,6 +135,12 @@ def read_info(path: str | Path) -> Info | None:
     return None
 
 
+def read_adapter_shape(directory: Path) -> tuple[int, tuple[str, ...]]:
+    """Return a LoRA adapter's rank and the linears of a layer that it adapts."""
+    config = read_json(directory / ADAPTER_CONFIG_NAME)
+    return int(config["r"]), tuple(n for n in TARGET_MODULES if n in config["target_modules"])
+
+
 def read_prefix_info(path: Path) -> Info | None:
     """Return the description next to the prefix at path, None for a published checkpoint."""
     file = (path if path.is_dir() else path.parent) / PREFIX_CONFIG_NAME

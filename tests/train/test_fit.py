@@ -1,5 +1,6 @@
 """A run is fitted to its memory; checkpointed and compiled layers change neither loss nor gradient."""
 
+import json
 import logging
 import platform
 import subprocess
@@ -310,6 +311,16 @@ def test_a_workload_is_read_from_the_flags() -> None:
     assert workload("--per_gpu_eval_batch_size", "8").eval_batch == 8
     assert workload("--torch_compile_backend", "inductor").compiles
     assert not workload("--torch_compile").compiles
+
+
+def test_the_rank_of_a_checkpoint_is_read_from_it(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 32, "target_modules": ["dense", "query_key_value"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    place = BARE.index("--pre_seq_len")
+    flags = [*BARE[:place], "--ptuning_checkpoint", str(tmp_path), *BARE[place + 2 :]]
+    workload = workload_of(parse_arguments(flags), torch.device("cpu"))
+    assert (workload.tuning, workload.lora_rank) == ("lora", 32)
+    assert workload.lora_targets == ("query_key_value", "dense")
 
 
 @pytest.mark.parametrize("tuning", ["ptuning", "lora", "full"])
