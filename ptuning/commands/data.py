@@ -32,7 +32,7 @@ from ptuning.data.checking.lengths import (
     table_lines,
 )
 from ptuning.data.formats import NoAnswers
-from ptuning.data.mixing import MixSource
+from ptuning.data.mixing import MixSource, largest_total, mix_files, parse_shares, share_out
 from ptuning.data.parsing import write_json
 from ptuning.data.prompts import COLUMN_FIELDS, RowFormat, TextRow, to_example
 from ptuning.data.raw_file import as_places, number_of
@@ -226,8 +226,6 @@ def _convert(arguments: argparse.Namespace, row_format: RowFormat) -> int:
 
 def _mixed(arguments: argparse.Namespace) -> list[MixSource]:
     """Return the sources of --mix, [] without it; reject flags that do not go with it."""
-    from ptuning.data.conversion import parse_shares
-
     total = arguments.total
     if arguments.mix is None:
         if not arguments.files:
@@ -288,8 +286,6 @@ def _mix(
     files: Sequence["Conversion"], shares: Sequence[float], *, total: int | None, seed: int
 ) -> list["ContractRow"]:
     """Draw the mixture and say how many rows each file gave."""
-    from ptuning.data.conversion import largest_total, mix_files, share_out
-
     for file in files:
         if not file.rows:
             raise ValueError(f"--mix: {file.path}: no row of it can be used; leave it out.")

@@ -10,19 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from random import Random
 from typing import Any, TypedDict
 
 from ptuning.data.checking.check import find_placeholders
 from ptuning.data.formats import Layout, to_text_rows
-from ptuning.data.mixing import MixSource, draw_rows, parse_mix
 from ptuning.data.prompts import ALPACA, RowFormat, Template, TextRow, build_alpaca, build_rounds
 from ptuning.data.raw_file import RawRow
 from ptuning.data.reading import ORIGIN, FileRows, is_contract, read_rows
 from ptuning.output import Progress
-
-MIX_FORM = "FILE:SHARE,FILE:SHARE, such as a.jsonl:0.7,b.jsonl:0.3"
-_SHARE = re.compile(r"\s*(.+?):\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?:,|$)")
 
 
 class ContractRow(TypedDict):
@@ -155,66 +150,3 @@ def number_repeats(rows: Sequence[ContractRow]) -> list[str]:
             row["id"] = f"{row_id}+{repeats[row_id]}"
         taken.add(row["id"])
     return [row_id for row_id, last in repeats.items() if last]
-
-
-# Mixing
-
-
-def parse_shares(given: str) -> list[MixSource]:
-    """Read `FILE:SHARE,FILE:SHARE`; FILE may contain colons and commas. The shares must sum to 1.
-
-    >>> [(str(source.path), source.share) for source in parse_shares("a,b.json:0.7,c.csv:0.3")]
-    [('a,b.json', 0.7), ('c.csv', 0.3)]
-    """
-    sources: list[MixSource] = []
-    end = 0
-    while end < len(given) and (match := _SHARE.match(given, end)):
-        sources.append(parse_mix(f"{match[1]}:{match[2]}"))
-        end = match.end()
-    if end < len(given) or not sources:
-        raise ValueError(f"--mix is {given}; give {MIX_FORM}.")
-    total = sum(source.share for source in sources)
-    if abs(total - 1) > 1e-6:
-        shares = " + ".join(f"{source.share:g}" for source in sources)
-        raise ValueError(f"--mix: the shares are {shares} = {total:g}; make them sum to 1.")
-    return sources
-
-
-def share_out(total: int, shares: Sequence[float]) -> list[int]:
-    """Divide total rows by shares, rounding by largest remainder so that they sum to total.
-
-    >>> share_out(10, [0.55, 0.45]), share_out(3, [0.5, 0.5])
-    ([6, 4], [2, 1])
-    """
-    exact = [total * share for share in shares]
-    counts = [int(value + 1e-9) for value in exact]  # 0.29 * 100 is 28.999999999999996
-    by_rest = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
-    for index in by_rest[: total - sum(counts)]:
-        counts[index] += 1
-    return counts
-
-
-def largest_total(sizes: Sequence[int], shares: Sequence[float]) -> int:
-    """Return the most rows that files of these sizes give in these shares without repeats.
-
-    >>> largest_total([700, 1000], [0.7, 0.3]), largest_total([10, 10], [0.7, 0.3])
-    (1000, 14)
-    """
-    total = min(int((size + 1) / share) for size, share in zip(sizes, shares, strict=True))
-    while any(wanted > size for wanted, size in zip(share_out(total, shares), sizes, strict=True)):
-        total -= 1
-    return total
-
-
-def mix_files(
-    files: Sequence[Sequence[ContractRow]], counts: Sequence[int], seed: int
-) -> list[ContractRow]:
-    """Draw that many rows of each file, as `mixing.mix_rows` does, in a random order."""
-    keys = Random(seed)
-    drawn: list[ContractRow] = []
-    for rows, wanted in zip(files, counts, strict=True):
-        rounds, rest = draw_rows(len(rows), wanted, keys)
-        drawn += [row.copy() for _ in range(rounds) for row in rows]
-        drawn += [rows[index].copy() for index in rest]
-    order = [keys.random() for _ in drawn]
-    return [drawn[index] for index in sorted(range(len(drawn)), key=order.__getitem__)]
