@@ -68,7 +68,7 @@ class DataFile:
     """A file that has rows, or faults where they should be.
 
     unit: what places count, "line", or "row" if rows do not begin on lines of their own.
-    decoded: the text and its encoding; "" for Parquet. num_rows: None unless known before reading.
+    decoded: the text and its encoding; "" for Parquet.
     header_line: the line of the column names; None in JSON and Parquet.
     """
 
@@ -78,14 +78,8 @@ class DataFile:
     is_gzip: bool
     read: Reader
     opening_notes: list[str] = field(default_factory=list)
-    num_rows: int | None = None
     header_line: int | None = None
     skipped: Skipped = field(default_factory=lambda: Skipped(list))
-
-    @property
-    def size(self) -> int | None:
-        """Number of places, for a progress bar; None if only reading tells."""
-        return self.decoded.text.count("\n") + 1 if self.unit == "line" else self.num_rows
 
     @property
     def encoding_fault(self) -> DataError | None:
@@ -113,10 +107,9 @@ def open_data(path: Path | str) -> DataFile:
     content, suffix, is_gzip = read_contents(path)
     notes = ["unpacked from gzip"] if is_gzip else []
     if suffix == PARQUET_SUFFIX or content.startswith(PARQUET_MAGIC):
-        num_rows = open_parquet(path, content).metadata.num_rows
+        is_empty = open_parquet(path, content).metadata.num_rows == 0
         read: Reader = partial(read_parquet, path, content)
-        file = DataFile(path, "row", DecodedText("", False), is_gzip, read, notes, num_rows)
-        is_empty = num_rows == 0
+        file = DataFile(path, "row", DecodedText("", False), is_gzip, read, notes)
     else:
         decoded = decode_text(content)
         text = decoded.text
@@ -133,8 +126,7 @@ def open_data(path: Path | str) -> DataFile:
         elif begin == "[":
             _open_array(file, start)
         elif begin == "{":
-            _open_object(file, start)
-            is_empty = file.num_rows == 0
+            is_empty = _open_object(file, start)
         else:  # nothing, or whitespace that JSON does not know, or a fault
             is_empty = next(file.rows(), None) is None
     if is_empty:
@@ -157,10 +149,10 @@ def _open_array(file: DataFile, start: int) -> None:
     file.read = partial(_read_values, file.path, text, file.unit)
 
 
-def _open_object(file: DataFile, start: int) -> None:
+def _open_object(file: DataFile, start: int) -> bool:
     """Tell one object per line from one that is the whole file, and from several over more lines.
 
-    Only the first value is decoded for that.
+    Only the first value is decoded for that. Return whether it is the whole file and has no row.
     """
     text = file.decoded.text
     line = _LINE.match(text, start)
@@ -176,14 +168,15 @@ def _open_object(file: DataFile, start: int) -> None:
         found = find_rows(file.path, value) if _skip_blank(text, end) == len(text) else None
         if found is not None:
             rows, arrangement = found
-            file.unit, file.num_rows = "row", len(rows)
+            file.unit = "row"
             file.opening_notes.append(f"{arrangement}: read as {number_of(len(rows), 'row')}")
             file.read = lambda _: (
                 _to_row(file.path, number, one, "row") for number, one in enumerate(rows, start=1)
             )
-            return
+            return not rows
     if spans_lines:
         file.read = partial(_read_values, file.path, text, file.unit)
+    return False
 
 
 def _to_row(path: Path, place: int, value: Any, unit: str = "line") -> RawRow | DataError:

@@ -1,13 +1,14 @@
 """Steps 1 and 2 of 5: a data file to checked rows, or `file:line: what is wrong, what is needed`.
 
 Nothing is dropped silently: a row that training cannot use is counted with its reason and line, and
-so are unused columns. Every other fault ends the reading; `data check` continues after it.
+so are unused columns. Every other fault ends the reading; `data check` and `data convert` continue
+after it.
 """
 
 import glob
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from ptuning.data.parsing import (
     open_data,
     parse_json,
 )
-from ptuning.data.prompts import RowFormat, TextRow
+from ptuning.data.prompts import RowFormat, TextRow, Turns
 from ptuning.data.raw_file import MAX_PLACES, DataError, RawRow, as_places, number_of
 
 # Columns that belong to a prompt if they are filled, and columns that never do
@@ -146,7 +147,14 @@ def read_rows(
         )
     path = Path(path)
     file = open_data(path)
-    raw_rows, faults = _raw_rows(file, max_rows, strict=strict)
+    encoding_fault = file.encoding_fault
+    if encoding_fault is not None:
+        raise encoding_fault
+    faults: list[DataError] = []
+    kept_faults = None if strict else faults
+    raw_rows = read_raw_rows(file, kept_faults, max_rows)
+    if not raw_rows:
+        raise faults[0]
     try:
         layout = find_layout(path, raw_rows, row_format, needs_answers=for_training)
     except UnknownColumns as error:
@@ -155,51 +163,58 @@ def read_rows(
         said = f"{error.message} They are taken from line {file.header_line}."
         raise type(error)(path, None, said) from error
     rows = FileRows(layout, file.unit, num_read=len(raw_rows) + len(faults), notes=file.notes)
+    rows.unused = count_unused(raw_rows, layout)
+    turns = row_format.turns
+    for row, raw_row in make_rows(raw_rows, layout, turns, kept_faults, needs_answers=for_training):
+        reason = layout.lack(row) if for_training else None
+        if reason is not None:
+            rows.dropped[reason].append(row.line)
+            continue
+        if row.history and layout.leaks(row):
+            rows.leaks.append(row.line)
+        rows.kept.append(row)
+        rows.sources.append(raw_row)
     for fault in faults:
         rows.dropped[fault.message].append(fault.line or 1)
-    rows.unused = count_unused(raw_rows, layout)
-    for raw_row in raw_rows:
-        try:
-            made = to_text_rows(raw_row, layout, turns=row_format.turns, needs_answers=for_training)
-        except DataError as error:
-            if strict:
-                raise
-            rows.dropped[error.message].append(raw_row.line)
-            continue
-        for row in made:
-            reason = layout.lack(row) if for_training else None
-            if reason is not None:
-                rows.dropped[reason].append(row.line)
-                continue
-            if row.history and layout.leaks(row):
-                rows.leaks.append(row.line)
-            rows.kept.append(row)
-            rows.sources.append(raw_row)
     rows.left_out = find_left_out(rows.kept, rows.sources, rows.unused, layout)
     return rows
 
 
-def _raw_rows(
-    file: DataFile, max_rows: int | None, *, strict: bool
-) -> tuple[list[RawRow], list[DataError]]:
-    """Return the raw rows and, unless strict, the faults between them."""
-    encoding_fault = file.encoding_fault
-    if encoding_fault is not None:
-        raise encoding_fault
+def read_raw_rows(
+    file: DataFile, faults: list[DataError] | None, max_rows: int | None = None
+) -> list[RawRow]:
+    """Return the rows as they are; faults between them are added to faults, or raised if None."""
     rows: list[RawRow] = []
-    faults: list[DataError] = []
     for item in file.rows():
         if isinstance(item, RawRow):
             rows.append(item)
-        elif strict:
+        elif faults is None:
             raise item
         else:
             faults.append(item)
         if len(rows) == max_rows:
             break
-    if not rows:
-        raise faults[0]
-    return rows, faults
+    return rows
+
+
+def make_rows(
+    raw_rows: Iterable[RawRow],
+    layout: Layout,
+    turns: Turns,
+    faults: list[DataError] | None,
+    *,
+    needs_answers: bool = True,
+) -> Iterator[tuple[TextRow, RawRow]]:
+    """Yield what raw rows become, each with its raw row; faults are as in `read_raw_rows`."""
+    for raw_row in raw_rows:
+        try:
+            made = to_text_rows(raw_row, layout, turns=turns, needs_answers=needs_answers)
+        except DataError as error:
+            if faults is None:
+                raise
+            faults.append(error)
+        else:
+            yield from ((row, raw_row) for row in made)
 
 
 def count_unused(rows: Sequence[RawRow], layout: Layout) -> dict[str, int]:

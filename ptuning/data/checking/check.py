@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from ptuning.data.checking.findings import FileCounts
-from ptuning.data.dataset import CHUNK_ROWS, collector_paused, in_chunks
-from ptuning.data.formats import Layout, UnknownColumns, find_layout, to_text_rows
+from ptuning.data.dataset import collector_paused, in_chunks
+from ptuning.data.formats import Layout, UnknownColumns, find_layout
 from ptuning.data.parsing import DataFile, open_data
 from ptuning.data.prompts import Example, RowFormat, TextRow, to_example
 from ptuning.data.raw_file import DataError, RawRow
-from ptuning.data.reading import count_unused, find_left_out
+from ptuning.data.reading import count_unused, find_left_out, make_rows, read_raw_rows
 from ptuning.data.tokenizer import LEADING_PIECES, TRAILING_PIECES, ChatGLMTokenizer
-from ptuning.output import Progress
 
 DIGEST_BYTES = 16
 REPLACEMENT = "\ufffd"  # what editors write in place of a character that they could not read
@@ -64,11 +63,11 @@ def check_file(
     except DataError as error:
         counts.unreadable = str(error)
         return counts
-    sources = _read(counts, file, show_progress)
-    counts.layout = _find_layout(counts, sources)
+    raw_rows = _read(counts, file)
+    counts.layout = _find_layout(counts, raw_rows)
     if counts.layout is None:
         return counts
-    rows = _used_rows(counts, sources, counts.layout)
+    rows = _used_rows(counts, raw_rows, counts.layout)
     lengths = []
     title = f"checking {counts.path.name}"
     for chunk in in_chunks(rows, title, visible=show_progress):
@@ -83,18 +82,11 @@ def check_file(
     return counts
 
 
-def _read(counts: FileCounts, file: DataFile, show_progress: bool) -> list[RawRow]:
+def _read(counts: FileCounts, file: DataFile) -> list[RawRow]:
     """Return the rows as they are; count the faults between them."""
-    rows = []
-    title = f"reading {counts.path.name}"
-    with Progress(file.size, title, unit=file.unit, visible=show_progress, leave=False) as progress:
-        for item in file.rows():
-            if isinstance(item, DataError):
-                counts.add("broken_row", item.line or 1, str(item))
-            else:
-                rows.append(item)
-                if len(rows) % CHUNK_ROWS == 0:
-                    progress.update(max(0, item.line - progress.done))
+    faults: list[DataError] = []
+    rows = read_raw_rows(file, faults)
+    _count_broken(counts, faults)
     fault = file.encoding_fault
     counts.encoding_fault = None if fault is None else fault.message
     counts.decoded = file.decoded._replace(text="")
@@ -103,9 +95,13 @@ def _read(counts: FileCounts, file: DataFile, show_progress: bool) -> list[RawRo
     names = dict.fromkeys(chain.from_iterable(row.columns for row in rows))
     counts.columns = {name: filled.get(name, 0) for name in names}
     if not rows:
-        _, first = counts.examples["broken_row"][0]
-        counts.unreadable = f"{file.path}: no row can be read; the first fault is {first}"
+        counts.unreadable = f"{file.path}: no row can be read; the first fault is {faults[0]}"
     return rows
+
+
+def _count_broken(counts: FileCounts, faults: list[DataError]) -> None:
+    for fault in faults:
+        counts.add("broken_row", fault.line or 1, str(fault))
 
 
 def _find_layout(counts: FileCounts, rows: list[RawRow]) -> Layout | None:
@@ -121,19 +117,14 @@ def _find_layout(counts: FileCounts, rows: list[RawRow]) -> Layout | None:
     return None
 
 
-def _used_rows(counts: FileCounts, sources: list[RawRow], layout: Layout) -> list[TextRow]:
+def _used_rows(counts: FileCounts, raw_rows: list[RawRow], layout: Layout) -> list[TextRow]:
     """Return the rows that training would use or, in a file without answers, those with a prompt.
 
     The others are counted, as are the columns that are not used.
     """
-    made: list[tuple[TextRow, RawRow]] = []
-    for source in sources:
-        try:
-            rows = to_text_rows(source, layout, turns=counts.row_format.turns)
-        except DataError as error:
-            counts.add("broken_row", source.line, str(error))
-        else:
-            made += [(row, source) for row in rows]
+    faults: list[DataError] = []
+    made = list(make_rows(raw_rows, layout, counts.row_format.turns, faults))
+    _count_broken(counts, faults)
     counts.num_made = len(made)
     counts.has_answers = not made or any(row.response.strip() for row, _ in made)
     used = []
@@ -148,7 +139,7 @@ def _used_rows(counts: FileCounts, sources: list[RawRow], layout: Layout) -> lis
             kind = "empty_field" if row.skipped is None else "untrained_turn"
             counts.lacking[kind, reason].append(row.line)
     rows = [row for row, _ in used]
-    unused = count_unused(sources, layout)
+    unused = count_unused(raw_rows, layout)
     counts.left_out = find_left_out(rows, [source for _, source in used], unused, layout)
     return rows
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ptuning.data.checking.check import CHUNK_ROWS, check_file, find_placeholders, is_fake_input
+from ptuning.data.checking.check import check_file, find_placeholders, is_fake_input
 from ptuning.data.checking.findings import (
     NOTICES,
     PROBLEMS,
@@ -22,6 +22,7 @@ from ptuning.data.checking.findings import (
     find_in_file,
 )
 from ptuning.data.checking.lengths import Side
+from ptuning.data.dataset import CHUNK_ROWS
 from ptuning.data.parsing import DataError, open_data
 from ptuning.data.prompts import Example, RowFormat
 from ptuning.data.reading import read_rows
