@@ -57,7 +57,6 @@ def load(file: Path, tokenizer: ChatGLMTokenizer, cache: Path, *, fresh: bool) -
         ROW_FORMAT,
         cache_dir=cache,
         overwrite_cache=fresh,
-        show_progress=False,
     )
     return len(dataset)
 

@@ -66,7 +66,6 @@ def lengths_of(rows_file: Path, tokenizer: str, count: int) -> list[RowLength]:
             max_target_length=MAX_LENGTH,
         ),
         max_rows=count,
-        show_progress=False,
     )
     rows = [dataset[index]["labels"] for index in range(len(dataset))]
     prompts = [int((labels == -100).sum()) for labels in rows]

@@ -183,7 +183,6 @@ def load_training_dataset(
     max_rows: int | None = None,
     cache_dir: Path | None = None,
     overwrite_cache: bool = False,
-    show_progress: bool = True,
 ) -> tuple[TokenDataset, DataSummary]:
     """Read, check and encode a file for training, or take its tokens from the cache.
 
@@ -212,7 +211,7 @@ def load_training_dataset(
     examples = [to_example(row, found) for row in rows.kept]
     encoded = [
         row
-        for chunk in in_chunks(examples, f"tokenizing {path.name}", visible=show_progress)
+        for chunk in in_chunks(examples, f"tokenizing {path.name}")
         for row in to_training_batch(
             tokenizer,
             chunk,
@@ -261,7 +260,6 @@ def load_generation_dataset(
     row_format: RowFormat,
     *,
     max_rows: int | None = None,
-    show_progress: bool = True,
 ) -> tuple[GenerationDataset, DataSummary]:
     """Read, check and encode the prompts of a file to be answered, keeping the texts.
 
@@ -278,7 +276,7 @@ def load_generation_dataset(
     asked = list(compress(examples, has_prompt))
     prompts: list[list[int]] = []
     prompts_cut = 0
-    for chunk in in_chunks(asked, f"tokenizing {path.name}", visible=show_progress):
+    for chunk in in_chunks(asked, f"tokenizing {path.name}"):
         ids, cuts = to_generation_batch(
             tokenizer,
             chunk,
@@ -322,9 +320,9 @@ def _keep_only(path: Path, rows: FileRows, is_kept: Sequence[bool], reason: str)
         raise NoRows(path, None, message)
 
 
-def in_chunks(items: list[Item], title: str, *, visible: bool = True) -> Iterator[list[Item]]:
+def in_chunks(items: list[Item], title: str) -> Iterator[list[Item]]:
     """Yield the items in parts of CHUNK_ROWS, moving a progress bar."""
-    with Progress(len(items), title, visible=visible, leave=False) as progress:
+    with Progress(len(items), title, leave=False) as progress:
         for start in range(0, len(items), CHUNK_ROWS):
             chunk = items[start : start + CHUNK_ROWS]
             yield chunk
@@ -394,7 +392,6 @@ def load_tokens(path: Path, source: str) -> tuple[TokenDataset, DataSummary] | N
         with safe_open(path, framework="pt", device="cpu") as file:  # only "pt" maps the memory
             arrays = TokenArrays(*(file.get_tensor(name).numpy() for name in TokenArrays._fields))
             notes = json.loads(file.metadata()["notes"])
-        _check_arrays(arrays)
         if notes.keys() != {item.name for item in fields(DataSummary)} - _NOT_CACHED:
             raise ValueError("it has other notes than expected")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -418,17 +415,3 @@ def save_tokens(path: Path, arrays: TokenArrays, summary: DataSummary) -> None:
             path.parent,
             error,
         )
-
-
-def _check_arrays(arrays: TokenArrays) -> None:
-    """Refuse arrays that do not fit together."""
-    ids, offsets, context_lengths = arrays
-    kinds = [array.dtype for array in arrays]
-    if kinds != [np.int32, np.int64, np.int32] or any(array.ndim != 1 for array in arrays):
-        raise ValueError(f"its arrays have the types {kinds}")
-    lengths = np.diff(offsets)
-    whole = len(offsets) == len(context_lengths) + 1 and len(offsets) > 1
-    if not whole or offsets[0] != 0 or offsets[-1] != len(ids) or lengths.min() < 1:
-        raise ValueError("its rows and tokens do not add up")
-    if context_lengths.min() < 0 or (context_lengths >= lengths).any() or ids.min() < 0:
-        raise ValueError("its rows have no room for their answers")

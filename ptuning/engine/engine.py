@@ -300,7 +300,6 @@ def generate_answers(
     *,
     batch_size: int,
     decoding: Decoding,
-    use_prefix: bool = True,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (prompt index, answer tokens without <eop>) as rows finish, near their order.
 
@@ -316,7 +315,6 @@ def generate_answers(
                 prompts,
                 max_rows=batch_size,
                 max_new_tokens=decoding.max_new_tokens,
-                use_prefix=use_prefix,
             )
             yield from engine.run()
             return
@@ -326,7 +324,7 @@ def generate_answers(
             by_length = sorted(indices, key=lambda index: -len(prompts[index]))
             for first in range(0, len(by_length), batch_size):
                 batch = by_length[first : first + batch_size]
-                answers = _generate_batch(model, [prompts[i] for i in batch], decoding, use_prefix)
+                answers = _generate_batch(model, [prompts[i] for i in batch], decoding)
                 yield from zip(batch, answers, strict=True)
     finally:
         model.train(was_training)
@@ -336,7 +334,6 @@ def _generate_batch(
     model: ChatGLMForConditionalGeneration,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
-    use_prefix: bool,
 ) -> list[list[int]]:
     """Return the answers of transformers' generate, each without <eop> and what follows it."""
     pad_id, end = cast(int, model.config.pad_token_id), cast(int, model.config.eos_token_id)
@@ -347,7 +344,6 @@ def _generate_batch(
         input_ids=input_ids.to(model.device),  # (B, S)
         attention_mask=pad_sequence(ones, batch_first=True, padding_side="left").to(model.device),
         generation_config=decoding.to_generation_config(model),
-        use_prefix=use_prefix,
     )
     answers: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
     return [row[: row.index(end)] if end in row else row for row in answers]

@@ -365,7 +365,6 @@ def test_the_truncated_rows_are_counted_as_training_cuts_them(capsys, tmp_path) 
         load_tokenizer(str(NANO_DIR)),
         RowFormat(max_source_length=40, max_target_length=20),
         cache_dir=tmp_path / "cache",
-        show_progress=False,
     )
     assert 0 < summary.prompts_cut < summary.num_kept
     assert 0 < summary.answers_cut < summary.num_kept

@@ -66,9 +66,7 @@ ROWS = [
 def load(
     path: Path, tokenizer: ChatGLMTokenizer, cache_dir: Path, row_format: RowFormat
 ) -> tuple[TokenDataset, DataSummary]:
-    return load_training_dataset(
-        path, tokenizer, row_format, cache_dir=cache_dir, show_progress=False
-    )
+    return load_training_dataset(path, tokenizer, row_format, cache_dir=cache_dir)
 
 
 def visible(text: str) -> str:

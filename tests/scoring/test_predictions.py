@@ -59,23 +59,6 @@ def test_rows_added_out_of_order_are_written_in_order(path: Path) -> None:
     assert read_predictions(path) == ROWS
 
 
-def test_a_row_added_twice_is_refused(path: Path) -> None:
-    with PredictionFile(path, fingerprint="a") as file:
-        file.add(0, *ROWS[0])
-        file.add(2, *ROWS[2])
-        for index in (0, 2):
-            with pytest.raises(ValueError, match=f"Row {index} was added twice"):
-                file.add(index, *ROWS[index])
-        file.add(1, *ROWS[1])
-
-
-def test_closing_names_the_row_that_never_came(path: Path) -> None:
-    file = PredictionFile(path, fingerprint="a")
-    file.add(1, *ROWS[1])
-    with pytest.raises(ValueError, match=r"Row 0 .* is missing, so 1 later"):
-        file.close()
-
-
 def test_a_stopped_run_goes_on_where_it_ended(path: Path) -> None:
     file = PredictionFile(path, fingerprint="a")
     file.add(0, *ROWS[0])

@@ -47,7 +47,6 @@ def evaluated(nano, tokenizer, directory, questions, *, max_source_length, max_t
             prompts,
             batch_size=3,
             decoding=Decoding(max_new_tokens=max_target_length),
-            use_prefix=directory is not None,
         )
     )
     nano.remove_prefix()

@@ -53,8 +53,6 @@ def check_file(
     path: Path | str,
     tokenizer: ChatGLMTokenizer,
     row_format: RowFormat,
-    *,
-    show_progress: bool = True,
 ) -> FileCounts:
     """Read a whole file and count, faults included; no content of a file raises an error."""
     counts = FileCounts(Path(path), row_format)
@@ -70,7 +68,7 @@ def check_file(
     rows = _used_rows(counts, raw_rows, counts.layout)
     lengths = []
     title = f"checking {counts.path.name}"
-    for chunk in in_chunks(rows, title, visible=show_progress):
+    for chunk in in_chunks(rows, title):
         examples = [to_example(row, row_format) for row in chunk]
         for row, example in zip(chunk, examples, strict=True):
             _count_text(counts, counts.layout, row, example)

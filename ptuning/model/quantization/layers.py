@@ -169,11 +169,6 @@ class QuantizedLinear(PackedModule):
             raise ValueError(
                 f"the input has width {x.shape[-1]}; this layer takes {self.in_features}."
             )
-        if x.device != self.weight.device:
-            raise ValueError(
-                f"the input is on {x.device} and the int{self.bits} weight on "
-                f"{self.weight.device}; move one of them with .to(device)."
-            )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rows = x.reshape(-1, self.in_features)  # (M, in_features)

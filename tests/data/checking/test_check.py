@@ -46,7 +46,7 @@ def check(
 ) -> FileCounts:
     text = as_lines(content) if isinstance(content, list) else content
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    return check_file(path, tokenizer, row_format, show_progress=False)
+    return check_file(path, tokenizer, row_format)
 
 
 def find(counts: FileCounts, context: int = CONTEXT) -> dict[str, Finding]:
@@ -439,7 +439,7 @@ def test_bytes_that_are_lost_here_are_not_said_to_be_lost_before(
     tmp_path: Path, tokenizer: ChatGLMTokenizer
 ) -> None:
     (tmp_path / "a.csv").write_bytes("content,summary\ncafé,ein Text\n".encode("cp1252"))
-    counts = check_file(tmp_path / "a.csv", tokenizer, RowFormat(), show_progress=False)
+    counts = check_file(tmp_path / "a.csv", tokenizer, RowFormat())
     assert kinds(counts) == {"encoding"}
 
 
@@ -472,7 +472,7 @@ def test_a_file_without_rows_is_unreadable(
 
 
 def test_a_missing_file_is_unreadable(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
-    counts = check_file(tmp_path / "none.json", tokenizer, FORMAT, show_progress=False)
+    counts = check_file(tmp_path / "none.json", tokenizer, FORMAT)
     assert "cannot be read (No such file" in find(counts)["unreadable"].message
 
 
@@ -640,7 +640,7 @@ def _agrees_with_training(path: Path, counts: FileCounts) -> None:
 
 def test_the_real_file_is_known(shared: Path, real_tokenizer: ChatGLMTokenizer) -> None:
     path = shared / "data" / "AdvertiseGen" / "dev.json"
-    counts = check_file(path, real_tokenizer, FORMAT, show_progress=False)
+    counts = check_file(path, real_tokenizer, FORMAT)
     found = find(counts)
     assert counts.num_used == 1070
     assert found["unknown_mark"].count == 300
@@ -663,7 +663,7 @@ def test_fake_inputs_of_published_rows_are_the_known_ones(
     rows = [row for row in open_data(path).rows() if not isinstance(row, DataError)]
     found = [i for i, row in enumerate(rows) if is_fake_input(row.columns["input"])]
     assert found == known["fake_inputs"]["indices"]
-    counts = check_file(path, tokenizer, FORMAT, show_progress=False)
+    counts = check_file(path, tokenizer, FORMAT)
     assert counts.places["fake_input"] == [rows[i].line for i in found]
     assert len(found) == num_rows == find(counts)["fake_input"].count
 
@@ -681,6 +681,6 @@ def test_placeholders_of_published_rows_are_found(
     shared: Path, tokenizer: ChatGLMTokenizer, name: str, num_rows: int, words: set[str]
 ) -> None:
     path = shared / "data" / "lima" / name
-    counts = check_file(path, tokenizer, FORMAT, show_progress=False)
+    counts = check_file(path, tokenizer, FORMAT)
     assert len(counts.places["placeholder"]) == num_rows
     assert set(counts.words["placeholder"]) == words

@@ -213,8 +213,6 @@ def test_it_says_what_it_is(layer: QuantizedLinear) -> None:
 def test_wrong_inputs_are_named(layer: QuantizedLinear) -> None:
     with pytest.raises(ValueError, match="width 8; this layer takes 16"):
         layer(torch.randn(2, 8))
-    with pytest.raises(ValueError, match="input is on meta and the int"):
-        layer(torch.randn(2, 16, device="meta"))
     with pytest.raises(ValueError, match="activations are float64; use one of float32"):
         layer(torch.randn(2, 16, dtype=torch.float64))
 
