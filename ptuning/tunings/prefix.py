@@ -254,20 +254,12 @@ def _read_for(
             f"{info.prefix_projection} in {PREFIX_CONFIG_NAME}, but {PREFIX_WEIGHTS_NAME} has "
             f"{length}, {project}: they were not written together, so give another checkpoint."
         )
-    config = model.config
-    sizes = f"{config.num_layers} layers of {config.hidden_size}"
     other = "it was trained on another model, so load that one."
-    encoder = model.transformer.new_prefix_encoder(length, project=project)
-    for name, value in encoder.state_dict().items():
-        if tensors[name].shape != value.shape:
-            raise ValueError(
-                f"the prefix at {path} has {name} of shape {tuple(tensors[name].shape)}; this base "
-                f"of {sizes} needs {tuple(value.shape)}: {other}"
-            )
-    if info is not None and info.num_attention_heads != config.num_attention_heads:
+    encoder = _encoder_of(tensors, path, model.config, remedy=other)
+    if info is not None and info.num_attention_heads != encoder.num_heads:
         raise ValueError(
-            f"the prefix at {path} is for {info.num_attention_heads} heads; this base of {sizes} "
-            f"has {config.num_attention_heads}: {other}"
+            f"the prefix at {path} is for {info.num_attention_heads} heads; this base has "
+            f"{encoder.num_heads}: {other}"
         )
     if info is not None and not allow_other_base:
         check_base(
@@ -277,8 +269,30 @@ def _read_for(
             info.base_fingerprint,
             hint=", or pass allow_other_base=True to try it anyway",
         )
-    encoder.load_state_dict(tensors)
     return encoder, info
+
+
+def _encoder_of(
+    tensors: dict[str, Tensor], path: Path, sizes: ChatGLMConfig | Info, *, remedy: str
+) -> PrefixEncoder:
+    """Return an encoder with these tensors; ValueError unless they fit a base of these sizes."""
+    length, project = prefix_shape(tensors, path)
+    encoder = PrefixEncoder(
+        prefix_length=length,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_attention_heads,
+        head_dim=sizes.hidden_size // sizes.num_attention_heads,
+        project=project,
+    )
+    for name, value in encoder.state_dict().items():
+        if tensors[name].shape != value.shape:
+            raise ValueError(
+                f"the prefix at {path} has {name} of shape {tuple(tensors[name].shape)}; a base of "
+                f"{sizes.num_layers} layers of {sizes.hidden_size} needs {tuple(value.shape)}: "
+                f"{remedy}"
+            )
+    encoder.load_state_dict(tensors)
+    return encoder
 
 
 def read_prefix_tensors(path: Path) -> dict[str, Tensor]:
@@ -377,28 +391,10 @@ def export_prefix(
 
 def read_encoder(path: Path, base: ChatGLMConfig | None = None) -> tuple[PrefixEncoder, str]:
     """Return the prefix at path as an encoder without a model, and its base's name or ""."""
-    tensors = read_prefix_tensors(path)
-    length, project = prefix_shape(tensors, path)
     info = read_prefix_info(path)
-    sizes = base or ChatGLMConfig() if info is None else info
-    num_layers, num_heads = sizes.num_layers, sizes.num_attention_heads
-    head_dim = sizes.hidden_size // num_heads
-    table_width = 2 * num_layers * num_heads * head_dim
-    width = tensors["trans.2.bias"].shape[0] if project else tensors["embedding.weight"].shape[1]
-    if width != table_width:
-        raise ValueError(
-            f"the prefix at {path} is {width} wide, not {table_width} (2 x {num_layers} layers x "
-            f"{num_heads} heads x {head_dim}); name the model it was trained on: "
-            "--model_name_or_path DIRECTORY"
-        )
-    encoder = PrefixEncoder(
-        prefix_length=length,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        project=project,
-    )
-    encoder.load_state_dict(tensors)
+    remedy = "name the model it was trained on: --model_name_or_path DIRECTORY"
+    sizes = info or base or ChatGLMConfig()
+    encoder = _encoder_of(read_prefix_tensors(path), path, sizes, remedy=remedy)
     return encoder, "" if info is None else info.base_model_name_or_path
 
 

@@ -120,7 +120,7 @@ def test_published_prefix_of_another_size_needs_its_base(
 ) -> None:
     export_prefix(artefact, tmp_path / "published", form="published")
     with pytest.raises(
-        ValueError, match=r"is 1792 wide, not 229376 .*--model_name_or_path DIRECTORY"
+        ValueError, match=r"a base of 28 layers of 4096 needs .*--model_name_or_path DIRECTORY"
     ):
         export_prefix(tmp_path / "published", tmp_path / "kv", form="kv")
     base = ChatGLMConfig(**golden_config(golden))
