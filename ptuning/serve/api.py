@@ -307,16 +307,16 @@ class Api:
 
     async def health(self) -> dict[str, Any]:
         """Say that the server answers, and how much work it has."""
-        load = self.session.load_now
-        return {"status": "ok", "rows": load.num_rows, "waiting": load.num_waiting}
+        activity = self.session.activity
+        return {"status": "ok", "rows": activity.num_rows, "waiting": activity.num_waiting}
 
     async def metrics_text(self) -> Response:
         """Return the metrics for Prometheus."""
-        load = self.session.load_now
+        activity = self.session.activity
         gauges: dict[str, tuple[str, float]] = {
-            "rows": ("Answers being decoded.", load.num_rows),
-            "waiting": ("Requests in the queue.", load.num_waiting),
-            "slot_bytes": ("Memory of keys and values.", load.slot_bytes),
+            "rows": ("Answers being decoded.", activity.num_rows),
+            "waiting": ("Requests in the queue.", activity.num_waiting),
+            "slot_bytes": ("Memory of keys and values.", activity.slot_bytes),
             "prefixes": ("Prefixes loaded.", len(self.session.prefixes)),
         }
         text = self.metrics.to_text(gauges)

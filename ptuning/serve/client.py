@@ -28,7 +28,7 @@ from typing import Any, Self
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.request import Request
 from ptuning.serve.scheduler import OnUpdate, RowUpdate, SessionClosedError, check_queue
-from ptuning.serve.session import AbstractSession, Load, NamedPrefix, Weighted
+from ptuning.serve.session import AbstractSession, Activity, NamedPrefix, Weighted
 from ptuning.serve.worker import (
     EngineWorker,
     Loaded,
@@ -70,7 +70,7 @@ class EngineClient(AbstractSession):
         self._process, self._connection = process, connection
         self._max_rows, self._max_queue = max_rows, max_queue
         self._numbers = count()
-        self._load = Load(0, 0, 0)  # after the last step
+        self._activity = Activity(0, 0, 0)  # after the last step
         self._outbox: deque[bytes] = deque()
         self._sending = threading.Lock()
         self._lock = threading.Lock()  # what may be called, and in which order
@@ -127,10 +127,10 @@ class EngineClient(AbstractSession):
             on_end()
 
     @property
-    def load_now(self) -> Load:
-        """The work after the last step."""
-        load = self._load
-        return load._replace(num_waiting=max(len(self._requests) - load.num_rows, 0))
+    def activity(self) -> Activity:
+        """What the worker was doing after its last step."""
+        last = self._activity
+        return last._replace(num_waiting=max(len(self._requests) - last.num_rows, 0))
 
     def start(
         self, request: Request, prefixes: Weighted, on_update: OnUpdate
@@ -211,7 +211,7 @@ class EngineClient(AbstractSession):
         try:
             while (message := receive(self._connection)) is not None:
                 if isinstance(message, StepResult):
-                    self._load = message.load
+                    self._activity = message.activity
                     for number, update in message.updates:
                         self._deliver(number, update)
                 elif isinstance(message, PrefixResult):
@@ -233,7 +233,7 @@ class EngineClient(AbstractSession):
         with self._lock:
             if not self._is_closed:
                 self.failure = _describe_end(self._process)
-            self._load = Load(0, 0, 0)
+            self._activity = Activity(0, 0, 0)
             on_end = self._on_end if self.failure is not None else None
         for loading in self._loading.values():
             _settle(loading, self._closed_error())

@@ -97,8 +97,8 @@ class NamedPrefix:
 Weighted = tuple[tuple[str, float], ...]  # names of the prefixes a row sees, with their weights
 
 
-class Load(NamedTuple):
-    """The current load of a session."""
+class Activity(NamedTuple):
+    """What a session is doing now."""
 
     num_rows: int  # being decoded
     num_waiting: int
@@ -123,8 +123,8 @@ class AbstractSession(ABC):
 
     @property
     @abstractmethod
-    def load_now(self) -> Load:
-        """The current load."""
+    def activity(self) -> Activity:
+        """What it is doing now."""
 
     @abstractmethod
     def start(
@@ -340,11 +340,11 @@ class Session(AbstractSession):
         return cls(model, tokenizer, max_rows=max_rows, max_queue=max_queue, tuned=named.info)
 
     @property
-    def load_now(self) -> Load:
-        """The current load."""
+    def activity(self) -> Activity:
+        """What it is doing now."""
         scheduler = self.scheduler
         slot_bytes = scheduler.engine.slots.num_bytes
-        return Load(scheduler.num_rows, scheduler.num_waiting, slot_bytes)
+        return Activity(scheduler.num_rows, scheduler.num_waiting, slot_bytes)
 
     def new_row(self, request: Request, prefixes: Weighted) -> Row:
         """Return a row, not queued yet, that sees the named prefixes."""

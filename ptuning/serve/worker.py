@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ptuning.engine.request import Request, Row
 from ptuning.model.cpu.threads import leave_a_processor
 from ptuning.serve.scheduler import RowUpdate
-from ptuning.serve.session import Load, Session, Weighted
+from ptuning.serve.session import Activity, Session, Weighted
 from ptuning.tunings.artefact import Info
 
 SMALL_MODEL = 2**24  # parameters; in smaller models a step is mostly threads waiting for each other
@@ -49,7 +49,7 @@ class StepResult(NamedTuple):
     """What a decoding step added to the requests, by number."""
 
     updates: Sequence[tuple[int, RowUpdate]]
-    load: Load
+    activity: Activity
 
 
 def receive(connection: Connection) -> Any:
@@ -133,7 +133,7 @@ class EngineWorker:
         except Exception as error:  # noqa: BLE001  (reported to the request)
             self._rows.pop(number, None)
             failed = RowUpdate([], [], "cancelled", portable(error))
-            self._send(StepResult([(number, failed)], self._session.load_now))
+            self._send(StepResult([(number, failed)], self._session.activity))
 
     def stop(self, number: int) -> None:
         """Cancel a request; no effect on a finished one."""
@@ -168,7 +168,7 @@ class EngineWorker:
     def _send_updates(self) -> None:
         updates, self._updates = self._updates, []
         if updates:
-            self._send(StepResult(updates, self._session.load_now))
+            self._send(StepResult(updates, self._session.activity))
 
     def _send(self, message: StepResult | PrefixResult) -> None:
         with self._sending:

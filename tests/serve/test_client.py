@@ -22,7 +22,7 @@ from ptuning.serve.scheduler import (
     SessionClosedError,
     TokenBuffer,
 )
-from ptuning.serve.session import Load, Session, UnknownPrefixError
+from ptuning.serve.session import Activity, Session, UnknownPrefixError
 from ptuning.serve.worker import portable
 from ptuning.tunings.artefact import PREFIX_CONFIG_NAME
 from ptuning.tunings.loading import NANO_DIR
@@ -56,8 +56,8 @@ def tight() -> Iterator[EngineClient]:
 
 def wait_until_idle(session):
     deadline = time.monotonic() + 10
-    while session.load_now != Load(0, 0, 0):
-        assert time.monotonic() < deadline, f"a row is left: {session.load_now}"
+    while session.activity != Activity(0, 0, 0):
+        assert time.monotonic() < deadline, f"a row is left: {session.activity}"
         time.sleep(0.01)
 
 
@@ -106,8 +106,8 @@ def test_pieces_come_while_the_answer_is_being_written(apart):
     for _ in range(5):
         assert next(answer)
     assert answer.finish_reason is None
-    assert apart.load_now.num_rows == 1
-    assert apart.load_now.slot_bytes > 0
+    assert apart.activity.num_rows == 1
+    assert apart.activity.slot_bytes > 0
     answer.close()
 
 
@@ -191,7 +191,7 @@ def test_an_answer_that_the_garbage_collector_ends_while_another_is_sent_hangs_n
         ring: list[object] = [answer]
         ring.append(ring)
         del answer, ring
-        assert apart.load_now.num_rows == 1, "nobody collected it yet"
+        assert apart.activity.num_rows == 1, "nobody collected it yet"
         prompt = CollectedWhenSent(apart.tokenizer("你好")["input_ids"])
         sender = threading.Thread(
             target=apart.start,
@@ -329,7 +329,7 @@ def test_a_full_queue_refuses(tight):
     with pytest.raises(QueueFullError, match="1 requests are being answered and 1 wait"):
         tight.chat("你好")
     next(held[0])
-    assert (tight.load_now.num_rows, tight.load_now.num_waiting) == (1, 1)
+    assert (tight.activity.num_rows, tight.activity.num_waiting) == (1, 1)
     for answer in held:
         answer.close()
     wait_until_idle(tight)
@@ -355,7 +355,7 @@ def test_a_killed_process_is_told_to_everyone(tight, prefix_dirs):
     again = threading.Event()
     tight.when_ended(again.set)
     assert again.is_set(), "whoever asks late is told at once"
-    assert tight.load_now == Load(0, 0, 0)
+    assert tight.activity == Activity(0, 0, 0)
     for act in (
         lambda: tight.chat("你好"),
         lambda: tight.add_prefix("adgen", prefix_dirs["adgen"]),
