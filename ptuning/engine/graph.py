@@ -6,7 +6,7 @@ row counts with idle rows, which write to unused slots; columns are rounded up t
 and token ids, columns and positions are copied into one static tensor before each replay. A graph
 is validated against an eager step before it is used.
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-Shapes: R rows decoding, N rows including idle ones, E hidden size.
+Shapes: R rows decoding, B rows including idle ones, E hidden size.
 """
 
 import logging
@@ -48,18 +48,18 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 class Graph(NamedTuple):
     """One captured step, with the tensors its kernels read and write."""
 
-    numbers: Tensor  # (4, N)
+    numbers: Tensor  # (4, B)
     replay: Callable[[], None]
-    output: Tensor  # (N, E)
+    output: Tensor  # (B, E)
     prefixes: BatchPrefixes | None  # kept alive: the kernels read from it
 
 
 class Shape(NamedTuple):
     """The key of a graph, which is valid for nothing else."""
 
-    num_rows: int  # N
+    num_rows: int  # B
     num_columns: int
-    mixes: tuple[PrefixMix, ...]  # the prefixes of each of the N rows
+    mixes: tuple[PrefixMix, ...]  # the prefixes of each of the B rows
 
 
 class GraphedSteps:

@@ -7,7 +7,7 @@ The prefixes in use are stacked, and the rows of each are grouped, so that a lay
 one batched product however many prefixes there are. Rows that all see the same prefix need neither
 stack nor groups.
 Shapes: R rows, G prefixes in the stack, M rows of the prefix that most rows see, P tokens of the
-longest prefix, K prefixes that a row sees at most, W = K x P columns, H heads, D head width.
+longest prefix, A prefixes that a row sees at most, W = A x P columns, H heads, D head width.
 """
 
 import math
@@ -53,16 +53,16 @@ def mix_prefixes(weighted: Sequence[tuple[SharedPrefix, float]]) -> PrefixMix:
 
 
 def float_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left (..., N, D) @ right (..., D, M) in float32.
+    """Return left (..., X, D) @ right (..., D, Y) in float32.
 
     CUDA multiplies half precision as it is; elsewhere the operands are converted to float32.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.bmm.html (out_dtype)
     """
     if left.dtype is torch.float32 or left.device.type != "cuda":
         return left.float() @ right.float()
-    batches = (left.flatten(0, -3), right.flatten(0, -3))  # (B, N, D), (B, D, M)
+    batches = (left.flatten(0, -3), right.flatten(0, -3))  # (B, X, D), (B, D, Y)
     product = torch.bmm(*batches, out_dtype=torch.float32)  # type: ignore[call-overload]
-    found: Tensor = product.unflatten(0, left.shape[:-2])  # (..., N, M)
+    found: Tensor = product.unflatten(0, left.shape[:-2])  # (..., X, Y)
     return found
 
 
@@ -92,18 +92,18 @@ class Groups(NamedTuple):
 
     size: int  # M
     rows: Tensor  # (G * M,) the row at each place; row 0 at an empty one
-    indices: Tensor  # (G * M,) the same as an index into the R * K prefixes that rows see
-    places: Tensor  # (R * K,) the place of each row's K-th prefix; place 0 where it has none
-    used_places: Tensor  # (N,) the places that are not empty ...
-    used_rows: Tensor  # (N,) ... and their rows
+    indices: Tensor  # (G * M,) the same as an index into the R * A prefixes that rows see
+    places: Tensor  # (R * A,) the place of each of a row's prefixes; place 0 where it has none
+    used_places: Tensor  # (used,) the places that are not empty ...
+    used_rows: Tensor  # (used,) ... and their rows
 
 
 class BatchPrefixes(NamedTuple):
     """What R rows see of a stack."""
 
     stack: PrefixStack
-    num_seen: int  # K
-    seen: Tensor  # (R * K,) place in the stack of each row's K-th prefix, 0 where it has none
+    num_seen: int  # A
+    seen: Tensor  # (R * A,) places in the stack of a row's prefixes, 0 where it has none
     mask: Tensor  # (R, 1, W) float32: the prefix's log-weight, very low where there is no key
     groups: Groups | None  # None: every row sees the only prefix
 
@@ -117,8 +117,8 @@ class BatchPrefixes(NamedTuple):
         stacked = self.stack.layers[layer]
         if self.groups is None:
             return stacked
-        key_values = stacked.index_select(1, self.seen)  # (2, R * K, H, P, D)
-        key_values = key_values.unflatten(1, (-1, self.num_seen))  # (2, R, K, H, P, D)
+        key_values = stacked.index_select(1, self.seen)  # (2, R * A, H, P, D)
+        key_values = key_values.unflatten(1, (-1, self.num_seen))  # (2, R, A, H, P, D)
         return key_values.transpose(2, 3).flatten(3, 4)  # (2, R, H, W, D)
 
     def scores(self, layer: int, query: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class BatchPrefixes(NamedTuple):
             return float_product(query.transpose(0, 1), keys[0]).transpose(0, 1)  # (R, H, P)
         grouped = self._grouped(query, self.groups.rows)  # (G, H, M, D)
         products = float_product(grouped, keys).transpose(1, 2).flatten(0, 1)  # (G * M, H, P)
-        products = products.index_select(0, self.groups.places)  # (R * K, H, P)
+        products = products.index_select(0, self.groups.places)  # (R * A, H, P)
         return products.unflatten(0, (-1, self.num_seen)).transpose(1, 2).flatten(2)  # (R, H, W)
 
     def add_values(self, layer: int, weights: Tensor, output: Tensor) -> Tensor:
@@ -136,10 +136,10 @@ class BatchPrefixes(NamedTuple):
         values = self.stack.layers[layer][1]  # (G, H, P, D)
         if self.groups is None:
             return output + (weights.transpose(0, 1) @ values[0]).transpose(0, 1)  # (R, H, D)
-        weights = weights.unflatten(2, (self.num_seen, -1)).transpose(1, 2)  # (R, K, H, P)
+        weights = weights.unflatten(2, (self.num_seen, -1)).transpose(1, 2)  # (R, A, H, P)
         grouped = self._grouped(weights.flatten(0, 1), self.groups.indices)  # (G, H, M, P)
         drawn = (grouped @ values).transpose(1, 2).flatten(0, 1)  # (G * M, H, D)
-        used = drawn.index_select(0, self.groups.used_places)  # (N, H, D)
+        used = drawn.index_select(0, self.groups.used_places)  # (used, H, D)
         return output.index_add(0, self.groups.used_rows, used)
 
     def _grouped(self, tensor: Tensor, indices: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class PrefixCache:
         )
 
     def _group(self, mixes: list[PrefixMix], stack: PrefixStack, num_seen: int) -> Groups:
-        members: list[list[int]] = [[] for _ in stack.places]  # indices into the R * K
+        members: list[list[int]] = [[] for _ in stack.places]  # indices into the R * A
         for row, mix in enumerate(mixes):
             for place, (prefix, _) in enumerate(mix):
                 members[stack.places[prefix]].append(row * num_seen + place)

@@ -2,7 +2,7 @@
 
 A row's scores, for its prefixes in the first W columns and for its own tokens after them, go
 through one softmax in float32.
-Shapes: R rows decoding, N rows including idle ones, C columns of the longest row, rounded up,
+Shapes: R rows decoding, B rows including idle ones, C columns of the longest row, rounded up,
 W columns of the widest prefixes, H heads, D head width, E = H x D.
 """
 
@@ -40,9 +40,9 @@ def decode_step(
 
 
 def step_numbers(rows: Sequence[Row], num_rows: int, device: torch.device) -> Tensor:
-    """Return (4, N) on the CPU: each row's newest token, its column and its two positions.
+    """Return (4, B) on the CPU: each row's newest token, its column and its two positions.
 
-    The N - R idle rows have token 0 in column 0. For CUDA the tensor is pinned: a non_blocking copy
+    The B - R idle rows have token 0 in column 0. For CUDA the tensor is pinned: a non_blocking copy
     does not synchronise, and PyTorch does not reuse the memory before the copy has finished.
     """
     numbers = [

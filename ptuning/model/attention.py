@@ -3,7 +3,7 @@
 The prefix is joined outside the key/value cache: a cache holds real tokens only, and any call can
 change the prefix or leave it out. Eager attention computes the softmax in float32.
 Shapes: B batch, S tokens of this call, T real tokens of all rows, N tokens whose output is read,
-K = P + cached + S keys, P prefix, H heads, D head width, E = H x D.
+K = P + C keys: the prefix, cached tokens and these, H heads, D head width, E = H x D.
 """
 
 from typing import NamedTuple

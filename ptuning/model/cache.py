@@ -3,7 +3,7 @@
 transformers' caches hold keys and values only, and reorder, repeat and select rows (for beams and
 samples) by their own methods. A cache that the model fills changes its class to one of these, whose
 methods move the context too: 2-D positions follow from it.
-Shapes: B rows, S tokens of this call, K key columns without the prefix.
+Shapes: B rows, S tokens of this call, C columns: cached tokens and these.
 """
 
 from collections.abc import Callable
@@ -129,7 +129,7 @@ class Placement(NamedTuple):
     """Where the tokens of a call are."""
 
     positions: Tensor  # (B, 2, S)
-    visible: Tensor | None  # bool (B, 1, S, K), True for visible; None: all keys are
+    visible: Tensor | None  # bool (B, 1, S, C), True for visible; None: all keys are
     found: Context | None  # the context, if this call's tokens were searched for it
 
 

@@ -8,9 +8,9 @@ Unlike GPT it has two position channels, bidirectional attention within the cont
 connection that carries the normalised input, scaled by SKIP_SCALE.
 Module and parameter names are the keys of published checkpoints.
 Source: https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/modeling_chatglm.py
-Shapes: B batch, S tokens of this call, T real tokens of all rows, N tokens whose output is read, K
-key columns, P prefix, L layers, H heads, D head width, E = H x D hidden, V vocabulary. Hidden
-states are (B, S, E), or flat, rows end to end without padding: (1, T, E).
+Shapes: B batch, S tokens of this call, T real tokens of all rows, N tokens whose output is read, C
+columns: cached tokens and these, P prefix, L layers, H heads, D head width, E = H x D hidden, V
+vocabulary. Hidden states are (B, S, E), or flat, rows end to end without padding: (1, T, E).
 """
 
 import os
@@ -195,7 +195,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Args:
             attention_mask: (B, cached + S) of 0/1 marking padding on either side, or a full bool
-                mask (B, 1, S, K).
+                mask (B, 1, S, C).
             position_ids: (B, 2, S), in place of the derived ones.
             use_prefix: False leaves the prefix out of this call.
             prefix_key_values: L tensors (2, 1 or B, H, P, D), in place of the model's own prefix.
@@ -310,7 +310,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             positions = flatten_positions(positions, flat)  # (1, 2, T)
         rotation = rotation_at(positions, self.inverse_frequencies)
         if visible is not None and prefix_length:
-            visible = functional.pad(visible, (prefix_length, 0), value=True)  # (B, 1, S, P + K)
+            visible = functional.pad(visible, (prefix_length, 0), value=True)  # (B, 1, S, P + C)
         mask = None if visible is None else additive_mask(visible, dtype)
         return LayerInputs(rotation, mask, dropout, flat)
 

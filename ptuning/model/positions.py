@@ -10,7 +10,7 @@ Sources: GLM, Du et al. 2021, https://arxiv.org/abs/2103.10360, sections 2.1 and
 et al. 2021, https://arxiv.org/abs/2104.09864, section 3.4.2; RotaryEmbedding and
 get_position_ids in
 https://huggingface.co/THUDM/chatglm-6b/blob/8b7d335/modeling_chatglm.py
-Shapes: B rows, S tokens of this call, K key columns without the prefix, H heads, D head width, T
+Shapes: B rows, S tokens of this call, C columns: cached tokens and these, H heads, D head width, T
 real tokens of all rows, N tokens whose output is read.
 """
 
@@ -92,9 +92,9 @@ def visible_keys(
     num_queries: int,
     num_keys: int,
 ) -> Tensor:
-    """Return who sees whom as bool (B, 1, S, K), True for visible.
+    """Return who sees whom as bool (B, 1, S, C), True for visible.
 
-    Queries are the columns from first_column on. attention_mask (B, <= K) is 0 at padding; a key
+    Queries are the columns from first_column on. attention_mask (B, <= C) is 0 at padding; a key
     column beyond its width is not padding. A padding query sees itself, so that no softmax is
     empty.
     """
@@ -105,17 +105,17 @@ def visible_keys(
         )
     keys = torch.arange(num_keys, device=context_end.device)
     queries = torch.arange(num_queries, device=context_end.device) + first_column
-    causal = keys <= queries[:, None]  # (S, K)
-    visible = causal | (keys < context_end[:, None, None])  # (B, S, K)
+    causal = keys <= queries[:, None]  # (S, C)
+    visible = causal | (keys < context_end[:, None, None])  # (B, S, C)
     if attention_mask is not None:
         real = attention_mask.bool()
-        real = functional.pad(real, (0, num_keys - real.shape[1]), value=True)  # (B, K)
+        real = functional.pad(real, (0, num_keys - real.shape[1]), value=True)  # (B, C)
         visible = visible & real[:, None, :] | (keys == queries[:, None])
-    return visible[:, None]  # (B, 1, S, K)
+    return visible[:, None]  # (B, 1, S, C)
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return bool visible (..., K) as a mask to add to scores: 0, or the lowest number of dtype.
+    """Return bool visible (..., C or K) as a mask to add to scores: 0, or dtype's lowest number.
 
     Row strides are padded to a multiple of 16 elements; without that alignment fused CUDA kernels
     copy the mask on every call.
@@ -130,13 +130,13 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_full_mask(attention_mask: Tensor | None) -> bool:
-    """Tell a full mask, bool (B, 1, S, K), from a padding mask (B, S); refuse anything else."""
+    """Tell a full mask, bool (B, 1, S, C), from a padding mask (B, S); refuse anything else."""
     if attention_mask is None or attention_mask.dim() == 2:
         return False
     if attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask is {tuple(attention_mask.shape)} of {attention_mask.dtype}; give "
-            "(B, S) with 0 at padding, or bool (B, 1, S, K) with True for visible."
+            "(B, S) with 0 at padding, or bool (B, 1, S, cached + S) with True for visible."
         )
     return True
 

@@ -3,8 +3,8 @@
 No grid as wide as the longest row is formed, and the prefix's dropout mask, one per row as in the
 published code, comes from random bytes. On a CPU this takes a half (float32) to a quarter
 (bfloat16) of the time of PyTorch's fused attention.
-Shapes: B batch, T tokens of all rows, R rows of a group, S tokens of its longest, C = R x S its
-cells, P prefix, K keys: P + S, rounded up with at most 31 masked ones, H heads, D head width.
+Shapes: B batch, T tokens of all rows, R rows of a group, S tokens of its longest, P prefix,
+K keys: P + S, rounded up with at most 31 masked ones, H heads, D head width.
 """
 
 import math
@@ -39,8 +39,8 @@ class RowGroup(NamedTuple):
     rows: Tensor  # (R,) which rows of the batch
     members: slice  # the same, counted through all groups
     tokens: tuple[slice, ...]  # each row's own of the T tokens
-    sources: Tensor  # (C,) the token in each cell, of the T
-    cos: Tensor  # (C, 1, 2, D) float32: of queries, with their scale, and of keys
+    sources: Tensor  # (R * S,) the token in each cell, of the T
+    cos: Tensor  # (R * S, 1, 2, D) float32: of queries, with their scale, and of keys
     sin: Tensor  # the same, signed as a Rotation's
     mask: Tensor  # (R, 1, S, K - P), added to the scores: 0 or very low
 
@@ -84,7 +84,7 @@ def find_rows(
         seen = seen.masked_fill((steps > last)[:, None], lowest).unsqueeze(1)  # (R, 1, S, S)
         num_keys = prefix_length + len(steps)
         seen = functional.pad(seen, (0, round_up_keys(num_keys) - num_keys), value=lowest)
-        first_member, source = len(spans), source.flatten()  # (C,)
+        first_member, source = len(spans), source.flatten()  # (R * S,)
         for index, row in enumerate(members):
             first = start + index * len(steps)
             spans[row] = slice(first, first + int(sizes[row]))
@@ -147,16 +147,16 @@ def varlen_attention(
 def varlen_prefill(
     fused: Tensor, prefix: Tensor | None, rows: VarlenRows, *, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return varlen_attention's output, keys and values (H, C, D) of all groups; no gradients."""
+    """Return the output, and keys and values (H, cells, D) of all groups; no gradients."""
     length = 0 if prefix is None else prefix.shape[3]
     output, attended = _attend(fused, rows, _Prefix(prefix, len(rows.spans), 0.0), num_heads)
     own = [
         joined[:, :, :, length : length + query.shape[2]]
         .transpose(1, 2)
-        .flatten(2, 3)  # (2, H, C, D)
+        .flatten(2, 3)  # (2, H, R * S, D)
         for query, joined, _ in attended
     ]
-    key, value = torch.cat(own, dim=2)  # (H, C, D) each
+    key, value = torch.cat(own, dim=2)  # (H, cells, D) each
     return output, key, value
 
 
@@ -176,7 +176,7 @@ def _attend(
     output = fused.new_empty(len(tokens), num_heads, tokens.shape[-1])
     attended = []
     for group in rows.groups:
-        cells = tokens.index_select(0, group.sources)  # (C, H, 3, D)
+        cells = tokens.index_select(0, group.sources)  # (R * S, H, 3, D)
         rotated, key = (_by_head(x, group) for x in _rotate(cells[:, :, :2], group).unbind(2))
         query = fused.new_empty(rotated.shape).copy_(rotated)  # (R, H, S, D)
         joined = prefix.join(group, key, _by_head(cells[:, :, 2], group))
@@ -194,7 +194,7 @@ def _attend(
 
 
 def _rotate(pairs: Tensor, group: RowGroup, *, sign: float = 1.0) -> Tensor:
-    """Rotate pairs (C, H, 2, D) of queries and keys, in float32; may overwrite them."""
+    """Rotate pairs (R * S, H, 2, D) of queries and keys, in float32; may overwrite them."""
     exact = pairs.float()
     partner = swap_quarters(exact)
     return exact.mul_(group.cos).addcmul_(partner, group.sin, value=sign)
@@ -281,7 +281,7 @@ def _add_own_gradient(
     grad_query is (R, H, S, D), of rotated queries; grad_own (2, R, H, S, D), of keys and values.
     """
     pairs = torch.stack((grad_query, grad_own[0]), dim=3)  # (R, H, S, 2, D)
-    pairs = pairs.transpose(1, 2).flatten(0, 1)  # (C, H, 2, D)
+    pairs = pairs.transpose(1, 2).flatten(0, 1)  # (R * S, H, 2, D)
     pairs = _rotate(pairs, group, sign=-1.0).unflatten(0, (len(group.rows), -1))  # (R, S, H, 2, D)
     for index, place in enumerate(group.tokens):
         num_tokens = place.stop - place.start
