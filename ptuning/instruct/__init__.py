@@ -1,0 +1,1 @@
+"""Instruction data from a model: prompts, completions to tasks, filters, similarity, resume."""

@@ -1,0 +1,119 @@
+"""Prompts that ask for new tasks: a text of requirements, and tasks to continue the list from.
+
+The texts are in the folder templates. `adgen` asks for attribute lists with copy; `magpie` shows
+nothing but the open beginning of a user turn, so that the model writes the question itself
+(Xu et al. 2024, https://arxiv.org/abs/2406.08464).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from ptuning.data.conversion import split_input
+from ptuning.data.parsing import open_data
+from ptuning.data.prompts import RowFormat
+from ptuning.data.raw_file import DataError, RawRow
+from ptuning.data.reading import read_rows
+from ptuning.instruct.blocks import FIELDS, INPUT, INSTRUCTION, OUTPUT, Task, write_block
+
+FOLDER = Path(__file__).parent
+CONTENT, SUMMARY = "商品", "文案"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A kind of prompt: the language of its tasks, and how their fields are labelled.
+
+    fields maps the labels that a completion may have to fields. labels is empty for magpie.
+    """
+
+    name: str
+    language: str  # "zh" or "en"
+    labels: dict[str, str] = field(default_factory=dict)
+    no_input: str = ""
+    topic: str = ""  # the line that names a topic
+    fields: dict[str, str] = field(default_factory=lambda: FIELDS)
+
+    @cached_property
+    def text(self) -> str:
+        """What precedes the list."""
+        return (FOLDER / "templates" / f"{self.name}.txt").read_text(encoding="utf-8")
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that the template adds to a prompt."""
+        parts = repr((self.text, self.labels, self.no_input, self.topic))
+        return hashlib.sha256(parts.encode()).hexdigest()[:12]
+
+    def prompt(self, shown: Sequence[Task], num_tasks: int, topic: str | None = None) -> str:
+        """Return the prompt that shows tasks and asks for so many more."""
+        if not self.labels:
+            return self.text
+        line = "" if topic is None else self.topic.format(topic)
+        head = self.text.format(num_tasks=len(shown) + num_tasks, topic=line)
+        blocks = [
+            write_block(task, number, self.labels, self.no_input)
+            for number, task in enumerate(shown, 1)
+        ]
+        return f"{head}{''.join(blocks)}###\n{len(shown) + 1}. {self.labels[INSTRUCTION].rstrip()}"
+
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template(
+            "zh",
+            "zh",
+            {INSTRUCTION: "指令：", INPUT: "输入：", OUTPUT: "输出："},
+            no_input="<无输入>",
+            topic="7. 所有任务都围绕这个主题：{}\n",
+        ),
+        Template(
+            "en",
+            "en",
+            {INSTRUCTION: "Instruction: ", INPUT: "Input:", OUTPUT: "Output:"},
+            no_input="<noinput>",
+            topic="7. All tasks are about this topic: {}\n",
+        ),
+        Template(
+            "adgen",
+            "zh",
+            {INSTRUCTION: f"{CONTENT}：", OUTPUT: f"{SUMMARY}："},
+            topic="4. 所有商品都围绕这个主题：{}\n",
+            fields={CONTENT: INSTRUCTION, SUMMARY: OUTPUT},
+        ),
+        Template("magpie", "zh"),
+    )
+}
+
+
+def read_seeds(paths: Sequence[Path]) -> list[Task]:
+    """Return the tasks of files in any format of data files, or in Self-Instruct's.
+
+    A row without an answer is an error: an example shows what a complete task is.
+    """
+    return [task for path in paths for task in _read_file(path)]
+
+
+def _read_file(path: Path) -> list[Task]:
+    rows = [row for row in open_data(path).rows() if isinstance(row, RawRow)]
+    if rows and all("instances" in row.columns for row in rows):
+        return [_of_self_instruct(row) for row in rows]
+    read = read_rows(path, RowFormat())
+    if not read.kept or read.dropped:
+        faults = "; ".join(read.lines(left_out="cannot be seeds")[1:])
+        raise DataError(path, None, f"every seed needs an instruction and an output: {faults}")
+    pairs = zip(read.kept, read.sources, strict=True)
+    return [Task(*split_input(source, read.layout, row), row.response) for row, source in pairs]
+
+
+def _of_self_instruct(row: RawRow) -> Task:
+    """Read a row of https://github.com/yizhongw/self-instruct/blob/0b26cca/data/seed_tasks.jsonl."""
+    try:
+        first = row.columns["instances"][0]
+        texts = (row.columns["instruction"], first["input"], first["output"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise row.fault("needs an instruction and instances [{input, output}].") from error
+    return Task(*map(str, texts))
