@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ LAYER_LINEARS = (
 )
 TARGET_MODULES = tuple(name.rpartition(".")[2] for name in LAYER_LINEARS)  # as peft names them
 SUPPORTED_BITS = (4, 8)  # of quantised weights
+WINDOWS_LOCK_OFFSET = 1 << 30  # bytes; a locked byte cannot be read there, so it is past the text
 FORMAT_VERSION = 1  # of prefix_config.json and tuning_config.json
 
 
@@ -41,6 +43,19 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, indented, in UTF-8."""
     text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
     write_atomically(path, text.encode())
+
+
+def lock_file(descriptor: int) -> None:
+    """Lock without waiting; OSError if another process holds the lock or there are no locks."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, WINDOWS_LOCK_OFFSET, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ ALLOWED = {
         *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.tunings", "ptuning.train")
     },
     "ptuning.serve": {"ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.tunings"},
-    "ptuning.nano": {"ptuning.data", "ptuning.model", "ptuning.tunings"},
+    "ptuning.instruct": {"ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.tunings"},
+    "ptuning.nano": {"ptuning.data", "ptuning.instruct", "ptuning.model", "ptuning.tunings"},
 }
 PACKAGES = [name.removeprefix("ptuning.") for name in ALLOWED] + ["commands"]
 ALLOWED |= {

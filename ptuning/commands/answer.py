@@ -7,6 +7,7 @@ Use other prompts than those that forgetting is measured with.
 import argparse
 import json
 import logging
+from pathlib import Path
 
 import torch
 
@@ -16,9 +17,13 @@ from ptuning.data.tokenization import to_generation_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.engine.engine import Decoding, generate_answers
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.cpu.linear import prepack_if_room
+from ptuning.model.cpu.threads import limit_threads
 from ptuning.output import Progress
 from ptuning.storage import write_atomically
-from ptuning.tunings.loading import choose_dtype, find_base, load_base, load_tokenizer
+from ptuning.tunings.loading import choose_dtype, find_model, load_base, load_tokenizer
+from ptuning.tunings.lora import load_adapter
+from ptuning.tunings.prefix import load_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +31,7 @@ logger = logging.getLogger(__name__)
 def run(arguments: argparse.Namespace) -> int:
     """Answer the prompts, write the rows, and say how many were dropped."""
     prompts = list(dict.fromkeys(read_general_prompts(arguments.prompts).prompts))
-    base = find_base(arguments.model, flag="--model")
-    tokenizer = load_tokenizer(base)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_base(
-        base,
-        dtype=choose_dtype(device, None),
-        quantization_bit=arguments.quantization_bit,
-    )
-    model.to(device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
+    model, tokenizer = open_model(arguments.model, arguments.quantization_bit)
     decoding = Decoding(max_new_tokens=arguments.max_new_tokens)
     answers = answer(model, tokenizer, prompts, decoding, batch_size=arguments.batch_size)
     rows = [
@@ -53,6 +50,25 @@ def run(arguments: argparse.Namespace) -> int:
     )
     logger.info("mix them into training with --mix %s:0.2", arguments.output)
     return 0
+
+
+def open_model(
+    name: str, quantization_bit: int | None, *, flag: str = "--model", prefix: Path | None = None
+) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer]:
+    """Load a base, or what was tuned, with a prefix if one is given, where it computes fastest."""
+    named = find_model(name, flag=flag)
+    tokenizer = load_tokenizer(named.weights)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limit_threads()
+    dtype = choose_dtype(device, None)
+    model = load_base(named.weights, dtype=dtype, quantization_bit=quantization_bit)
+    model.to(device)  # type: ignore[arg-type]  # a wrapped nn.Module.to
+    if named.adapter is not None:
+        load_adapter(model, named.adapter)
+    if prefix is not None:
+        load_prefix(model, prefix)
+    prepack_if_room(model)
+    return model, tokenizer
 
 
 def answer(

@@ -18,6 +18,8 @@ DEFAULT_PICTURE = Path("output/data-check.png")
 NO_PICTURE = "none"
 KEY_VARIABLE = "PTUNING_API_KEY"
 PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
+OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
+TASK_TEMPLATES = ("zh", "en", "adgen", "magpie")  # of ptuning.instruct.templates
 
 
 class Command(NamedTuple):
@@ -225,6 +227,124 @@ def _answer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="rows answered at a time")
 
 
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        f"{parser.description}\n\nA task is kept if it is complete, in the right language and "
+        "unlike all others.\nJSON answers are read too; one without an Input label is dropped.\n"
+        "The same command again continues a run."
+    )
+    parser.epilog = (
+        "Exit status: 0 when --num rows are there, 1 when fewer could be made.\n"
+        "Examples:\n"
+        "  python -m ptuning generate --template adgen --out new.jsonl --num 20\n"
+        "  python -m ptuning generate --out new.jsonl --endpoint http://localhost:8000 --model base"
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="FILE", help=".jsonl of rows to write")
+    add("--num", type=int, default=200, metavar="N", help="rows to keep: 200")
+    add(
+        "--template",
+        choices=TASK_TEMPLATES,
+        default="zh",
+        help="what is asked for: tasks in Chinese (zh) or English (en), products with copy "
+        "(adgen), or questions that the model makes up by itself (magpie): zh",
+    )
+    add(
+        "--seeds",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="tasks to show as examples, in any format of data files or Self-Instruct's; unset: "
+        "those of the template",
+    )
+    add("--alpaca_json", type=Path, metavar="FILE", help="also write instruction, input and output")
+    model = parser.add_argument_group("the model, in this process")
+    model.add_argument(
+        "--model_name_or_path",
+        metavar="MODEL",
+        help="directory or hub id; unset: what --prefix was trained on, else the nano model",
+    )
+    model.add_argument("--prefix", type=Path, metavar="DIRECTORY", help="a trained prefix")
+    model.add_argument(
+        "--quantization_bit", type=int, choices=SUPPORTED_BITS, help="quantise it as it is read"
+    )
+    server = parser.add_argument_group(
+        "or an OpenAI-compatible endpoint (needs the openai package)"
+    )
+    server.add_argument(
+        "--endpoint", metavar="URL", help="such as http://localhost:8000; /v1 is added without path"
+    )
+    server.add_argument("--model", metavar="NAME", help="model that the endpoint is asked for")
+    server.add_argument(
+        "--api",
+        choices=("chat", "completions"),
+        default="chat",
+        help="kind of request; base models and magpie need completions: chat",
+    )
+    server.add_argument(
+        "--api_key_env",
+        metavar="NAME",
+        help=f"environment variable with the key; unset: {OPENAI_KEY_VARIABLE}, if it is there",
+    )
+    server.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for a reply: 120"
+    )
+    more = parser.add_argument_group("prompts and sampling")
+    more.add_argument("--examples", type=int, default=3, metavar="N", help="seeds in a prompt: 3")
+    _add_both(
+        more,
+        "--machine_examples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="earlier new tasks in a prompt, in addition: 1",
+    )
+    _add_both(
+        more,
+        "--tasks_per_request",
+        type=int,
+        metavar="N",
+        help="new tasks that a prompt asks for; unset: by --max_new_tokens, at most 20",
+    )
+    more.add_argument(
+        "--topics", type=Path, metavar="FILE", help="topics, one on each line; a prompt names one"
+    )
+    more.add_argument("--temperature", type=float, default=1.0, help="of sampling: 1")
+    more.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling threshold: 1")
+    more.add_argument(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help="longest completion; unset: half the context, at most 3072",
+    )
+    more.add_argument(
+        "--concurrency", type=int, default=5, metavar="N", help="prompts in work at once: 5"
+    )
+    more.add_argument("--seed", type=int, default=42, help="of prompts and sampling: 42")
+    more.add_argument("--max_requests", type=int, metavar="N", help="end after so many requests")
+    more.add_argument(
+        "--rouge_threshold",
+        type=float,
+        default=0.7,
+        metavar="F",
+        help="ROUGE-L above which a task is a duplicate of a seed or a row: 0.7",
+    )
+    more.add_argument(
+        "--blocklist",
+        type=Path,
+        metavar="FILE",
+        help="words that an instruction may not contain, one on each line; unset: words for what "
+        "text cannot do",
+    )
+
+
+def _add_both(group: Any, name: str, **options: Any) -> None:
+    """Add a flag that may be written with hyphens too."""
+    group.add_argument(name, f"--{name[2:].replace('_', '-')}", **options)
+
+
 def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="the flags of the run"
@@ -341,6 +461,12 @@ COMMANDS = (
         "Have a base model answer a file of prompts: general rows for --mix",
         _answer,
         "answer:run",
+    ),
+    Command(
+        "generate",
+        "Have a model write new instruction data, in Chinese or English",
+        _generate,
+        "generate:run",
     ),
     Command(
         "plan",

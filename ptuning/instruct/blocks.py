@@ -46,13 +46,6 @@ class Blocks(NamedTuple):
     preamble: str = ""
 
 
-class _Label(NamedTuple):
-    start: int
-    end: int  # where the value begins
-    field: str
-    is_numbered: bool
-
-
 def write_block(task: Task, number: int, labels: Mapping[str, str], no_input: str) -> str:
     r"""Write a task; labels are the names of its fields, each with its colon.
 
@@ -84,37 +77,32 @@ def read_blocks(
     labels = _find_labels(text, fields)
     if not labels:
         return Blocks([Block(Task("", "", text.strip()), "no_fields")])
-    text, preamble = _without_fence(text, labels[0].start)
+    text, preamble = _without_fence(text, labels[0].start())
     labels = _find_labels(text, fields)
-    if labels[0].field == INSTRUCTION:
-        records = []
-    else:  # the completion begins with the value of the label that the prompt left open
+    names = [fields[label["name"].lower()] for label in labels]
+    records = []
+    if names[0] != INSTRUCTION:  # the text before is the value of the label that the prompt ends in
         records, preamble = [[(INSTRUCTION, preamble)]], ""
-    ends = [label.start for label in labels[1:]] + [len(text)]
-    for label, end in zip(labels, ends, strict=True):
-        if label.field == INSTRUCTION:
+    ends = [label.start() for label in labels[1:]] + [len(text)]
+    for name, label, end in zip(names, labels, ends, strict=True):
+        if name == INSTRUCTION:
             records.append([])
-        records[-1].append((label.field, _trim(text[label.end : end])))
+        records[-1].append((name, _trim(text[label.end() : end])))
     blocks = [_to_block(record, fields) for record in records]
     if is_cut:
         blocks[-1] = Block(blocks[-1].task, "cut_off")
     return Blocks(blocks, preamble)
 
 
-def _find_labels(text: str, fields: Mapping[str, str]) -> list[_Label]:
+def _find_labels(text: str, fields: Mapping[str, str]) -> list[re.Match[str]]:
     """Return the labels; where one carries a number, those without are text."""
-    names = "|".join(fields)
     pattern = re.compile(
-        rf"^[ \t]*#*[ \t]*(?:\*\*)?[ \t]*(?P<number>\d+[ \t]*[.、)）])?[ \t]*(?:\*\*)?[ \t]*"
-        rf"(?P<name>{names})[ \t]*(?:\*\*)?[ \t]*[:：](?:\*\*)?",
+        r"^[ \t]*#*[ \t]*(?:\*\*)?[ \t]*(?P<number>\d+[ \t]*[.、)）])?[ \t]*(?:\*\*)?[ \t]*"
+        rf"(?P<name>{'|'.join(fields)})[ \t]*(?:\*\*)?[ \t]*[:：](?:\*\*)?",
         re.IGNORECASE | re.MULTILINE,
     )
-    labels = [
-        _Label(found.start(), found.end(), fields[found["name"].lower()], bool(found["number"]))
-        for found in pattern.finditer(text)
-    ]
-    any_numbered = any(label.is_numbered for label in labels)
-    return [label for label in labels if label.is_numbered or not any_numbered]
+    labels = list(pattern.finditer(text))
+    return [label for label in labels if label["number"]] or labels
 
 
 def _without_fence(text: str, start: int) -> tuple[str, str]:

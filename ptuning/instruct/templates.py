@@ -17,6 +17,7 @@ from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_file import DataError, RawRow
 from ptuning.data.reading import read_rows
 from ptuning.instruct.blocks import FIELDS, INPUT, INSTRUCTION, OUTPUT, Task, write_block
+from ptuning.tunings.loading import SAMPLE_DIR
 
 FOLDER = Path(__file__).parent
 CONTENT, SUMMARY = "商品", "文案"
@@ -87,6 +88,13 @@ TEMPLATES = {
         Template("magpie", "zh"),
     )
 }
+
+
+def shipped_seeds(template: Template) -> Path:
+    """Return the file of a template's own seeds: ours, or for adgen the sample data."""
+    if template.name == "adgen":
+        return SAMPLE_DIR / "train.json"
+    return FOLDER / "seeds" / f"{template.name}.jsonl"
 
 
 def read_seeds(paths: Sequence[Path]) -> list[Task]:

@@ -7,11 +7,11 @@ Sources: ROUGE from rouge_chinese (F1 on jieba words), BLEU from nltk (`sentence
 smoothing: Chen and Cherry 2014, https://aclanthology.org/W14-3346).
 """
 
-import functools
 import math
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ptuning.data.segmentation import word_cutter
 
 ROUND_PLACES = 4  # of one row, in percent; the published rounding
 
@@ -180,21 +180,4 @@ def _bleu_4(prediction: str, label: str) -> float:
 
 def _words(text: str) -> str:
     """Return the text's jieba words separated by spaces, as rouge_chinese expects."""
-    return " ".join(_word_cutter()(text))
-
-
-@functools.cache
-def _word_cutter() -> Callable[[str], Iterable[str]]:
-    """Load jieba's dictionary once, about a second, and return its word cutter.
-
-    A private tokenizer avoids the shared one's log lines, its cache file in the temporary folder
-    (which may be read-only), and words that other code has added to it, which change the scores.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in its source, and pkg_resources
-        import jieba
-    tokenizer: Any = jieba.Tokenizer()
-    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
-    tokenizer.initialized = True
-    cut: Callable[[str], Iterable[str]] = tokenizer.cut
-    return cut
+    return " ".join(word_cutter()(text))

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -26,7 +25,7 @@ from typing import Any, Self
 import psutil
 
 from ptuning.data.dataset import TokenDataset
-from ptuning.storage import INFO_NAME, write_atomically
+from ptuning.storage import INFO_NAME, lock_file, write_atomically
 from ptuning.train.checkpoints import (
     REMOVED,
     UNFINISHED,
@@ -49,7 +48,6 @@ LEFT_BEHIND = re.compile(rf"\.(checkpoint-\d+)({re.escape(UNFINISHED)}|{re.escap
 HALF_FILE = re.compile(r"\..+\.\d+\.tmp")  # what a killed write_atomically leaves
 
 LOCK_NAME = ".run.lock"
-WINDOWS_LOCK_OFFSET = 1 << 20  # bytes; a locked byte cannot be read there, so it is past the text
 HELD = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -391,7 +389,7 @@ def _open_locked(path: Path) -> int:
 def _is_free(descriptor: int) -> bool:
     """Lock without waiting; return whether this process now has the lock."""
     try:
-        _lock(descriptor)
+        lock_file(descriptor)
     except OSError as error:
         if error.errno in NO_LOCKS:
             return not _is_running(_read_mark(descriptor))
@@ -399,19 +397,6 @@ def _is_free(descriptor: int) -> bool:
             raise
         return False
     return True
-
-
-def _lock(descriptor: int) -> None:
-    """Lock without waiting; OSError if another process holds the lock or there are no locks."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(descriptor, WINDOWS_LOCK_OFFSET, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _read_mark(descriptor: int) -> dict[str, Any]:

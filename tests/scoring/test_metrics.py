@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptuning.data.segmentation import word_cutter
 from ptuning.scoring import metrics
 from ptuning.scoring.metrics import (
     NO_MATCH,
@@ -106,7 +107,7 @@ def test_the_dictionary_loads_silently_without_a_temporary_folder(
         raise FileNotFoundError("no usable temporary directory")
 
     logging.getLogger("jieba").setLevel(logging.DEBUG)
-    metrics._word_cutter.cache_clear()
+    word_cutter.cache_clear()
     with monkeypatch.context() as patch:  # pytest itself needs the folder back right after
         patch.setattr(tempfile, "gettempdir", no_folder)
         words = metrics._words("我来到北京清华大学")

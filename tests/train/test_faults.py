@@ -153,7 +153,7 @@ def test_without_locks_the_process_decides(tmp_path, monkeypatch):
     def no_locks(_descriptor):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_directory, "_lock", no_locks)
+    monkeypatch.setattr(run_directory, "lock_file", no_locks)
     mark = {"pid": os.getppid(), "host": socket.gethostname(), "started": "today"}
     (tmp_path / LOCK_NAME).write_text(json.dumps(mark))
     with pytest.raises(OutputDirectoryError, match=f"process {os.getppid()} on"):

@@ -1,0 +1,136 @@
+"""`python -m ptuning generate`: new instruction data from a model or an endpoint."""
+
+import argparse
+import importlib.util
+import logging
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from ptuning.commands.registry import OPENAI_KEY_VARIABLE
+from ptuning.instruct.blocks import Task
+from ptuning.instruct.collect import Collector, Settings, alpaca_list
+from ptuning.instruct.filters import BLOCKED_WORDS
+from ptuning.instruct.sources import EndpointSource, EngineSource, Source
+from ptuning.instruct.templates import TEMPLATES, read_seeds, shipped_seeds
+from ptuning.storage import write_atomically
+from ptuning.tunings.loading import base_of, refuse_other_kinds
+
+logger = logging.getLogger(__name__)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate rows, and say what became of the requests."""
+    settings = _settings(arguments)
+    seeds = _read_seeds(arguments, settings)
+    source = _open_source(arguments)
+    collector = Collector(settings, seeds, source, arguments.out)
+    try:
+        tally = collector.collect(arguments.num, max_requests=arguments.max_requests)
+    except KeyboardInterrupt:
+        logger.warning("Type the same command again to continue after %s.", collector.tally)
+        raise
+    if arguments.alpaca_json is not None:
+        write_atomically(arguments.alpaca_json, alpaca_list(collector.rows).encode())
+    logger.info("%s", tally)
+    logger.info("wrote %d rows to %s; report: %s", tally.kept, arguments.out, collector.report_path)
+    if tally.kept < arguments.num:
+        logger.warning("%d of --num %d rows: %s.", tally.kept, arguments.num, tally.ended)
+        return 1
+    logger.info("mix them into training with --mix %s:0.3", arguments.out)
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """Check the flags; ValueError names the one that is wrong."""
+    for name, least in (
+        *(("num", 1), ("examples", 0), ("machine_examples", 0), ("tasks_per_request", 1)),
+        *(("max_new_tokens", 1), ("concurrency", 1), ("max_requests", 1), ("timeout", 0.001)),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} is {value}; use {max(least, 0):g} or more.")
+    if not 0 < arguments.rouge_threshold <= 1:
+        raise ValueError(
+            f"--rouge_threshold is {arguments.rouge_threshold}; use more than 0, and 1 at most "
+            "(1 keeps everything)."
+        )
+    if arguments.out.suffix != ".jsonl":
+        raise ValueError(f"--out is {arguments.out}; give a name that ends in .jsonl.")
+    values = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
+    values["topics"] = _read_lines(arguments.topics, "--topics")
+    values["blocklist"] = _read_lines(arguments.blocklist, "--blocklist") or BLOCKED_WORDS
+    return Settings(**values)
+
+
+def _read_lines(path: Path | None, flag: str) -> tuple[str, ...]:
+    """Return the lines of a file that are not blank; ValueError if there are none."""
+    if path is None:
+        return ()
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    if not any(lines):
+        raise ValueError(f"{flag} {path} has no text; write one entry on each line.")
+    return tuple(line for line in lines if line)
+
+
+def _read_seeds(arguments: argparse.Namespace, settings: Settings) -> list[Task]:
+    """Return the tasks to show; magpie shows none."""
+    template = TEMPLATES[settings.template]
+    if not template.labels:
+        for flag in ("seeds", "topics", "tasks_per_request"):
+            if getattr(arguments, flag):
+                raise ValueError(f"--{flag} has no use with --template {template.name}.")
+        return []
+    return read_seeds(arguments.seeds or [shipped_seeds(template)])
+
+
+def _open_source(arguments: argparse.Namespace) -> Source:
+    """Return the endpoint, or load the model."""
+    here, there = ("model_name_or_path", "prefix", "quantization_bit"), ("model", "api_key_env")
+    for flag in there if arguments.endpoint is None else here:
+        if getattr(arguments, flag) is not None:
+            advice = "is for --endpoint URL; give that too, or leave it out."
+            if arguments.endpoint is not None:
+                advice = "loads a model in this process; leave it out with --endpoint."
+            raise ValueError(f"--{flag} {advice}")
+    if arguments.endpoint is not None:
+        return _endpoint(arguments)
+    from ptuning.commands.answer import open_model
+
+    name, prefix = arguments.model_name_or_path, arguments.prefix
+    if prefix is not None:
+        refuse_other_kinds(prefix)
+        name = name or base_of(prefix)
+    name = name or "nano"
+    model, tokenizer = open_model(
+        name, arguments.quantization_bit, flag="--model_name_or_path", prefix=prefix
+    )
+    name = name if prefix is None else f"{name} with {prefix}"
+    return EngineSource(model, tokenizer, name=name, max_rows=arguments.concurrency)
+
+
+def _endpoint(arguments: argparse.Namespace) -> EndpointSource:
+    """Connect to the endpoint."""
+    if arguments.model is None:
+        raise ValueError("--endpoint needs the name of a model: --model NAME.")
+    if not arguments.endpoint.startswith(("http://", "https://")):
+        raise ValueError(f"--endpoint is {arguments.endpoint}; give an address with http://.")
+    if arguments.template == "magpie" and arguments.api == "chat":
+        raise ValueError(
+            "--template magpie leaves a user's turn open, which a chat cannot; add --api "
+            "completions."
+        )
+    if importlib.util.find_spec("openai") is None:
+        raise ValueError("openai is not installed; type: python -m pip install 'openai>=2'")
+    key_name = arguments.api_key_env or OPENAI_KEY_VARIABLE
+    if arguments.api_key_env is not None and key_name not in os.environ:
+        raise ValueError(f"--api_key_env is {key_name}, a variable that is not set; export it.")
+    return EndpointSource(
+        arguments.endpoint.rstrip("/"),
+        arguments.model,
+        api=arguments.api,
+        concurrency=arguments.concurrency,
+        timeout_s=arguments.timeout,
+        key=os.environ.get(key_name),
+        key_name=key_name,
+    )

@@ -1,0 +1,23 @@
+"""Chinese words, as jieba cuts them by default (HMM on): for scores and for similarity."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+@functools.cache
+def word_cutter() -> Callable[[str], Iterable[str]]:
+    """Load jieba's dictionary once, about a second, and return its word cutter.
+
+    A private tokenizer avoids the shared one's log lines, its cache file in the temporary folder
+    (which may be read-only), and words that other code has added to it, which change the scores.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in its source, and pkg_resources
+        import jieba
+    tokenizer: Any = jieba.Tokenizer()
+    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
+    tokenizer.initialized = True
+    cut: Callable[[str], Iterable[str]] = tokenizer.cut
+    return cut

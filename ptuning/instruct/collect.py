@@ -1,0 +1,338 @@
+"""Collect new tasks in waves of requests, from prompts to rows; a killed run continues exactly.
+
+A wave's prompts show seeds and rows of earlier waves. Each completion is saved as it arrives, and
+the rows follow from settings and completions alone: a run that is started again computes them anew
+and asks only for what is missing.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from ptuning.data.conversion import ContractRow
+from ptuning.engine.request import Sampling
+from ptuning.instruct.blocks import Block, Task, read_blocks
+from ptuning.instruct.filters import blocked_pattern, fault_of
+from ptuning.instruct.similarity import Pool
+from ptuning.instruct.sources import Ask, Completion, Source
+from ptuning.instruct.templates import TEMPLATES
+from ptuning.output import Progress, first_line
+from ptuning.storage import lock_file, write_atomically, write_json
+
+MAX_WAVE = 8  # requests, or as many as are in work at once
+LONGEST_COMPLETION = 3072  # tokens, as published
+TOKENS_PER_TASK = 150
+MAX_TASKS = 20  # per request, as published
+NUM_SIMILAR = 10  # texts named in a row
+MAX_IDLE = 24  # requests in a row that add no row, before the run ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the rows; each field is the flag of the same name. None: by the context."""
+
+    template: str
+    examples: int = 3
+    machine_examples: int = 1
+    tasks_per_request: int | None = None
+    topics: tuple[str, ...] = ()
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    concurrency: int = 5
+    rouge_threshold: float = 0.7
+    blocklist: tuple[str, ...]
+    seed: int = 42
+
+
+@dataclass
+class Tally:
+    """What became of the requests; ended: why there are fewer rows than asked for."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    retries: int = 0
+    made: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    ended: str = ""
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+        return (
+            f"{self.requests} requests ({self.retries} retries), "
+            f"{self.prompt_tokens + self.completion_tokens:,} tokens: {self.made} tasks made, "
+            f"{self.kept} kept, dropped: {dropped or 'none'}"
+        )
+
+
+class Journal:
+    """The completions of a run: a line of what it must share to be continued, then one for each."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Read what is there; ValueError if it is of another run, or another one is writing."""
+        self.completions: dict[tuple[int, int], Completion] = {}  # by request and stage
+        self.num_tokens = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            lock_file(self._file.fileno())
+        except OSError as error:
+            raise ValueError(f"another process is writing {path}; wait for it.") from error
+        self._file.seek(0)
+        whole = self._file.read()
+        end = whole.rfind(b"\n") + 1  # the last line of a killed run may be incomplete
+        self._file.truncate(end)
+        begun, *lines = whole[:end].splitlines() or [b""]
+        if not begun:
+            self._write(identity)
+            return
+        try:
+            earlier = dict(json.loads(begun))
+            for line in lines:
+                request, stage, *values = json.loads(line)
+                self._keep(request, stage, Completion(*values))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({first_line(error)}); delete it, or give another --out."
+            ) from error
+        other = next((name for name in identity if earlier.get(name) != identity[name]), None)
+        if other is not None:
+            was, now = (
+                json.dumps(one.get(other), ensure_ascii=False) for one in (earlier, identity)
+            )
+            raise ValueError(
+                f"{path} is of a run with other settings ({other} was {was[:60]}, now {now[:60]}); "
+                "type the command of that run to continue it, or give another --out."
+            )
+
+    def add(self, request: int, stage: int, completion: Completion) -> None:
+        """Save a completion."""
+        self._keep(request, stage, completion)
+        self._write([request, stage, *completion])
+
+    def _keep(self, request: int, stage: int, completion: Completion) -> None:
+        self.completions[request, stage] = completion
+        self.num_tokens += completion.prompt_tokens + completion.completion_tokens
+
+    def _write(self, value: Any) -> None:
+        self._file.write(_line(value))
+        self._file.flush()
+
+
+class Collector:
+    """One run: settings, seeds, a source of completions, and the files next to `out`."""
+
+    def __init__(
+        self, settings: Settings, seeds: Sequence[Task], source: Source, out: Path
+    ) -> None:
+        """Read what an earlier run of the same command has saved; ValueError for another one's."""
+        self.settings, self.seeds, self.source, self.out = settings, list(seeds), source, out
+        self.template = TEMPLATES[settings.template]
+        context = source.context_length or 2 * LONGEST_COMPLETION
+        self.max_new_tokens = settings.max_new_tokens or min(LONGEST_COMPLETION, context // 2)
+        by_length = max(1, min(MAX_TASKS, self.max_new_tokens // TOKENS_PER_TASK))
+        self.num_tasks = settings.tasks_per_request or by_length if self.template.labels else 1
+        self.tally = Tally()
+        self.rows: list[ContractRow] = []
+        self.report_path = out.with_suffix(".report.json")
+        self._num_saved: int | None = None  # rows in `out`; None: it may be of an earlier run
+        self._blocked = blocked_pattern(settings.blocklist)
+        self._pool = Pool([task.instruction for task in self.seeds])
+        path = out.with_suffix(".requests.jsonl")
+        if out.exists() and not path.exists():
+            raise ValueError(f"--out {out} exists and is not of this command; give another name.")
+        self._identity = asdict(settings) | {
+            "max_new_tokens": self.max_new_tokens,
+            "tasks_per_request": self.num_tasks,
+            "topics": list(settings.topics),
+            "blocklist": list(settings.blocklist),
+            "model": source.name,
+            "template_hash": self.template.digest,
+            "seeds": [list(task) for task in self.seeds],
+        }
+        self._journal = Journal(path, self._identity)
+
+    def collect(self, num_rows: int, *, max_requests: int | None = None) -> Tally:
+        """Collect until there are num_rows rows, max_requests are used, or no more come.
+
+        `out` gets one row of the row contract per line; the counts go to `report_path`.
+        """
+        tally = self.tally
+        last_kept = 0  # requests when the newest row was kept
+        with Progress(num_rows, f"generating with {self.source.name}") as progress:
+            while tally.kept < num_rows and not tally.ended:
+                size = min(
+                    max(MAX_WAVE, self.settings.concurrency),
+                    -(-(num_rows - tally.kept) // self.num_tasks),
+                    (max_requests or 10**9) - tally.requests,
+                )
+                prompts = {
+                    tally.requests + n: self._prompt(tally.requests + n) for n in range(size)
+                }
+                for request, completions in self._complete(prompts, progress):
+                    before = tally.kept
+                    self._take(request, completions, num_rows)
+                    progress.update(tally.kept - before)
+                    last_kept = tally.requests if tally.kept > before else last_kept
+                self._save_rows()
+                if tally.requests == max_requests:
+                    tally.ended = f"--max_requests {max_requests} is used up"
+                elif tally.requests - last_kept >= MAX_IDLE:
+                    tally.ended = (
+                        f"the last {tally.requests - last_kept} requests added none; give other "
+                        "seeds, a higher --rouge_threshold, or another model"
+                    )
+        tally.retries = self.source.num_retries
+        identity = {name: value for name, value in self._identity.items() if name != "seeds"}
+        report = asdict(tally) | {"dropped": dict(tally.dropped.most_common())}
+        report |= {"num_seeds": len(self.seeds), "settings": identity}
+        write_json(self.report_path, report)
+        return tally
+
+    def _complete(
+        self, prompts: Mapping[int, str], progress: Progress
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Return the completions of each request of a wave, in order: two of a magpie one."""
+        saved = self._journal.completions
+        self._ask(prompts, 0, progress)
+        if not self.template.labels:
+            questions = {request: _question(saved[request, 0]) for request in prompts}
+            self._ask({n: text for n, text in questions.items() if text}, 1, progress)
+        for request in prompts:
+            yield request, [saved[request, n] for n in (0, 1) if (request, n) in saved]
+
+    def _ask(self, prompts: Mapping[int, str], stage: int, progress: Progress) -> None:
+        """Ask for what is missing of a wave, and save each completion as it arrives.
+
+        A source that repeats itself is asked for the whole wave: its batches, and so its
+        completions to the last bit, are those of a run that was not interrupted.
+        """
+        saved = self._journal.completions
+        missing = [request for request in prompts if (request, stage) not in saved]
+        asks = [
+            Ask(request, prompt, Random(f"{self.settings.seed}:{request}:{stage}").getrandbits(31))
+            for request, prompt in prompts.items()
+            if request in missing or (missing and self.source.repeats)
+        ]
+        if asks:
+            self._save_rows()
+        for request, completion in self.source.complete(
+            asks, Sampling(self.settings.temperature, self.settings.top_p), self.max_new_tokens
+        ):
+            if request in missing:
+                self._journal.add(request, stage, completion)
+            progress.bar.set_postfix_str(f"{self._journal.num_tokens:,} tokens")
+
+    def _prompt(self, request: int) -> str:
+        """Return a request's prompt; one that does not fit shows fewer tasks."""
+        settings, keys = self.settings, Random(f"{self.settings.seed}:{request}")
+        shown = [self.seeds[index] for index in _draw(len(self.seeds), settings.examples, keys)]
+        for index in _draw(len(self.rows), settings.machine_examples, keys):
+            shown.append(Task(*(self.rows[index]["meta"][name] for name in Task._fields)))
+        topics = [settings.topics[index] for index in _draw(len(settings.topics), 1, keys)]
+        shown = [shown[index] for index in _draw(len(shown), len(shown), keys)]
+        while True:
+            prompt = self.template.prompt(shown, self.num_tasks, *topics)
+            length, context = self.source.num_tokens(prompt), self.source.context_length
+            if length is None or context is None or length + self.max_new_tokens <= context:
+                return prompt
+            if not shown:
+                raise ValueError(
+                    f"the prompt has {length} tokens and --max_new_tokens is "
+                    f"{self.max_new_tokens}, but {self.source.name} has {context} for both; ask "
+                    "for fewer."
+                )
+            shown.pop()
+
+    def _take(self, request: int, completions: Sequence[Completion], num_rows: int) -> None:
+        """Count a request's tasks and keep those that are fit, until there are num_rows."""
+        tally = self.tally
+        tally.requests += 1
+        tally.prompt_tokens += sum(one.prompt_tokens for one in completions)
+        tally.completion_tokens += sum(one.completion_tokens for one in completions)
+        for number, (task, fault) in enumerate(self._read(completions), 1):
+            if tally.kept == num_rows:
+                return
+            tally.made += 1
+            fault = fault or fault_of(task, self.template, self._blocked)
+            scores = np.zeros(0) if fault else self._pool.scores(task.instruction)
+            if fault is None and scores.max(initial=0.0) > self.settings.rouge_threshold:
+                fault = "duplicate"
+            if fault is None:
+                tally.kept += 1
+                self.rows.append(self._to_row(request, number, task, scores))
+                self._pool.add(task.instruction)
+            else:
+                tally.dropped[fault] += 1
+
+    def _read(self, completions: Sequence[Completion]) -> list[Block]:
+        if any(completion.text is None for completion in completions):
+            return [Block(Task("", "", ""), "malformed_reply")]
+        first, *answers = completions
+        is_cut = any(completion.finish_reason == "length" for completion in completions)
+        if self.template.labels:
+            return read_blocks(str(first.text), is_cut=is_cut, fields=self.template.fields).blocks
+        task = Task(_question(first), "", "".join(str(one.text) for one in answers).strip())
+        missing = "cut_off" if is_cut else "missing_field" if not answers else "empty_output"
+        return [Block(task, missing if is_cut or not task.output else None)]
+
+    def _to_row(self, request: int, number: int, task: Task, scores: np.ndarray) -> ContractRow:
+        """Return a row of the contract; meta says what it was made by and what it is similar to."""
+        nearest = np.argsort(-scores, kind="stable")[:NUM_SIMILAR]
+        meta = {
+            **task._asdict(),
+            "most_similar": {self._pool.texts[n]: round(float(scores[n]), 4) for n in nearest},
+            "avg_similarity": round(float(scores.mean()), 6) if len(scores) else 0.0,
+            "request": request,
+            "model": self.source.name,
+            "template": f"{self.template.name}:{self.template.digest}",
+        }
+        return ContractRow(
+            id=f"{self.out.stem}:{request}.{number}",
+            prompt=f"{task.instruction}\n{task.input}" if task.input else task.instruction,
+            response=task.output,
+            history=[],
+            source=f"generate:{self.template.name}",
+            meta=meta,
+        )
+
+    def _save_rows(self) -> None:
+        """Append the new rows; the first time, write the file anew from the saved completions."""
+        if self._num_saved is None:
+            write_atomically(self.out, b"".join(map(_line, self.rows)))
+        else:
+            with self.out.open("ab") as file:
+                for row in self.rows[self._num_saved :]:
+                    file.write(_line(row))
+                    file.flush()
+        self._num_saved = len(self.rows)
+
+
+def _draw(size: int, wanted: int, keys: Random) -> list[int]:
+    """Draw wanted of size things without repeats, or all of them, in a random order."""
+    order = [keys.random() for _ in range(size)]  # random() alone: Python promises to keep it
+    return sorted(range(size), key=order.__getitem__)[:wanted]
+
+
+def _question(completion: Completion) -> str:
+    """Return the question at the beginning of a magpie completion; "" without any."""
+    return (completion.text or "").split("\n答：")[0].strip()
+
+
+def _line(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def alpaca_list(rows: Sequence[ContractRow]) -> str:
+    """Return the rows as the classic JSON list of instruction, input and output."""
+    tasks = [{name: row["meta"][name] for name in Task._fields} for row in rows]
+    return json.dumps(tasks, ensure_ascii=False, indent=2) + "\n"

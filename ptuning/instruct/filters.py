@@ -1,0 +1,91 @@
+"""What makes a generated task unfit: rules by field, in a fixed order, each with its name.
+
+The published filters, repaired: lengths count Han characters too, the language is checked instead
+of the first character being ASCII, and the blocked words have a Chinese list.
+Source: https://github.com/tatsu-lab/stanford_alpaca/blob/761dc5b/generate_instruction.py
+"""
+
+import re
+from collections.abc import Sequence
+from string import punctuation
+
+from ptuning.instruct.blocks import Task
+from ptuning.instruct.similarity import HAN
+from ptuning.instruct.templates import Template
+
+MIN_WORDS, MAX_WORDS = 4, 150  # of an instruction
+BLOCKED_WORDS = (  # of tasks that text alone cannot do
+    *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
+    *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
+    *("图片", "图像", "图表", "视频", "音频", "链接", "http", "画图", "绘制"),
+)
+_HAN = re.compile(f"[{HAN}]")
+_LATIN_WORD = re.compile(r"[A-Za-z]+")
+_WORD = re.compile(rf"[{HAN}]|[a-z0-9]+")
+# An instruction that names a language may have an output in another one than its own.
+_NAMES_LANGUAGE = re.compile(
+    r"\b(translat\w*|english|chinese|mandarin|french|german|spanish|italian|portuguese|russian"
+    r"|japanese|korean|arabic|hindi|latin|pinyin|languages?|code|python|javascript|typescript|java"
+    r"|c|c\+\+|c#|golang|rust|php|ruby|sql|html|css|bash|shell|regex|regular expression|json|latex)"
+    r"(?![a-z0-9])|翻译|译成|译为|[英汉中法德日俄韩]语|[英中法德日俄韩]文|西班牙语|葡萄牙语|意大利语"
+    r"|阿拉伯语|拉丁语|拼音|外语|代码|编程|程序|正则|公式",
+    re.IGNORECASE | re.ASCII,
+)
+_ATTRIBUTES = re.compile(r"[^#*\s]+#[^#*\n]+(?:\*[^#*\s]+#[^#*\n]+)+")
+TYPE, KINDS = "类型", ("样式", "款式")
+
+
+def blocked_pattern(words: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern for any of the words: ASCII ones as whole words, others within a text."""
+    parts = [
+        rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])"
+        if word.isascii() and word != "http"
+        else re.escape(word)
+        for word in words
+    ]
+    return re.compile("|".join(parts), re.IGNORECASE)
+
+
+def fault_of(task: Task, template: Template, blocked: re.Pattern[str]) -> str | None:
+    """Return the first rule that a complete task breaks; None if it breaks none."""
+    if template.name == "adgen":
+        return _product_fault(task)
+    instruction = task.instruction
+    num_words = len(_WORD.findall(instruction.lower()))
+    if num_words < MIN_WORDS:
+        return "too_short"
+    if num_words > MAX_WORDS:
+        return "too_long"
+    if blocked.search(instruction):
+        return "blocked_word"
+    if instruction.lower().startswith("write a program"):
+        return "write_a_program"
+    if instruction[0] in punctuation:
+        return "bad_first_character"
+    asked, answered = language_of(instruction), language_of(task.output)
+    is_foreign = answered not in (asked, None) and not _NAMES_LANGUAGE.search(instruction)
+    if asked not in (template.language, None) or (asked is not None and is_foreign):
+        return "wrong_language"
+    return None
+
+
+def language_of(text: str) -> str | None:
+    """Return "zh" or "en", by whether Han characters or Latin words are more; None for neither.
+
+    >>> language_of("用Python计算"), language_of("17"), language_of("Oslo 在哪里")
+    ('zh', None, 'zh')
+    """
+    han, latin = len(_HAN.findall(text)), len(_LATIN_WORD.findall(text))
+    return None if han == latin else "zh" if han > latin else "en"
+
+
+def _product_fault(task: Task) -> str | None:
+    """Say what is wrong with an attribute list and its copy."""
+    if not _ATTRIBUTES.fullmatch(task.instruction):
+        return "bad_attributes"
+    pairs = [pair.split("#") for pair in task.instruction.split("*")]
+    if pairs[0][0] != TYPE or len(set(map(tuple, pairs))) < len(pairs):
+        return "bad_attributes"
+    kind = pairs[0][1].strip()
+    names = [kind, kind[-1:], *(value for key, value in pairs if key.endswith(KINDS))]
+    return None if any(name in task.output for name in names) else "type_not_named"
