@@ -152,7 +152,7 @@ def _to_block(record: Sequence[tuple[str, str]], fields: Mapping[str, str]) -> B
     bare = re.sub(r"[\W_]", "", text).lower()
     task = Task(
         values.get(INSTRUCTION, ""),
-        "" if not bare or bare in NO_INPUT else text,
+        "" if bare in NO_INPUT else text,
         values.get(OUTPUT, ""),
     )
     fault = None
