@@ -7,17 +7,16 @@ loaded, so `check_run` looks for them at the start.
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ptuning.output import Progress, duration, first_line, on_terminal, open_bar, tenths
 from ptuning.train.processes import in_main_process
@@ -205,17 +204,6 @@ class CurveCallback(TrainerCallback):
 
 # ---- Where else a run logs ----
 
-# --report_to: packages of which one is needed, by the names they are imported and installed under.
-# Source: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/integration_utils.py
-SAME_NAME = "clearml codecarbon dagshub dvclive mlflow neptune swanlab trackio wandb"
-PACKAGES: dict[str, dict[str, str]] = {name: {name: name} for name in SAME_NAME.split()} | {
-    "azure_ml": {"azureml": "azureml-core"},
-    "comet_ml": {"comet_ml": "comet-ml"},
-    "flyte": {"flytekit": "flytekit"},
-    "kubeflow": {},  # sends to a server, without a package
-    "tensorboard": {"tensorboard": "tensorboard", "tensorboardX": "tensorboardX"},
-}
-
 
 def check_run(config: RunConfig) -> None:
     """Refuse to start (UsageError) if what --report_to or --push_to_hub needs is missing."""
@@ -224,34 +212,15 @@ def check_run(config: RunConfig) -> None:
         in_main_process(partial(check_push_to_hub, config.output_dir, config.trainer_flags))
 
 
-def check_reporting(report_to: str | Sequence[str] | None) -> None:
-    """Check that the packages of --report_to are installed."""
-    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    if names in (["none"], ["all"]):
-        return
-    if unknown := [name for name in names if name not in PACKAGES]:
-        raise UsageError(
-            f"--report_to is {', '.join(unknown)}; use none, all (whatever is installed) or one of "
-            f"{', '.join(sorted(PACKAGES))}."
-        )
-    missing = [
-        next(iter(PACKAGES[name].values()))
-        for name in names
-        if PACKAGES[name] and not any(map(_is_installed, PACKAGES[name]))
-    ]
-    if "dagshub" in names and "mlflow" not in names and not _is_installed("mlflow"):
-        missing.append("mlflow")  # dagshub logs through it
-    if missing:
-        raise UsageError(
-            f"--report_to {' '.join(names)} needs {' and '.join(missing)}, not installed here; "
-            f"type: {sys.executable} -m pip install {' '.join(missing)}"
-        )
-
-
-def _is_installed(module: str) -> bool:
-    """Return whether a package can be imported; a folder ./wandb of offline runs does not count."""
-    spec = find_spec(module)
-    return spec is not None and spec.origin is not None
+def check_reporting(report_to: str | Sequence[str]) -> None:
+    """Check --report_to: transformers' callback for it says which package is missing."""
+    if report_to in (["none"], ["all"]):  # as a JSON file may have it
+        report_to = report_to[0]
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UsageError(f"--report_to is {report_to}: {error}") from error
 
 
 def check_push_to_hub(output_dir: str | Path, flags: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ import ptuning.output as output
 import ptuning.train.progress as progress
 from main import main
 from ptuning.output import open_bar
-from ptuning.train.progress import PACKAGES, ProgressLines, check_push_to_hub, check_reporting
+from ptuning.train.progress import ProgressLines, check_push_to_hub, check_reporting
 from trainer_seq2seq import Seq2SeqTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,48 +249,23 @@ def test_bars_are_told_by_the_flag(short_run, monkeypatch):
 
 
 @pytest.fixture
-def without_reporters(monkeypatch):
-    monkeypatch.setattr("ptuning.train.progress.find_spec", lambda _name: None)
+def without_wandb(monkeypatch):
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
 
 
-@pytest.mark.parametrize("value", [None, "none", "all", [], ["none"], ["all"]])
-def test_asking_for_nothing_or_for_whatever_is_there_needs_nothing(value, without_reporters):
+@pytest.mark.parametrize("value", ["none", ["none"], "all", ["tensorboard"]])
+def test_asking_for_what_is_there_needs_nothing(value, without_wandb):
     check_reporting(value)
 
 
-@pytest.mark.parametrize(
-    ("value", "packages"),
-    [
-        ("wandb", "wandb"),
-        ("comet_ml", "comet-ml"),
-        (["swanlab", "tensorboard"], "swanlab tensorboard"),
-        ("dagshub", "dagshub mlflow"),
-    ],
-)
-def test_a_missing_package_is_named_with_what_to_type(value, packages, without_reporters):
-    with pytest.raises(ValueError, match="not installed here") as caught:
-        check_reporting(value)
-    assert str(caught.value).endswith(f"type: {sys.executable} -m pip install {packages}")
+def test_a_missing_package_is_named_with_what_to_type(without_wandb):
+    with pytest.raises(ValueError, match=r"--report_to is wandb: .*pip install wandb"):
+        check_reporting("wandb")
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="--report_to is wandbb; use none") as caught:
-        check_reporting(["wandbb", "tensorboard"])
-    assert "wandb, " not in str(caught.value).split(";")[0]
-    assert "swanlab" in str(caught.value)
-
-
-def test_every_name_that_transformers_knows_is_known():
-    assert set(integration_utils.INTEGRATION_TO_CALLBACK) <= set(PACKAGES)
-
-
-def test_a_folder_of_offline_runs_is_no_package(tmp_path, monkeypatch):
-    """wandb leaves ./wandb, which Python takes for a package without code."""
-    (tmp_path / "wandb_of_a_test" / "offline-run").mkdir(parents=True)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(PACKAGES, "wandb", {"wandb_of_a_test": "wandb"})
-    with pytest.raises(ValueError, match="pip install wandb"):
-        check_reporting("wandb")
+    with pytest.raises(ValueError, match=r"--report_to is wandbb: .*swanlab"):
+        check_reporting("wandbb")
 
 
 # ---- --push_to_hub ----
@@ -360,13 +335,13 @@ def test_the_repository_is_made_as_transformers_would(online, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "needed"),
     [
-        (["--report_to", "wandb"], "-m pip install wandb"),
-        (["--report_to", "wandbb"], "--report_to is wandbb; use none"),
+        (["--report_to", "wandb"], "pip install wandb"),
+        (["--report_to", "wandbb"], "--report_to is wandbb: "),
         (["--push_to_hub"], "--push_to_hub needs"),
     ],
 )
 def test_a_run_that_cannot_report_does_not_start(
-    flags, needed, short_run, without_reporters, monkeypatch, capsys
+    flags, needed, short_run, without_wandb, monkeypatch, capsys
 ):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(
