@@ -12,7 +12,6 @@ import math
 import os
 import pickle
 import socket
-import struct
 import threading
 import urllib.parse
 import urllib.request
@@ -254,7 +253,7 @@ def read_headers(weight_files: Mapping[Path, list[str]]) -> dict[str, TensorHead
     """Return the header of every tensor; ValueError names a file that is damaged or incomplete."""
     headers: dict[str, TensorHeader] = {}
     for file, expected in weight_files.items():
-        found = dict(_headers_of(file, expected))
+        found = dict(_headers_of(file))
         missing = next((name for name in expected if name not in found), None)
         if missing:
             raise ValueError(
@@ -265,9 +264,9 @@ def read_headers(weight_files: Mapping[Path, list[str]]) -> dict[str, TensorHead
     return headers
 
 
-def _headers_of(file: Path, expected: list[str]) -> Iterator[tuple[str, TensorHeader]]:
+def _headers_of(file: Path) -> Iterator[tuple[str, TensorHeader]]:
     if file.suffix != ".safetensors":
-        for name, value in map_bin(file, expected).items():
+        for name, value in map_bin(file).items():
             yield name, TensorHeader(file, value.dtype, tuple(value.shape))
         return
     with open_safetensors(file) as opened:
@@ -297,25 +296,19 @@ def open_safetensors(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        cut = _first_tensor_cut(file)
-        lost = f"it is truncated inside {cut}" if cut else f"it is damaged ({error})"
-        raise ValueError(f"{file} cannot be read: {lost}; {_COPY_AGAIN}.") from error
+        raise ValueError(f"{file} is damaged or cut short ({error}); {_COPY_AGAIN}.") from error
 
 
-def map_bin(file: Path, expected: list[str] | None = None) -> dict[str, Tensor]:
-    """Return a .bin file's tensors, mapped and not read; ValueError says how it is damaged.
-
-    expected are the names that the index lists: all that is known of a truncated file.
-    """
+def map_bin(file: Path) -> dict[str, Tensor]:
+    """Return a .bin file's tensors, mapped and not read; ValueError says how it is damaged."""
     if check_first_bytes(file) != _ZIP_MAGIC:
         raise ValueError(
             f"{file} is not in the format torch.save has written since version 1.6: it is "
             f"damaged, so {_COPY_AGAIN}, or very old, so save it again with a current torch."
         )
-    held = f", which should hold {shorten(expected)}" if expected else ""
     size = f"{file.stat().st_size:,} bytes"
     if not zipfile.is_zipfile(file):
-        raise ValueError(f"{file} is cut short at {size}{held}; {_COPY_AGAIN}.")
+        raise ValueError(f"{file} is cut short at {size}; {_COPY_AGAIN}.")
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -324,7 +317,7 @@ def map_bin(file: Path, expected: list[str] | None = None) -> dict[str, Tensor]:
             "is not read; copy it again from a source you trust."
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({size}{held}); {_COPY_AGAIN}.") from error
+        raise ValueError(f"{file} is damaged ({size}); {_COPY_AGAIN}.") from error
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise ValueError(
             f"{file} is not a table of tensors (it holds a {type(loaded).__name__}); give a "
@@ -345,20 +338,6 @@ def check_first_bytes(file: Path) -> bytes:
             f"pull` in {file.parent}."
         )
     return start[: len(_ZIP_MAGIC)]
-
-
-def _first_tensor_cut(file: Path) -> str | None:
-    """Return the first tensor that a truncated .safetensors file lacks part of, None if unknown."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            table = json.loads(stream.read(length)) if length <= size else {}
-            ends = {n: v["data_offsets"][1] for n, v in table.items() if n != "__metadata__"}
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return None  # the header itself is damaged: the caller says so
-    cut = [name for name, end in ends.items() if end > size - 8 - length]
-    return min(cut, key=ends.__getitem__) if cut else None
 
 
 class CheckpointReader:

@@ -76,42 +76,22 @@ def test_missing_index_is_named(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
-def test_truncated_shard_is_named_with_what_it_held(shards: Path, kept: float) -> None:
+def test_truncated_shard_is_named(shards: Path, kept: float) -> None:
     file = shards / THIRD
     os.truncate(file, int(file.stat().st_size * kept))
     text = complaint(shards)
     assert str(file) in text
     if kept:
-        first = next(
-            name
-            for name, shard in json.loads((shards / "pytorch_model.bin.index.json").read_text())[
-                "weight_map"
-            ].items()
-            if shard == THIRD
-        )
         assert "is cut short at" in text
-        assert f", which should hold {first}, " in text
     else:
         assert "is empty" in text
 
 
-def test_truncated_safetensors_names_the_first_tensor_it_lacks(single: Path) -> None:
+@pytest.mark.parametrize("kept", [4, 60, -1])
+def test_truncated_safetensors_is_named(single: Path, kept: int) -> None:
     file = single / "model.safetensors"
-    os.truncate(file, file.stat().st_size - 1)
-    text = complaint(single)
-    assert f"{file} cannot be read: it is truncated inside " in text
-    name = text.split("truncated inside ")[1].split(";")[0]
-    last = file.read_bytes()
-    header = json.loads(last[8 : 8 + int.from_bytes(last[:8], "little")])
-    assert header[name]["data_offsets"][1] == max(
-        v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"
-    )
-
-
-@pytest.mark.parametrize("size", [4, 60])
-def test_safetensors_cut_inside_the_header_is_damaged(single: Path, size: int) -> None:
-    os.truncate(single / "model.safetensors", size)
-    assert "it is damaged (" in complaint(single)
+    os.truncate(file, kept % file.stat().st_size)
+    assert f"{file} is damaged or cut short (" in complaint(single)
 
 
 @pytest.mark.parametrize("name", [THIRD, "model.safetensors"])
