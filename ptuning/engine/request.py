@@ -71,14 +71,8 @@ class Request:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be decoded."""
-        if not self.prompt:
-            raise ValueError("the prompt has no tokens; it ends with [gMASK] <sop> at least.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; use 1 or more.")
-        if self.num_logprobs is not None and self.num_logprobs < 0:
-            raise ValueError(
-                f"num_logprobs is {self.num_logprobs}; use 0 or more, or leave it out."
-            )
 
 
 class Row:

@@ -233,11 +233,6 @@ def _check_tensors(
         raise ValueError(
             f"{directory} holds a prefix and no model; give the model it was trained on instead."
         )
-    if EMBEDDING in missing and EMBEDDING.removeprefix("transformer.") in headers:
-        raise ValueError(
-            f"{directory} was saved from ChatGLMModel, which has no output head; save the whole "
-            "model, a ChatGLMForConditionalGeneration, or load this with ChatGLMModel."
-        )
     if missing:
         raise ValueError(
             f"{directory} lacks {shorten(missing)} of the {len(expected)} tensors its "
