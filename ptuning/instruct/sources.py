@@ -18,13 +18,9 @@ from ptuning.engine.prefixes import PrefixMix, SharedPrefix, mix_prefixes
 from ptuning.engine.request import Request, Sampling
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 
-TRIES = 7  # of one request: without Retry-After, its waits add up to half a minute
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
-TRANSIENT = {408, 409, 429}  # and every status from 500 on
+MAX_RETRIES = 6  # of one request, with the waits of the openai package: half a minute in all
 CONTEXT_FIELDS = ("max_model_len", "context_length")  # as vLLM and as OpenRouter report it
 CONTEXT_TIMEOUT_S = 10.0
-
-logger = logging.getLogger(__name__)
 
 
 class Ask(NamedTuple):
@@ -94,7 +90,7 @@ class EngineSource:
 
 
 class EndpointSource:
-    """An endpoint, asked through the openai package; transient failures are retried."""
+    """An endpoint, asked through the openai package, which retries transient failures."""
 
     repeats = False
 
@@ -116,15 +112,19 @@ class EndpointSource:
         """
         import openai
 
+        for name in ("httpx", "httpx2"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they log every request
         self.name = model
         self.num_retries = 0
         self._url, self._api, self._key_name = url, api, key_name
         self._openai: Any = openai
+        hooks: dict[str, Any] = {"request": [self._count_retry], "response": [end_on_quota]}
         self._client: Any = openai.AsyncOpenAI(
             base_url=url if urllib.parse.urlsplit(url).path.strip("/") else f"{url}/v1",
             api_key=key or "none",
             timeout=timeout_s,
-            max_retries=0,  # the package would retry an exhausted quota
+            max_retries=MAX_RETRIES,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
         )
         self._loop = asyncio.new_event_loop()
         self._free = asyncio.Semaphore(concurrency)
@@ -153,12 +153,17 @@ class EndpointSource:
         finally:
             for task in pending:
                 task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            if pending:
+                self._loop.run_until_complete(asyncio.wait(pending))
+
+    async def _count_retry(self, request: Any) -> None:
+        self.num_retries += request.headers.get("x-stainless-retry-count", "0") != "0"
 
     async def _find_context(self) -> int | None:
         """Return the context that the endpoint reports for its model; None if it does not."""
+        client = self._client.with_options(max_retries=0, timeout=CONTEXT_TIMEOUT_S)
         try:
-            found = await self._client.models.retrieve(self.name, timeout=CONTEXT_TIMEOUT_S)
+            found = await client.models.retrieve(self.name)
         except self._openai.APITimeoutError:
             return None
         except self._openai.APIConnectionError as error:
@@ -173,7 +178,7 @@ class EndpointSource:
         return next((length for length in lengths if isinstance(length, int)), None)
 
     async def _complete(self, ask: Ask, sampling: Sampling, max_new_tokens: int) -> Completion:
-        """Complete one prompt, with retries; EndpointError where they do not help."""
+        """Complete one prompt; EndpointError where the endpoint refuses or keeps failing."""
         options: dict[str, Any] = {
             "model": self.name,
             "temperature": sampling.temperature,
@@ -186,68 +191,45 @@ class EndpointSource:
             create = self._client.chat.completions.create
             options["messages"] = [{"role": "user", "content": options.pop("prompt")}]
         async with self._free:
-            for number in range(TRIES):
-                try:
-                    return self._read(await create(**options))
-                except self._openai.APIConnectionError as error:  # a time-out is one
-                    failure, wait = error, 0.0
-                except self._openai.APIStatusError as error:
-                    is_transient = error.status_code in TRANSIENT or error.status_code >= 500
-                    if not is_transient or error.code == "insufficient_quota":
-                        raise self._refusal(error) from error
-                    failure, wait = error, _retry_after(error.response.headers)
-                except EndpointError:
-                    raise
-                except (ValueError, TypeError, AttributeError, LookupError):
-                    return Completion(None)  # no JSON, or without the fields of a completion
-                if number < TRIES - 1:
-                    wait = min(max(wait, FIRST_WAIT_S * 2**number), LONGEST_WAIT_S)
-                    self.num_retries += 1
-                    logger.info(
-                        "Request %d: %s; again in %.3g s", ask.request, _short(failure), wait
-                    )
-                    await asyncio.sleep(wait)
-        raise EndpointError(
-            f"--endpoint {self._url} failed {TRIES} times for one request ({_short(failure)}); the "
-            "same command continues from what is kept."
-        ) from failure
-
-    def _read(self, reply: Any) -> Completion:
-        choice = reply.choices[0]
-        text = choice.message.content if self._api == "chat" else choice.text
-        if not isinstance(text, str):
-            raise TypeError("the reply has no text")
-        notices = (reply.model_extra or {}).get("notices")
+            try:
+                reply = await create(**options)
+                choice, usage = reply.choices[0], reply.usage
+                text = choice.message.content if self._api == "chat" else choice.text
+                notices = (reply.model_extra or {}).get("notices")
+                counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+                completion = Completion(text, choice.finish_reason or "stop", *counts)
+            except self._openai.APIStatusError as error:
+                remedies = {
+                    401: f"check the key in {self._key_name} (--api_key_env)",
+                    403: f"check what the key in {self._key_name} (--api_key_env) may use",
+                    404: "check --endpoint, --model and --api",
+                    429: "once the limit or quota allows, the same command continues",
+                }
+                default = "check --endpoint, --model and the lengths"
+                if error.status_code >= 500:
+                    default = f"it failed {MAX_RETRIES + 1} times; the same command continues"
+                raise self._failure(error, remedies.get(error.status_code, default)) from error
+            except self._openai.APIConnectionError as error:  # a time-out is one
+                remedy = f"tried {MAX_RETRIES + 1} times; the same command continues"
+                raise self._failure(error, remedy) from error
+            except (ValueError, TypeError, AttributeError, LookupError):
+                return Completion(None)  # no JSON, or without the fields of a completion
         if notices:  # of `ptuning serve`: a prefix takes prompts as long as its training's
             raise EndpointError(
                 f"the endpoint shortened the prompt ({notices[0]}); use --model base, or a prefix "
                 "trained with a larger --max_source_length."
             )
-        usage = reply.usage
-        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        return Completion(text, choice.finish_reason or "stop", *counts)
+        return completion if isinstance(text, str) else Completion(None)
 
-    def _refusal(self, error: Any) -> EndpointError:
-        remedies = {
-            401: f"check the key in {self._key_name} (--api_key_env)",
-            403: f"check what the key in {self._key_name} (--api_key_env) may use",
-            404: "check --endpoint, --model and --api",
-            429: "the quota is used up; with a new one, the same command continues",
-        }
-        remedy = remedies.get(error.status_code, "check --endpoint, --model and the lengths")
-        return EndpointError(f"--endpoint {self._url}: {_short(error)}; {remedy}.")
+    def _failure(self, error: Exception, remedy: str) -> EndpointError:
+        said = " ".join(str(error).split()).rstrip(".")[:300]
+        return EndpointError(f"--endpoint {self._url}: {said}; {remedy}.")
+
+
+async def end_on_quota(response: Any) -> None:
+    """Keep the openai package from retrying where a quota is exhausted, not a rate."""
+    if response.status_code == 429 and b"insufficient_quota" in await response.aread():
+        response.headers["x-should-retry"] = "false"
 
 
 Source = EngineSource | EndpointSource
-
-
-def _retry_after(headers: Any) -> float:
-    """Return the wait that a reply asks for, in seconds; 0 without one."""
-    try:
-        return float(headers.get("retry-after", 0))
-    except ValueError:  # a date
-        return 0.0
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:300]
