@@ -193,11 +193,15 @@ class EndpointSource:
         async with self._free:
             try:
                 reply = await create(**options)
-                choice, usage = reply.choices[0], reply.usage
+                choice = reply.choices[0]
                 text = choice.message.content if self._api == "chat" else choice.text
+                text = text.encode("utf-8", "replace").decode()  # no file takes a lone surrogate
                 notices = (reply.model_extra or {}).get("notices")
-                counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-                completion = Completion(text, choice.finish_reason or "stop", *counts)
+                counts = (
+                    getattr(reply.usage, f"{name}_tokens", 0) for name in ("prompt", "completion")
+                )
+                counted = [count if isinstance(count, int) else 0 for count in counts]
+                completion = Completion(text, choice.finish_reason or "stop", *counted)
             except self._openai.APIStatusError as error:
                 remedies = {
                     401: f"check the key in {self._key_name} (--api_key_env)",
@@ -219,7 +223,7 @@ class EndpointSource:
                 f"the endpoint shortened the prompt ({notices[0]}); use --model base, or a prefix "
                 "trained with a larger --max_source_length."
             )
-        return completion if isinstance(text, str) else Completion(None)
+        return completion
 
     def _failure(self, error: Exception, remedy: str) -> EndpointError:
         said = " ".join(str(error).split()).rstrip(".")[:300]
