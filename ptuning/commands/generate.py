@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import logging
 import os
 from dataclasses import fields
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from ptuning.commands.registry import OPENAI_KEY_VARIABLE
 from ptuning.instruct.blocks import Task
-from ptuning.instruct.collect import Collector, Settings, alpaca_list
+from ptuning.instruct.collect import Collector, Settings
 from ptuning.instruct.filters import BLOCKED_WORDS
 from ptuning.instruct.sources import EndpointSource, EngineSource, Source
 from ptuning.instruct.templates import TEMPLATES, read_seeds, shipped_seeds
@@ -31,7 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
         logger.warning("Type the same command again to continue after %s.", collector.tally)
         raise
     if arguments.alpaca_json is not None:
-        write_atomically(arguments.alpaca_json, alpaca_list(collector.rows).encode())
+        tasks = [{name: row["meta"][name] for name in Task._fields} for row in collector.rows]
+        text = json.dumps(tasks, ensure_ascii=False, indent=2) + "\n"
+        write_atomically(arguments.alpaca_json, text.encode("utf-8", "backslashreplace"))
     logger.info("%s", tally)
     logger.info("wrote %d rows to %s; report: %s", tally.kept, arguments.out, collector.report_path)
     if tally.kept < arguments.num:

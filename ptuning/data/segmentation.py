@@ -1,9 +1,13 @@
 """Chinese words, as jieba cuts them by default (HMM on): for scores and for similarity."""
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
+
+HAN = "\u3400-\u4dbf\u4e00-\u9fff"
+RUNS = re.compile(rf"[{HAN}]+|[a-z0-9]+")
 
 
 @functools.cache
@@ -21,3 +25,15 @@ def word_cutter() -> Callable[[str], Iterable[str]]:
     tokenizer.initialized = True
     cut: Callable[[str], Iterable[str]] = tokenizer.cut
     return cut
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case: jieba's, and runs of Latin letters and digits.
+
+    >>> words_of("用Python计算列表的最大值")
+    ['用', 'python', '计算', '列表', '的', '最大值']
+    """
+    words: list[str] = []
+    for run in RUNS.findall(text.lower()):
+        words += [run] if run.isascii() else list(word_cutter()(run))
+    return words

@@ -39,13 +39,6 @@ class Block(NamedTuple):
     fault: str | None = None
 
 
-class Blocks(NamedTuple):
-    """The blocks of a completion, and text before the first of them that belongs to none."""
-
-    blocks: list[Block]
-    preamble: str = ""
-
-
 def write_block(task: Task, number: int, labels: Mapping[str, str], no_input: str) -> str:
     r"""Write a task; labels are the names of its fields, each with its colon.
 
@@ -63,8 +56,10 @@ def write_block(task: Task, number: int, labels: Mapping[str, str], no_input: st
 
 def read_blocks(
     completion: str, *, is_cut: bool = False, fields: Mapping[str, str] = FIELDS
-) -> Blocks:
-    """Return the tasks of a completion; a JSON list of objects with the same fields is read too.
+) -> tuple[list[Block], str]:
+    """Return the blocks of a completion, and the text before the first that belongs to none.
+
+    A JSON answer, one object or a list of them, is read too.
 
     is_cut: the completion ended at its length limit, so its last block may be incomplete. Faults,
     the first that holds: cut_off, repeated_field, missing_field, empty_output; no_fields for a
@@ -73,10 +68,10 @@ def read_blocks(
     text = completion.replace("\r\n", "\n")
     records = _json_records(text, fields)
     if records is not None:
-        return Blocks([_to_block(record, fields) for record in records])
+        return [_to_block(record, fields) for record in records], ""
     labels = _find_labels(text, fields)
     if not labels:
-        return Blocks([Block(Task("", "", text.strip()), "no_fields")])
+        return [Block(Task("", "", text.strip()), "no_fields")], ""
     text, preamble = _without_fence(text, labels[0].start())
     labels = _find_labels(text, fields)
     names = [fields[label["name"].lower()] for label in labels]
@@ -91,7 +86,7 @@ def read_blocks(
     blocks = [_to_block(record, fields) for record in records]
     if is_cut:
         blocks[-1] = Block(blocks[-1].task, "cut_off")
-    return Blocks(blocks, preamble)
+    return blocks, preamble
 
 
 def _find_labels(text: str, fields: Mapping[str, str]) -> list[re.Match[str]]:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from ptuning.data.conversion import ContractRow
+from ptuning.data.similarity import Pool
 from ptuning.engine.request import Sampling
 from ptuning.instruct.blocks import Block, Task, read_blocks
 from ptuning.instruct.filters import blocked_pattern, fault_of
-from ptuning.instruct.similarity import Pool
 from ptuning.instruct.sources import Ask, Completion, Source
 from ptuning.instruct.templates import TEMPLATES
 from ptuning.output import Progress, first_line
@@ -280,7 +280,7 @@ class Collector:
         first, *answers = completions
         is_cut = any(completion.finish_reason == "length" for completion in completions)
         if self.template.labels:
-            return read_blocks(str(first.text), is_cut=is_cut, fields=self.template.fields).blocks
+            return read_blocks(str(first.text), is_cut=is_cut, fields=self.template.fields)[0]
         task = Task(_question(first), "", "".join(str(one.text) for one in answers).strip())
         missing = "cut_off" if is_cut else "missing_field" if not answers else "empty_output"
         return [Block(task, missing if is_cut or not task.output else None)]
@@ -330,9 +330,3 @@ def _question(completion: Completion) -> str:
 
 def _line(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-def alpaca_list(rows: Sequence[ContractRow]) -> str:
-    """Return the rows as the classic JSON list of instruction, input and output."""
-    tasks = [{name: row["meta"][name] for name in Task._fields} for row in rows]
-    return json.dumps(tasks, ensure_ascii=False, indent=2) + "\n"

@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from string import punctuation
 
+from ptuning.data.segmentation import HAN
 from ptuning.instruct.blocks import Task
-from ptuning.instruct.similarity import HAN
 from ptuning.instruct.templates import Template
 
 MIN_WORDS, MAX_WORDS = 4, 150  # of an instruction

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from ptuning.data.similarity import Pool
 from ptuning.instruct.blocks import NO_INPUT, Block, Task, read_blocks, write_block
 from ptuning.instruct.filters import BLOCKED_WORDS, blocked_pattern, fault_of
-from ptuning.instruct.similarity import Pool
 from ptuning.instruct.templates import TEMPLATES
 from tests.conftest import TESTS
 
@@ -19,8 +19,8 @@ def sort_out(case: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str,
     """Return the accepted tasks, what was dropped and why, and the preamble."""
     pool, accepted, dropped = Pool(case["seeds"]), [], []
     blocked = blocked_pattern(BLOCKED_WORDS)
-    found = read_blocks(case["completion"], is_cut=case["finish_reason"] == "length")
-    for task, fault in found.blocks:
+    blocks, preamble = read_blocks(case["completion"], is_cut=case["finish_reason"] == "length")
+    for task, fault in blocks:
         fault = fault or fault_of(task, TEMPLATES[case["template"]], blocked)
         if not fault and pool.scores(task.instruction).max(initial=0.0) > GOLDEN["rouge_threshold"]:
             fault = "duplicate"
@@ -29,7 +29,7 @@ def sort_out(case: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str,
         else:
             accepted.append(task._asdict())
             pool.add(task.instruction)
-    return accepted, dropped, found.preamble
+    return accepted, dropped, preamble
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "en-json"])
@@ -69,15 +69,15 @@ def test_a_json_answer_is_read_too() -> None:
     ],
 )  # fmt: skip
 def test_json_answers_in_many_forms(text: str, blocks: list[Block]) -> None:
-    assert read_blocks(text).blocks == blocks
+    assert read_blocks(text)[0] == blocks
 
 
 def test_only_the_last_block_of_a_cut_completion_is_dropped() -> None:
     text = (
         "1. Instruction: a\n1. Input: b\n1. Output: c\n2. Instruction: d\n2. Input: e\n2. Output: f"
     )
-    assert [block.fault for block in read_blocks(text, is_cut=True).blocks] == [None, "cut_off"]
-    assert [block.fault for block in read_blocks(text).blocks] == [None, None]
+    assert [block.fault for block in read_blocks(text, is_cut=True)[0]] == [None, "cut_off"]
+    assert [block.fault for block in read_blocks(text)[0]] == [None, None]
 
 
 def test_what_is_written_is_read_back() -> None:
@@ -91,13 +91,13 @@ def test_what_is_written_is_read_back() -> None:
             write_block(task, n, template.labels, template.no_input)
             for n, task in enumerate(tasks, 4)
         )
-        assert read_blocks(text).blocks == [Block(task) for task in tasks]
+        assert read_blocks(text)[0] == [Block(task) for task in tasks]
 
 
 def test_adgen_blocks_have_their_own_labels() -> None:
     text = "类型#裤*版型#宽松\n4. 文案：\n这条裤子很宽松，输出：稳定。\n###\n5. 商品：类型#裙*颜色#红色\n5. 文案：\n红裙\n"
     found = read_blocks(text, fields=TEMPLATES["adgen"].fields)
-    assert found.blocks == [
+    assert found[0] == [
         Block(Task("类型#裤*版型#宽松", "", "这条裤子很宽松，输出：稳定。")),
         Block(Task("类型#裙*颜色#红色", "", "红裙")),
     ]
@@ -108,9 +108,7 @@ def test_inputs_that_say_there_is_none_are_those_of_the_published_rows(shared: A
     rows = json.loads((shared / "data" / "alpaca" / "alpaca_5000.json").read_text(encoding="utf-8"))
 
     def reads_as_none(text: str) -> bool:
-        block = read_blocks(json.dumps({"instruction": "a", "input": text, "output": "b"})).blocks[
-            0
-        ]
+        block = read_blocks(json.dumps({"instruction": "a", "input": text, "output": "b"}))[0][0]
         return bool(text) and not block.task.input
 
     found = [n for n, row in enumerate(rows) if reads_as_none(row["input"])]

@@ -1,11 +1,9 @@
-"""ROUGE-L between instructions, in Chinese as in English, against a growing pool.
+"""ROUGE-L between texts, in Chinese as in English, against a growing pool.
 
-F1 = 2PR / (P + R) over the longest common subsequence of the words. Words are jieba's for Han text
-and runs of letters and digits for the rest. Each word is mapped to one character, so that rapidfuzz
-(C++, bit-parallel) compares strings.
+F1 = 2PR / (P + R) over the longest common subsequence of the words. Each word is mapped to one
+character, so that rapidfuzz (C++, bit-parallel) compares strings.
 """
 
-import re
 from array import array
 from collections.abc import Sequence
 
@@ -13,23 +11,9 @@ import numpy as np
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 
-from ptuning.data.segmentation import word_cutter
+from ptuning.data.segmentation import words_of
 
-HAN = "\u3400-\u4dbf\u4e00-\u9fff"
-RUNS = re.compile(rf"[{HAN}]+|[a-z0-9]+")
 SURROGATES = range(0xD800, 0xE000)  # code points that are no characters
-
-
-def words_of(text: str) -> list[str]:
-    """Return the words of a text in lower case; punctuation is dropped.
-
-    >>> words_of("用Python计算列表的最大值")
-    ['用', 'python', '计算', '列表', '的', '最大值']
-    """
-    words: list[str] = []
-    for run in RUNS.findall(text.lower()):
-        words += [run] if run.isascii() else list(word_cutter()(run))
-    return words
 
 
 class Pool:

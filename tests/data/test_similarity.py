@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.instruct.similarity import Pool, words_of
+from ptuning.data.segmentation import words_of
+from ptuning.data.similarity import Pool
 from ptuning.instruct.templates import TEMPLATES, read_seeds, shipped_seeds
 
 
