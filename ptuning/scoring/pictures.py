@@ -205,7 +205,8 @@ def _draw_losses(axes: "Axes", history: LossHistory) -> None:
             linewidth=2.2,
             label="training loss, smoothed",
         )
-    if history.validation:
+    if history.best is not None:
+        best = f"best {history.best.value:.3f} at step {history.best.step:g}"
         axes.plot(
             *zip(*history.validation, strict=True),
             color=SECOND_COLOUR,
@@ -213,7 +214,7 @@ def _draw_losses(axes: "Axes", history: LossHistory) -> None:
             marker="o",
             markersize=5,
             markeredgecolor="white",
-            label="validation loss",
+            label=f"validation loss, {best}",
         )
     if history.non_finite_steps:
         # A cross on the lower edge for each loss that the scale cannot show.
@@ -229,44 +230,8 @@ def _draw_losses(axes: "Axes", history: LossHistory) -> None:
             label=history.remark,
         )
     axes.margins(x=0.02, y=0.06)
-    if history.best is not None:
-        _mark_best(axes, history.best, history.steps)
     axes.set_ylabel("loss per token (nats)")
     axes.legend(loc="best")
-
-
-def _mark_best(axes: "Axes", best: Point, steps: list[float]) -> None:
-    """Circle the best validation loss and label it below, on the side that has room."""
-    axes.plot(
-        [best.step],
-        [best.value],
-        marker="o",
-        markersize=11,
-        markerfacecolor="none",
-        markeredgecolor=SECOND_COLOUR,
-        markeredgewidth=1.6,
-        linestyle="none",
-    )
-    is_right = best.step > (min(steps) + max(steps)) / 2
-    axes.annotate(
-        f"best {best.value:.3f} at step {best.step:g}",
-        (best.step, best.value),
-        xytext=(8 if is_right else -8, -17),
-        textcoords="offset points",
-        ha="right" if is_right else "left",
-        va="top",
-        fontsize=9,
-        fontweight="bold",
-        color=SECOND_COLOUR,
-        bbox={
-            "boxstyle": "round,pad=0.25",
-            "facecolor": "white",
-            "edgecolor": "none",
-            "alpha": 0.85,
-        },
-    )
-    low, high = axes.get_ylim()
-    axes.set_ylim(low - 0.1 * (high - low), high)  # room for the label below the lowest point
 
 
 def _draw_learning_rate(axes: "Axes", points: list[Point]) -> None:

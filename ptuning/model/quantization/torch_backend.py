@@ -122,24 +122,6 @@ def transposed_by_rows(
     return total.to(grad.dtype)
 
 
-def evens_then_odds(x: Tensor) -> Tensor:
-    """Return (M, n) with its even columns first, then its odd columns.
-
-    >>> evens_then_odds(torch.tensor([[0, 1, 2, 3]]))
-    tensor([[0, 2, 1, 3]])
-    """
-    return torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)  # (M, n)
-
-
-def interleave_halves(x: Tensor) -> Tensor:
-    """Undo evens_then_odds.
-
-    >>> interleave_halves(torch.tensor([[0, 2, 1, 3]]))
-    tensor([[0, 1, 2, 3]])
-    """
-    return torch.stack(x.chunk(2, dim=1), dim=-1).flatten(1)  # (M, n)
-
-
 class Dequantizer:
     """A `Dequantize` in PyTorch operations that reuses its scratch memory.
 
@@ -196,8 +178,10 @@ class TorchBackend:
 
     def matmul(self, x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return x (M, num_in) times the transposed weight: (M, num_out), in x's dtype."""
-        in_halves = _in_halves(x, bits)
-        columns = (evens_then_odds(x) if in_halves else x).to(_product_dtype(x))  # (M, num_in)
+        in_halves, columns = _in_halves(x, bits), x
+        if in_halves:  # as the blocks of the weight are
+            columns = torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)  # (M, num_in)
+        columns = columns.to(_product_dtype(x))
         product = blockwise_matmul(columns, packed, scale, Dequantizer(in_halves=in_halves))
         return product.to(x.dtype)
 
@@ -207,7 +191,9 @@ class TorchBackend:
         dequantize = Dequantizer(in_halves=in_halves)
         rows = grad.to(_product_dtype(grad))  # (M, num_out)
         product = blockwise_matmul_transposed(rows, packed, scale, bits, dequantize).to(grad.dtype)
-        return interleave_halves(product) if in_halves else product  # (M, num_in)
+        if in_halves:
+            product = torch.stack(product.chunk(2, dim=1), dim=-1).flatten(1)  # (M, num_in)
+        return product
 
 
 def _in_halves(x: Tensor, bits: int) -> bool:
