@@ -320,10 +320,7 @@ def suggest_flags(columns: Sequence[str], row_format: RowFormat) -> str:
     for flag, usual in _USUAL.items():
         free = [column for column in columns if column not in flags.values()]
         named = row_format.named_columns.get(flag)
-        by_lower = _by_lower(free)
-        guess = next((by_lower[name] for name in usual if name in by_lower), None)
-        if named is not None:
-            guess = named if named in free else guess_column(named, free, usual)
+        guess = named if named in free else guess_column(named or "", free, usual)
         if guess is not None or flag in _NOUNS:
             flags[flag] = guess or guess_column(usual[0], free) or "NAME"
     return " ".join(f"{flag} {quote(column)}" for flag, column in flags.items())

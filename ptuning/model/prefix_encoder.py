@@ -35,7 +35,6 @@ class PrefixEncoder(nn.Module):
         num_heads: int,
         head_dim: int,
         project: bool,
-        dropout: float = 0.1,  # the published code's value, on the prefix alone
     ) -> None:
         super().__init__()
         if prefix_length < 1:
@@ -45,7 +44,7 @@ class PrefixEncoder(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.project = project
-        self.dropout = dropout
+        self.dropout = 0.1  # of the prefix alone, as in the published code
         hidden_size = num_heads * head_dim
         table_width = 2 * num_layers * hidden_size
         entry_width = hidden_size if project else table_width

@@ -294,11 +294,8 @@ def _replace_linears_(
     return model
 
 
-def quantize_embeddings_(
-    model: PreTrainedModel, bits: int = 8, backend: str = AUTO
-) -> PreTrainedModel:
-    """Quantise word embedding and output head in place; they stay tied, or stay untied."""
-    check_bits(bits)
+def quantize_embeddings_(model: PreTrainedModel, backend: str = AUTO) -> PreTrainedModel:
+    """Make word embedding and output head int8 in place; they stay tied, or stay untied."""
     check_backend_name(backend)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
@@ -307,13 +304,13 @@ def quantize_embeddings_(
             "quantise float ones (nn.Embedding, nn.Linear), once."
         )
     tied = head.weight is embedding.weight
-    table = QuantizedEmbedding.from_embedding(embedding, bits)
+    table = QuantizedEmbedding.from_embedding(embedding)
     model.set_input_embeddings(table)
     if tied:
         model.set_output_embeddings(table.tied_head(backend))
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **TIED_SCALE}
     else:
-        model.set_output_embeddings(QuantizedLinear.from_linear(head, bits, backend))
+        model.set_output_embeddings(QuantizedLinear.from_linear(head, table.bits, backend))
     model.config.tie_word_embeddings = tied
-    model.config.embedding_quantization_bit = bits
+    model.config.embedding_quantization_bit = table.bits
     return model
