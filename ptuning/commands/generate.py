@@ -62,18 +62,18 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise ValueError(f"--out is {arguments.out}; give a name that ends in .jsonl.")
     values = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
     values["topics"] = _read_lines(arguments.topics, "--topics")
-    values["blocklist"] = _read_lines(arguments.blocklist, "--blocklist") or BLOCKED_WORDS
+    values["blocklist"] = _read_lines(arguments.blocklist, "--blocklist") or list(BLOCKED_WORDS)
     return Settings(**values)
 
 
-def _read_lines(path: Path | None, flag: str) -> tuple[str, ...]:
+def _read_lines(path: Path | None, flag: str) -> list[str]:
     """Return the lines of a file that are not blank; ValueError if there are none."""
     if path is None:
-        return ()
+        return []
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     if not any(lines):
         raise ValueError(f"{flag} {path} has no text; write one entry on each line.")
-    return tuple(line for line in lines if line)
+    return [line for line in lines if line]
 
 
 def _read_seeds(arguments: argparse.Namespace, settings: Settings) -> list[Task]:

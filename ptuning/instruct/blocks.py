@@ -130,15 +130,18 @@ def _json_records(text: str, fields: Mapping[str, str]) -> list[list[tuple[str, 
     if not objects or not all(isinstance(one, dict) for one in objects):
         return None
     return [
-        [(fields[key.lower()], _as_text(one[key])) for key in one if key.lower() in fields]
+        [
+            (fields[key.lower()], _as_text(value))
+            for key, value in one.items()
+            if key.lower() in fields
+        ]
         for one in objects
     ]
 
 
 def _as_text(value: Any) -> str:
-    if value is None:
-        return ""
-    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "" if value is None else text.strip()
 
 
 def _to_block(record: Sequence[tuple[str, str]], fields: Mapping[str, str]) -> Block:

@@ -5,6 +5,7 @@ the rows follow from settings and completions alone: a run that is started again
 and asks only for what is missing.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,13 +42,13 @@ class Settings:
     examples: int = 3
     machine_examples: int = 1
     tasks_per_request: int | None = None
-    topics: tuple[str, ...] = ()
+    topics: Sequence[str] = ()
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int | None = None
     concurrency: int = 5
     rouge_threshold: float = 0.7
-    blocklist: tuple[str, ...]
+    blocklist: Sequence[str]
     seed: int = 42
 
 
@@ -67,10 +68,10 @@ class Tally:
     def __str__(self) -> str:
         """Say it in one line."""
         dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+        tokens = self.prompt_tokens + self.completion_tokens
         return (
-            f"{self.requests} requests ({self.retries} retries), "
-            f"{self.prompt_tokens + self.completion_tokens:,} tokens: {self.made} tasks made, "
-            f"{self.kept} kept, dropped: {dropped or 'none'}"
+            f"{self.requests} requests ({self.retries} retries), {tokens:,} tokens: "
+            f"{self.made} tasks made, {self.kept} kept, dropped: {dropped or 'none'}"
         )
 
 
@@ -104,14 +105,15 @@ class Journal:
             raise ValueError(
                 f"{path} is damaged ({first_line(error)}); delete it, or give another --out."
             ) from error
-        other = next((name for name in identity if earlier.get(name) != identity[name]), None)
-        if other is not None:
+        other = [name for name in identity if earlier.get(name) != identity[name]]
+        if other:
             was, now = (
-                json.dumps(one.get(other), ensure_ascii=False) for one in (earlier, identity)
+                ", ".join(f"{name} {one.get(name)}" for name in other)
+                for one in (earlier, identity)
             )
             raise ValueError(
-                f"{path} is of a run with other settings ({other} was {was[:60]}, now {now[:60]}); "
-                "type the command of that run to continue it, or give another --out."
+                f"{path} is of a run with other settings ({was[:200]}; now {now[:200]}); type the "
+                "command of that run to continue it, or give another --out."
             )
 
     def add(self, request: int, stage: int, completion: Completion) -> None:
@@ -153,11 +155,9 @@ class Collector:
         self._identity = asdict(settings) | {
             "max_new_tokens": self.max_new_tokens,
             "tasks_per_request": self.num_tasks,
-            "topics": list(settings.topics),
-            "blocklist": list(settings.blocklist),
             "model": source.name,
             "template_hash": self.template.digest,
-            "seeds": [list(task) for task in self.seeds],
+            "seeds": hashlib.sha256(repr(self.seeds).encode()).hexdigest()[:12],
         }
         self._journal = Journal(path, self._identity)
 
@@ -192,10 +192,8 @@ class Collector:
                         "seeds, a higher --rouge_threshold, or another model"
                     )
         tally.retries = self.source.num_retries
-        identity = {name: value for name, value in self._identity.items() if name != "seeds"}
         report = asdict(tally) | {"dropped": dict(tally.dropped.most_common())}
-        report |= {"num_seeds": len(self.seeds), "settings": identity}
-        write_json(self.report_path, report)
+        write_json(self.report_path, report | {"settings": self._identity})
         return tally
 
     def _complete(

@@ -7,9 +7,9 @@ nothing but the open beginning of a user turn, so that the model writes the ques
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from ptuning.data.conversion import split_input
 from ptuning.data.parsing import open_data
@@ -23,37 +23,32 @@ FOLDER = Path(__file__).parent
 CONTENT, SUMMARY = "商品", "文案"
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(NamedTuple):
     """A kind of prompt: the language of its tasks, and how their fields are labelled.
 
-    fields maps the labels that a completion may have to fields. labels is empty for magpie.
+    labels is empty for magpie. fields maps the labels that a completion may have to fields. topic
+    is the line that names one.
     """
 
     name: str
     language: str  # "zh" or "en"
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str]
     no_input: str = ""
-    topic: str = ""  # the line that names a topic
-    fields: dict[str, str] = field(default_factory=lambda: FIELDS)
-
-    @cached_property
-    def text(self) -> str:
-        """What precedes the list."""
-        return (FOLDER / "templates" / f"{self.name}.txt").read_text(encoding="utf-8")
+    topic: str = ""
+    fields: dict[str, str] = FIELDS
 
     @property
     def digest(self) -> str:
         """A hash of everything that the template adds to a prompt."""
-        parts = repr((self.text, self.labels, self.no_input, self.topic))
+        parts = repr((read_text(self.name), self.labels, self.no_input, self.topic))
         return hashlib.sha256(parts.encode()).hexdigest()[:12]
 
     def prompt(self, shown: Sequence[Task], num_tasks: int, topic: str | None = None) -> str:
-        """Return the prompt that shows tasks and asks for so many more."""
+        """Return the prompt that shows tasks and asks for num_tasks more."""
         if not self.labels:
-            return self.text
+            return read_text(self.name)
         line = "" if topic is None else self.topic.format(topic)
-        head = self.text.format(num_tasks=len(shown) + num_tasks, topic=line)
+        head = read_text(self.name).format(num_tasks=len(shown) + num_tasks, topic=line)
         blocks = [
             write_block(task, number, self.labels, self.no_input)
             for number, task in enumerate(shown, 1)
@@ -61,33 +56,34 @@ class Template:
         return f"{head}{''.join(blocks)}###\n{len(shown) + 1}. {self.labels[INSTRUCTION].rstrip()}"
 
 
-TEMPLATES = {
-    template.name: template
-    for template in (
-        Template(
-            "zh",
-            "zh",
-            {INSTRUCTION: "指令：", INPUT: "输入：", OUTPUT: "输出："},
-            no_input="<无输入>",
-            topic="7. 所有任务都围绕这个主题：{}\n",
-        ),
-        Template(
-            "en",
-            "en",
-            {INSTRUCTION: "Instruction: ", INPUT: "Input:", OUTPUT: "Output:"},
-            no_input="<noinput>",
-            topic="7. All tasks are about this topic: {}\n",
-        ),
-        Template(
-            "adgen",
-            "zh",
-            {INSTRUCTION: f"{CONTENT}：", OUTPUT: f"{SUMMARY}："},
-            topic="4. 所有商品都围绕这个主题：{}\n",
-            fields={CONTENT: INSTRUCTION, SUMMARY: OUTPUT},
-        ),
-        Template("magpie", "zh"),
-    )
-}
+ZH = Template(
+    "zh",
+    "zh",
+    {INSTRUCTION: "指令：", INPUT: "输入：", OUTPUT: "输出："},
+    no_input="<无输入>",
+    topic="7. 所有任务都围绕这个主题：{}\n",
+)
+EN = Template(
+    "en",
+    "en",
+    {INSTRUCTION: "Instruction: ", INPUT: "Input:", OUTPUT: "Output:"},
+    no_input="<noinput>",
+    topic="7. All tasks are about this topic: {}\n",
+)
+ADGEN = Template(
+    "adgen",
+    "zh",
+    {INSTRUCTION: f"{CONTENT}：", OUTPUT: f"{SUMMARY}："},
+    topic="4. 所有商品都围绕这个主题：{}\n",
+    fields={CONTENT: INSTRUCTION, SUMMARY: OUTPUT},
+)
+TEMPLATES = {one.name: one for one in (ZH, EN, ADGEN, Template("magpie", "zh", {}))}
+
+
+@cache
+def read_text(name: str) -> str:
+    """Return the text of a template."""
+    return (FOLDER / "templates" / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def shipped_seeds(template: Template) -> Path:
