@@ -42,7 +42,6 @@ from ptuning.model.cpu.varlen_attention import find_rows
 from ptuning.model.generation import (
     ChatGLMGenerationMixin,
     check_positions,
-    check_prefix,
     check_tokens,
     refuse_unknown,
     wants_output,
@@ -226,8 +225,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if position_ids is None and (layout is None or next_labels is not None):
             warn_of_context(found, input_ids, attention_mask, next_labels, self)
         prefix = self.prefix_for(use_prefix, prefix_key_values)
-        if prefix is not None:
-            check_prefix(prefix, self.config, len(self.layers), len(input_ids))
         shared = self._layer_inputs(
             positions, visible, prefix, flat, has_cache=past_key_values is not None
         )

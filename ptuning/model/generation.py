@@ -2,11 +2,10 @@
 
 The positions of a step follow from all tokens so far, not from a running count, so `generate` is
 overridden here, and input whose positions cannot be derived raises a ValueError.
-Shapes: B batch, S tokens of this call, P prefix, L layers, H heads, D head width.
+Shapes: B batch, S tokens of this call.
 """
 
 import unicodedata
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -241,25 +240,6 @@ def wants_output(config: ChatGLMConfig, name: str, given: bool | None) -> bool:
             )
         return False
     return wanted
-
-
-def check_prefix(
-    prefix: Sequence[Tensor], config: ChatGLMConfig, num_layers: int, num_rows: int
-) -> None:
-    """Refuse prefix keys and values of another model or batch."""
-    if len(prefix) != num_layers:
-        raise ValueError(
-            f"prefix_key_values has {len(prefix)} layers; this model needs {num_layers}: compute "
-            "it with this model's prefix_for(True)."
-        )
-    shape = tuple(prefix[0].shape)
-    heads = (config.num_attention_heads, config.head_dim)
-    if len(shape) != 5 or shape[1] not in (1, num_rows) or (shape[2], shape[4]) != heads:
-        raise ValueError(
-            f"prefix_key_values has layers of shape {shape}; needed is (2, 1, {heads[0]}, P, "
-            f"{heads[1]}) for a prefix of P tokens, or {num_rows} in place of 1 for {num_rows} "
-            "rows with one each."
-        )
 
 
 def warn_of_context(

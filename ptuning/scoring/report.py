@@ -164,8 +164,6 @@ def choose_rows(rows: Sequence[ReportRow], max_rows: int) -> list[ReportRow]:
     >>> [row.index for row in choose_rows(rows, 3)]
     [8, 4, 0]
     """
-    if max_rows < 1:
-        raise ValueError(f"max_rows is {max_rows}; use 1 or more.")
     ranked = sorted(
         rows, key=lambda row: (row.tuned_bleu is None, -(row.tuned_bleu or 0.0), row.index)
     )

@@ -88,18 +88,6 @@ def test_embeddings_in_place_of_tokens_are_refused(small: Model) -> None:
 
 
 @torch.no_grad()
-def test_a_prefix_of_another_model_is_refused(small: Model, prompts: list[list[int]]) -> None:
-    prefix = small.transformer.prefix_for(True)
-    assert prefix is not None
-    tokens = torch.tensor(prompts[:1])
-    with pytest.raises(ValueError, match=r"prefix_key_values has 2 layers.*needs 3"):
-        small(tokens, prefix_key_values=prefix[:2])
-    of_three_rows = [layer.expand(-1, 3, -1, -1, -1) for layer in prefix]
-    with pytest.raises(ValueError, match=r"shape \(2, 3, 2, 5, 16\); needed is .* for 2 rows"):
-        small(tokens.repeat(2, 1), prefix_key_values=of_three_rows)
-
-
-@torch.no_grad()
 def test_a_mask_that_is_not_bool_is_refused(small: Model, prompts: list[list[int]]) -> None:
     tokens = torch.tensor(prompts[1:2])
     ready = torch.ones(1, 1, 3, 3, dtype=torch.bool)

@@ -93,10 +93,6 @@ def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
     """
     limit = largest_code(bits)
     packed_columns(weight.shape[1], bits)
-    if weight.is_meta:
-        raise ValueError(
-            "the weight holds no values (it is on the meta device); load it, then quantise."
-        )
     half = weight.detach().to(torch.float16)  # (rows, cols)
     # A tensor, because by a Python number CUDA multiplies with the reciprocal, which rounds
     # differently.
