@@ -105,6 +105,7 @@ class Journal:
             raise ValueError(
                 f"{path} is damaged ({first_line(error)}); delete it, or give another --out."
             ) from error
+        identity = json.loads(_line(identity))  # its tuples become lists
         other = [name for name in identity if earlier.get(name) != identity[name]]
         if other:
             was, now = (
@@ -184,7 +185,7 @@ class Collector:
                     progress.update(tally.kept - before)
                     last_kept = tally.requests if tally.kept > before else last_kept
                 self._save_rows()
-                if tally.requests == max_requests:
+                if tally.requests == max_requests and tally.kept < num_rows:
                     tally.ended = f"--max_requests {max_requests} is used up"
                 elif tally.requests - last_kept >= MAX_IDLE:
                     tally.ended = (
@@ -276,7 +277,7 @@ class Collector:
         if any(completion.text is None for completion in completions):
             return [Block(Task("", "", ""), "malformed_reply")]
         first, *answers = completions
-        is_cut = any(completion.finish_reason == "length" for completion in completions)
+        is_cut = completions[-1].finish_reason == "length"
         if self.template.labels:
             return read_blocks(str(first.text), is_cut=is_cut, fields=self.template.fields)[0]
         task = Task(_question(first), "", "".join(str(one.text) for one in answers).strip())
@@ -322,8 +323,9 @@ def _draw(size: int, wanted: int, keys: Random) -> list[int]:
 
 
 def _question(completion: Completion) -> str:
-    """Return the question at the beginning of a magpie completion; "" without any."""
-    return (completion.text or "").split("\n答：")[0].strip()
+    """Return the question at the beginning of a magpie completion; "" without a whole one."""
+    question, is_whole, _ = (completion.text or "").partition("\n答：")
+    return question.strip() if is_whole or completion.finish_reason != "length" else ""
 
 
 def _line(value: Any) -> bytes:
