@@ -38,17 +38,22 @@ class Template(NamedTuple):
     fields: dict[str, str] = FIELDS
 
     @property
+    def text(self) -> str:
+        """What precedes the list."""
+        return _read(self.name)
+
+    @property
     def digest(self) -> str:
         """A hash of everything that the template adds to a prompt."""
-        parts = repr((read_text(self.name), self.labels, self.no_input, self.topic))
+        parts = repr((self.text, self.labels, self.no_input, self.topic))
         return hashlib.sha256(parts.encode()).hexdigest()[:12]
 
     def prompt(self, shown: Sequence[Task], num_tasks: int, topic: str | None = None) -> str:
         """Return the prompt that shows tasks and asks for num_tasks more."""
         if not self.labels:
-            return read_text(self.name)
+            return self.text
         line = "" if topic is None else self.topic.format(topic)
-        head = read_text(self.name).format(num_tasks=len(shown) + num_tasks, topic=line)
+        head = self.text.format(num_tasks=len(shown) + num_tasks, topic=line)
         blocks = [
             write_block(task, number, self.labels, self.no_input)
             for number, task in enumerate(shown, 1)
@@ -81,8 +86,7 @@ TEMPLATES = {one.name: one for one in (ZH, EN, ADGEN, Template("magpie", "zh", {
 
 
 @cache
-def read_text(name: str) -> str:
-    """Return the text of a template."""
+def _read(name: str) -> str:
     return (FOLDER / "templates" / f"{name}.txt").read_text(encoding="utf-8")
 
 

@@ -268,7 +268,13 @@ class Api:
         return self._model(name)
 
     def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "ptuning"}
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "ptuning",
+            "max_model_len": self.session.context_length,  # vLLM's name: prompt and answer together
+        }
 
     async def prefixes(self) -> dict[str, Any]:
         """List the prefixes with their directories."""
