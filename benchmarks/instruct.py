@@ -1,4 +1,4 @@
-"""Filtering speed of `ptuning generate`: ROUGE-L of each instruction with all that were kept before.
+"""Filtering speed of `ptuning generate`: ROUGE-L of each instruction with all those kept before.
 
     python -m benchmarks.instruct [--rows 52000] [--json FILE]
 
