@@ -4,7 +4,8 @@
 
 Each case is one run of main.py with the same rows, steps and batch. The task is the style of
 AdvertiseGen/sample; forgetting is measured on nano's 40 general prompts. The general rows of --mix
-are other prompts of the same kinds, answered by the base.
+are 400 other prompts of the same kinds that the base answered, or rows that it made up by itself
+(`ptuning generate`, templates zh and magpie).
 """
 
 import json
@@ -29,23 +30,25 @@ GENTLE_5E_3 = ["--preset", "gentle", "--learning_rate", "5e-3"]
 
 
 class Case(NamedTuple):
-    """One run: its name in the table, its flags, and whether general rows are mixed in."""
+    """One run: its name in the table, its flags, and the general rows that are mixed in."""
 
     name: str
     flags: list[str]
-    mixes: bool
+    mix: str = ""  # "answers", or a template of `ptuning generate`
 
 
 CASES = (
-    Case("untrained, start 1", UNTRAINED, False),
-    Case("untrained, start 1e-3", [*NEAR_ZERO, *UNTRAINED], False),
-    Case("task", ["--preset", "task"], False),
-    Case("task + mix", ["--preset", "task"], True),
-    Case("task, start 1e-3", ["--preset", "task", *NEAR_ZERO], False),
-    Case("gentle", ["--preset", "gentle"], False),
-    Case("gentle + mix", ["--preset", "gentle"], True),
-    Case("gentle, rate 5e-3", GENTLE_5E_3, False),
-    Case("gentle, rate 5e-3 + mix", GENTLE_5E_3, True),
+    Case("untrained, start 1", UNTRAINED),
+    Case("untrained, start 1e-3", [*NEAR_ZERO, *UNTRAINED]),
+    Case("task", ["--preset", "task"]),
+    Case("task + mix", ["--preset", "task"], "answers"),
+    Case("task + generated zh", ["--preset", "task"], "zh"),
+    Case("task + generated magpie", ["--preset", "task"], "magpie"),
+    Case("task, start 1e-3", ["--preset", "task", *NEAR_ZERO]),
+    Case("gentle", ["--preset", "gentle"]),
+    Case("gentle + mix", ["--preset", "gentle"], "answers"),
+    Case("gentle, rate 5e-3", GENTLE_5E_3),
+    Case("gentle, rate 5e-3 + mix", GENTLE_5E_3, "answers"),
 )
 FIGURES = {  # column -> key in predict_results.json
     "BLEU-4": "predict_bleu-4",
@@ -69,9 +72,10 @@ def main() -> int:
     parser.add_argument("--json", type=json_file, help="write the figures here too")
     parser.add_argument("--picture", type=Path, help="draw score against retention here")
     flags = parser.parse_args()
-    mix = make_general_rows(flags.output.absolute())
     cases = [case for case in CASES if flags.only is None or case.name in flags.only]
-    results = {case.name: run(case, mix, flags) for case in cases}
+    kinds = dict.fromkeys(case.mix for case in cases if case.mix)
+    mixes = {kind: make_general_rows(kind, flags.output.absolute()) for kind in kinds}
+    results = {case.name: run(case, mixes.get(case.mix), flags) for case in cases}
     sys.stdout.write(
         f"{flags.steps} steps of {flags.batch_size} rows, prefix of {flags.prefix} tokens, mix "
         f"{flags.ratio:g}; {machine()}\n\n{table(results)}\n"
@@ -82,20 +86,28 @@ def main() -> int:
     return 0
 
 
-def make_general_rows(folder: Path) -> Path:
-    """Let the base answer prompts that are not used for measuring."""
+def make_general_rows(kind: str, folder: Path) -> Path:
+    """Let the base answer prompts that are not used for measuring, or make up rows by itself."""
+    rows = folder / f"{kind}.jsonl"
+    if kind != "answers":
+        launch(
+            *("-m", "ptuning", "generate", "--template", kind, "--num", str(NUM_MIXED)),
+            "--out",
+            str(rows),
+        )
+        return rows
     measured = read_general_prompts(NANO_DIR / FILE_NAME).prompts
     prompts = sample_general_prompts(NUM_MIXED, seed=MIXED_SEED, without=measured)
-    asked, answered = folder / "prompts.json", folder / "general.jsonl"
+    asked = folder / "prompts.json"
     write_atomically(asked, general_text(prompts).encode())
-    launch("-m", "ptuning", "answer", str(asked), "--output", str(answered))
-    return answered
+    launch("-m", "ptuning", "answer", str(asked), "--output", str(rows))
+    return rows
 
 
-def run(case: Case, mix: Path, flags: Namespace) -> dict[str, float]:
+def run(case: Case, mix: Path | None, flags: Namespace) -> dict[str, float]:
     """Train and score one case; return its figures and the seconds of training."""
     folder = flags.output.absolute() / case.name.replace(" ", "-").replace(",", "")
-    mixed = ["--mix", f"{mix}:{flags.ratio}:prompt,response"] if case.mixes else []
+    mixed = ["--mix", f"{mix}:{flags.ratio}:prompt,response"] if mix else []
     launch(
         *("main.py", "--do_train", "--do_predict", "--train_file", str(SAMPLE / "train.json")),
         *("--test_file", str(SAMPLE / "dev.json"), "--model_name_or_path", str(NANO_DIR)),
@@ -144,7 +156,7 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
         if name.startswith("untrained"):
             continue
         colour = "tab:blue" if name.startswith("task") else "tab:orange"
-        axes.scatter(kept, score, c=colour, marker="s" if "mix" in name else "o", s=60)
+        axes.scatter(kept, score, c=colour, marker="s" if "+" in name else "o", s=60)
         clashes = sum(abs(kept - x) < 9 and abs(score - y) < 4 for x, y in placed)
         placed.append((kept, score))
         offset = (8, -4 + 13 * clashes)  # points, above an existing label
