@@ -1,6 +1,7 @@
 """What every test may use: golden numbers, shared real data, the golden model, a random small one."""
 
 import copy
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Know the marks of transformers' own tests, which test_transformers_suite.py brings in."""
     for mark in TRANSFORMERS_MARKS.split():
         config.addinivalue_line("markers", f"{mark}: of transformers' own tests")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what was imported so far out of every later garbage collection; each run ends with one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

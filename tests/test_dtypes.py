@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from main import main
-from tests.tiny import make_base, rows, write_rows
+from tests.tiny import leave_picture_out, make_base, rows, write_rows
 
 FLAGS = {
     "fp32": [],
@@ -23,6 +23,11 @@ FLAGS = {
 }
 NUM_TOKENS, NUM_LAYERS, HIDDEN_SIZE = 4, 2, 32  # of the prefix and of tests.tiny's base
 STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def without_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_picture_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,8 @@ def flags(base: Path, data: Path, out: Path, *more: str) -> list[str]:
         *("--model_name_or_path", str(base), "--output_dir", str(out)),
         *("--validation_file", str(data / "dev.json"), "--token_cache_dir", str(data / "tokens")),
         *("--max_source_length", "32", "--max_target_length", "8"),
-        *("--per_device_eval_batch_size", "3", "--disable_tqdm", "true", *more),
+        *("--per_device_eval_batch_size", "3", "--disable_tqdm", "true"),
+        *("--measure_retention", "false", *more),  # 40 prompts, slow in low precision
     ]
 
 

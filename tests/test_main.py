@@ -11,8 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from main import main
+from ptuning.scoring.pictures import draw_loss_curve
 from ptuning.train.tuning import PrefixTuning
-from tests.tiny import make_base, rows, write_rows
+from tests.tiny import leave_picture_out, make_base, rows, write_rows
 from trainer_seq2seq import Seq2SeqTrainer
 
 
@@ -24,6 +25,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.setenv("PTUNING_CACHE", str(tmp_path / "cache"))
+    leave_picture_out(monkeypatch)
     write_rows(tmp_path / "train.json", rows(30))
     write_rows(tmp_path / "dev.json", rows(40)[30:])
     return tmp_path
@@ -56,7 +58,8 @@ def log_of(folder: Path) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
 
-def test_a_short_run_trains_validates_answers_and_lists_these_files(base, files, capsys):
+def test_a_short_run_trains_validates_answers_and_lists_these_files(base, files, monkeypatch):
+    monkeypatch.setattr("trainer_seq2seq.draw_loss_curve", draw_loss_curve)
     weights = (base / "model.safetensors").read_bytes()
     flags = train_flags(base, files, "--do_eval", "--do_predict", "--eval_strategy", "steps")
     assert main([*flags, "--eval_steps", "2", "--per_device_eval_batch_size", "4"]) == 0
@@ -89,6 +92,7 @@ def test_a_short_run_trains_validates_answers_and_lists_these_files(base, files,
         "scheduler.pt",
         "trainer_state.json",
     ]
+    assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (base / "model.safetensors").read_bytes() == weights
     lines = (out / "generated_predictions.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 10
@@ -105,7 +109,8 @@ def test_the_loss_falls(base, files):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
-def test_the_published_command_lines_run(base, files):
+def test_the_published_command_lines_run(base, files, monkeypatch):
+    monkeypatch.setattr("ptuning.scoring.retention.MAX_NEW_TOKENS", 8)
     train = f"""
         --do_train --train_file {files}/train.json --validation_file {files}/dev.json
         --prompt_column content --response_column summary --overwrite_cache
@@ -257,7 +262,7 @@ def test_an_interrupted_prediction_goes_on_where_it_stopped(base, files, monkeyp
         "--do_predict",
         *("--test_file", str(files / "dev.json"), "--model_name_or_path", str(base)),
         *("--ptuning_checkpoint", str(files / "out"), "--output_dir", str(files / "scores")),
-        *("--per_device_eval_batch_size", "1"),
+        *("--per_device_eval_batch_size", "1", "--measure_retention", "false"),
     ]
     assert main(flags) == 0
     whole = (files / "scores" / "generated_predictions.txt").read_bytes()

@@ -23,7 +23,7 @@ from tests.model.published import (
     write_companions,
     write_shards,
 )
-from tests.tiny import make_base, rows, write_rows
+from tests.tiny import leave_picture_out, make_base, rows, write_rows
 
 PREFIX_LENGTH = 8  # of the golden prefix
 
@@ -58,6 +58,11 @@ def folder(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         torch.save(tensors, folder / name / "pytorch_model.bin")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def without_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_picture_out(monkeypatch)
 
 
 def digests(directory: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from ptuning.data.tokenizer import ChatGLMTokenizer
@@ -38,6 +39,11 @@ def write_rows(path: Path, made: list[dict[str, str]]) -> Path:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def leave_picture_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have runs write an empty loss_curve.png: drawing it takes as long as training."""
+    monkeypatch.setattr("trainer_seq2seq.draw_loss_curve", lambda _log, path: path.write_bytes(b""))
 
 
 def make_base(directory: Path, *, num_layers: int = 2) -> Path:

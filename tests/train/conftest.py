@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from main import main
-from tests.tiny import make_base, rows, write_rows
+from tests.tiny import leave_picture_out, make_base, rows, write_rows
 
 
 class ShortRun:
@@ -53,6 +53,7 @@ def tiny_base(tmp_path_factory):
 @pytest.fixture
 def short_run(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("PTUNING_CACHE", str(tmp_path / "cache"))
+    leave_picture_out(monkeypatch)
     write_rows(tmp_path / "train.json", rows(30))
     write_rows(tmp_path / "dev.json", rows(40)[30:])
     return ShortRun(tiny_base, tmp_path)

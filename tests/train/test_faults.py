@@ -2,11 +2,11 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from ptuning.train.run_directory import (
 )
 from tests.train.conftest import same
 from trainer_seq2seq import Seq2SeqTrainer
+
+FORK = multiprocessing.get_context("fork")
 
 # ---- A full disk ----
 
@@ -106,18 +108,20 @@ def test_a_disk_that_is_really_full(short_run, small_disk, capsys):
 
 
 def hold(folder, seconds=30):
-    """Hold the lock of a folder in another process; returns it when it does."""
-    code = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from ptuning.train.run_directory import RunDirectory\n"
-        f"with RunDirectory(Path({str(folder)!r})):\n"
-        f"    print('held', flush=True)\n    time.sleep({seconds})\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
+    """Hold the lock of a folder in a forked process; returns it when it does."""
+    reader, writer = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=hold_and_tell, args=(folder, seconds, writer))
+    process.start()
+    writer.close()
+    assert reader.recv() == "held"
+    reader.close()
     return process
+
+
+def hold_and_tell(folder, seconds, writer):
+    with RunDirectory(folder):
+        writer.send("held")
+        time.sleep(seconds)
 
 
 def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_is_not(short_run, capsys):
@@ -129,8 +133,7 @@ def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_is_not(short_run, 
     assert f"process {holder.pid} on {socket.gethostname()}" in error
     assert "another --output_dir" in error
     holder.kill()
-    holder.wait()
-    holder.stdout.close()
+    holder.join()
     assert (short_run.out / LOCK_NAME).exists()
     assert short_run.start() == 0
     assert not (short_run.out / LOCK_NAME).exists()
@@ -145,8 +148,8 @@ def test_a_run_that_cannot_start_lets_go_of_the_folder_and_makes_none(short_run,
         assert "nowhere.json" in capsys.readouterr().err
         assert list(short_run.out.iterdir()) == []
     holder = hold(short_run.out, seconds=0)  # nobody's, for another process too
-    assert holder.wait() == 0
-    holder.stdout.close()
+    holder.join()
+    assert holder.exitcode == 0
 
 
 def test_without_locks_the_process_decides(tmp_path, monkeypatch):
