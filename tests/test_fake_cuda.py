@@ -45,14 +45,13 @@ def tracker() -> Iterator[Tracker]:
 @pytest.mark.parametrize(
     ("bits", "num_rows", "checkpointed_layers"),
     [
-        (0, 1, 0),
         (0, 16, 0),
-        (0, 16, 10),
         (8, 16, 0),
-        (4, 1, 0),
-        (4, 1, 28),
-        (4, 16, 0),
         (4, 16, 10),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((0, 1, 0), (0, 16, 10), (4, 1, 0), (4, 1, 28), (4, 16, 0))
+        ),
     ],
 )
 def test_a_training_step_never_waits_and_peaks_where_the_plan_says(

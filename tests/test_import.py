@@ -81,17 +81,23 @@ def test_help_and_mistakes_take_half_a_second_of_cpu(line: str) -> None:
     [
         "import ptuning\n" + AUTO,
         AUTO + "import ptuning\n",
-        "import ptuning\nfrom ptuning import load_prefix, save_prefix\n" + AUTO,
         # One of our modules is the first importer of transformers, and only half imported itself.
         "import ptuning.model.config\n" + AUTO,
-        "import ptuning, importlib\nimportlib.reload(ptuning)\n" + AUTO,
-        "import ptuning, transformers, importlib\nimportlib.reload(transformers)\n" + AUTO,
+        *(
+            pytest.param(line + AUTO, marks=pytest.mark.slow)
+            for line in (
+                "import ptuning\nfrom ptuning import load_prefix, save_prefix\n",
+                "import ptuning, importlib\nimportlib.reload(ptuning)\n",
+                "import ptuning, transformers, importlib\nimportlib.reload(transformers)\n",
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_classes_are_registered_in_every_order_of_imports(imports: str) -> None:
     assert_runs(imports + SHOW)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_built_without_naming_an_auto_class() -> None:
     assert_runs(
         "import ptuning\nfrom transformers import pipeline\n"
@@ -100,6 +106,7 @@ def test_a_pipeline_is_built_without_naming_an_auto_class() -> None:
     )
 
 
+@pytest.mark.slow
 def test_threads_may_import_at_once() -> None:
     done = run_python(
         """

@@ -17,21 +17,25 @@ def never_ends(model, monkeypatch):
     monkeypatch.setattr(model.config, "eos_token_id", 1023)
 
 
-@pytest.mark.parametrize("max_rows", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize(
+    "max_rows", [1, 3, 64, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (2, 5))]
+)
 @pytest.mark.parametrize("case", ["generate_prefix", "generate_plain"])
 def test_tokens_are_the_published_ones_in_a_batch_of_any_size(
     model, golden, case, max_rows, never_ends
 ):
     numbers = json.loads((golden / "chatglm-tiny" / "cases.json").read_text())["cases"][case]
+    times = 1 if max_rows == 1 else 3  # one row at a time never meets another
     engine = GreedyEngine(
         model,
-        numbers["prompts"] * 3,
+        numbers["prompts"] * times,
         max_rows=max_rows,
         max_new_tokens=24,
         use_prefix=case == "generate_prefix",
     )
     answers = dict(engine.run())
-    assert [answers[i] for i in range(12)] == numbers["greedy_new_tokens_one_by_one"] * 3
+    wanted = numbers["greedy_new_tokens_one_by_one"] * times
+    assert [answers[i] for i in range(len(wanted))] == wanted
 
 
 def random_prompts(model, count):
@@ -43,7 +47,7 @@ def random_prompts(model, count):
     ]
 
 
-def row_by_row(model, prompts, end, max_new_tokens, use_prefix):
+def row_by_row(model, prompts, max_new_tokens, use_prefix):
     answers = []
     for prompt in prompts:
         output = model.generate(
@@ -51,9 +55,9 @@ def row_by_row(model, prompts, end, max_new_tokens, use_prefix):
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_prefix=use_prefix,
-            eos_token_id=end,
-        )[0, len(prompt) :].tolist()
-        answers.append(output[: output.index(end)] if end in output else output)
+            eos_token_id=1023,
+        )
+        answers.append(output[0, len(prompt) :].tolist())
     return answers
 
 
@@ -69,10 +73,10 @@ def most_varied_end(answers):
 @pytest.mark.parametrize("use_prefix", [True, False])
 def test_finished_rows_are_evicted_and_others_admitted(model, monkeypatch, use_prefix):
     prompts = random_prompts(model, 14)
-    long = row_by_row(model, prompts, 1023, 12, use_prefix)
+    long = row_by_row(model, prompts, 12, use_prefix)
     end = most_varied_end(long)
     monkeypatch.setattr(model.config, "eos_token_id", end)
-    expected = row_by_row(model, prompts, end, 12, use_prefix)
+    expected = [answer[: answer.index(end)] if end in answer else answer for answer in long]
     assert len({len(answer) for answer in expected}) > 2
     engine = GreedyEngine(model, prompts, max_rows=4, max_new_tokens=12, use_prefix=use_prefix)
     seen = list(engine.run())

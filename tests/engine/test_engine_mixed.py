@@ -82,7 +82,7 @@ def alone(model, prefixes):
 
 
 @pytest.mark.usefixtures("reading")
-@pytest.mark.parametrize("max_rows", [1, 3, 20])
+@pytest.mark.parametrize("max_rows", [pytest.param(1, marks=pytest.mark.slow), 3, 20])
 def test_rows_with_four_prefixes_and_the_base_answer_as_alone(model, prefixes, alone, max_rows):
     prompts, expected = alone
     assert len({tuple(answer[:5]) for answer in expected}) > 10

@@ -30,7 +30,7 @@ def same_where_real(found: Tensor, wanted: Tensor, batch: dict[str, Tensor]) -> 
     torch.testing.assert_close(found[real], wanted[real], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_exported_model_has_the_same_logits(
     small: Model, left_padded: dict[str, Tensor], strict: bool
 ) -> None:
@@ -40,8 +40,15 @@ def test_an_exported_model_has_the_same_logits(
         same_where_real(program.module()(**given).logits, small(**given).logits, left_padded)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("how", ["export", "compile"])
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    [
+        ("export", "eval"),
+        ("compile", "train"),
+        pytest.param("export", "train", marks=pytest.mark.slow),
+        pytest.param("compile", "eval", marks=pytest.mark.slow),
+    ],
+)
 def test_the_loss_of_one_graph_is_the_same(
     small: Model, training_batch: dict[str, Tensor], how: str, mode: str
 ) -> None:
@@ -100,7 +107,13 @@ def test_a_cache_of_ones_own_is_filled_in_the_graph_and_continued_outside(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str
+    "options",
+    [
+        {},
+        pytest.param({"num_beams": 3}, marks=pytest.mark.slow),
+        {"cache_implementation": "static"},
+    ],
+    ids=str,
 )
 def test_generate_with_a_compiled_forward_has_no_graph_breaks(
     small: Model, left_padded: dict[str, Tensor], options: dict[str, Any]

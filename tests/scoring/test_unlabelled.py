@@ -177,6 +177,7 @@ def test_the_old_answers_stay_until_the_first_new_one_although_row_0_has_no_prom
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_two_processes_answer_and_score_as_one_around_rows_that_lack_something(
     launcher,  # noqa: F811
     trained,  # noqa: F811

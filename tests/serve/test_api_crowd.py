@@ -165,6 +165,7 @@ def test_malformed_requests_are_the_client_s_fault(address, session):
     wait_until_idle(session)
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_2000_malformed_requests(address, session):
     def memory_mib():
         status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -177,6 +178,7 @@ def test_memory_stays_flat_over_2000_malformed_requests(address, session):
     assert memory_mib() - before < 15  # the oversized bodies alone, if kept, would be 18 MiB
 
 
+@pytest.mark.slow
 def test_a_crowd_leaves_no_row_of_the_real_command(served):
     """Its model is in another process, so what a client leaves has two places to stay in."""
     with ThreadPoolExecutor(8) as pool:
@@ -192,6 +194,7 @@ def test_a_crowd_leaves_no_row_of_the_real_command(served):
     assert "Traceback" not in served.text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_command_in_the_middle_of_a_stream(tmp_path):
     with command(tmp_path) as server:
         server.wait_until_ready()

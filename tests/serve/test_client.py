@@ -372,6 +372,7 @@ def test_a_killed_process_is_told_to_everyone(tight, prefix_dirs):
     assert "signal 9" in tight.failure
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_read_neither_holds_callers_nor_the_close():
     client = load(max_rows=1)
     pid = client._process.pid

@@ -63,6 +63,7 @@ def test_ctrl_c_while_the_model_is_loaded_is_status_130(tmp_path):
         assert server.text().strip().endswith("ptuning serve: interrupted.")
 
 
+@pytest.mark.slow
 def test_the_server_ends_with_a_killed_model_and_everyone_is_told(tmp_path):
     body = {"model": "base", "prompt": "你好", "temperature": 2, "max_tokens": 1900, "seed": 1}
     with command(tmp_path) as server:

@@ -18,15 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.train.preloading import import_for_runs
+
 FLUSH_S = 0.004  # added to every flush
 
 
 def main() -> None:
     """Answer requests until the end of standard input."""
-    import matplotlib.pyplot  # noqa: F401  # drawn with at the end of a run
-
-    import main  # noqa: F401  # the slow import, once for all runs
-
+    import_for_runs()
     answer("ready")
     for line in sys.stdin:
         answer(json.dumps(run_and_kill(json.loads(line))))

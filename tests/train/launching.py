@@ -18,17 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.train.preloading import import_for_runs
+
 LIMIT_S = 60.0
 PATIENCE_S = 10.0  # from SIGTERM to SIGKILL; torchrun waits 30 s
 
 
 def main() -> None:
     """Answer requests until the end of standard input."""
-    import matplotlib.pyplot  # noqa: F401
     import peft  # noqa: F401
 
-    import main  # noqa: F401  # the slow import, once for all runs
-
+    import_for_runs()
     tell("ready")
     for line in sys.stdin:
         tell(json.dumps(Launch(json.loads(line)).run()))

@@ -21,6 +21,7 @@ TIMES = ("runtime", "per_second")
 # 30 rows in batches of 4 are 8 steps an epoch, so that every run crosses two of their ends.
 COMMON = "--max_source_length 32 --max_target_length 12 --pre_seq_len 4 --learning_rate 2e-2"
 SCENARIOS = {
+    "short": "--max_steps 6 --save_steps 2 --logging_steps 1 --per_device_train_batch_size 4",
     "best of steps": (
         "--max_steps 20 --save_steps 3 --logging_steps 2 --eval_strategy steps --eval_steps 3 "
         "--load_best_model_at_end true --save_total_limit 1 --per_device_train_batch_size 4"
@@ -36,7 +37,7 @@ SCENARIOS = {
         "--lr_scheduler_type constant --per_device_train_batch_size 4"
     ),
 }
-KILLS = {"best of steps": 8, "grouped by length": 6, "epochs, stopped early": 6}
+KILLS = {"short": 3, "best of steps": 8, "grouped by length": 6, "epochs, stopped early": 6}
 
 
 class Runs:
@@ -149,7 +150,10 @@ def assert_same(found: Any, wanted: Any, where: str = "") -> None:
         assert same if isinstance(same, bool) else same.all(), f"{where}: {found} is not {wanted}"
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario",
+    ["short", *(pytest.param(name, marks=pytest.mark.slow) for name in KILLS if name != "short")],
+)
 def test_a_killed_run_ends_as_one_left_alone(scenario, runs):
     wanted, whole = runs.whole(scenario)
     draw = random.Random(f"kill {scenario}")
@@ -172,11 +176,13 @@ def test_a_killed_run_ends_as_one_left_alone(scenario, runs):
     assert_same(result_of(out), wanted)
 
 
+@pytest.mark.slow
 def test_the_run_that_stops_early_does(runs):
     wanted, _ = runs.whole("epochs, stopped early")
     assert wanted["state"]["global_step"] < wanted["state"]["max_steps"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_all_through_its_first_save_goes_on(runs):
     wanted, whole = runs.whole("best of steps")
     out = runs.folder / "each"
@@ -188,6 +194,7 @@ def test_a_run_killed_all_through_its_first_save_goes_on(runs):
     assert whole["operations"] > 60
 
 
+@pytest.mark.slow
 def test_a_real_process_told_to_stop_saves_first(runs):
     scenario = "grouped by length"
     wanted, _ = runs.whole(scenario)

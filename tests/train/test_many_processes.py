@@ -148,7 +148,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "even",
+        "a process without rows",
+        pytest.param("7 rows in 2 x 2", marks=pytest.mark.slow),
+        pytest.param("accumulated over 3", marks=pytest.mark.slow),
+    ],
+)
 def test_several_processes_train_as_one(layout, launcher, tmp_path):
     num_rows, flags, alone, shared, processes = LAYOUTS[layout]
     flags += " --pre_seq_len 4 --learning_rate 2e-2 --eval_strategy steps --eval_steps 2"
@@ -163,6 +171,7 @@ def test_several_processes_train_as_one(layout, launcher, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tuning", ["lora --lora_dropout 0 --learning_rate 3e-2", "full --learning_rate 1e-4"]
 )
@@ -177,10 +186,13 @@ def test_a_process_without_rows_holds_nobody_up_in_the_other_ways_of_tuning(
     assert_same_log(tmp_path / "two", tmp_path / "one")
 
 
-def predict_argv(launcher: Launcher, prefix: Path, out: Path) -> list[str]:
+def predict_argv(
+    launcher: Launcher, prefix: Path, out: Path, *, retention: bool = False
+) -> list[str]:
     test = f"--do_eval --do_predict --validation_file {launcher.folder}/dev.json"
     model = f"--model_name_or_path {NANO} --ptuning_checkpoint {prefix} --output_dir {out}"
-    return f"{test} {model} {COMMON} --per_device_eval_batch_size 2".split()
+    asked = f"--measure_retention {str(retention).lower()}"  # of 40 more prompts
+    return f"{test} {model} {COMMON} {asked} --per_device_eval_batch_size 2".split()
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +223,7 @@ def test_answers_and_scores_of_several_processes_are_those_of_one(launcher, trai
     assert not list(tmp_path.glob("*.part*"))
 
 
+@pytest.mark.slow
 def test_every_process_answers_with_the_best_prefix(launcher, tmp_path):
     """The highest loss counts as the best one here, so that the best checkpoint is not the last."""
     flags = "--max_steps 3 --save_steps 1 --eval_strategy steps --eval_steps 1 --learning_rate 1"
@@ -229,6 +242,7 @@ def test_every_process_answers_with_the_best_prefix(launcher, tmp_path):
     assert (tmp_path / "last" / name).read_bytes() != (tmp_path / "again" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_shares_that_were_answered_before_a_stop_are_not_answered_again(
     launcher, trained, tmp_path
 ):
@@ -249,6 +263,7 @@ def test_shares_that_were_answered_before_a_stop_are_not_answered_again(
     assert not list(tmp_path.glob("*.part*"))
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_answers_anew(launcher, trained, tmp_path):
     argv = predict_argv(launcher, trained / "prefix", tmp_path)
     assert 0 not in launcher.start(argv, 2, fail={"process": 1, "row": 1})
@@ -293,7 +308,9 @@ def test_each_process_draws_its_own_dropout(undisturbed):
     assert first != second
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_of_two_goes_on_bit_by_bit(number, undisturbed, launcher, tmp_path):
     """SIGTERM reaches one process alone here: the other has to stop at the same step."""
     argv = argv_of(launcher, tmp_path, 11, RESUMED, launcher.tiny)
@@ -322,7 +339,7 @@ def test_every_process_refuses_what_the_main_one_refuses(launcher, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize(("then", "now"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("then", "now"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_another_number_of_processes_resumes_with_a_warning(then, now, launcher, tmp_path):
     argv = argv_of(launcher, tmp_path, 12, RESUMED + " --max_steps 4", launcher.tiny)
     launcher.finish(argv, then)
@@ -351,6 +368,7 @@ def test_what_is_said_is_said_once(launcher, tmp_path):
     assert "main.py: process 1: --train_file" in launcher.log(1)
 
 
+@pytest.mark.slow
 def test_torchrun_itself_passes_an_end_on(launcher, tmp_path):
     argv = argv_of(launcher, tmp_path, 11, RESUMED, launcher.tiny)
     argv[argv.index("--max_steps") + 1] = "4000"

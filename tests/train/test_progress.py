@@ -401,7 +401,7 @@ def run_with(short_run, name, environment, *more):
     )
 
 
-@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+@pytest.mark.parametrize("name", ["wandb", pytest.param("swanlab", marks=pytest.mark.slow)])
 def test_a_run_reports_to_a_package_that_is_there(name, short_run, tmp_path):
     """With a stand-in for the package; transformers' own callback calls it."""
     packages, calls = tmp_path / "packages", tmp_path / "calls"

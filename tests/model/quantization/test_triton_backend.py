@@ -16,10 +16,19 @@ from ptuning.model.quantization.triton_backend import TritonBackend, fits_fused,
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_both_products_agree_with_the_reference_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    # bits x (float32 + float16 + what bfloat16 has left + one by columns for each)
+    ("rows", "count"),
+    [
+        ("1 40", 2 * (4 + 4 + 1 + 3)),
+        pytest.param("", 2 * (10 + 10 + 4 + 3), marks=pytest.mark.slow),
+    ],
+    ids=["two batches", "all batches"],
+)
+def test_both_products_agree_with_the_reference_in_the_interpreter(rows: str, count: int) -> None:
     pytest.importorskip("triton")
     result = subprocess.run(
-        [sys.executable, "-m", "tests.model.quantization.triton_interpreted"],
+        [sys.executable, "-m", "tests.model.quantization.triton_interpreted", *rows.split()],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -28,8 +37,7 @@ def test_both_products_agree_with_the_reference_in_the_interpreter() -> None:
     )
     assert result.returncode == 0, result.stderr
     worst = json.loads(result.stdout)
-    # bits x (float32 + float16 + what bfloat16 has left + one by columns for each)
-    assert len(worst) == 2 * (10 + 10 + 4 + 3)
+    assert len(worst) == count
     assert all(ratio <= 1 for ratio in worst.values()), worst
 
 

@@ -1,6 +1,6 @@
 """Run by test_triton_backend in a process of its own: the kernels under Triton's interpreter, on the CPU.
 
-Prints one JSON object: case -> largest error in units of the tolerance. The interpreter multiplies bfloat16 as if its
+Arguments: batch sizes to run instead of all. Prints one JSON object: case -> largest error in units of the tolerance. The interpreter multiplies bfloat16 as if its
 bits were integers (`tl.dot`), so the fused products are left out in bfloat16; a card covers them (tests/gpu).
 """
 
@@ -43,11 +43,12 @@ def main() -> None:
     assert reason is None, reason
     torch_backend.CPU_BLOCK_BYTES = 1  # the smallest blocks
     torch.manual_seed(0)
+    some_rows = [int(word) for word in sys.argv[1:]] or ROWS
     worst = {}
     for bits in (4, 8):
         weight = quantize_weight(torch.randn(NUM_OUT, NUM_IN) * 0.05, bits)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for num_rows in ROWS:
+            for num_rows in some_rows:
                 for transposed, width in ((False, NUM_IN), (True, NUM_OUT)):
                     x = torch.randn(num_rows, width).to(dtype)
                     fused = fits_fused(x) and (transposed or num_rows > MAX_MATVEC_ROWS)
