@@ -131,6 +131,7 @@ def test_a_pipe_gets_answers_only_from_the_newest_prefix(run_in, tmp_path, sessi
     assert done.stdout.decode("utf-8") == f"{first}\n{second}\n"
 
 
+@pytest.mark.slow
 def test_without_a_prefix_the_nano_model_answers(run_in, session):
     done = run_in("chat", text="你好\n/quit\n谢谢\n")
     assert done.stdout.decode("utf-8") == session.chat("你好").read() + "\n"
