@@ -91,9 +91,9 @@ class Journal:
         self._file.seek(0)
         whole = self._file.read()
         end = whole.rfind(b"\n") + 1  # the last line of a killed run may be incomplete
-        self._file.truncate(end)
         begun, *lines = whole[:end].splitlines() or [b""]
-        if not begun:
+        self._file.truncate(end if lines else 0)
+        if not lines:  # nothing was completed
             self._write(identity)
             return
         try:

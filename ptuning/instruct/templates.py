@@ -91,10 +91,15 @@ def _read(name: str) -> str:
 
 
 def shipped_seeds(template: Template) -> Path:
-    """Return the file of a template's own seeds: ours, or for adgen the sample data."""
-    if template.name == "adgen":
-        return SAMPLE_DIR / "train.json"
-    return FOLDER / "seeds" / f"{template.name}.jsonl"
+    """Return the file of a template's own seeds; FileNotFoundError outside a checkout for adgen."""
+    if template.name != "adgen":
+        return FOLDER / "seeds" / f"{template.name}.jsonl"
+    if not SAMPLE_DIR.is_dir():
+        raise FileNotFoundError(
+            "--template adgen shows AdvertiseGen/sample of a checkout, which is not here; name "
+            "rows of your own with --seeds FILE."
+        )
+    return SAMPLE_DIR / "train.json"
 
 
 def read_seeds(paths: Sequence[Path]) -> list[Task]:
