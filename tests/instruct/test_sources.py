@@ -31,12 +31,12 @@ def complete(source, count=1):
     return dict(source.complete(asks(count), Sampling(0.9, 0.8), 64))
 
 
-def refused(source, count=1):
+def refused(source, count=1, *, within_s=QUICK_S):
     """Return the one line of the error that ends a run, which comes at once."""
     started = time.monotonic()
     with pytest.raises(EndpointError) as caught:
         complete(source, count)
-    assert time.monotonic() - started < QUICK_S
+    assert time.monotonic() - started < within_s
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -252,7 +252,7 @@ def test_a_hang_is_timed_out_and_retried(server):
 
 def test_an_endpoint_that_only_hangs_ends_the_run(server):
     server.answer = lambda asked: HANG
-    said = refused(open_source(server, timeout_s=0.1))
+    said = refused(open_source(server, timeout_s=0.1), within_s=9)
     assert len(server.asked) == 3
     assert said.endswith(": Request timed out; tried 3 times; the same command continues.")
 
