@@ -5,10 +5,12 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
 from ptuning.commands.registry import OPENAI_KEY_VARIABLE
+from ptuning.engine.request import Sampling
 from ptuning.instruct.blocks import Task
 from ptuning.instruct.collect import Collector, Settings
 from ptuning.instruct.filters import BLOCKED_WORDS
@@ -51,8 +53,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         *(("max_new_tokens", 1), ("concurrency", 1), ("max_requests", 1), ("timeout", 0.001)),
     ):
         value = getattr(arguments, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # so NaN is refused too
             raise ValueError(f"--{name} is {value}; use {max(least, 0):g} or more.")
+    Sampling(arguments.temperature, arguments.top_p)  # ValueError for values without a meaning
     if not 0 < arguments.rouge_threshold <= 1:
         raise ValueError(
             f"--rouge_threshold is {arguments.rouge_threshold}; use more than 0, and 1 at most "
@@ -70,7 +73,10 @@ def _read_lines(path: Path | None, flag: str) -> list[str]:
     """Return the lines of a file that are not blank; ValueError if there are none."""
     if path is None:
         return []
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{flag} {path} cannot be read as UTF-8 text ({error}).") from error
     if not any(lines):
         raise ValueError(f"{flag} {path} has no text; write one entry on each line.")
     return [line for line in lines if line]
@@ -116,8 +122,8 @@ def _endpoint(arguments: argparse.Namespace) -> EndpointSource:
     """Connect to the endpoint."""
     if arguments.model is None:
         raise ValueError("--endpoint needs the name of a model: --model NAME.")
-    if not arguments.endpoint.startswith(("http://", "https://")):
-        raise ValueError(f"--endpoint is {arguments.endpoint}; give an address with http://.")
+    if not re.fullmatch(r"https?://(\[.+\]|[^/:]+)(:\d+)?(/.*)?", arguments.endpoint):
+        raise ValueError(f"--endpoint is {arguments.endpoint}; give it as http://localhost:8000.")
     if arguments.template == "magpie" and arguments.api == "chat":
         raise ValueError(
             "--template magpie leaves a user's turn open, which a chat cannot; add --api "
