@@ -240,7 +240,7 @@ def remove_weights(folder):
     [
         (drop_one, r"5 tensors where this model needs 6 .*lora_A.*incomplete"),
         (fill_with_nan, "lora_A.* not finite"),
-        (cut_short, "truncated"),
+        (cut_short, "cut short"),
         (remove_weights, r"no adapter_model\.safetensors"),
         (lambda folder: change_config(folder, r=4), "with another rank"),
     ],
