@@ -41,6 +41,7 @@ from ptuning.model.cpu.linear import Linear, gelu
 from ptuning.model.cpu.varlen_attention import find_rows
 from ptuning.model.generation import (
     ChatGLMGenerationMixin,
+    check_attention,
     check_positions,
     check_tokens,
     refuse_unknown,
@@ -204,6 +205,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """
         input_ids = check_tokens(input_ids, inputs_embeds)
         refuse_unknown(kwargs)
+        check_attention(self.config._attn_implementation)
         check_positions(position_ids, input_ids)
         if self.training and self.gradient_checkpointing:
             refuse_filled(past_key_values)

@@ -19,6 +19,7 @@ from ptuning.model.config import ChatGLMConfig
 from ptuning.model.loss import IGNORED_LABEL
 from ptuning.model.positions import Context, mask_of_call, position_ids, visible_keys
 
+ATTENTIONS = ("eager", "sdpa")  # what `ptuning.model.attention` computes
 # generate passes these on, but they are not the model's: the tokenizers are for stop_strings and
 # for an assistant with another vocabulary.
 OF_GENERATE_ALONE = ("labels", "tokenizer", "assistant_tokenizer")
@@ -225,6 +226,15 @@ def check_positions(given: Tensor | None, input_ids: Tensor) -> None:
             f"position_ids is {tuple(given.shape)} for input_ids {tuple(input_ids.shape)}; ChatGLM "
             f"needs two channels, ({num_rows}, 2, {length}), or leave position_ids out: they are "
             "derived from the tokens."
+        )
+
+
+def check_attention(implementation: str | None) -> None:
+    """Refuse transformers' other attentions, which know neither mask nor prefix."""
+    if implementation not in ATTENTIONS:
+        raise ValueError(
+            f"attn_implementation is {implementation!r}; ChatGLM has its own attention: choose "
+            "'sdpa' (the default) or 'eager'."
         )
 
 

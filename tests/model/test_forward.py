@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     DataCollatorForLanguageModeling,
     Trainer,
     TrainingArguments,
@@ -249,3 +250,13 @@ def test_what_forward_cannot_use_is_refused_in_words(small: Model, case: str) ->
 
 def test_arguments_that_are_none_are_nothing(small: Model) -> None:
     small(torch.tensor([[5, GMASK, SOP]]), token_type_ids=None, cache_position=None)
+
+
+@pytest.mark.parametrize("name", ["mine", "paged|sdpa", "flex_attention"])
+def test_an_attention_function_that_would_not_be_called_is_refused(
+    small: Model, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, "mine", lambda *args, **kwargs: None)
+    small.config._attn_implementation = name
+    with pytest.raises(ValueError, match=r"attn_implementation is .*choose 'sdpa'"):
+        small(torch.tensor([[5, GMASK, SOP]]))
