@@ -14,7 +14,7 @@ from ptuning.data.similarity import Pool
 from ptuning.instruct.blocks import Task
 from ptuning.instruct.collect import MAX_IDLE, MAX_WAVE, Collector, Settings
 from ptuning.instruct.filters import BLOCKED_WORDS
-from ptuning.instruct.sources import EndpointError
+from ptuning.instruct.sources import EndpointError, EngineSource
 from ptuning.instruct.templates import TEMPLATES
 from tests.instruct.scripted import ScriptedSource, completed, sentence, tasks_for
 
@@ -219,6 +219,26 @@ def test_a_run_cut_at_any_byte_ends_as_one_that_was_not(finished, tmp_path, repe
         saved = max(journal[:at].count(b"\n") - 1, 0)
         asked = len(finished[1].asks) - saved
         assert asked <= len(source.asks) <= asked + (MAX_WAVE if repeats else 0)
+
+
+def test_the_engine_repeats_a_wave_that_was_cut_to_the_token(tmp_path, loaded_nano):
+    def complete(out):
+        source = EngineSource(*loaded_nano, name="nano", max_rows=3)
+        return collect(
+            out, 99, source, max_requests=6, template="zh", examples=0, max_new_tokens=12
+        )
+
+    whole = tmp_path / "whole.jsonl"
+    assert complete(whole).dropped.total() == 6  # too short for a task
+    begun, *lines = journal_of(whole).read_bytes().splitlines(keepends=True)
+    assert len({json.loads(line)[2] for line in lines}) > 3
+    for kept in (lines[:1], lines[2:5]):
+        out = tmp_path / "cut.jsonl"
+        journal_of(out).write_bytes(begun + b"".join(kept) + lines[-1][:9])
+        complete(out)
+        assert sorted(journal_of(out).read_bytes().splitlines(keepends=True)) == sorted(
+            [begun, *lines]
+        )
 
 
 def test_an_error_keeps_what_has_arrived(finished, tmp_path):
