@@ -221,6 +221,15 @@ def test_a_run_cut_at_any_byte_ends_as_one_that_was_not(finished, tmp_path, repe
         assert asked <= len(source.asks) <= asked + (MAX_WAVE if repeats else 0)
 
 
+def test_a_source_that_repeats_itself_is_asked_for_a_whole_wave(finished, tmp_path):
+    out, waves = tmp_path / "new.jsonl", finished[1].waves
+    lines = journal_of(finished[0]).read_bytes().splitlines(keepends=True)
+    journal_of(out).write_bytes(b"".join(lines[: 1 + MAX_WAVE + 3]))
+    source = ScriptedSource(repeats=True)
+    collect(out, source=source)
+    assert source.waves == waves[1:]
+
+
 def test_the_engine_repeats_a_wave_that_was_cut_to_the_token(tmp_path, loaded_nano):
     def complete(out):
         source = EngineSource(*loaded_nano, name="nano", max_rows=3)
@@ -406,6 +415,16 @@ def test_requests_that_add_no_row_end_the_run(tmp_path):
     again = ScriptedSource()
     assert collect(out, source=again).ended == tally.ended
     assert again.asks == []
+
+
+def test_requests_that_add_a_row_now_and_then_do_not(tmp_path):
+    def answer(ask):
+        is_one = ask.request % (MAX_IDLE - MAX_WAVE) == 0
+        return completed(tasks_for(ask.prompt, ask.seed) if is_one else "I cannot.")
+
+    tally = collect(tmp_path / "new.jsonl", 16, ScriptedSource(answer))
+    assert (tally.kept, tally.ended) == (16, "")
+    assert tally.requests > 2 * MAX_IDLE
 
 
 REASONS = {
