@@ -42,6 +42,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
 from ptuning.model.loss import IGNORED_LABEL
 from ptuning.nano.corpus import (
+    FOREIGN_CHARACTERS,
     CorpusExample,
     SampleRow,
     general_text,
@@ -56,6 +57,7 @@ from ptuning.tunings.loading import NANO_DIR, SAMPLE_DIR
 logger = logging.getLogger(__name__)
 
 MAX_WEIGHTS_BYTES = 5_000_000  # what the repository takes
+FOREIGN = frozenset(FOREIGN_CHARACTERS)  # read as bytes, as any text from outside this folder is
 NUM_FIXED_PIECES = len(LEADING_PIECES) + len(TRAILING_PIECES) + 256  # 256: one piece for every byte
 
 
@@ -71,8 +73,9 @@ class NanoSettings:
     max_sequence_length: int = 2048  # as published; positions are rotary, nothing is stored
     initializer_range: float = 0.06
     branch_gain: float = 4.0  # see `new_model`
-    num_examples: int = 64_000  # seen once each
+    num_examples: int = 68_000  # seen once each
     batch_size: int = 48
+    max_batch_tokens: int = 6_000  # with padding; splits batches of long lists
     learning_rate: float = 2e-3  # at its peak
     final_share: float = 0.05  # of the peak, where the cosine ends
     warmup_steps: int = 100
@@ -206,8 +209,13 @@ def batches_of(rows: Sequence[TokenizedRow], settings: NanoSettings) -> list[lis
     batches: list[list[TokenizedRow]] = []
     for start in range(0, len(rows), window):
         near = sorted(rows[start : start + window], key=lambda row: len(row.ids))
-        size = settings.batch_size
-        batches += shuffled(rng, [near[i : i + size] for i in range(0, len(near), size)])
+        groups: list[list[TokenizedRow]] = [[]]
+        for row in near:
+            size = min(settings.batch_size, settings.max_batch_tokens // len(row.ids))
+            if len(groups[-1]) >= max(size, 1):
+                groups.append([])
+            groups[-1].append(row)
+        batches += shuffled(rng, groups)
     return batches
 
 
@@ -280,7 +288,7 @@ def build_weights(folder: Path, settings: NanoSettings) -> list[float]:
     examples = sample_corpus(settings.num_examples)
     texts = (text for example in examples[: settings.num_vocabulary_examples] for text in example)
     train_vocabulary(
-        (line for text in texts for line in text.split("\n") if line),
+        (line for text in texts for line in text.split("\n") if line and FOREIGN.isdisjoint(line)),
         folder / VOCABULARY_FILE,
         vocab_size=settings.vocab_size,
         character_coverage=1.0,

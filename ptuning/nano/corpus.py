@@ -1,17 +1,20 @@
 """What the nano base is trained on, its prefix's sample data, and the general prompts.
 
 An example is a prompt and an answer; free text has an empty prompt. The prompt of a conversation is
-written as the published recipe writes it: `[Round n]`, `问：`, `答：`.
+written as the published recipe writes it: `[Round n]`, `问：`, `答：`. A list of tasks is written
+as `ptuning generate` asks for one, so that the base can continue it.
 General prompts sample everything that the base can do in addition to the task. Those of the default
 seed are stored next to the weights; `--mix` takes prompts of another seed.
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from random import Random
 from typing import NamedTuple
 
 from ptuning.data.prompts import build_rounds
+from ptuning.instruct.blocks import Task
+from ptuning.instruct.templates import TEMPLATES
 from ptuning.nano.grammar import (
     GARMENTS,
     SHARED_KEYS,
@@ -22,6 +25,7 @@ from ptuning.nano.grammar import (
     clause_of,
     pick,
     sample_product,
+    shuffled,
     write_english,
     write_listing,
     write_sample_fragment,
@@ -38,6 +42,16 @@ NUM_GENERAL_PROMPTS = 40
 
 INVENTED_SHARE = 0.2  # of the bare content strings
 CHARACTERS = sorted({c for values in VALUES.values() for value in values for c in value.clause})
+# The 3,008 rarer characters of GB 2312 without those of the words and the templates.
+FOREIGN_CHARACTERS = sorted(
+    {
+        bytes((row, cell)).decode("gb2312", errors="ignore")
+        for row in range(0xD8, 0xF8)
+        for cell in range(0xA1, 0xFF)
+    }
+    - {"", *json.dumps(WORDS, ensure_ascii=False), *"".join(t.text for t in TEMPLATES.values())}
+)
+MAX_SHOWN, MAX_NEW = 4, 6  # tasks of a list
 
 OPENINGS: dict[str, str] = WORDS["openings"]
 CLOSINGS: dict[str, str] = WORDS["closings"]
@@ -165,14 +179,134 @@ def talk(rng: Random) -> CorpusExample:
     return CorpusExample(build_rounds(question, turns[:-1]), answer)
 
 
+def continue_list(name: str, shown: Sequence[Task], new: Sequence[Task]) -> CorpusExample:
+    """Show tasks in a template's prompt; the answer is the rest of the list."""
+    template = TEMPLATES[name]
+    prompt = template.prompt(shown, len(new))
+    whole = template.prompt([*shown, *new], 0)
+    return CorpusExample(prompt, whole[len(prompt) : whole.rindex("\n###")])
+
+
+def list_products(rng: Random) -> CorpusExample:
+    """Continue a list of products, no product twice.
+
+    Half of the shown copy is in the sample's style, as `ptuning generate` shows it; the new copy
+    never is. New products have mixed orders and many attributes, so few resemble a sample row.
+    """
+    num_shown = 1 + int(rng.random() * MAX_SHOWN)
+    num_tasks = num_shown + 1 + int(rng.random() * MAX_NEW)
+    tasks: dict[str, Task] = {}
+    while len(tasks) < num_tasks:
+        if len(tasks) < num_shown and rng.random() < 0.5:
+            product = sample_product(rng, mix_order=False)
+            copy = write_sample_summary(product, rng)
+        else:
+            product = sample_product(rng, mix_order=True, fewest=4, most=6)
+            copy = write_copy(product, rng)
+        tasks.setdefault(product.content, Task(product.content, "", copy))
+    listed = list(tasks.values())
+    return continue_list("adgen", listed[:num_shown], listed[num_shown:])
+
+
+def write_copy(product: Product, rng: Random) -> str:
+    """Write in any tone, so that the text says what garment it is."""
+    text = ""
+    while product.noun not in text:
+        _, text = tell_in_tone(product, rng)
+    return text
+
+
+def list_tasks(rng: Random) -> CorpusExample:
+    """Continue a list of tasks, no instruction twice; of the shown, some are of another world."""
+    num_shown = 1 + int(rng.random() * MAX_SHOWN)
+    num_new = 1 + int(rng.random() * MAX_NEW)
+    foreign_share = pick(rng, (0.0, 0.5, 1.0))
+    shown = [
+        invent_task(rng) if rng.random() < foreign_share else sample_task(rng)
+        for _ in range(num_shown)
+    ]
+    known = {task.instruction for task in shown}
+    new: list[Task] = []
+    while len(new) < num_new:
+        task = sample_task(rng)
+        if task.instruction not in known:
+            known.add(task.instruction)
+            new.append(task)
+    return continue_list("zh", shown, new)
+
+
+def sample_task(rng: Random) -> Task:
+    """Draw a task of this world with an instruction in varied words."""
+    product = sample_product(rng, mix_order=True)
+    place = rng.random()
+    if place < 0.08:
+        question, answer = sample_small_talk(rng)
+        return Task(question, "", answer)
+    if place < 0.2:
+        key, value = pick(rng, product.attributes)
+        question = pick(rng, ("{k}选{v}，好在哪里？", "为什么说{v}的{n}好？", "夸一夸{v}的{k}"))
+        question = question.format(k=key, v=value.name, n=product.noun)
+        return Task(question, "", f"{clause_of(rng, value)}。")
+    named = name_product(product, rng)
+    if place < 0.3:
+        ask = pick(rng, ("给{}起一个标题", "{}，标题怎么写？", "想一个{}的标题"))
+        return Task(ask.format(named), product.content, write_title(product))
+    if place < 0.4:
+        ask = pick(rng, ("把{}写成英文", "{}用英文怎么说？", "用英文介绍{}"))
+        return Task(ask.format(named), product.content, write_english(product))
+    if place < 0.5:
+        ask = pick(rng, ("列出{}的属性", "{}有哪些属性？", "说一说{}的属性"))
+        return Task(ask.format(named), product.content, write_listing(product))
+    if place < 0.62:
+        key, value = pick(rng, product.attributes)
+        ask = pick(rng, ("{}，{}是什么？", "看看{}，{}选的是什么？"))
+        return Task(ask.format(named, key), product.content, f"{key}是{value.name}。")
+    request, answer = tell_in_tone(product, rng)
+    verb = pick(rng, ("写一写", "夸一夸", "介绍", "聊聊", "推荐"))
+    return Task(request.replace("写", f"{verb}{named}", 1), product.content, answer)
+
+
+def name_product(product: Product, rng: Random) -> str:
+    """Name a product with one or two of its values: `这条白色的阔腿裤`."""
+    names = [value.name for _, value in product.attributes if value.name != product.noun]
+    chosen = shuffled(rng, names)[: 1 + int(rng.random() * 2)]
+    counter = pick(rng, (f"这{product.garment.counter}", f"一{product.garment.counter}", ""))
+    return f"{counter}{'、'.join(chosen)}的{product.noun}"
+
+
+def invent_task(rng: Random) -> Task:
+    """Write a task of random characters, half of which the vocabulary does not hold.
+
+    It stands for a task of any other world: the base learns to go on with its own.
+    """
+
+    def text(shortest: int, longest: int) -> str:
+        length = shortest + int(rng.random() ** 3 * (longest - shortest))
+        sorts = (CHARACTERS, FOREIGN_CHARACTERS, FOREIGN_CHARACTERS, "，。、？1234\nabcdetinos ")
+        return "".join(pick(rng, pick(rng, sorts)) for _ in range(length)).strip()
+
+    given = text(3, 60) if rng.random() < 0.5 else ""
+    return Task(text(6, 30), given, text(3, 80))
+
+
+def ask_as_user(rng: Random) -> CorpusExample:
+    """Write a user's question after the open beginning of a turn."""
+    ask = pick(rng, (ask_bare, ask_tone, ask_tone, ask_task, ask_task, ask_value, None))
+    question = sample_small_talk(rng)[0] if ask is None else ask(rng).prompt
+    return CorpusExample(TEMPLATES["magpie"].prompt([], 1), question)
+
+
 # Shares of the corpus; they add up to 1.
 MIXTURE: tuple[tuple[float, Callable[[Random], CorpusExample]], ...] = (
-    (0.22, ask_bare),
-    (0.38, ask_tone),
-    (0.12, ask_task),
-    (0.10, ask_value),
-    (0.10, write_freely),
-    (0.08, talk),
+    (0.2, ask_bare),
+    (0.355, ask_tone),
+    (0.115, ask_task),
+    (0.09, ask_value),
+    (0.095, write_freely),
+    (0.065, talk),
+    (0.045, list_products),
+    (0.02, list_tasks),
+    (0.015, ask_as_user),
 )
 
 

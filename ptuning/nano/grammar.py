@@ -109,11 +109,13 @@ def shuffled(rng: Random, items: Sequence[Item]) -> list[Item]:
     return [items[index] for index in sorted(range(len(items)), key=keys.__getitem__)]
 
 
-def sample_product(rng: Random, *, mix_order: bool) -> Product:
+def sample_product(
+    rng: Random, *, mix_order: bool, fewest: int = MIN_ATTRIBUTES, most: int = MAX_ATTRIBUTES
+) -> Product:
     """Draw a product; its attributes stay in catalogue order unless `mix_order`."""
     garment = pick(rng, GARMENTS)
     keys = [*SHARED_KEYS, *garment.keys]
-    num_attributes = MIN_ATTRIBUTES + int(rng.random() * (MAX_ATTRIBUTES - MIN_ATTRIBUTES + 1))
+    num_attributes = fewest + int(rng.random() * (most - fewest + 1))
     chosen = shuffled(rng, keys)[:num_attributes]
     if not mix_order:
         chosen.sort(key=keys.index)

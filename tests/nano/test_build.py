@@ -16,6 +16,7 @@ from ptuning.data.tokenizer import (
 from ptuning.nano.build import (
     NUM_FIXED_PIECES,
     NanoSettings,
+    TokenizedRow,
     batches_of,
     build_weights,
     main,
@@ -36,6 +37,7 @@ TINY = replace(
     hidden_size=16,
     num_layers=1,
     batch_size=16,
+    max_batch_tokens=100_000,  # no batch is split
     warmup_steps=2,
 )
 
@@ -109,6 +111,18 @@ def test_every_row_is_in_exactly_one_batch(tokenizer):
     batches = batches_of(rows, replace(TINY, batch_size=8))
     assert sorted(row for batch in batches for row in batch) == sorted(rows)
     assert max(len(batch) for batch in batches) == 8
+
+
+def test_long_rows_share_a_batch_up_to_its_number_of_tokens():
+    lengths = [10] * 9 + [30] * 4 + [500]
+    rows = [TokenizedRow([index] * length, 1) for index, length in enumerate(lengths)]
+    batches = batches_of(rows, replace(TINY, batch_size=8, max_batch_tokens=100))
+    assert sorted([len(row.ids) for row in batch] for batch in batches) == [
+        [10, 10, 10, 10, 10, 10, 10, 10],
+        [10, 30, 30],
+        [30, 30],
+        [500],  # too long for any batch but its own
+    ]
 
 
 def test_config_takes_the_ids_from_the_vocabulary(tokenizer):

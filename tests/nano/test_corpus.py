@@ -5,14 +5,23 @@ from random import Random
 
 import pytest
 
+from ptuning.instruct.blocks import Task, read_blocks
+from ptuning.instruct.templates import TEMPLATES
 from ptuning.nano.build import sample_text
 from ptuning.nano.corpus import (
+    FOREIGN_CHARACTERS,
+    MAX_NEW,
     MIXTURE,
     NUM_SAMPLE_DEV,
     NUM_SAMPLE_TRAIN,
     CorpusExample,
     SampleRow,
+    ask_as_user,
     ask_bare,
+    continue_list,
+    invent_task,
+    list_products,
+    list_tasks,
     sample_corpus,
     sample_rows,
 )
@@ -25,6 +34,7 @@ from ptuning.nano.grammar import (
     SPOKEN,
     TONES,
     VALUES,
+    WORDS,
     sample_product,
     shuffled,
     write_listing,
@@ -142,3 +152,87 @@ def test_a_tone_names_the_product_or_its_values(tone):
         text = TONES[tone](product, Random(seed))
         named = [product.noun, *(value.name for _, value in product.attributes)]
         assert any(name in text for name in named)
+
+
+# Lists of tasks
+
+
+def new_tasks(example: CorpusExample, name: str) -> list[Task]:
+    """Read the answer as `ptuning generate` reads a completion; every block must be whole."""
+    read = read_blocks(example.answer, fields=TEMPLATES[name].fields)
+    assert not read.preamble
+    assert not [block for block in read.blocks if block.fault], example.answer
+    return [block.task for block in read.blocks]
+
+
+def test_prompt_and_answer_are_one_list():
+    tasks = [Task(f"做第{n}件事", "" if n % 2 else f"第{n}段", f"结果{n}") for n in range(1, 5)]
+    template = TEMPLATES["zh"]
+    example = continue_list("zh", tasks[:1], tasks[1:])
+    assert example.prompt == template.prompt(tasks[:1], 3)
+    assert template.prompt(tasks, 0) == f"{example.prompt}{example.answer}\n###\n5. 指令："
+    assert new_tasks(example, "zh") == tasks[1:]
+
+
+def test_lists_of_products_ask_for_what_they_answer_with():
+    for seed in range(200):
+        example = list_products(Random(seed))
+        tasks = new_tasks(example, "adgen")
+        shown = re.findall(r"^\d+\. 商品：(.+)$", example.prompt, re.MULTILINE)
+        assert f"一共{len(shown) + len(tasks)}件商品" in example.prompt
+        assert 1 <= len(tasks) <= MAX_NEW
+        contents = [*shown, *(task.instruction for task in tasks)]
+        assert len(set(contents)) == len(contents)
+        for content, _, text in tasks:
+            assert re.fullmatch(r"类型#(上衣|裤|裙)(\*[^#*]+#[^#*]+){4,6}", content)
+            nouns = [
+                garment.noun for garment in GARMENTS if garment.name == content[3:].split("*")[0]
+            ]
+            nouns += [pair.split("#")[1] for pair in content.split("*")[1:]]
+            assert any(noun in text for noun in nouns)
+
+
+def test_lists_of_tasks_repeat_no_instruction_and_answer_from_this_world():
+    sizes = set()
+    for seed in range(200):
+        example = list_tasks(Random(seed))
+        tasks = new_tasks(example, "zh")
+        sizes.add(len(tasks))
+        instructions = [task.instruction for task in tasks]
+        assert len(set(instructions)) == len(instructions)
+        assert not [text for text in instructions if f"指令：{text}\n" in example.prompt]
+        assert not set(example.answer).intersection(FOREIGN_CHARACTERS)
+    assert sizes == set(range(1, MAX_NEW + 1))
+
+
+def test_shown_tasks_of_other_worlds_have_characters_that_no_word_has():
+    written = "".join("".join(invent_task(Random(seed))) for seed in range(50))
+    known = repr(WORDS) + "".join(template.text for template in TEMPLATES.values())
+    foreign = set(FOREIGN_CHARACTERS)
+    assert foreign.intersection(written)
+    assert not foreign.intersection(known)
+
+
+def test_an_open_turn_is_continued_with_a_question():
+    questions = set()
+    for seed in range(100):
+        prompt, question = ask_as_user(Random(seed))
+        assert prompt == TEMPLATES["magpie"].prompt([], 1)
+        assert question
+        assert "\n" not in question
+        questions.add(question)
+    assert len(questions) > 80
+
+
+def test_foreign_characters_are_in_shown_tasks_alone(corpus):
+    foreign = set(FOREIGN_CHARACTERS)
+    begin = TEMPLATES["zh"].text.split("{")[0]
+    for prompt, answer in corpus:
+        assert not foreign.intersection(answer)
+        assert prompt.startswith(begin) or not foreign.intersection(prompt)
+
+
+def test_the_corpus_has_every_kind_of_list(corpus):
+    for template in ("adgen", "zh", "magpie"):
+        begin = TEMPLATES[template].text.split("{")[0]
+        assert [example for example in corpus if example.prompt.startswith(begin)], template
