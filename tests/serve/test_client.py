@@ -166,7 +166,7 @@ def test_closing_cancelling_and_dropping_an_answer_free_its_row(apart):
         next(answer)
     closed, cancelled, dropped = answers
     closed.close()
-    del dropped, answers[2]
+    del answer, dropped, answers[2]
     assert list(closed) == []
     cancel.set()
     list(cancelled)
