@@ -154,7 +154,7 @@ class EndpointSource:
             for task in pending:
                 task.cancel()
             if pending:
-                self._loop.run_until_complete(asyncio.wait(pending))
+                self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
 
     async def _count_retry(self, request: Any) -> None:
         self.num_retries += request.headers.get("x-stainless-retry-count", "0") != "0"
