@@ -21,7 +21,7 @@ from ptuning.model.cpu.linear import prepack_if_room
 from ptuning.model.cpu.threads import limit_threads
 from ptuning.output import Progress
 from ptuning.storage import write_atomically
-from ptuning.tunings.loading import choose_dtype, find_model, load_base, load_tokenizer
+from ptuning.tunings.loading import NamedModel, choose_dtype, find_model, load_base, load_tokenizer
 from ptuning.tunings.lora import load_adapter
 from ptuning.tunings.prefix import load_prefix
 
@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 def run(arguments: argparse.Namespace) -> int:
     """Answer the prompts, write the rows, and say how many were dropped."""
     prompts = list(dict.fromkeys(read_general_prompts(arguments.prompts).prompts))
-    model, tokenizer = open_model(arguments.model, arguments.quantization_bit)
+    named = find_model(arguments.model, tuned_flag=None)
+    model, tokenizer = open_model(named, arguments.quantization_bit)
     decoding = Decoding(max_new_tokens=arguments.max_new_tokens)
     answers = answer(model, tokenizer, prompts, decoding, batch_size=arguments.batch_size)
     rows = [
@@ -53,10 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def open_model(
-    name: str, quantization_bit: int | None, *, flag: str = "--model", prefix: Path | None = None
+    named: NamedModel, quantization_bit: int | None, *, prefix: Path | None = None
 ) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer]:
     """Load a base, or what was tuned, with a prefix if one is given, where it computes fastest."""
-    named = find_model(name, flag=flag)
     tokenizer = load_tokenizer(named.weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limit_threads()

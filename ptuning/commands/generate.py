@@ -17,7 +17,7 @@ from ptuning.instruct.filters import BLOCKED_WORDS
 from ptuning.instruct.sources import EndpointSource, EngineSource, Source
 from ptuning.instruct.templates import TEMPLATES, read_seeds, shipped_seeds
 from ptuning.storage import write_atomically
-from ptuning.tunings.loading import base_of, refuse_other_kinds
+from ptuning.tunings.loading import base_of, find_model, refuse_other_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +111,8 @@ def _open_source(arguments: argparse.Namespace) -> Source:
         refuse_other_kinds(prefix)
         name = name or base_of(prefix)
     name = name or "nano"
-    model, tokenizer = open_model(
-        name, arguments.quantization_bit, flag="--model_name_or_path", prefix=prefix
-    )
+    named = find_model(name, flag="--model_name_or_path")
+    model, tokenizer = open_model(named, arguments.quantization_bit, prefix=prefix)
     name = name if prefix is None else f"{name} with {prefix}"
     return EngineSource(model, tokenizer, name=name, max_rows=arguments.concurrency)
 

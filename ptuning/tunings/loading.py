@@ -192,15 +192,17 @@ class NamedModel(NamedTuple):
     info: Info | None
 
 
-def find_model(name_or_path: str, *, flag: str = "--model") -> NamedModel:
-    """Return what a model's name stands for; nothing of it is loaded.
+def find_model(
+    name_or_path: str, *, flag: str = "--model", tuned_flag: str | None = "--prefix"
+) -> NamedModel:
+    """Return what a model's name stands for; nothing of it is loaded. Flags as in `find_base`.
 
     ValueError for a prefix, which needs a base, and for an adapter without one that is there.
     """
     path = Path(name_or_path)
     if (path / ADAPTER_CONFIG_NAME).is_file() and kind_of(path) == LORA:
         return NamedModel(base_of(path), path, read_info(path))
-    weights = find_base(name_or_path, flag=flag, tuned_flag="--prefix")
+    weights = find_base(name_or_path, flag=flag, tuned_flag=tuned_flag)
     info = read_info(path) if (path / INFO_NAME).is_file() else None
     return NamedModel(weights, None, info if info and info.tuning != PTUNING else None)
 
