@@ -114,3 +114,16 @@ def test_continuous_batching_is_refused_at_once(small: Model, prompts: list[list
 def test_a_misspelled_option_is_refused(small: Model, prompts: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="max_new_tokns"):
         small.generate(torch.tensor(prompts[:1]), max_new_tokns=2)
+
+
+@torch.no_grad()
+def test_a_prefix_of_more_or_fewer_layers_is_refused(
+    small: Model, prompts: list[list[int]]
+) -> None:
+    prefix = list(small.transformer.prefix_for(True) or ())
+    tokens = torch.tensor(prompts[:1])
+    for other in (prefix[:2], [*prefix, prefix[0]]):
+        with pytest.raises(
+            ValueError, match=rf"prefix_key_values has {len(other)} layers.*needs 3"
+        ):
+            small(tokens, prefix_key_values=other)
