@@ -154,6 +154,8 @@ class EndpointSource:
             for task in pending:
                 task.cancel()
             if pending:
+                self._loop.call_soon(self._loop.stop)
+                self._loop.run_forever()  # Ctrl-C can leave a stop in the loop's queue
                 self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
 
     async def _count_retry(self, request: Any) -> None:
