@@ -231,7 +231,8 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(forker, server, t
 def test_ctrl_c_is_status_130_and_says_how_to_continue(forker, server, tmp_path, wanted):
     out = tmp_path / "new.jsonl"
     assert forker.run(server, out, number=signal.SIGINT, at=11) == 130
-    first, last = forker.said()
+    assert not any(line.startswith("Traceback") for line in forker.said())
+    first, last = forker.said()[-2:]
     assert first.startswith("Type the same command again to continue after 8 requests (0 retries)")
     assert last == "ptuning generate: interrupted."
     asked = len(server.asked)
