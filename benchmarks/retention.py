@@ -151,15 +151,16 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     placed: list[tuple[float, float]] = []
+    results = {name: found for name, found in results.items() if not name.startswith("untrained")}
+    points = [(found["same answers"], found["BLEU-4"]) for found in results.values()]
     for name, found in results.items():
         kept, score = found["same answers"], found["BLEU-4"]
-        if name.startswith("untrained"):
-            continue
         colour = "tab:blue" if name.startswith("task") else "tab:orange"
         axes.scatter(kept, score, c=colour, marker="s" if "+" in name else "o", s=60)
         clashes = sum(abs(kept - x) < 9 and abs(score - y) < 4 for x, y in placed)
         placed.append((kept, score))
-        offset = (8, -4 + 13 * clashes)  # points, above an existing label
+        covers = any(0 < x - kept < 12 and abs(score - y) < 2 for x, y in points)
+        offset = (8, -4 + 13 * max(clashes, covers))  # points, above a label or a point
         axes.annotate(name, (kept, score), xytext=offset, textcoords="offset points", fontsize=9)
     axes.set_xlim(0, 46)
     axes.set(
@@ -167,7 +168,7 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
         ylabel="BLEU-4 on the task",
         xlim=(0, 46),
     )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(score for _, score in points))
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
