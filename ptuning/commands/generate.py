@@ -12,7 +12,7 @@ from pathlib import Path
 from ptuning.commands.registry import OPENAI_KEY_VARIABLE
 from ptuning.engine.request import Sampling
 from ptuning.instruct.blocks import Task
-from ptuning.instruct.collect import Collector, Settings
+from ptuning.instruct.collect import Collector, Settings, journal_of
 from ptuning.instruct.filters import BLOCKED_WORDS
 from ptuning.instruct.sources import EndpointSource, EngineSource, Source
 from ptuning.instruct.templates import TEMPLATES, read_seeds, shipped_seeds
@@ -61,8 +61,11 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             f"--rouge_threshold is {arguments.rouge_threshold}; use more than 0, and 1 at most "
             "(1 keeps everything)."
         )
-    if arguments.out.suffix != ".jsonl":
-        raise ValueError(f"--out is {arguments.out}; give a name that ends in .jsonl.")
+    out: Path = arguments.out
+    if out.suffix != ".jsonl" or out.is_dir() or out == arguments.alpaca_json:
+        raise ValueError(f"--out is {out}; name a file of its own that ends in .jsonl.")
+    if out.exists() and not journal_of(out).exists():
+        raise ValueError(f"--out {out} exists and is not of this command; give another name.")
     values = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
     values["topics"] = _read_lines(arguments.topics, "--topics")
     values["blocklist"] = _read_lines(arguments.blocklist, "--blocklist") or list(BLOCKED_WORDS)

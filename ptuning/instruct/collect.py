@@ -150,17 +150,19 @@ class Collector:
         self._num_saved: int | None = None  # rows in `out`; None: it may be of an earlier run
         self._blocked = blocked_pattern(settings.blocklist)
         self._pool = Pool([task.instruction for task in self.seeds])
-        path = out.with_suffix(".requests.jsonl")
-        if out.exists() and not path.exists():
-            raise ValueError(f"--out {out} exists and is not of this command; give another name.")
-        self._identity = asdict(settings) | {
-            "max_new_tokens": self.max_new_tokens,
-            "tasks_per_request": self.num_tasks,
-            "model": source.name,
-            "template_hash": self.template.digest,
-            "seeds": hashlib.sha256(repr(self.seeds).encode()).hexdigest()[:12],
-        }
-        self._journal = Journal(path, self._identity)
+        self._max_wave = max(MAX_WAVE, settings.concurrency)
+        self._identity = (
+            asdict(settings)
+            | {
+                "concurrency": self._max_wave,  # what is below makes no difference
+                "max_new_tokens": self.max_new_tokens,
+                "tasks_per_request": self.num_tasks,
+                "model": source.name,
+                "template_hash": self.template.digest,
+                "seeds": hashlib.sha256(repr(self.seeds).encode()).hexdigest()[:12],
+            }
+        )
+        self._journal = Journal(journal_of(out), self._identity)
 
     def collect(self, num_rows: int, *, max_requests: int | None = None) -> Tally:
         """Collect until there are num_rows rows, max_requests are used, or no more come.
@@ -172,7 +174,7 @@ class Collector:
         with Progress(num_rows, f"generating with {self.source.name}") as progress:
             while tally.kept < num_rows and not tally.ended:
                 size = min(
-                    max(MAX_WAVE, self.settings.concurrency),
+                    self._max_wave,
                     -(-(num_rows - tally.kept) // self.num_tasks),
                     (max_requests or 10**9) - tally.requests,
                 )
@@ -314,6 +316,11 @@ class Collector:
                     file.write(_line(row))
                     file.flush()
         self._num_saved = len(self.rows)
+
+
+def journal_of(out: Path) -> Path:
+    """Return the file of completions that belongs to a file of rows."""
+    return out.with_suffix(".requests.jsonl")
 
 
 def _draw(size: int, wanted: int, keys: Random) -> list[int]:

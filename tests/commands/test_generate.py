@@ -74,14 +74,16 @@ def test_nothing_is_written_for_a_wrong_flag(capsys, folder):
 @pytest.mark.parametrize("out", ["new.json", "new", ".jsonl", "folder"])
 def test_out_ends_in_jsonl(capsys, out):
     said = refused(capsys, "--out", out, *ENDPOINT)
-    assert said == f"--out is {out}; give a name that ends in .jsonl."
+    assert said == f"--out is {out}; name a file of its own that ends in .jsonl."
 
 
 def test_out_is_not_a_folder_or_a_file_of_something_else(capsys, scripted, folder):
     (folder / "mine.jsonl").write_text("{}\n")
-    for out in ("folder.jsonl", "mine.jsonl"):
-        said = refused(capsys, "--out", out)
-        assert said.startswith(f"--out {out} exists and is not of this command")
+    said = refused(capsys, "--out", "mine.jsonl")
+    assert said.startswith("--out mine.jsonl exists and is not of this command")
+    for flags in (["--out", "folder.jsonl"], ["--out", "a.jsonl", "--alpaca_json", "a.jsonl"]):
+        said = refused(capsys, *flags)
+        assert said == f"--out is {flags[1]}; name a file of its own that ends in .jsonl."
     assert scripted.asks == []
 
 
@@ -208,7 +210,7 @@ def test_without_any_flag_the_shipped_tasks_are_shown_and_the_settings_are_the_p
     assert {name: report["settings"][name] for name in list(report["settings"])[:10]} == {
         **{"template": "zh", "examples": 3, "machine_examples": 1, "tasks_per_request": 20},
         **{"topics": [], "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 3072},
-        **{"concurrency": 5, "rouge_threshold": 0.7},
+        **{"concurrency": "8 or fewer", "rouge_threshold": 0.7},
     }
     assert report["settings"]["seed"] == 42
     assert report["ended"] == "--max_requests 1 is used up"

@@ -288,12 +288,11 @@ def test_a_damaged_journal_is_not_continued(finished, tmp_path, line, text):
     assert files_of(out) == before
 
 
-def test_rows_of_something_else_are_not_overwritten(tmp_path):
-    out = tmp_path / "new.jsonl"
-    out.write_text("mine\n")
-    with pytest.raises(ValueError, match=r"--out .*new\.jsonl exists and is not of this command"):
-        open_run(out)
-    assert files_of(out) == {"new.jsonl": b"mine\n"}
+def test_fewer_requests_at_once_continue_a_run(finished):
+    out, _ = finished
+    before = files_of(out)
+    open_run(out, concurrency=1).collect(len(before["new.jsonl"].splitlines()))
+    assert files_of(out) == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks by fcntl")
