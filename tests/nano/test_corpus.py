@@ -159,10 +159,10 @@ def test_a_tone_names_the_product_or_its_values(tone):
 
 def new_tasks(example: CorpusExample, name: str) -> list[Task]:
     """Read the answer as `ptuning generate` reads a completion; every block must be whole."""
-    read = read_blocks(example.answer, fields=TEMPLATES[name].fields)
-    assert not read.preamble
-    assert not [block for block in read.blocks if block.fault], example.answer
-    return [block.task for block in read.blocks]
+    blocks, preamble = read_blocks(example.answer, fields=TEMPLATES[name].fields)
+    assert not preamble
+    assert not [block for block in blocks if block.fault], example.answer
+    return [block.task for block in blocks]
 
 
 def test_prompt_and_answer_are_one_list():

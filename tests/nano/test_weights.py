@@ -119,8 +119,7 @@ def test_base_continues_a_list_of_products_in_its_own_tones(model, tokenizer):
     template = TEMPLATES["adgen"]
     prompts = [template.prompt(shown[start : start + 3], 6) for start in range(0, 24, 3)]
     texts = completions(model, tokenizer, prompts)
-    read = [read_blocks(text, fields=template.fields) for text in texts]
-    blocks = [block for one in read for block in one.blocks]
+    blocks = [b for text in texts for b in read_blocks(text, fields=template.fields)[0]]
     fit = [block.task for block in blocks if is_fit(block)]
     assert len(fit) >= 12  # well below what was measured: 19 of 23 blocks
     assert not {task.instruction for task in fit}.intersection(task.instruction for task in shown)
@@ -142,7 +141,7 @@ def test_base_continues_a_list_of_tasks(model, tokenizer):
     seeds = [Random(seed) for seed in range(8)]
     prompts = [template.prompt([sample_task(seed) for _ in range(3)], 6) for seed in seeds]
     texts = completions(model, tokenizer, prompts)
-    blocks = [block for text in texts for block in read_blocks(text).blocks]
+    blocks = [block for text in texts for block in read_blocks(text)[0]]
     whole = {block.task.instruction for block in blocks if block.fault is None}
     assert len(whole) >= 14  # well below what was measured: 23 of 28 blocks
 
