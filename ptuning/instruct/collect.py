@@ -154,7 +154,7 @@ class Collector:
         self._identity = (
             asdict(settings)
             | {
-                "concurrency": self._max_wave,  # what is below makes no difference
+                "concurrency": f"{self._max_wave} or fewer",  # this many requests share a wave
                 "max_new_tokens": self.max_new_tokens,
                 "tasks_per_request": self.num_tasks,
                 "model": source.name,
