@@ -394,6 +394,7 @@ def test_without_a_gpu_one_line_says_so(
     assert "--device cpu --size tiny" in line
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_a_cpu_ends_with_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,7 @@ def installed_version(root: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 def test_environment_is_made_once_and_follows_the_lock(small_project: Path) -> None:
     venv, lock = small_project / ".venv", small_project / "requirements.lock"
     first = set_up(small_project)

@@ -49,6 +49,7 @@ def test_neither_torch_nor_transformers_is_imported(module: str) -> None:
     assert_runs(f"import sys, {module}\n{HEAVY}")
 
 
+@pytest.mark.slow
 def test_the_class_alone_is_known_to_transformers_label_smoothing() -> None:
     assert_runs(
         "import sys; sys.modules['peft'] = None\n"  # peft imports Auto classes, which registers
@@ -80,7 +81,7 @@ def test_help_and_mistakes_take_half_a_second_of_cpu(line: str) -> None:
     "imports",
     [
         "import ptuning\n" + AUTO,
-        AUTO + "import ptuning\n",
+        pytest.param(AUTO + "import ptuning\n", marks=pytest.mark.slow),
         *(
             pytest.param(line + AUTO, marks=pytest.mark.slow)
             for line in (
@@ -153,6 +154,7 @@ def test_a_missing_transformers_is_reported_as_itself() -> None:
     assert "ModuleNotFoundError: No module named 'transformers'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_config_survives_pickling() -> None:
     assert_runs(
         "import pickle, ptuning\n" + AUTO + "config = AutoConfig.from_pretrained("

@@ -92,6 +92,7 @@ def test_module_runs_as_a_program(tmp_path: Path) -> None:
     assert "which is not a folder; give a folder with the published files" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     rows = "".join(f'{{"content": "{n}", "summary": "{n}"}}\n' for n in range(30))
     files = [tmp_path / f"{name}.json" for name in range(60)]

@@ -32,7 +32,7 @@ def check_diverse(prompts: Sequence[str], template: str) -> None:
         assert Pool([first]).scores(second)[0] <= 0.7, (first, second)
 
 
-@pytest.mark.parametrize("template", ["adgen", "zh"])
+@pytest.mark.parametrize("template", [pytest.param("adgen", marks=pytest.mark.slow), "zh"])
 def test_nano_makes_twenty_rows_that_differ(tmp_path: Path, template: str) -> None:
     check_diverse(generate(tmp_path / "new.jsonl", template), template)
 

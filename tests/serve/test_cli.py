@@ -118,6 +118,7 @@ def run_in(prefix_dirs, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_answers_only_from_the_newest_prefix(run_in, tmp_path, session, prefix_dirs):
     folder = tmp_path / "output" / "run" / "checkpoint-3"
     folder.parent.mkdir(parents=True)

@@ -53,6 +53,7 @@ def test_a_model_that_is_not_there_is_one_line_and_status_2(tmp_path):
         assert "Traceback" not in server.text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_model_is_loaded_is_status_130(tmp_path):
     with command(tmp_path) as server:
         model = server.wait_for_model()

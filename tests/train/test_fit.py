@@ -392,6 +392,7 @@ print(min(faults_of_a_step() for _ in range(5)), arranged, keep_freed_memory(Fal
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     done = subprocess.run(
@@ -433,7 +434,8 @@ def answer_step(model):
     return loss.detach(), model.prefix_encoder.embedding.weight.grad.clone()
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.slow  # the compiler takes seconds
 @pytest.mark.parametrize("by_rows", [True, False], ids=["rows", "grid"])
 def test_compiled_equals_eager(model, monkeypatch, by_rows, dropout):
     monkeypatch.setattr("ptuning.model.chatglm.ChatGLMModel.uses_varlen", lambda _: by_rows)
@@ -448,7 +450,8 @@ def test_compiled_equals_eager(model, monkeypatch, by_rows, dropout):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("bits", [pytest.param(0, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [0, 4])
 def test_a_layer_kind_is_one_graph_for_all_lengths(tmp_path, monkeypatch, bits):
     """The first layer's input needs no gradient, the last continues with answers: three kinds."""
     monkeypatch.setattr("ptuning.model.chatglm.ChatGLMModel.uses_varlen", lambda _: False)

@@ -49,6 +49,7 @@ def log_steps(out: Path) -> list[int]:
     return [entry["step"] for entry in history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_a_file_gets_plain_lines_in_any_encoding(short_run):
     """No bar, no carriage return, no escape sequence, no Python dict; names are Chinese."""
     out = short_run.folder / "输出"
@@ -401,7 +402,8 @@ def run_with(short_run, name, environment, *more):
     )
 
 
-@pytest.mark.parametrize("name", ["wandb", pytest.param("swanlab", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
 def test_a_run_reports_to_a_package_that_is_there(name, short_run, tmp_path):
     """With a stand-in for the package; transformers' own callback calls it."""
     packages, calls = tmp_path / "packages", tmp_path / "calls"

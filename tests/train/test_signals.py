@@ -150,6 +150,7 @@ def test_a_signal_while_the_ending_is_explained_does_not_cut_it_off(short_run, m
     assert received == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_modules_load_is_one_line(tmp_path):
     """A signal in the middle of `import torch` waits for its end."""
     flags = ["--do_train", "--train_file", "x.json", "--model_name_or_path", "nano"]
