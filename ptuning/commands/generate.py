@@ -62,7 +62,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             "(1 keeps everything)."
         )
     out: Path = arguments.out
-    if out.suffix != ".jsonl" or out.is_dir() or out == arguments.alpaca_json:
+    own = {path.resolve() for path in (out, journal_of(out), out.with_suffix(".report.json"))}
+    other: Path | None = arguments.alpaca_json
+    if out.suffix != ".jsonl" or out.is_dir() or (other and other.resolve() in own):
         raise ValueError(f"--out is {out}; name a file of its own that ends in .jsonl.")
     if out.exists() and not journal_of(out).exists():
         raise ValueError(f"--out {out} exists and is not of this command; give another name.")
@@ -117,6 +119,8 @@ def _open_source(arguments: argparse.Namespace) -> Source:
     named = find_model(name, flag="--model_name_or_path")
     model, tokenizer = open_model(named, arguments.quantization_bit, prefix=prefix)
     name = name if prefix is None else f"{name} with {prefix}"
+    if arguments.quantization_bit is not None:
+        name = f"{name} in {arguments.quantization_bit} bits"
     return EngineSource(model, tokenizer, name=name, max_rows=arguments.concurrency)
 
 

@@ -92,8 +92,9 @@ def read_blocks(
 def _find_labels(text: str, fields: Mapping[str, str]) -> list[re.Match[str]]:
     """Return the labels; where one carries a number, those without are text."""
     pattern = re.compile(
-        r"^[ \t]*#*[ \t]*(?:\*\*)?[ \t]*(?P<number>\d+[ \t]*[.、)）])?[ \t]*(?:\*\*)?[ \t]*"
-        rf"(?P<name>{'|'.join(fields)})[ \t]*(?:\*\*)?[ \t]*[:：](?:\*\*)?",
+        # Possessive (+), or the optional parts would try every split of a long run of blanks.
+        r"^[ \t]*+#*+[ \t]*+(?:\*\*)?+[ \t]*+(?P<number>\d++[ \t]*+[.、)）])?+[ \t]*+(?:\*\*)?+"
+        rf"[ \t]*+(?P<name>{'|'.join(fields)})[ \t]*+(?:\*\*)?+[ \t]*+[:：](?:\*\*)?",
         re.IGNORECASE | re.MULTILINE,
     )
     labels = list(pattern.finditer(text))
@@ -124,7 +125,7 @@ def _json_records(text: str, fields: Mapping[str, str]) -> list[list[tuple[str, 
     lines = [line for line in text.strip().split("\n") if not _FENCE.fullmatch(line.strip())]
     try:
         found: Any = json.loads("\n".join(lines))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     objects = found if isinstance(found, list) else [found]
     if not objects or not all(isinstance(one, dict) for one in objects):

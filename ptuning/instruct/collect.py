@@ -7,8 +7,9 @@ and asks only for what is missing.
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -32,6 +33,8 @@ TOKENS_PER_TASK = 150
 MAX_TASKS = 20  # per request, as published
 NUM_SIMILAR = 10  # texts named in a row
 MAX_IDLE = 24  # requests in a row that add no row, before the run ends
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,39 +81,49 @@ class Tally:
 class Journal:
     """The completions of a run: a line of what it must share to be continued, then one for each."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Read what is there; ValueError if it is of another run, or another one is writing."""
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], *, adopted: Collection[str] = ()
+    ) -> None:
+        """Read what is there; ValueError if it is of another run, or another one is writing.
+
+        adopted are names whose earlier values are taken, as is a larger concurrency.
+        """
         self.completions: dict[tuple[int, int], Completion] = {}  # by request and stage
         self.num_tokens = 0
+        self.identity = dict(json.loads(_line(identity)))  # its tuples become lists
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
             lock_file(self._file.fileno())
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"another process is writing {path}; wait for it.") from error
+        except OSError:
+            logger.warning("%s has no locks: write to it from one process only", path.parent)
         self._file.seek(0)
         whole = self._file.read()
         end = whole.rfind(b"\n") + 1  # the last line of a killed run may be incomplete
         begun, *lines = whole[:end].splitlines() or [b""]
         self._file.truncate(end if lines else 0)
         if not lines:  # nothing was completed
-            self._write(identity)
+            self._write(self.identity)
             return
         try:
             earlier = dict(json.loads(begun))
             for line in lines:
                 request, stage, *values = json.loads(line)
-                self._keep(request, stage, Completion(*values))
-        except (ValueError, TypeError) as error:
+                if values[0] is not None:  # a malformed reply is asked for again
+                    self._keep(request, stage, Completion(*values))
+        except (ValueError, TypeError, IndexError) as error:
             raise ValueError(
                 f"{path} is damaged ({first_line(error)}); delete it, or give another --out."
             ) from error
-        identity = json.loads(_line(identity))  # its tuples become lists
-        other = [name for name in identity if earlier.get(name) != identity[name]]
+        larger = ["concurrency"] if earlier.get("concurrency", 0) > identity["concurrency"] else []
+        self.identity |= {name: earlier.get(name) for name in (*adopted, *larger)}
+        other = [name for name, value in self.identity.items() if earlier.get(name) != value]
         if other:
             was, now = (
                 ", ".join(f"{name} {one.get(name)}" for name in other)
-                for one in (earlier, identity)
+                for one in (earlier, self.identity)
             )
             raise ValueError(
                 f"{path} is of a run with other settings ({was[:200]}; now {now[:200]}); type the "
@@ -141,28 +154,32 @@ class Collector:
         self.settings, self.seeds, self.source, self.out = settings, list(seeds), source, out
         self.template = TEMPLATES[settings.template]
         context = source.context_length or 2 * LONGEST_COMPLETION
-        self.max_new_tokens = settings.max_new_tokens or min(LONGEST_COMPLETION, context // 2)
-        by_length = max(1, min(MAX_TASKS, self.max_new_tokens // TOKENS_PER_TASK))
-        self.num_tasks = settings.tasks_per_request or by_length if self.template.labels else 1
+        length = settings.max_new_tokens or min(LONGEST_COMPLETION, context // 2)
+        by_length = max(1, min(MAX_TASKS, length // TOKENS_PER_TASK))
         self.tally = Tally()
         self.rows: list[ContractRow] = []
         self.report_path = out.with_suffix(".report.json")
         self._num_saved: int | None = None  # rows in `out`; None: it may be of an earlier run
         self._blocked = blocked_pattern(settings.blocklist)
         self._pool = Pool([task.instruction for task in self.seeds])
-        self._max_wave = max(MAX_WAVE, settings.concurrency)
-        self._identity = (
+        unset = [name for name, value in asdict(settings).items() if value is None]
+        self._journal = Journal(
+            journal_of(out),
             asdict(settings)
             | {
-                "concurrency": f"{self._max_wave} or fewer",  # this many requests share a wave
-                "max_new_tokens": self.max_new_tokens,
-                "tasks_per_request": self.num_tasks,
+                "concurrency": max(MAX_WAVE, settings.concurrency),  # as many share a wave
+                "max_new_tokens": length,
+                "tasks_per_request": settings.tasks_per_request or by_length,
                 "model": source.name,
+                "api": source.kind,
                 "template_hash": self.template.digest,
                 "seeds": hashlib.sha256(repr(self.seeds).encode()).hexdigest()[:12],
-            }
+            },
+            adopted=unset,  # what an endpoint says of its context may change
         )
-        self._journal = Journal(journal_of(out), self._identity)
+        self._identity = self._journal.identity
+        self.max_new_tokens: int = self._identity["max_new_tokens"]
+        self.num_tasks: int = self._identity["tasks_per_request"] if self.template.labels else 1
 
     def collect(self, num_rows: int, *, max_requests: int | None = None) -> Tally:
         """Collect until there are num_rows rows, max_requests are used, or no more come.
@@ -170,11 +187,21 @@ class Collector:
         `out` gets one row of the row contract per line; the counts go to `report_path`.
         """
         tally = self.tally
+        try:
+            self._collect(num_rows, max_requests)
+        finally:
+            tally.retries = self.source.num_retries
+            report = asdict(tally) | {"dropped": dict(tally.dropped.most_common())}
+            write_json(self.report_path, report | {"settings": self._identity})
+        return tally
+
+    def _collect(self, num_rows: int, max_requests: int | None) -> None:
+        tally = self.tally
         last_kept = 0  # requests when the newest row was kept
         with Progress(num_rows, f"generating with {self.source.name}") as progress:
             while tally.kept < num_rows and not tally.ended:
                 size = min(
-                    self._max_wave,
+                    self._identity["concurrency"],
                     -(-(num_rows - tally.kept) // self.num_tasks),
                     (max_requests or 10**9) - tally.requests,
                 )
@@ -191,13 +218,9 @@ class Collector:
                     tally.ended = f"--max_requests {max_requests} is used up"
                 elif tally.requests - last_kept >= MAX_IDLE:
                     tally.ended = (
-                        f"the last {tally.requests - last_kept} requests added none; give other "
-                        "seeds, a higher --rouge_threshold, or another model"
+                        f"the last {tally.requests - last_kept} requests added none (see what was "
+                        "dropped); give other seeds, a higher --rouge_threshold, or another model"
                     )
-        tally.retries = self.source.num_retries
-        report = asdict(tally) | {"dropped": dict(tally.dropped.most_common())}
-        write_json(self.report_path, report | {"settings": self._identity})
-        return tally
 
     def _complete(
         self, prompts: Mapping[int, str], progress: Progress

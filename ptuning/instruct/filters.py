@@ -84,7 +84,8 @@ def _product_fault(task: Task) -> str | None:
     if not _ATTRIBUTES.fullmatch(task.instruction):
         return "bad_attributes"
     pairs = [pair.split("#") for pair in task.instruction.split("*")]
-    if pairs[0][0] != TYPE or len(set(map(tuple, pairs))) < len(pairs):
+    are_blank = any(not part.strip() for pair in pairs for part in pair)
+    if are_blank or pairs[0][0] != TYPE or len(set(map(tuple, pairs))) < len(pairs):
         return "bad_attributes"
     kind = pairs[0][1].strip()
     names = [kind, kind[-1:], *(value for key, value in pairs if key.endswith(KINDS))]

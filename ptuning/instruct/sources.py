@@ -6,7 +6,7 @@ Both take prompts with a seed each and yield completions as they finish.
 import asyncio
 import logging
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class EndpointError(ValueError):
 class EngineSource:
     """A loaded model, with its prefix if it has one; prompts share a batch of max_rows."""
 
+    kind = "engine"
     repeats = True  # equal prompts and seeds give equal completions
     num_retries = 0
 
@@ -114,21 +115,26 @@ class EndpointSource:
 
         for name in ("httpx", "httpx2"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they log every request
-        self.name = model
+        self.name, self.kind = model, api
         self.num_retries = 0
         self._url, self._api, self._key_name = url, api, key_name
+        self._concurrency = concurrency
         self._openai: Any = openai
+        self._options: dict[str, Any] = {
+            "base_url": url if urllib.parse.urlsplit(url).path.strip("/") else f"{url}/v1",
+            "api_key": key or "none",
+            "timeout": timeout_s,
+        }
+        with asyncio.Runner() as runner:
+            self.context_length = runner.run(self._find_context())
+
+    def _new_client(self) -> Any:
+        """Return a client for one event loop."""
         hooks: dict[str, Any] = {"request": [self._count_retry], "response": [end_on_quota]}
-        self._client: Any = openai.AsyncOpenAI(
-            base_url=url if urllib.parse.urlsplit(url).path.strip("/") else f"{url}/v1",
-            api_key=key or "none",
-            timeout=timeout_s,
-            max_retries=MAX_RETRIES,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
+        client = self._openai.DefaultAsyncHttpxClient(event_hooks=hooks)
+        return self._openai.AsyncOpenAI(
+            **self._options, max_retries=MAX_RETRIES, http_client=client
         )
-        self._loop = asyncio.new_event_loop()
-        self._free = asyncio.Semaphore(concurrency)
-        self.context_length = self._loop.run_until_complete(self._find_context())
 
     def num_tokens(self, prompt: str) -> int | None:
         """Return None: the endpoint's tokenizer is unknown."""
@@ -138,34 +144,34 @@ class EndpointSource:
         self, asks: Sequence[Ask], sampling: Sampling, max_new_tokens: int
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (request, completion) as replies arrive; after an error the rest is cancelled."""
-        requests = {
-            self._loop.create_task(self._complete(ask, sampling, max_new_tokens)): ask.request
-            for ask in asks
-        }
-        pending = set(requests)
-        try:
-            while pending:
-                done, pending = self._loop.run_until_complete(
-                    asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                )
-                for task in sorted(done, key=lambda task: task.exception() is not None):
-                    yield requests[task], task.result()
-        finally:
-            for task in pending:
-                task.cancel()
-            if pending:
-                self._loop.call_soon(self._loop.stop)
-                self._loop.run_forever()  # Ctrl-C can leave a stop in the loop's queue
-                self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        client, free = self._new_client(), asyncio.Semaphore(self._concurrency)
+        with asyncio.Runner() as runner:  # Ctrl-C cancels what it runs, wherever that is
+            tasks = {
+                runner.get_loop().create_task(
+                    self._complete(client, free, ask, sampling, max_new_tokens)
+                ): ask.request
+                for ask in asks
+            }
+            pending = set(tasks)
+            try:
+                while pending:
+                    done, pending = runner.run(
+                        asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                    )
+                    for task in sorted(done, key=lambda task: task.exception() is not None):
+                        yield tasks[task], task.result()
+            finally:
+                runner.run(end(client, pending))
 
     async def _count_retry(self, request: Any) -> None:
         self.num_retries += request.headers.get("x-stainless-retry-count", "0") != "0"
 
     async def _find_context(self) -> int | None:
         """Return the context that the endpoint reports for its model; None if it does not."""
-        client = self._client.with_options(max_retries=0, timeout=CONTEXT_TIMEOUT_S)
+        client = self._new_client()
+        once = client.with_options(max_retries=0, timeout=CONTEXT_TIMEOUT_S)
         try:
-            found = await client.models.retrieve(self.name)
+            found = await once.models.retrieve(self.name)
         except self._openai.APITimeoutError:
             return None
         except self._openai.APIConnectionError as error:
@@ -175,11 +181,20 @@ class EndpointSource:
             ) from error
         except (self._openai.APIError, ValueError):
             return None  # many servers say nothing of their models
+        finally:
+            await client.close()
         extra = getattr(found, "model_extra", None) or {}
         lengths = (extra.get(field) for field in CONTEXT_FIELDS)
         return next((length for length in lengths if isinstance(length, int)), None)
 
-    async def _complete(self, ask: Ask, sampling: Sampling, max_new_tokens: int) -> Completion:
+    async def _complete(
+        self,
+        client: Any,
+        free: asyncio.Semaphore,
+        ask: Ask,
+        sampling: Sampling,
+        max_new_tokens: int,
+    ) -> Completion:
         """Complete one prompt; EndpointError where the endpoint refuses or keeps failing."""
         options: dict[str, Any] = {
             "model": self.name,
@@ -188,11 +203,11 @@ class EndpointSource:
             "max_tokens": max_new_tokens,
             "seed": ask.seed,
         }
-        create, options["prompt"] = self._client.completions.create, ask.prompt
+        create, options["prompt"] = client.completions.create, ask.prompt
         if self._api == "chat":
-            create = self._client.chat.completions.create
+            create = client.chat.completions.create
             options["messages"] = [{"role": "user", "content": options.pop("prompt")}]
-        async with self._free:
+        async with free:
             try:
                 reply = await create(**options)
                 choice = reply.choices[0]
@@ -211,12 +226,17 @@ class EndpointSource:
                     404: "check --endpoint, --model and --api",
                     429: "once the limit or quota allows, the same command continues",
                 }
-                default = "check --endpoint, --model and the lengths"
+                default = (
+                    "check --endpoint, --model and the lengths; if this prompt alone is refused, "
+                    "another --seed with another --out asks others"
+                )
                 if error.status_code >= 500:
                     default = f"it failed {MAX_RETRIES + 1} times; the same command continues"
                 raise self._failure(error, remedies.get(error.status_code, default)) from error
             except self._openai.APIConnectionError as error:  # a time-out is one
                 remedy = f"tried {MAX_RETRIES + 1} times; the same command continues"
+                if isinstance(error, self._openai.APITimeoutError):
+                    remedy += ", with a larger --timeout if answers take longer"
                 raise self._failure(error, remedy) from error
             except (ValueError, TypeError, AttributeError, LookupError):
                 return Completion(None)  # no JSON, or without the fields of a completion
@@ -230,6 +250,14 @@ class EndpointSource:
     def _failure(self, error: Exception, remedy: str) -> EndpointError:
         said = " ".join(str(error).split()).rstrip(".")[:300]
         return EndpointError(f"--endpoint {self._url}: {said}; {remedy}.")
+
+
+async def end(client: Any, tasks: Collection["asyncio.Task[Completion]"]) -> None:
+    """Cancel tasks, wait for their end, and close the connections."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await client.close()
 
 
 async def end_on_quota(response: Any) -> None:

@@ -15,7 +15,7 @@ from ptuning.data.conversion import split_input
 from ptuning.data.parsing import open_data
 from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_file import DataError, RawRow
-from ptuning.data.reading import read_rows
+from ptuning.data.reading import read_raw_rows, read_rows
 from ptuning.instruct.blocks import FIELDS, INPUT, INSTRUCTION, OUTPUT, Task, write_block
 from ptuning.tunings.loading import SAMPLE_DIR
 
@@ -111,13 +111,13 @@ def read_seeds(paths: Sequence[Path]) -> list[Task]:
 
 
 def _read_file(path: Path) -> list[Task]:
-    rows = [row for row in open_data(path).rows() if isinstance(row, RawRow)]
+    rows = read_raw_rows(open_data(path), None)
     if rows and all("instances" in row.columns for row in rows):
         return [_of_self_instruct(row) for row in rows]
     read = read_rows(path, RowFormat())
     if not read.kept or read.dropped:
-        faults = "; ".join(read.lines(left_out="cannot be seeds")[1:])
-        raise DataError(path, None, f"every seed needs an instruction and an output: {faults}")
+        lines = "; ".join(read.lines(left_out="cannot be seeds")[1:])
+        raise DataError(path, None, f"every seed needs an instruction and an output: {lines}")
     pairs = zip(read.kept, read.sources, strict=True)
     return [Task(*split_input(source, read.layout, row), row.response) for row, source in pairs]
 
@@ -126,7 +126,9 @@ def _of_self_instruct(row: RawRow) -> Task:
     """Read a row of https://github.com/yizhongw/self-instruct/blob/0b26cca/data/seed_tasks.jsonl."""
     try:
         first = row.columns["instances"][0]
-        texts = (row.columns["instruction"], first["input"], first["output"])
-    except (KeyError, IndexError, TypeError) as error:
+        texts = (row.columns["instruction"], first.get("input") or "", first["output"])
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise row.fault("needs an instruction and instances [{input, output}].") from error
-    return Task(*map(str, texts))
+    if not all(isinstance(text, str) for text in texts) or not (texts[0] and texts[2]):
+        raise row.fault("needs an instruction and an output that are texts.")
+    return Task(*texts)

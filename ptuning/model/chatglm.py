@@ -275,11 +275,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """Return this call's prefix, L tensors (2, 1 or B, H, P, D), or None."""
         if not use_prefix:
             return None
-        if prefix_key_values is not None and len(prefix_key_values) != len(self.layers):
-            raise ValueError(
-                f"prefix_key_values has {len(prefix_key_values)} layers; this model needs "
-                f"{len(self.layers)}: compute it with this model's prefix_for(True)."
-            )
+        if prefix_key_values is not None:
+            num_heads, head_dim = self.config.num_attention_heads, self.config.head_dim
+            shape = tuple(prefix_key_values[0].shape)
+            if len(prefix_key_values) != len(self.layers) or shape[2::2] != (num_heads, head_dim):
+                raise ValueError(
+                    f"prefix_key_values has {len(prefix_key_values)} layers of {shape}; this model "
+                    f"needs {len(self.layers)} of (2, 1 or B, {num_heads}, P, {head_dim}): compute "
+                    "it with this model's prefix_for(True)."
+                )
         if prefix_key_values is not None or self.prefix_encoder is None:
             return prefix_key_values
         # The norms keep the model's floating type where other weights are quantised.

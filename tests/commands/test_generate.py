@@ -210,7 +210,7 @@ def test_without_any_flag_the_shipped_tasks_are_shown_and_the_settings_are_the_p
     assert {name: report["settings"][name] for name in list(report["settings"])[:10]} == {
         **{"template": "zh", "examples": 3, "machine_examples": 1, "tasks_per_request": 20},
         **{"topics": [], "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 3072},
-        **{"concurrency": "8 or fewer", "rouge_threshold": 0.7},
+        **{"concurrency": 8, "rouge_threshold": 0.7},
     }
     assert report["settings"]["seed"] == 42
     assert report["ended"] == "--max_requests 1 is used up"

@@ -166,6 +166,7 @@ class ScriptedSource:
     """A source in the process: `answer` makes a completion, replies arrive last first."""
 
     num_retries = 0
+    kind = "scripted"
 
     def __init__(
         self,

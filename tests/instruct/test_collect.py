@@ -409,7 +409,7 @@ def test_requests_that_add_no_row_end_the_run(tmp_path):
     tally = collect(out, source=source)
     assert tally.requests == MAX_IDLE
     assert tally.dropped == {"no_fields": MAX_IDLE}
-    assert tally.ended.startswith(f"the last {MAX_IDLE} requests added none; give other seeds")
+    assert tally.ended.startswith(f"the last {MAX_IDLE} requests added none (see what was dropped)")
     assert out.read_bytes() == b""
     again = ScriptedSource()
     assert collect(out, source=again).ended == tally.ended
