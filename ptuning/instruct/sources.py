@@ -6,8 +6,13 @@ Both take prompts with a seed each and yield completions as they finish.
 import asyncio
 import logging
 import urllib.parse
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +43,9 @@ class Completion(NamedTuple):
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+
+Replies = SimpleQueue[tuple[int, "asyncio.Task[Completion]"]]
 
 
 class EndpointError(ValueError):
@@ -125,8 +133,7 @@ class EndpointSource:
             "api_key": key or "none",
             "timeout": timeout_s,
         }
-        with asyncio.Runner() as runner:
-            self.context_length = runner.run(self._find_context())
+        self.context_length = asyncio.run(self._find_context())
 
     def _new_client(self) -> Any:
         """Return a client for one event loop."""
@@ -144,24 +151,51 @@ class EndpointSource:
         self, asks: Sequence[Ask], sampling: Sampling, max_new_tokens: int
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (request, completion) as replies arrive; after an error the rest is cancelled."""
+        if not asks:
+            return
+        replies: Replies = SimpleQueue()
+        cancel: Future[Callable[[], object]] = Future()
+        everything = self._complete_all(asks, sampling, max_new_tokens, replies, cancel)
+        # In a thread of its own: Ctrl-C in the middle of an event loop's code would break it.
+        thread = Thread(target=_run, args=(everything,), daemon=True)
+        thread.start()
+        missing = len(asks)
+        try:
+            while missing:
+                request, task = replies.get()
+                missing -= 1
+                yield request, task.result()
+        finally:
+            if missing:
+                with suppress(RuntimeError):  # the loop has ended by itself
+                    cancel.result()()
+            thread.join()
+
+    async def _complete_all(
+        self,
+        asks: Sequence[Ask],
+        sampling: Sampling,
+        max_new_tokens: int,
+        replies: Replies,
+        cancel: "Future[Callable[[], object]]",
+    ) -> None:
+        """Put each request's finished task into replies; cancel gets what ends this early."""
         client, free = self._new_client(), asyncio.Semaphore(self._concurrency)
-        with asyncio.Runner() as runner:  # Ctrl-C cancels what it runs, wherever that is
-            tasks = {
-                runner.get_loop().create_task(
-                    self._complete(client, free, ask, sampling, max_new_tokens)
-                ): ask.request
-                for ask in asks
-            }
-            pending = set(tasks)
-            try:
-                while pending:
-                    done, pending = runner.run(
-                        asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                    )
-                    for task in sorted(done, key=lambda task: task.exception() is not None):
-                        yield tasks[task], task.result()
-            finally:
-                runner.run(end(client, pending))
+        tasks = [
+            asyncio.create_task(self._complete(client, free, ask, sampling, max_new_tokens))
+            for ask in asks
+        ]
+        for ask, task in zip(asks, tasks, strict=True):
+            task.add_done_callback(partial(_put, replies, ask.request))
+        loop, this = asyncio.get_running_loop(), asyncio.current_task()
+        assert this is not None, "a coroutine runs in a task"
+        cancel.set_result(partial(loop.call_soon_threadsafe, this.cancel))
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait(tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await client.close()
 
     async def _count_retry(self, request: Any) -> None:
         self.num_retries += request.headers.get("x-stainless-retry-count", "0") != "0"
@@ -252,12 +286,13 @@ class EndpointSource:
         return EndpointError(f"--endpoint {self._url}: {said}; {remedy}.")
 
 
-async def end(client: Any, tasks: Collection["asyncio.Task[Completion]"]) -> None:
-    """Cancel tasks, wait for their end, and close the connections."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await client.close()
+def _run(everything: Coroutine[Any, Any, None]) -> None:
+    with suppress(asyncio.CancelledError):
+        asyncio.run(everything)
+
+
+def _put(replies: Replies, request: int, task: "asyncio.Task[Completion]") -> None:
+    replies.put((request, task))
 
 
 async def end_on_quota(response: Any) -> None:
