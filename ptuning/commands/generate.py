@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ptuning.commands.registry import OPENAI_KEY_VARIABLE
+from ptuning.data.reading import find_files
 from ptuning.engine.request import Sampling
 from ptuning.instruct.blocks import Task
 from ptuning.instruct.collect import Collector, Settings, journal_of
@@ -31,7 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         tally = collector.collect(arguments.num, max_requests=arguments.max_requests)
     except KeyboardInterrupt:
-        logger.warning("Type the same command again to continue after %s.", collector.tally)
+        logger.warning(
+            "Type the same command again to continue; what %d requests gave is kept.",
+            collector.num_saved,
+        )
         raise
     if arguments.alpaca_json is not None:
         tasks = [{name: row["meta"][name] for name in Task._fields} for row in collector.rows]
@@ -62,12 +66,16 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             "(1 keeps everything)."
         )
     out: Path = arguments.out
-    own = {path.resolve() for path in (out, journal_of(out), out.with_suffix(".report.json"))}
-    other: Path | None = arguments.alpaca_json
-    if out.suffix != ".jsonl" or out.is_dir() or (other and other.resolve() in own):
-        raise ValueError(f"--out is {out}; name a file of its own that ends in .jsonl.")
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise ValueError(f"--out is {out}; name a file that ends in .jsonl.")
     if out.exists() and not journal_of(out).exists():
         raise ValueError(f"--out {out} exists and is not of this command; give another name.")
+    other: Path | None = arguments.alpaca_json
+    if other is not None:
+        used = (out, journal_of(out), out.with_suffix(".report.json"), *arguments.seeds)
+        is_own = other.resolve() in {path.resolve() for path in used}
+        if is_own or other.is_dir() or (other.exists() and not journal_of(out).exists()):
+            raise ValueError(f"--alpaca_json {other} exists or is in use; give another name.")
     values = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
     values["topics"] = _read_lines(arguments.topics, "--topics")
     values["blocklist"] = _read_lines(arguments.blocklist, "--blocklist") or list(BLOCKED_WORDS)
@@ -95,7 +103,8 @@ def _read_seeds(arguments: argparse.Namespace, settings: Settings) -> list[Task]
             if getattr(arguments, flag):
                 raise ValueError(f"--{flag} has no use with --template {template.name}.")
         return []
-    return read_seeds(arguments.seeds or [shipped_seeds(template)])
+    files = [file for given in arguments.seeds for file in find_files(str(given))]
+    return read_seeds(files or [shipped_seeds(template)])
 
 
 def _open_source(arguments: argparse.Namespace) -> Source:

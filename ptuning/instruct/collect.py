@@ -195,6 +195,11 @@ class Collector:
             write_json(self.report_path, report | {"settings": self._identity})
         return tally
 
+    @property
+    def num_saved(self) -> int:
+        """Requests whose completions are saved."""
+        return len({request for request, _ in self._journal.completions})
+
     def _collect(self, num_rows: int, max_requests: int | None) -> None:
         tally = self.tally
         last_kept = 0  # requests when the newest row was kept
@@ -275,7 +280,7 @@ class Collector:
                     f"{self.max_new_tokens}, but {self.source.name} has {context} for both; ask "
                     "for fewer."
                 )
-            shown.pop()
+            del shown[len(shown) // 2 if length > 2 * context else -1 :]
 
     def _take(self, request: int, completions: Sequence[Completion], num_rows: int) -> None:
         """Count a request's tasks and keep those that are fit, until there are num_rows."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ptuning.data.conversion import split_input
+from ptuning.data.formats import UnknownColumns
 from ptuning.data.parsing import open_data
 from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_file import DataError, RawRow
@@ -114,7 +115,12 @@ def _read_file(path: Path) -> list[Task]:
     rows = read_raw_rows(open_data(path), None)
     if rows and all("instances" in row.columns for row in rows):
         return [_of_self_instruct(row) for row in rows]
-    read = read_rows(path, RowFormat())
+    try:
+        read = read_rows(path, RowFormat())
+    except UnknownColumns as error:
+        raise DataError(
+            path, None, "seeds need columns instruction, input and output, or prompt and response."
+        ) from error
     if not read.kept or read.dropped:
         lines = "; ".join(read.lines(left_out="cannot be seeds")[1:])
         raise DataError(path, None, f"every seed needs an instruction and an output: {lines}")

@@ -74,16 +74,17 @@ def test_nothing_is_written_for_a_wrong_flag(capsys, folder):
 @pytest.mark.parametrize("out", ["new.json", "new", ".jsonl", "folder"])
 def test_out_ends_in_jsonl(capsys, out):
     said = refused(capsys, "--out", out, *ENDPOINT)
-    assert said == f"--out is {out}; name a file of its own that ends in .jsonl."
+    assert said == f"--out is {out}; name a file that ends in .jsonl."
 
 
 def test_out_is_not_a_folder_or_a_file_of_something_else(capsys, scripted, folder):
     (folder / "mine.jsonl").write_text("{}\n")
     said = refused(capsys, "--out", "mine.jsonl")
     assert said.startswith("--out mine.jsonl exists and is not of this command")
-    for flags in (["--out", "folder.jsonl"], ["--out", "a.jsonl", "--alpaca_json", "a.jsonl"]):
-        said = refused(capsys, *flags)
-        assert said == f"--out is {flags[1]}; name a file of its own that ends in .jsonl."
+    assert refused(capsys, "--out", "folder.jsonl").startswith("--out is folder.jsonl; name a file")
+    for other in ("mine.jsonl", "a.jsonl", "a.requests.jsonl", "folder.jsonl"):
+        said = refused(capsys, "--out", "a.jsonl", "--alpaca_json", other)
+        assert said == f"--alpaca_json {other} exists or is in use; give another name."
     assert scripted.asks == []
 
 
@@ -107,7 +108,7 @@ def test_a_list_that_cannot_be_read_is_named_with_its_flag(capsys, flag, file, f
         ("none.jsonl", "cannot be read (No such file or directory)"),
         ("folder.jsonl", "it is a folder"),
         ("blank.txt", "blank.txt: "),
-        ("questions.jsonl", "no answers"),
+        ("questions.jsonl", "seeds need columns"),
         ("half.jsonl", "every seed needs an instruction and an output: 1 row (50.0%)"),
         ("no_instance.jsonl", "no_instance.jsonl:1: needs an instruction and instances"),
     ],
