@@ -80,6 +80,12 @@ def test_only_the_last_block_of_a_cut_completion_is_dropped() -> None:
     assert [block.fault for block in read_blocks(text)[0]] == [None, None]
 
 
+@pytest.mark.parametrize("text", [f"{' ' * 5000}x", f"{'#' * 5000}x", "[" * 5000, "  1. " * 2000])
+def test_degenerate_completions_are_read_at_once(text: str) -> None:
+    """Labels are found without backtracking, and deep nesting is no JSON answer."""
+    assert [block.fault for block in read_blocks(text)[0]] == ["no_fields"]
+
+
 def test_what_is_written_is_read_back() -> None:
     tasks = [
         Task("写一首诗", "夏天", "荷风\n### 不是分隔\n# 也不是"),

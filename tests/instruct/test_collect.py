@@ -14,7 +14,7 @@ from ptuning.data.similarity import Pool
 from ptuning.instruct.blocks import Task
 from ptuning.instruct.collect import MAX_IDLE, MAX_WAVE, Collector, Settings
 from ptuning.instruct.filters import BLOCKED_WORDS
-from ptuning.instruct.sources import EndpointError, EngineSource
+from ptuning.instruct.sources import Completion, EndpointError, EngineSource
 from ptuning.instruct.templates import TEMPLATES
 from tests.instruct.scripted import ScriptedSource, completed, sentence, tasks_for
 
@@ -286,6 +286,22 @@ def test_a_damaged_journal_is_not_continued(finished, tmp_path, line, text):
     with pytest.raises(ValueError, match=r"new\.requests\.jsonl is damaged \(.*; delete it"):
         open_run(out)
     assert files_of(out) == before
+
+
+def test_a_wide_wave_is_continued_by_fewer_requests_at_once(tmp_path):
+    out, whole = tmp_path / "new.jsonl", tmp_path / "whole.jsonl"
+    collect(out, 20, concurrency=20)
+    collect(out, 60, concurrency=10)
+    collect(whole, 20, concurrency=20)
+    collect(whole, 60, concurrency=20)
+    assert [row["prompt"] for row in rows_of(out)] == [row["prompt"] for row in rows_of(whole)]
+
+
+def test_malformed_replies_are_asked_for_again(tmp_path):
+    out = tmp_path / "new.jsonl"
+    broken = ScriptedSource(lambda ask: Completion(None))
+    assert collect(out, source=broken, max_requests=3).dropped == {"malformed_reply": 3}
+    assert collect(out).kept == NUM
 
 
 def test_fewer_requests_at_once_continue_a_run(finished):

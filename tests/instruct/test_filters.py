@@ -64,6 +64,7 @@ def test_english_tasks(instruction: str, output: str, reason: str | None) -> Non
         ("类型#裤*版型", "裤子", "bad_attributes"),
         ("类型#裤*版型#宽松*版型#宽松", "裤子", "bad_attributes"),
         ("类型#裤**版型#宽松", "裤子", "bad_attributes"),
+        ("类型# *版型#宽松", "裤子", "bad_attributes"),
         ("一条宽松的裤子", "裤子", "bad_attributes"),
     ],
 )

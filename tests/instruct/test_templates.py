@@ -85,6 +85,19 @@ def test_seeds_without_an_output_are_refused_with_their_lines(tmp_path: Path) ->
         read_seeds([path])
 
 
+def test_seeds_of_self_instruct_may_lack_an_input_and_no_output(tmp_path: Path) -> None:
+    path = tmp_path / "seeds.jsonl"
+    path.write_text(
+        '{"instruction": "a", "instances": [{"input": null, "output": "b"}]}\n', encoding="utf-8"
+    )
+    assert read_seeds([path]) == [Task("a", "", "b")]
+    path.write_text(
+        '{"instruction": "a", "instances": [{"input": "", "output": ""}]}\n', encoding="utf-8"
+    )
+    with pytest.raises(DataError, match=r"seeds.jsonl:1: needs an instruction and an output"):
+        read_seeds([path])
+
+
 def test_published_seed_files_are_read(shared: Path) -> None:
     english = read_seeds([shared / "data" / "alpaca" / "seed_tasks.jsonl"])
     assert len(english) == 175
