@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import importlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,12 @@ TRANSFORMERS_MARKS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Know the marks of transformers' own tests, which test_transformers_suite.py brings in."""
+    """Know the marks of transformers' own tests, which test_transformers_suite.py brings in.
+
+    setuptools is imported first: it replaces distutils, and fails where that was imported before.
+    """
+    with suppress(ImportError):
+        importlib.import_module("setuptools")
     for mark in TRANSFORMERS_MARKS.split():
         config.addinivalue_line("markers", f"{mark}: of transformers' own tests")
 

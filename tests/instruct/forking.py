@@ -7,6 +7,7 @@ log]. The answers are two lines: the process id as it starts, the exit status or
 import importlib
 import json
 import os
+import signal
 import sys
 
 
@@ -16,6 +17,7 @@ def main() -> None:
 
     for module in ("openai", "openai.resources.chat", "ptuning.commands.generate"):
         importlib.import_module(module)  # the slow imports, once for all runs
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     for line in sys.stdin:
         arguments, log = json.loads(line)
         pid = os.fork()

@@ -282,10 +282,14 @@ def test_ctrl_c_in_the_middle_of_a_request_leaves_no_traceback(server, monkeypat
         await asyncio.sleep(10)
 
     signals_sent = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     source = open_source(server)
     monkeypatch.setattr(source, "_complete", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        complete(source, 3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            complete(source, 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
     gc.collect()  # a task whose exception nobody has seen logs it when it is freed
     assert caplog.records == []
 
