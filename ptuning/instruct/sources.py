@@ -125,7 +125,7 @@ class EndpointSource:
             logging.getLogger(name).setLevel(logging.WARNING)  # they log every request
         self.name, self.kind = model, api
         self.num_retries = 0
-        self._url, self._api, self._key_name = url, api, key_name
+        self._url, self._key_name = url, key_name
         self._concurrency = concurrency
         self._openai: Any = openai
         self._options: dict[str, Any] = {
@@ -191,7 +191,7 @@ class EndpointSource:
         assert this is not None, "a coroutine runs in a task"
         cancel.set_result(partial(loop.call_soon_threadsafe, this.cancel))
         with suppress(asyncio.CancelledError):
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -238,14 +238,14 @@ class EndpointSource:
             "seed": ask.seed,
         }
         create, options["prompt"] = client.completions.create, ask.prompt
-        if self._api == "chat":
+        if self.kind == "chat":
             create = client.chat.completions.create
             options["messages"] = [{"role": "user", "content": options.pop("prompt")}]
         async with free:
             try:
                 reply = await create(**options)
                 choice = reply.choices[0]
-                text = choice.message.content if self._api == "chat" else choice.text
+                text = choice.message.content if self.kind == "chat" else choice.text
                 text = text.encode("utf-8", "replace").decode()  # no file takes a lone surrogate
                 notices = (reply.model_extra or {}).get("notices")
                 counts = (
