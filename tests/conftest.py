@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import ptuning
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
+from tests.completions.scripted import ScriptedServer
 
 TESTS = Path(__file__).resolve().parent
 NANO = Path(ptuning.__file__).parent / "nano" / "weights"
@@ -108,6 +109,16 @@ def loaded_nano() -> tuple[ChatGLMForConditionalGeneration, PreTrainedTokenizer]
     """The shipped model in float32 and its tokenizer; tests leave both as they are."""
     model = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(NANO)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
+    """An endpoint that answers by a script, reached without any proxy; a test may reprogram it."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    made = ScriptedServer()
+    yield made
+    made.close()
 
 
 @pytest.fixture

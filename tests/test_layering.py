@@ -13,13 +13,22 @@ ALLOWED = {
     "ptuning.data": set(),
     "ptuning.model": set(),
     "ptuning.engine": {"ptuning.model"},
+    "ptuning.completions": {"ptuning.data", "ptuning.model", "ptuning.engine"},
     "ptuning.tunings": {"ptuning.data", "ptuning.model"},
     "ptuning.train": {"ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.tunings"},
     "ptuning.scoring": {
-        *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.tunings", "ptuning.train")
+        *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.completions"),
+        *("ptuning.tunings", "ptuning.train"),
     },
     "ptuning.serve": {"ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.tunings"},
-    "ptuning.instruct": {"ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.tunings"},
+    "ptuning.instruct": {
+        *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.completions"),
+        "ptuning.tunings",
+    },
+    "ptuning.select": {
+        *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.completions"),
+        "ptuning.tunings",
+    },
     "ptuning.nano": {"ptuning.data", "ptuning.instruct", "ptuning.model", "ptuning.tunings"},
 }
 PACKAGES = [name.removeprefix("ptuning.") for name in ALLOWED] + ["commands"]

@@ -10,12 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from ptuning.commands.registry import OPENAI_KEY_VARIABLE
+from ptuning.completions.endpoint import EndpointSource
+from ptuning.completions.source import EngineSource, Source
 from ptuning.data.reading import find_files
 from ptuning.engine.request import Sampling
 from ptuning.instruct.blocks import Task
 from ptuning.instruct.collect import Collector, Settings, journal_of
 from ptuning.instruct.filters import BLOCKED_WORDS
-from ptuning.instruct.sources import EndpointSource, EngineSource, Source
 from ptuning.instruct.templates import TEMPLATES, read_seeds, shipped_seeds
 from ptuning.storage import write_atomically
 from ptuning.tunings.loading import base_of, find_model, refuse_other_kinds

@@ -6,26 +6,24 @@ and asks only for what is missing.
 """
 
 import hashlib
-import json
-import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 
+from ptuning.completions.journal import Journal, to_line
+from ptuning.completions.source import Ask, Completion, Source
 from ptuning.data.conversion import ContractRow
 from ptuning.data.similarity import Pool
 from ptuning.engine.request import Sampling
 from ptuning.instruct.blocks import Block, Task, read_blocks
 from ptuning.instruct.filters import blocked_pattern, fault_of
-from ptuning.instruct.sources import Ask, Completion, Source
 from ptuning.instruct.templates import TEMPLATES
-from ptuning.output import Progress, first_line
-from ptuning.storage import lock_file, write_atomically, write_json
+from ptuning.output import Progress
+from ptuning.storage import write_atomically, write_json
 
 MAX_WAVE = 8  # requests, or as many as are in work at once
 LONGEST_COMPLETION = 3072  # tokens, as published
@@ -33,8 +31,6 @@ TOKENS_PER_TASK = 150
 MAX_TASKS = 20  # per request, as published
 NUM_SIMILAR = 10  # texts named in a row
 MAX_IDLE = 24  # requests in a row that add no row, before the run ends
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,72 +72,6 @@ class Tally:
             f"{self.requests} requests ({self.retries} retries), {tokens:,} tokens: "
             f"{self.made} tasks made, {self.kept} kept, dropped: {dropped or 'none'}"
         )
-
-
-class Journal:
-    """The completions of a run: a line of what it must share to be continued, then one for each."""
-
-    def __init__(
-        self, path: Path, identity: Mapping[str, Any], *, adopted: Collection[str] = ()
-    ) -> None:
-        """Read what is there; ValueError if it is of another run, or another one is writing.
-
-        adopted are names whose earlier values are taken, as is a larger concurrency.
-        """
-        self.completions: dict[tuple[int, int], Completion] = {}  # by request and stage
-        self.num_tokens = 0
-        self.identity = dict(json.loads(_line(identity)))  # its tuples become lists
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        try:
-            lock_file(self._file.fileno())
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"another process is writing {path}; wait for it.") from error
-        except OSError:
-            logger.warning("%s has no locks: write to it from one process only", path.parent)
-        self._file.seek(0)
-        whole = self._file.read()
-        end = whole.rfind(b"\n") + 1  # the last line of a killed run may be incomplete
-        begun, *lines = whole[:end].splitlines() or [b""]
-        self._file.truncate(end if lines else 0)
-        if not lines:  # nothing was completed
-            self._write(self.identity)
-            return
-        try:
-            earlier = dict(json.loads(begun))
-            for line in lines:
-                request, stage, *values = json.loads(line)
-                if values[0] is not None:  # a malformed reply is asked for again
-                    self._keep(request, stage, Completion(*values))
-        except (ValueError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"{path} is damaged ({first_line(error)}); delete it, or give another --out."
-            ) from error
-        larger = ["concurrency"] if earlier.get("concurrency", 0) > identity["concurrency"] else []
-        self.identity |= {name: earlier.get(name) for name in (*adopted, *larger)}
-        other = [name for name, value in self.identity.items() if earlier.get(name) != value]
-        if other:
-            was, now = (
-                ", ".join(f"{name} {one.get(name)}" for name in other)
-                for one in (earlier, self.identity)
-            )
-            raise ValueError(
-                f"{path} is of a run with other settings ({was[:200]}; now {now[:200]}); type the "
-                "command of that run to continue it, or give another --out."
-            )
-
-    def add(self, request: int, stage: int, completion: Completion) -> None:
-        """Save a completion."""
-        self._keep(request, stage, completion)
-        self._write([request, stage, *completion])
-
-    def _keep(self, request: int, stage: int, completion: Completion) -> None:
-        self.completions[request, stage] = completion
-        self.num_tokens += completion.prompt_tokens + completion.completion_tokens
-
-    def _write(self, value: Any) -> None:
-        self._file.write(_line(value))
-        self._file.flush()
 
 
 class Collector:
@@ -337,11 +267,11 @@ class Collector:
     def _save_rows(self) -> None:
         """Append the new rows; the first time, write the file anew from the saved completions."""
         if self._num_saved is None:
-            write_atomically(self.out, b"".join(map(_line, self.rows)))
+            write_atomically(self.out, b"".join(map(to_line, self.rows)))
         else:
             with self.out.open("ab") as file:
                 for row in self.rows[self._num_saved :]:
-                    file.write(_line(row))
+                    file.write(to_line(row))
                     file.flush()
         self._num_saved = len(self.rows)
 
@@ -361,7 +291,3 @@ def _question(completion: Completion) -> str:
     """Return the question at the beginning of a magpie completion; "" without a whole one."""
     question, is_whole, _ = (completion.text or "").partition("\n答：")
     return question.strip() if is_whole or completion.finish_reason != "length" else ""
-
-
-def _line(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

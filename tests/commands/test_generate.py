@@ -7,7 +7,7 @@ import pytest
 from ptuning import __main__ as program
 from ptuning.commands import registry
 from ptuning.instruct.templates import TEMPLATES
-from tests.instruct.scripted import ScriptedSource
+from tests.completions.scripted import ScriptedSource
 
 ENDPOINT = ["--endpoint", "http://127.0.0.1:9", "--model", "any"]  # where nothing answers
 

@@ -8,15 +8,16 @@ from random import Random
 
 import pytest
 
+from ptuning.completions.endpoint import EndpointError
+from ptuning.completions.source import Completion, EngineSource
 from ptuning.data.prompts import RowFormat
 from ptuning.data.reading import read_rows
 from ptuning.data.similarity import Pool
 from ptuning.instruct.blocks import Task
 from ptuning.instruct.collect import MAX_IDLE, MAX_WAVE, Collector, Settings
 from ptuning.instruct.filters import BLOCKED_WORDS
-from ptuning.instruct.sources import Completion, EndpointError, EngineSource
 from ptuning.instruct.templates import TEMPLATES
-from tests.instruct.scripted import ScriptedSource, completed, sentence, tasks_for
+from tests.completions.scripted import ScriptedSource, completed, sentence, tasks_for
 
 NUM = 60  # rows: two waves and a bit, at four tasks a request
 SEEDS = [

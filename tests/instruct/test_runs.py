@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ptuning import __main__ as program
-from ptuning.instruct import sources
-from tests.instruct.scripted import HANG, QUOTA, Reply, ScriptedServer, answer, as_completion
+from ptuning.completions import endpoint
+from tests.completions.scripted import HANG, QUOTA, Reply, ScriptedServer, answer, as_completion
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM = 60  # rows
@@ -24,7 +24,7 @@ TASKS = ("--template", "en", "--tasks_per_request", "4")
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr(sources, "MAX_RETRIES", 2)
+    monkeypatch.setattr(endpoint, "MAX_RETRIES", 2)
 
 
 def arguments(server, out, *more, num=NUM):

@@ -1,7 +1,4 @@
-"""Where completions come from: the engine in this process, or an OpenAI-compatible endpoint.
-
-Both take prompts with a seed each and yield completions as they finish.
-"""
+"""Completions from an OpenAI-compatible endpoint, through the openai package."""
 
 import asyncio
 import logging
@@ -9,40 +6,17 @@ import urllib.parse
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from ptuning.data.tokenizer import ChatGLMTokenizer
-from ptuning.engine.engine import Engine
-from ptuning.engine.prefixes import PrefixMix, SharedPrefix, mix_prefixes
-from ptuning.engine.request import Request, Sampling
-from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.completions.source import Ask, Completion
+from ptuning.engine.request import Sampling
 
 MAX_RETRIES = 6  # of one request, with the waits of the openai package: half a minute in all
 CONTEXT_FIELDS = ("max_model_len", "context_length")  # as vLLM and as OpenRouter report it
 CONTEXT_TIMEOUT_S = 10.0
-
-
-class Ask(NamedTuple):
-    """A prompt to complete, the number of its request, and the seed of its sampling."""
-
-    request: int
-    prompt: str
-    seed: int
-
-
-class Completion(NamedTuple):
-    """A completion; text None is a reply that was none. Counts are in tokens."""
-
-    text: str | None
-    finish_reason: str = "stop"
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 Replies = SimpleQueue[tuple[int, "asyncio.Task[Completion]"]]
@@ -52,54 +26,8 @@ class EndpointError(ValueError):
     """The endpoint refuses or keeps failing: more requests would not help."""
 
 
-class EngineSource:
-    """A loaded model, with its prefix if it has one; prompts share a batch of max_rows."""
-
-    kind = "engine"
-    repeats = True  # equal prompts and seeds give equal completions
-    num_retries = 0
-
-    def __init__(
-        self,
-        model: ChatGLMForConditionalGeneration,
-        tokenizer: ChatGLMTokenizer,
-        *,
-        name: str,
-        max_rows: int,
-    ) -> None:
-        self.name = name
-        self.context_length: int | None = model.config.max_sequence_length
-        self._model, self._tokenizer, self._max_rows = model.eval(), tokenizer, max_rows
-        with torch.no_grad():
-            key_values = model.transformer.prefix_for(True)
-        self._mix: PrefixMix = ()
-        if key_values is not None:
-            self._mix = mix_prefixes([(SharedPrefix(key_values), 1.0)])
-
-    def num_tokens(self, prompt: str) -> int | None:
-        """Return the length of a prompt, [gMASK] <sop> included."""
-        return len(self._tokenizer(prompt)["input_ids"])
-
-    def complete(
-        self, asks: Sequence[Ask], sampling: Sampling, max_new_tokens: int
-    ) -> Iterator[tuple[int, Completion]]:
-        """Yield (request, completion) as rows finish."""
-        engine = Engine(self._model, max_rows=self._max_rows)
-        requests = {}
-        for ask in asks:
-            ids = self._tokenizer(ask.prompt)["input_ids"]
-            seeded = replace(sampling, seed=ask.seed)
-            requests[engine.add(Request(ids, max_new_tokens, self._mix, seeded))] = ask.request
-        while not engine.is_idle:
-            for row in engine.step():
-                if row.finish_reason is not None:
-                    text = str(self._tokenizer.decode(row.answer, skip_special_tokens=True))
-                    counts = (len(row.prompt), len(row.answer))
-                    yield requests[row], Completion(text, row.finish_reason, *counts)
-
-
 class EndpointSource:
-    """An endpoint, asked through the openai package, which retries transient failures."""
+    """An endpoint; the openai package retries transient failures."""
 
     repeats = False
 
@@ -299,6 +227,3 @@ async def end_on_quota(response: Any) -> None:
     """Keep the openai package from retrying where a quota is exhausted, not a rate."""
     if response.status_code == 429 and b"insufficient_quota" in await response.aread():
         response.headers["x-should-retry"] = "false"
-
-
-Source = EngineSource | EndpointSource

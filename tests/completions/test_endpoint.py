@@ -1,4 +1,4 @@
-"""Completions from an endpoint: what is sent, retried, counted, and what ends a run; from the engine."""
+"""Completions from an endpoint: what is sent, retried, counted, and what ends a run."""
 
 import asyncio
 import gc
@@ -8,10 +8,11 @@ import time
 
 import pytest
 
+from ptuning.completions import endpoint
+from ptuning.completions.endpoint import EndpointError, EndpointSource
+from ptuning.completions.source import Ask, Completion
 from ptuning.engine.request import Sampling
-from ptuning.instruct import sources
-from ptuning.instruct.sources import Ask, Completion, EndpointError, EndpointSource, EngineSource
-from tests.instruct.scripted import DROP, HANG, QUOTA, Reply, as_completion
+from tests.completions.scripted import DROP, HANG, QUOTA, Reply, as_completion
 
 QUICK_S = 2.0  # what cannot work is said within
 
@@ -19,7 +20,7 @@ QUICK_S = 2.0  # what cannot work is said within
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr(sources, "MAX_RETRIES", 2)
+    monkeypatch.setattr(endpoint, "MAX_RETRIES", 2)
 
 
 def open_source(server, **changes):
@@ -306,20 +307,3 @@ def test_a_prompt_that_serve_shortened_stops_the_run(server):
     said = refused(open_source(server))
     assert "the endpoint shortened the prompt (kept 64 of 900 tokens)" in said
     assert "--model base" in said
-
-
-def test_the_engine_repeats_itself_and_counts_tokens(loaded_nano):
-    model, tokenizer = loaded_nano
-    source = EngineSource(model, tokenizer, name="nano", max_rows=2)
-    asked = [Ask(number, text, number) for number, text in enumerate(["你好", "谢谢", "你好"], 5)]
-    one, other = (dict(source.complete(asked, Sampling(1.0), 12)) for _ in range(2))
-    assert one == other
-    assert sorted(one) == [5, 6, 7]
-    assert source.context_length == model.config.max_sequence_length
-    for ask in asked:
-        completion = one[ask.request]
-        assert completion.prompt_tokens == source.num_tokens(ask.prompt)
-        assert 0 < completion.completion_tokens <= 12
-        assert completion.finish_reason in ("stop", "length")
-    greedy = dict(source.complete(asked, Sampling(0.0), 12))
-    assert greedy[5] == greedy[7]

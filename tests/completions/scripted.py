@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 from typing import Any, NamedTuple
 
+from ptuning.completions.source import Ask, Completion
 from ptuning.engine.request import Sampling
-from ptuning.instruct.sources import Ask, Completion
 
 SYLLABLES = "ba ce di fo gu ka le mi no pu ra se ti vo wu".split()
 HANG = "hang"  # no reply until the server closes
