@@ -111,6 +111,26 @@ def summed_loss(
     return total
 
 
+def token_losses(
+    hidden_states: Tensor, head: torch.nn.Module, targets: Tensor, chunk_tokens: int | None = None
+) -> Tensor:
+    """Return each target's cross-entropy (N,), float32, given hidden_states (N, E).
+
+    The logits are formed chunk by chunk, for any head; under autograd they would all be kept.
+    """
+    if chunk_tokens is None:
+        assert isinstance(head.weight, Tensor), "one row for each of the vocabulary, also packed"
+        on_cpu = hidden_states.device.type == "cpu"
+        chunk_tokens = chunk_tokens_on(len(head.weight), on_cpu=on_cpu)
+    chunks = zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    return torch.cat(
+        [
+            functional.cross_entropy(head(states).float(), wanted, reduction="none")
+            for states, wanted in chunks
+        ]
+    )
+
+
 def chunk_tokens_on(vocab_size: int, *, on_cpu: bool) -> int:
     """Return how many tokens' logits are formed at once."""
     if on_cpu:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from ptuning.model.cpu.linear import Linear
-from ptuning.model.loss import summed_loss
+from ptuning.model.loss import summed_loss, token_losses
 
 
 def case(dtype=torch.float64, tokens=37):
@@ -128,3 +128,13 @@ def test_smoothing_is_not_rounded_away_in_float16():
 
     wanted = smoothing_part(torch.float32)
     assert (smoothing_part(torch.float16) - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 37, 1000, None])
+def test_losses_token_by_token_are_those_of_the_full_matrix(chunk_tokens):
+    head, hidden, targets = case()
+    expected = functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+    losses = token_losses(hidden, head, targets, chunk_tokens)
+    assert losses.dtype is torch.float32
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+    assert token_losses(hidden[:0], head, targets[:0], chunk_tokens).shape == (0,)

@@ -1,0 +1,1 @@
+"""Data selection: clean, near-duplicates, scores, a diverse choice."""
