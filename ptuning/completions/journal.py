@@ -1,12 +1,15 @@
-"""What is finished of a long run, saved line by line: a killed run continues with the rest."""
+"""What is finished of a long run, saved line by line, so that a killed run continues with the rest.
+
+The file is JSON lines: an object of what a run must share with this one to continue it, then a
+list for each finished item, its key first.
+"""
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ptuning.completions.source import Completion
 from ptuning.output import first_line
 from ptuning.storage import lock_file
 
@@ -14,18 +17,28 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """The completions of a run: a line of what it must share to be continued, then one for each."""
+    """The journal of one run, locked until the process ends.
+
+    identity: what this run shares with the one that it continues.
+    """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], *, adopted: Collection[str] = ()
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        keep: Callable[..., object],
+        *,
+        adopted: Collection[str] = (),
+        at_least: Collection[str] = (),
     ) -> None:
-        """Read what is there; ValueError if it is of another run, or another one is writing.
+        """Hand what is there to keep; ValueError if it is of another run, or one is writing.
 
-        adopted are names whose earlier values are taken, as is a larger concurrency.
+        keep takes the values of a line and refuses others (TypeError): scores.__setitem__ fills a
+        dict from lines [key, score]. Of the identity, adopted are names whose earlier values are
+        taken, and at_least those whose larger ones are.
         """
-        self.completions: dict[tuple[int, int], Completion] = {}  # by request and stage
-        self.num_tokens = 0
         self.identity = dict(json.loads(to_line(identity)))  # its tuples become lists
+        self._keep = keep
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
@@ -39,20 +52,18 @@ class Journal:
         end = whole.rfind(b"\n") + 1  # the last line of a killed run may be incomplete
         begun, *lines = whole[:end].splitlines() or [b""]
         self._file.truncate(end if lines else 0)
-        if not lines:  # nothing was completed
+        if not lines:  # nothing was finished
             self._write(self.identity)
             return
         try:
             earlier = dict(json.loads(begun))
             for line in lines:
-                request, stage, *values = json.loads(line)
-                if values[0] is not None:  # a malformed reply is asked for again
-                    self._keep(request, stage, Completion(*values))
-        except (ValueError, TypeError, IndexError) as error:
+                keep(*json.loads(line))
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} is damaged ({first_line(error)}); delete it, or give another --out."
             ) from error
-        larger = ["concurrency"] if earlier.get("concurrency", 0) > identity["concurrency"] else []
+        larger = [name for name in at_least if earlier.get(name, 0) > self.identity[name]]
         self.identity |= {name: earlier.get(name) for name in (*adopted, *larger)}
         other = [name for name, value in self.identity.items() if earlier.get(name) != value]
         if other:
@@ -65,14 +76,10 @@ class Journal:
                 "command of that run to continue it, or give another --out."
             )
 
-    def add(self, request: int, stage: int, completion: Completion) -> None:
-        """Save a completion."""
-        self._keep(request, stage, completion)
-        self._write([request, stage, *completion])
-
-    def _keep(self, request: int, stage: int, completion: Completion) -> None:
-        self.completions[request, stage] = completion
-        self.num_tokens += completion.prompt_tokens + completion.completion_tokens
+    def add(self, *values: Any) -> None:
+        """Keep and save a finished item."""
+        self._keep(*values)
+        self._write(values)
 
     def _write(self, value: Any) -> None:
         self._file.write(to_line(value))

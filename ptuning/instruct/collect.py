@@ -93,6 +93,8 @@ class Collector:
         self._blocked = blocked_pattern(settings.blocklist)
         self._pool = Pool([task.instruction for task in self.seeds])
         unset = [name for name, value in asdict(settings).items() if value is None]
+        self._saved: dict[tuple[int, int], Completion] = {}  # by request and stage
+        self._num_tokens = 0  # of them
         self._journal = Journal(
             journal_of(out),
             asdict(settings)
@@ -105,8 +107,15 @@ class Collector:
                 "template_hash": self.template.digest,
                 "seeds": hashlib.sha256(repr(self.seeds).encode()).hexdigest()[:12],
             },
+            self._keep,
             adopted=unset,  # what an endpoint says of its context may change
+            at_least=["concurrency"],
         )
+        self._saved = {  # a malformed reply is asked for again
+            key: completion
+            for key, completion in self._saved.items()
+            if completion.text is not None
+        }
         self._identity = self._journal.identity
         self.max_new_tokens: int = self._identity["max_new_tokens"]
         self.num_tasks: int = self._identity["tasks_per_request"] if self.template.labels else 1
@@ -128,7 +137,21 @@ class Collector:
     @property
     def num_saved(self) -> int:
         """Requests whose completions are saved."""
-        return len({request for request, _ in self._journal.completions})
+        return len({request for request, _ in self._saved})
+
+    def _keep(
+        self,
+        request: int,
+        stage: int,
+        text: str | None,
+        finish_reason: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+    ) -> None:
+        """Take a completion as it is in the journal."""
+        counts = (prompt_tokens, completion_tokens)
+        self._saved[request, stage] = Completion(text, finish_reason, *counts)
+        self._num_tokens += sum(counts)
 
     def _collect(self, num_rows: int, max_requests: int | None) -> None:
         tally = self.tally
@@ -161,7 +184,7 @@ class Collector:
         self, prompts: Mapping[int, str], progress: Progress
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Return the completions of each request of a wave, in order: two of a magpie one."""
-        saved = self._journal.completions
+        saved = self._saved
         self._ask(prompts, 0, progress)
         if not self.template.labels:
             questions = {request: _question(saved[request, 0]) for request in prompts}
@@ -175,8 +198,7 @@ class Collector:
         A source that repeats itself is asked for the whole wave: its batches, and so its
         completions to the last bit, are those of a run that was not interrupted.
         """
-        saved = self._journal.completions
-        missing = [request for request in prompts if (request, stage) not in saved]
+        missing = [request for request in prompts if (request, stage) not in self._saved]
         asks = [
             Ask(request, prompt, Random(f"{self.settings.seed}:{request}:{stage}").getrandbits(31))
             for request, prompt in prompts.items()
@@ -188,8 +210,8 @@ class Collector:
             asks, Sampling(self.settings.temperature, self.settings.top_p), self.max_new_tokens
         ):
             if request in missing:
-                self._journal.add(request, stage, completion)
-            progress.bar.set_postfix_str(f"{self._journal.num_tokens:,} tokens")
+                self._journal.add(request, stage, *completion[:4])
+            progress.bar.set_postfix_str(f"{self._num_tokens:,} tokens")
 
     def _prompt(self, request: int) -> str:
         """Return a request's prompt; one that does not fit shows fewer tasks."""
