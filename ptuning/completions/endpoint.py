@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import urllib.parse
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -14,9 +14,24 @@ from typing import Any
 from ptuning.completions.source import Ask, Completion
 from ptuning.engine.request import Sampling
 
+logger = logging.getLogger(__name__)
+
 MAX_RETRIES = 6  # of one request, with the waits of the openai package: half a minute in all
 CONTEXT_FIELDS = ("max_model_len", "context_length")  # as vLLM and as OpenRouter report it
 CONTEXT_TIMEOUT_S = 10.0
+REMEDIES = {  # by the status of a refusal
+    401: "check the key in {key_name} (--api_key_env)",
+    403: "check what the key in {key_name} (--api_key_env) may use",
+    404: "check --endpoint, --model and --api",
+    429: "once the limit or quota allows, the same command continues",
+}
+OTHER_REFUSAL = (
+    "check --endpoint, --model and the lengths; if this prompt alone is refused, another --seed "
+    "with another --out asks others"
+)
+FAILING = "it failed {tries} times; the same command continues"
+UNREACHED = "tried {tries} times; the same command continues"
+TOO_SLOW = UNREACHED + ", with a larger --timeout if answers take longer"
 
 
 Replies = SimpleQueue[tuple[int, "asyncio.Task[Completion]"]]
@@ -55,6 +70,7 @@ class EndpointSource:
         self.num_retries = 0
         self._url, self._key_name = url, key_name
         self._concurrency = concurrency
+        self._gives_logprobs = True
         self._openai: Any = openai
         self._options: dict[str, Any] = {
             "base_url": url if urllib.parse.urlsplit(url).path.strip("/") else f"{url}/v1",
@@ -76,14 +92,31 @@ class EndpointSource:
         return None
 
     def complete(
-        self, asks: Sequence[Ask], sampling: Sampling, max_new_tokens: int
+        self,
+        asks: Sequence[Ask],
+        sampling: Sampling,
+        max_new_tokens: int,
+        *,
+        top_logprobs: int = 0,
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (request, completion) as replies arrive; after an error the rest is cancelled."""
+        """Yield (request, completion) as replies arrive; after an error the rest is cancelled.
+
+        top_logprobs: how many of the most probable first tokens each completion names.
+        """
         if not asks:
             return
+        options: dict[str, Any] = {
+            "model": self.name,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": max_new_tokens,
+        }
+        if top_logprobs:
+            in_chat = {"logprobs": True, "top_logprobs": top_logprobs}
+            options |= in_chat if self.kind == "chat" else {"logprobs": top_logprobs}
         replies: Replies = SimpleQueue()
         cancel: Future[Callable[[], object]] = Future()
-        everything = self._complete_all(asks, sampling, max_new_tokens, replies, cancel)
+        everything = self._complete_all(asks, options, replies, cancel)
         # In a thread of its own: Ctrl-C in the middle of an event loop's code would break it.
         thread = Thread(target=_run, args=(everything,), daemon=True)
         thread.start()
@@ -102,17 +135,13 @@ class EndpointSource:
     async def _complete_all(
         self,
         asks: Sequence[Ask],
-        sampling: Sampling,
-        max_new_tokens: int,
+        options: Mapping[str, Any],
         replies: Replies,
         cancel: "Future[Callable[[], object]]",
     ) -> None:
         """Put each request's finished task into replies; cancel gets what ends this early."""
         client, free = self._new_client(), asyncio.Semaphore(self._concurrency)
-        tasks = [
-            asyncio.create_task(self._complete(client, free, ask, sampling, max_new_tokens))
-            for ask in asks
-        ]
+        tasks = [asyncio.create_task(self._complete(client, free, ask, options)) for ask in asks]
         for ask, task in zip(asks, tasks, strict=True):
             task.add_done_callback(partial(_put, replies, ask.request))
         loop, this = asyncio.get_running_loop(), asyncio.current_task()
@@ -150,56 +179,30 @@ class EndpointSource:
         return next((length for length in lengths if isinstance(length, int)), None)
 
     async def _complete(
-        self,
-        client: Any,
-        free: asyncio.Semaphore,
-        ask: Ask,
-        sampling: Sampling,
-        max_new_tokens: int,
+        self, client: Any, free: asyncio.Semaphore, ask: Ask, options: Mapping[str, Any]
     ) -> Completion:
         """Complete one prompt; EndpointError where the endpoint refuses or keeps failing."""
-        options: dict[str, Any] = {
-            "model": self.name,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": max_new_tokens,
-            "seed": ask.seed,
-        }
-        create, options["prompt"] = client.completions.create, ask.prompt
-        if self.kind == "chat":
-            create = client.chat.completions.create
-            options["messages"] = [{"role": "user", "content": options.pop("prompt")}]
         async with free:
             try:
-                reply = await create(**options)
+                reply = await self._create(client, ask, options)
                 choice = reply.choices[0]
                 text = choice.message.content if self.kind == "chat" else choice.text
                 text = text.encode("utf-8", "replace").decode()  # no file takes a lone surrogate
                 notices = (reply.model_extra or {}).get("notices")
-                counts = (
-                    getattr(reply.usage, f"{name}_tokens", 0) for name in ("prompt", "completion")
+                completion = Completion(
+                    text,
+                    choice.finish_reason or "stop",
+                    _count(reply.usage, "prompt_tokens"),
+                    _count(reply.usage, "completion_tokens"),
+                    first_logprobs(choice),
                 )
-                counted = [count if isinstance(count, int) else 0 for count in counts]
-                completion = Completion(text, choice.finish_reason or "stop", *counted)
             except self._openai.APIStatusError as error:
-                remedies = {
-                    401: f"check the key in {self._key_name} (--api_key_env)",
-                    403: f"check what the key in {self._key_name} (--api_key_env) may use",
-                    404: "check --endpoint, --model and --api",
-                    429: "once the limit or quota allows, the same command continues",
-                }
-                default = (
-                    "check --endpoint, --model and the lengths; if this prompt alone is refused, "
-                    "another --seed with another --out asks others"
-                )
-                if error.status_code >= 500:
-                    default = f"it failed {MAX_RETRIES + 1} times; the same command continues"
-                raise self._failure(error, remedies.get(error.status_code, default)) from error
-            except self._openai.APIConnectionError as error:  # a time-out is one
-                remedy = f"tried {MAX_RETRIES + 1} times; the same command continues"
-                if isinstance(error, self._openai.APITimeoutError):
-                    remedy += ", with a larger --timeout if answers take longer"
-                raise self._failure(error, remedy) from error
+                default = FAILING if error.status_code >= 500 else OTHER_REFUSAL
+                raise self._failure(error, REMEDIES.get(error.status_code, default)) from error
+            except self._openai.APITimeoutError as error:
+                raise self._failure(error, TOO_SLOW) from error
+            except self._openai.APIConnectionError as error:
+                raise self._failure(error, UNREACHED) from error
             except (ValueError, TypeError, AttributeError, LookupError):
                 return Completion(None)  # no JSON, or without the fields of a completion
         if notices:  # of `ptuning serve`: a prefix takes prompts as long as its training's
@@ -209,9 +212,53 @@ class EndpointSource:
             )
         return completion
 
+    async def _create(self, client: Any, ask: Ask, options: Mapping[str, Any]) -> Any:
+        """Return the reply; an endpoint that refuses log-probabilities is asked without them."""
+        if self.kind == "chat":
+            create = client.chat.completions.create
+            own: dict[str, Any] = {"messages": [{"role": "user", "content": ask.prompt}]}
+        else:
+            create, own = client.completions.create, {"prompt": ask.prompt}
+        own["seed"] = ask.seed
+        plain = {name: options[name] for name in options if "logprobs" not in name}
+        if plain == options or not self._gives_logprobs:
+            return await create(**plain, **own)
+        try:
+            return await create(**options, **own)
+        except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as error:
+            reply = await create(**plain, **own)
+            if self._gives_logprobs:
+                logger.warning(
+                    "--endpoint %s gives no log-probabilities: %s", self._url, _said(error)
+                )
+            self._gives_logprobs = False
+            return reply
+
     def _failure(self, error: Exception, remedy: str) -> EndpointError:
-        said = " ".join(str(error).split()).rstrip(".")[:300]
-        return EndpointError(f"--endpoint {self._url}: {said}; {remedy}.")
+        remedy = remedy.format(key_name=self._key_name, tries=MAX_RETRIES + 1)
+        return EndpointError(f"--endpoint {self._url}: {_said(error)}; {remedy}.")
+
+
+def first_logprobs(choice: Any) -> dict[str, float] | None:
+    """Return the log-probabilities of the first token of a choice of either API."""
+    try:
+        found = choice.logprobs
+        if getattr(found, "content", None):
+            pairs = [(one.token, one.logprob) for one in found.content[0].top_logprobs]
+        else:
+            pairs = [*found.top_logprobs[0].items()]
+        return {str(token): float(logprob) for token, logprob in pairs} or None
+    except (ValueError, TypeError, AttributeError, LookupError):
+        return None
+
+
+def _count(usage: Any, name: str) -> int:
+    found = getattr(usage, name, 0)
+    return found if isinstance(found, int) else 0
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")[:300]
 
 
 def _run(everything: Coroutine[Any, Any, None]) -> None:

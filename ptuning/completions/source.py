@@ -25,12 +25,16 @@ class Ask(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """A completion; text None is a reply that was none. Counts are in tokens."""
+    """A completion; text None is a reply that was none. Counts are in tokens.
+
+    logprobs: the log-probability of each of the most probable first tokens, None if not given.
+    """
 
     text: str | None
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    logprobs: dict[str, float] | None = None
 
 
 class Source(Protocol):

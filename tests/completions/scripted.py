@@ -75,9 +75,9 @@ def tasks_for(prompt: str, seed: int, count: int = 4) -> str:
     )
 
 
-def as_completion(text: Any, **changes: Any) -> dict[str, Any]:
+def as_completion(text: Any, logprobs: Any = None, **changes: Any) -> dict[str, Any]:
     """Return the body of a reply to either API."""
-    choice = {"index": 0, "finish_reason": "stop", "text": text}
+    choice = {"index": 0, "finish_reason": "stop", "text": text, "logprobs": logprobs}
     choice["message"] = {"role": "assistant", "content": text}
     usage = {"prompt_tokens": 100, "completion_tokens": 40, "total_tokens": 140}
     return {"id": "x", "object": "any", "choices": [choice], "usage": usage, **changes}

@@ -32,15 +32,16 @@ def asks(count):
     return [Ask(number, f"prompt {number}", 40 + number) for number in range(count)]
 
 
-def complete(source, count=1):
-    return dict(source.complete(asks(count), Sampling(0.9, 0.8), 64))
+def complete(source, count=1, *, top_logprobs=0):
+    given = source.complete(asks(count), Sampling(0.9, 0.8), 64, top_logprobs=top_logprobs)
+    return dict(given)
 
 
-def refused(source, count=1, *, within_s=QUICK_S):
+def refused(source, count=1, *, logprobs=0, within_s=QUICK_S):
     """Return the one line of the error that ends a run, which comes at once."""
     started = time.monotonic()
     with pytest.raises(EndpointError) as caught:
-        complete(source, count)
+        complete(source, count, top_logprobs=logprobs)
     assert time.monotonic() - started < within_s
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -61,6 +62,70 @@ def test_a_request_carries_prompt_sampling_and_seed(server, api):
     assert asked.path == ("/v1/chat/completions" if api == "chat" else "/v1/completions")
     sampling = {"temperature": 0.9, "top_p": 0.8, "max_tokens": 64, "seed": 40}
     assert asked.body == {"model": "scripted", **sampling, **prompt}
+
+
+IN_CHAT = {
+    "content": [
+        {"token": "5", "top_logprobs": [{"token": "5", "logprob": -0.5}, {"token": "6", "logprob": -1}]},
+        {"token": "!", "top_logprobs": [{"token": "!", "logprob": -0.1}]},
+    ]
+}  # fmt: skip
+IN_COMPLETIONS = {"tokens": ["5", "!"], "top_logprobs": [{"5": -0.5, "6": -1}, {"!": -0.1}]}
+
+
+@pytest.mark.parametrize(
+    ("api", "given", "flags"),
+    [
+        ("chat", IN_CHAT, {"logprobs": True, "top_logprobs": 2}),
+        ("completions", IN_COMPLETIONS, {"logprobs": 2}),
+    ],
+)
+def test_the_most_probable_first_tokens_are_named_where_asked_for(server, api, given, flags):
+    server.script += [OK, Reply(200, as_completion("fine", given))]
+    source = open_source(server, api=api)
+    complete(source)
+    (found,) = complete(source, top_logprobs=2).values()
+    assert found == FINE._replace(logprobs={"5": -0.5, "6": -1.0})
+    plain, asked = (asked.body for asked in server.asked)
+    assert asked == plain | flags
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(None, {}, [], "a", 3, {"content": None}, {"content": []}, {"content": [{}]}),
+        {"content": [{"top_logprobs": []}]},
+        {"content": [{"top_logprobs": [{"token": "5", "logprob": None}]}]},
+        *({"top_logprobs": None}, {"top_logprobs": []}, {"top_logprobs": [None]}),
+    ],
+)
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_a_reply_without_log_probabilities_has_none(server, api, given):
+    server.script.append(Reply(200, as_completion("fine", given)))
+    assert complete(open_source(server, api=api), top_logprobs=5) == {0: FINE}
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_an_endpoint_that_refuses_log_probabilities_is_asked_without_and_named_once(
+    server, caplog, status
+):
+    server.answer = lambda asked: (
+        Reply(status, {"error": {"message": "no logprobs"}}) if "logprobs" in asked.body else OK
+    )
+    source = open_source(server, concurrency=3)
+    assert complete(source, 3, top_logprobs=5) == dict.fromkeys(range(3), FINE)
+    before = len(server.asked)
+    assert complete(source, 3, top_logprobs=5) == dict.fromkeys(range(3), FINE)
+    assert not any("logprobs" in asked.body for asked in server.asked[before:])
+    (said,) = caplog.messages
+    assert said.startswith(f"--endpoint {server.address} gives no log-probabilities: Error code: ")
+
+
+def test_what_is_refused_without_log_probabilities_too_is_another_fault(server, caplog):
+    server.answer = lambda asked: Reply(400, {"error": {"message": "too long"}})
+    assert "check --endpoint, --model and the lengths" in refused(open_source(server), logprobs=5)
+    assert len(server.asked) == 2
+    assert caplog.messages == []
 
 
 def test_a_path_in_the_address_is_kept(server):
