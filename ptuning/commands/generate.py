@@ -1,16 +1,12 @@
 """`python -m ptuning generate`: new instruction data from a model or an endpoint."""
 
 import argparse
-import importlib.util
 import json
 import logging
-import os
-import re
 from dataclasses import fields
 from pathlib import Path
 
-from ptuning.commands.registry import OPENAI_KEY_VARIABLE
-from ptuning.completions.endpoint import EndpointSource
+from ptuning.commands.asking import check_least, open_endpoint
 from ptuning.completions.source import EngineSource, Source
 from ptuning.data.reading import find_files
 from ptuning.engine.request import Sampling
@@ -53,13 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     """Check the flags; ValueError names the one that is wrong."""
-    for name, least in (
-        *(("num", 1), ("examples", 0), ("machine_examples", 0), ("tasks_per_request", 1)),
-        *(("max_new_tokens", 1), ("concurrency", 1), ("max_requests", 1), ("timeout", 0.001)),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and not value >= least:  # so NaN is refused too
-            raise ValueError(f"--{name} is {value}; use {max(least, 0):g} or more.")
+    check_least(arguments, num=1, examples=0, machine_examples=0, tasks_per_request=1)
+    check_least(arguments, max_new_tokens=1, concurrency=1, max_requests=1)
     Sampling(arguments.temperature, arguments.top_p)  # ValueError for values without a meaning
     if not 0 < arguments.rouge_threshold <= 1:
         raise ValueError(
@@ -118,7 +109,12 @@ def _open_source(arguments: argparse.Namespace) -> Source:
                 advice = "loads a model in this process; leave it out with --endpoint."
             raise ValueError(f"--{flag} {advice}")
     if arguments.endpoint is not None:
-        return _endpoint(arguments)
+        if arguments.template == "magpie" and arguments.api == "chat":
+            raise ValueError(
+                "--template magpie leaves a user's turn open, which a chat cannot; add --api "
+                "completions."
+            )
+        return open_endpoint(arguments)
     from ptuning.commands.answer import open_model
 
     name, prefix = arguments.model_name_or_path, arguments.prefix
@@ -132,30 +128,3 @@ def _open_source(arguments: argparse.Namespace) -> Source:
     if arguments.quantization_bit is not None:
         name = f"{name} in {arguments.quantization_bit} bits"
     return EngineSource(model, tokenizer, name=name, max_rows=arguments.concurrency)
-
-
-def _endpoint(arguments: argparse.Namespace) -> EndpointSource:
-    """Connect to the endpoint."""
-    if arguments.model is None:
-        raise ValueError("--endpoint needs the name of a model: --model NAME.")
-    if not re.fullmatch(r"https?://(\[.+\]|[^/:]+)(:\d+)?(/.*)?", arguments.endpoint):
-        raise ValueError(f"--endpoint is {arguments.endpoint}; give it as http://localhost:8000.")
-    if arguments.template == "magpie" and arguments.api == "chat":
-        raise ValueError(
-            "--template magpie leaves a user's turn open, which a chat cannot; add --api "
-            "completions."
-        )
-    if importlib.util.find_spec("openai") is None:
-        raise ValueError("openai is not installed; type: python -m pip install 'openai>=2'")
-    key_name = arguments.api_key_env or OPENAI_KEY_VARIABLE
-    if arguments.api_key_env is not None and key_name not in os.environ:
-        raise ValueError(f"--api_key_env is {key_name}, a variable that is not set; export it.")
-    return EndpointSource(
-        arguments.endpoint.rstrip("/"),
-        arguments.model,
-        api=arguments.api,
-        concurrency=arguments.concurrency,
-        timeout_s=arguments.timeout,
-        key=os.environ.get(key_name),
-        key_name=key_name,
-    )

@@ -248,7 +248,8 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         choices=TASK_TEMPLATES,
         default="zh",
         help="what is asked for: tasks in Chinese (zh) or English (en), products with copy "
-        "(adgen), or questions that the model makes up by itself (magpie): zh",
+        "(adgen), or questions that the model makes up by itself (magpie, at an endpoint by --api "
+        "completions): zh",
     )
     add(
         "--seeds",
@@ -270,27 +271,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--quantization_bit", type=int, choices=SUPPORTED_BITS, help="quantise it as it is read"
     )
-    server = parser.add_argument_group(
-        "or an OpenAI-compatible endpoint (needs the openai package)"
-    )
-    server.add_argument(
-        "--endpoint", metavar="URL", help="such as http://localhost:8000; /v1 is added without path"
-    )
-    server.add_argument("--model", metavar="NAME", help="model that the endpoint is asked for")
-    server.add_argument(
-        "--api",
-        choices=("chat", "completions"),
-        default="chat",
-        help="kind of request; base models and magpie need completions: chat",
-    )
-    server.add_argument(
-        "--api_key_env",
-        metavar="NAME",
-        help=f"environment variable with the key; unset: {OPENAI_KEY_VARIABLE}, if it is there",
-    )
-    server.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for a reply: 120"
-    )
+    _add_endpoint_flags(parser, "or an OpenAI-compatible endpoint")
     more = parser.add_argument_group("prompts and sampling")
     more.add_argument("--examples", type=int, default=3, metavar="N", help="seeds in a prompt: 3")
     _add_both(
@@ -319,9 +300,6 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest completion; unset: half the context, at most 3072",
     )
-    more.add_argument(
-        "--concurrency", type=int, default=5, metavar="N", help="prompts in work at once: 5"
-    )
     more.add_argument("--seed", type=int, default=42, help="of prompts and sampling: 42")
     more.add_argument("--max_requests", type=int, metavar="N", help="end after so many requests")
     more.add_argument(
@@ -338,6 +316,30 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         help="words that an instruction may not contain, one on each line; unset: words for what "
         "text cannot do",
     )
+
+
+def _add_endpoint_flags(parser: argparse.ArgumentParser, title: str) -> None:
+    """Add the group of flags that `ptuning.commands.asking.open_endpoint` takes."""
+    add = parser.add_argument_group(f"{title} (needs the openai package)").add_argument
+    add(
+        "--endpoint", metavar="URL", help="such as http://localhost:8000; /v1 is added without path"
+    )
+    add("--model", metavar="NAME", help="model that the endpoint is asked for")
+    add(
+        "--api",
+        choices=("chat", "completions"),
+        default="chat",
+        help="kind of request; base models need completions: chat",
+    )
+    add(
+        "--api_key_env",
+        metavar="NAME",
+        help=f"environment variable with the key; unset: {OPENAI_KEY_VARIABLE}, if it is there",
+    )
+    add(
+        "--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for a reply: 120"
+    )
+    add("--concurrency", type=int, default=5, metavar="N", help="prompts in work at once: 5")
 
 
 def _add_both(group: Any, name: str, **options: Any) -> None:
