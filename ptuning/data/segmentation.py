@@ -1,4 +1,4 @@
-"""Chinese words, as jieba cuts them by default (HMM on): for scores and for similarity."""
+"""Words of a text, and its language; Chinese words as jieba cuts them by default (HMM on)."""
 
 import functools
 import re
@@ -8,6 +8,8 @@ from typing import Any
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 RUNS = re.compile(rf"[{HAN}]+|[a-z0-9]+")
+_HAN = re.compile(f"[{HAN}]")
+_LATIN_WORD = re.compile(r"[A-Za-z]+")
 
 
 @functools.cache
@@ -37,3 +39,13 @@ def words_of(text: str) -> list[str]:
     for run in RUNS.findall(text.lower()):
         words += [run] if run.isascii() else list(word_cutter()(run))
     return words
+
+
+def language_of(text: str) -> str | None:
+    """Return "zh" or "en", by whether Han characters or Latin words are more; None for neither.
+
+    >>> language_of("用Python计算"), language_of("17"), language_of("Oslo 在哪里")
+    ('zh', None, 'zh')
+    """
+    han, latin = len(_HAN.findall(text)), len(_LATIN_WORD.findall(text))
+    return None if han == latin else "zh" if han > latin else "en"

@@ -11,10 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-NO_INPUT = {
-    *("noinput", "ninput", "noput", "noinputneeded", "noinputrequired", "na", "none"),
-    *("无", "无输入", "没有输入", "不需要输入", "无需输入"),
-}
+from ptuning.data.checking.check import is_fake_input
+
 INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"
 FIELDS = {  # label: field
     **{"instruction": INSTRUCTION, "input": INPUT, "output": OUTPUT},
@@ -148,12 +146,8 @@ def _as_text(value: Any) -> str:
 def _to_block(record: Sequence[tuple[str, str]], fields: Mapping[str, str]) -> Block:
     values = dict(reversed(record))  # of a repeated field, the first
     text = values.get(INPUT, "")
-    bare = re.sub(r"[\W_]", "", text).lower()
-    task = Task(
-        values.get(INSTRUCTION, ""),
-        "" if bare in NO_INPUT else text,
-        values.get(OUTPUT, ""),
-    )
+    text = "" if is_fake_input(text) else text
+    task = Task(values.get(INSTRUCTION, ""), text, values.get(OUTPUT, ""))
     fault = None
     if len(record) > len(values):
         fault = "repeated_field"

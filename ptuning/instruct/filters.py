@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from string import punctuation
 
-from ptuning.data.segmentation import HAN
+from ptuning.data.segmentation import HAN, language_of
 from ptuning.instruct.blocks import Task
 from ptuning.instruct.templates import Template
 
@@ -19,8 +19,6 @@ BLOCKED_WORDS = (  # of tasks that text alone cannot do
     *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
     *("图片", "图像", "图表", "视频", "音频", "链接", "http", "画图", "绘制"),
 )
-_HAN = re.compile(f"[{HAN}]")
-_LATIN_WORD = re.compile(r"[A-Za-z]+")
 _WORD = re.compile(rf"[{HAN}]|[a-z0-9]+")
 # An instruction that names a language may have an output in another one than its own.
 _NAMES_LANGUAGE = re.compile(
@@ -67,16 +65,6 @@ def fault_of(task: Task, template: Template, blocked: re.Pattern[str]) -> str | 
     if asked not in (template.language, None) or (asked is not None and is_foreign):
         return "wrong_language"
     return None
-
-
-def language_of(text: str) -> str | None:
-    """Return "zh" or "en", by whether Han characters or Latin words are more; None for neither.
-
-    >>> language_of("用Python计算"), language_of("17"), language_of("Oslo 在哪里")
-    ('zh', None, 'zh')
-    """
-    han, latin = len(_HAN.findall(text)), len(_LATIN_WORD.findall(text))
-    return None if han == latin else "zh" if han > latin else "en"
 
 
 def _product_fault(task: Task) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ptuning.data.similarity import Pool
-from ptuning.instruct.blocks import NO_INPUT, Block, Task, read_blocks, write_block
+from ptuning.instruct.blocks import Block, Task, read_blocks, write_block
 from ptuning.instruct.filters import BLOCKED_WORDS, blocked_pattern, fault_of
 from ptuning.instruct.templates import TEMPLATES
 from tests.conftest import TESTS
@@ -119,4 +119,3 @@ def test_inputs_that_say_there_is_none_are_those_of_the_published_rows(shared: A
 
     found = [n for n, row in enumerate(rows) if reads_as_none(row["input"])]
     assert found == facts["alpaca_5000"]["fake_inputs"]["indices"]
-    assert "noinput" in NO_INPUT

@@ -27,9 +27,9 @@ DIGEST_BYTES = 16
 REPLACEMENT = "\ufffd"  # what editors write in place of a character that they could not read
 # What stands for an empty cell; pandas' read_csv reads all of them so.
 MISSING_WORDS = {"nan", "NaN", "None", "null", "NULL", "N/A", "n/a", "#N/A", "<NA>"}
-# Inputs that say there is none, reduced to their letters: those of Alpaca's rows, and in Chinese
+# Inputs that say there is none, reduced to letters and digits: those of Alpaca's rows, and Chinese
 NO_INPUT = {"na", "ninput", "noinput", "noinputneeded", "noinputrequired", "none", "noput"}
-NO_INPUT |= {"无", "无输入", "没有输入"}
+NO_INPUT |= {"无", "无输入", "没有输入", "不需要输入", "无需输入"}
 _UNKNOWN_MARK = re.compile(r"<UNK>|\[UNK\]", re.IGNORECASE)  # in 30 % of ADGEN's answers
 # Written-out control tokens. Here they are encoded as plain text, but `<n>`, `<|tab|>` and
 # `<|blank_k|>` are decoded as whitespace, and other programs, including the published code, read
@@ -263,7 +263,7 @@ def find_placeholders(text: str) -> list[str]:
 def is_fake_input(text: str) -> bool:
     """Return whether an input says that there is none: "No input", "<noinput>", "N/A".
 
-    >>> is_fake_input("\\\\<noinput\\\\>"), is_fake_input("No."), is_fake_input("")
+    >>> is_fake_input("\\\\<noinput\\\\>"), is_fake_input("No."), is_fake_input("n = 1, a = 2")
     (True, False, False)
     """
-    return "".join(filter(str.isalpha, text.lower())) in NO_INPUT
+    return "".join(filter(str.isalnum, text.lower())) in NO_INPUT
