@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ptuning.commands.asking import check_least, open_endpoint
 from ptuning.completions.source import EngineSource, Source
+from ptuning.data.raw_file import number_of
 from ptuning.data.reading import find_files
 from ptuning.engine.request import Sampling
 from ptuning.instruct.blocks import Task
@@ -29,17 +30,16 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         tally = collector.collect(arguments.num, max_requests=arguments.max_requests)
     except KeyboardInterrupt:
-        logger.warning(
-            "Type the same command again to continue; what %d requests gave is kept.",
-            collector.num_saved,
-        )
+        saved = number_of(collector.num_saved, "request")
+        logger.warning("Type the same command again to continue; what %s gave is kept.", saved)
         raise
     if arguments.alpaca_json is not None:
         tasks = [{name: row["meta"][name] for name in Task._fields} for row in collector.rows]
         text = json.dumps(tasks, ensure_ascii=False, indent=2) + "\n"
         write_atomically(arguments.alpaca_json, text.encode("utf-8", "backslashreplace"))
     logger.info("%s", tally)
-    logger.info("wrote %d rows to %s; report: %s", tally.kept, arguments.out, collector.report_path)
+    written = number_of(tally.kept, "row")
+    logger.info("wrote %s to %s; report: %s", written, arguments.out, collector.report_path)
     if tally.kept < arguments.num:
         logger.warning("%d of --num %d rows: %s.", tally.kept, arguments.num, tally.ended)
         return 1
@@ -80,8 +80,10 @@ def _read_lines(path: Path | None, flag: str) -> list[str]:
         return []
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"{flag} {path} cannot be read as UTF-8 text ({error}).") from error
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be read ({error.strerror}).") from error
+    except UnicodeError as error:
+        raise ValueError(f"{flag} {path} is not UTF-8 text ({error}); save it as UTF-8.") from error
     if not any(lines):
         raise ValueError(f"{flag} {path} has no text; write one entry on each line.")
     return [line for line in lines if line]

@@ -17,6 +17,7 @@ import numpy as np
 from ptuning.completions.journal import Journal, to_line
 from ptuning.completions.source import Ask, Completion, Source
 from ptuning.data.conversion import ContractRow
+from ptuning.data.raw_file import number_of
 from ptuning.data.similarity import Pool
 from ptuning.engine.request import Sampling
 from ptuning.instruct.blocks import Block, Task, read_blocks
@@ -53,7 +54,10 @@ class Settings:
 
 @dataclass
 class Tally:
-    """What became of the requests; ended: why there are fewer rows than asked for."""
+    """What became of the requests; ended: why there are fewer rows than asked for.
+
+    retries are those of this process alone; the other counts include what it continues.
+    """
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -69,8 +73,9 @@ class Tally:
         dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
         tokens = self.prompt_tokens + self.completion_tokens
         return (
-            f"{self.requests} requests ({self.retries} retries), {tokens:,} tokens: "
-            f"{self.made} tasks made, {self.kept} kept, dropped: {dropped or 'none'}"
+            f"{number_of(self.requests, 'request')} ({self.retries} retried in this run), "
+            f"{tokens:,} tokens: {number_of(self.made, 'task')} made, {self.kept:,} kept, dropped: "
+            f"{dropped or 'none'}"
         )
 
 

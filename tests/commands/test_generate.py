@@ -93,9 +93,9 @@ def test_out_is_not_a_folder_or_a_file_of_something_else(capsys, scripted, folde
     ("file", "fault"),
     [
         ("blank.txt", "has no text; write one entry on each line."),
-        ("none.txt", "cannot be read as UTF-8 text ([Errno 2] No such file"),
-        ("gbk.txt", "cannot be read as UTF-8 text ('utf-8' codec can't decode"),
-        ("folder.jsonl", "cannot be read as UTF-8 text ("),
+        ("none.txt", "cannot be read (No such file or directory)."),
+        ("gbk.txt", "is not UTF-8 text ('utf-8' codec can't decode"),
+        ("folder.jsonl", "cannot be read ("),
     ],
 )
 def test_a_list_that_cannot_be_read_is_named_with_its_flag(capsys, flag, file, fault):

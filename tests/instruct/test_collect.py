@@ -14,7 +14,7 @@ from ptuning.data.prompts import RowFormat
 from ptuning.data.reading import read_rows
 from ptuning.data.similarity import Pool
 from ptuning.instruct.blocks import Task
-from ptuning.instruct.collect import MAX_IDLE, MAX_WAVE, Collector, Settings
+from ptuning.instruct.collect import MAX_IDLE, MAX_WAVE, Collector, Settings, Tally
 from ptuning.instruct.filters import BLOCKED_WORDS
 from ptuning.instruct.templates import TEMPLATES
 from tests.completions.scripted import ScriptedSource, completed, sentence, tasks_for
@@ -117,8 +117,13 @@ def test_the_report_adds_up(finished):
 
 def test_the_tally_is_one_line(tmp_path):
     tally = collect(tmp_path / "new.jsonl", 5)
-    said = "2 requests (0 retries), 280 tokens: 6 tasks made, 5 kept, dropped: 1 blocked_word"
-    assert str(tally) == said
+    assert str(tally) == (
+        "2 requests (0 retried in this run), 280 tokens: 6 tasks made, 5 kept, "
+        "dropped: 1 blocked_word"
+    )
+    assert str(Tally(requests=1, made=1, kept=1)) == (
+        "1 request (0 retried in this run), 0 tokens: 1 task made, 1 kept, dropped: none"
+    )
 
 
 def test_the_same_command_again_asks_for_nothing_and_changes_no_byte(finished):

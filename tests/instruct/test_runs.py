@@ -69,7 +69,7 @@ def test_a_run_says_what_became_of_its_requests(server, tmp_path, caplog):
     assert report["completion_tokens"] == 40 * (report["requests"] - 1)
     assert report["made"] == NUM + sum(report["dropped"].values())
     said = caplog.text
-    assert f"{report['requests']} requests (1 retries), " in said
+    assert f"{report['requests']} requests (1 retried in this run), " in said
     assert f"{report['made']} tasks made, {NUM} kept, dropped: " in said
     assert "1 malformed_reply" in said
     assert f"--mix {out}:0.3" in said
