@@ -26,8 +26,8 @@ REMEDIES = {  # by the status of a refusal
     429: "once the limit or quota allows, the same command continues",
 }
 OTHER_REFUSAL = (
-    "check --endpoint, --model and the lengths; if this prompt alone is refused, another --seed "
-    "with another --out asks others"
+    "check --endpoint, --model and the lengths; if this prompt alone is refused, leave out its "
+    "row, or have generate ask others with another --seed and --out"
 )
 FAILING = "it failed {tries} times; the same command continues"
 UNREACHED = "tried {tries} times; the same command continues"
@@ -101,7 +101,8 @@ class EndpointSource:
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (request, completion) as replies arrive; after an error the rest is cancelled.
 
-        top_logprobs: how many of the most probable first tokens each completion names.
+        top_logprobs: how many of the most probable first tokens each completion names, where the
+        endpoint gives their log-probabilities.
         """
         if not asks:
             return
@@ -240,14 +241,19 @@ class EndpointSource:
 
 
 def first_logprobs(choice: Any) -> dict[str, float] | None:
-    """Return the log-probabilities of the first token of a choice of either API."""
+    """Return those of the first token that is not blank, in a choice of either API; None without.
+
+    Tokenizers such as ChatGLM's begin many answers with a token for a blank.
+    """
     try:
         found = choice.logprobs
         if getattr(found, "content", None):
-            pairs = [(one.token, one.logprob) for one in found.content[0].top_logprobs]
+            tokens = [one.token for one in found.content]
+            tops = [{top.token: top.logprob for top in one.top_logprobs} for one in found.content]
         else:
-            pairs = [*found.top_logprobs[0].items()]
-        return {str(token): float(logprob) for token, logprob in pairs} or None
+            tokens, tops = found.tokens, found.top_logprobs
+        place = next((place for place, token in enumerate(tokens) if token.strip()), 0)
+        return {token: float(logprob) for token, logprob in tops[place].items()} or None
     except (ValueError, TypeError, AttributeError, LookupError):
         return None
 

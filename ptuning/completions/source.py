@@ -27,7 +27,8 @@ class Ask(NamedTuple):
 class Completion(NamedTuple):
     """A completion; text None is a reply that was none. Counts are in tokens.
 
-    logprobs: the log-probability of each of the most probable first tokens, None if not given.
+    logprobs: the log-probabilities of the most probable first tokens (the first that are not
+    blank), None if they were not asked for or not given.
     """
 
     text: str | None

@@ -116,11 +116,6 @@ class Collector:
             adopted=unset,  # what an endpoint says of its context may change
             at_least=["concurrency"],
         )
-        self._saved = {  # a malformed reply is asked for again
-            key: completion
-            for key, completion in self._saved.items()
-            if completion.text is not None
-        }
         self._identity = self._journal.identity
         self.max_new_tokens: int = self._identity["max_new_tokens"]
         self.num_tasks: int = self._identity["tasks_per_request"] if self.template.labels else 1
@@ -154,9 +149,9 @@ class Collector:
         completion_tokens: int,
     ) -> None:
         """Take a completion as it is in the journal."""
-        counts = (prompt_tokens, completion_tokens)
-        self._saved[request, stage] = Completion(text, finish_reason, *counts)
-        self._num_tokens += sum(counts)
+        self._num_tokens += prompt_tokens + completion_tokens
+        completion = Completion(text, finish_reason, prompt_tokens, completion_tokens)
+        self._saved[request, stage] = completion
 
     def _collect(self, num_rows: int, max_requests: int | None) -> None:
         tally = self.tally
@@ -203,7 +198,8 @@ class Collector:
         A source that repeats itself is asked for the whole wave: its batches, and so its
         completions to the last bit, are those of a run that was not interrupted.
         """
-        missing = [request for request in prompts if (request, stage) not in self._saved]
+        none = Completion(None)  # a malformed reply of an earlier run is asked for again
+        missing = [n for n in prompts if self._saved.get((n, stage), none).text is None]
         asks = [
             Ask(request, prompt, Random(f"{self.settings.seed}:{request}:{stage}").getrandbits(31))
             for request, prompt in prompts.items()

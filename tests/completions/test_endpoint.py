@@ -70,7 +70,7 @@ IN_CHAT = {
         {"token": "!", "top_logprobs": [{"token": "!", "logprob": -0.1}]},
     ]
 }  # fmt: skip
-IN_COMPLETIONS = {"tokens": ["5", "!"], "top_logprobs": [{"5": -0.5, "6": -1}, {"!": -0.1}]}
+IN_COMPLETIONS = {"tokens": [" ", "5"], "top_logprobs": [{" ": -0.1}, {"5": -0.5, "6": -1}]}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,7 @@ def test_the_most_probable_first_tokens_are_named_where_asked_for(server, api, g
         {"content": [{"top_logprobs": []}]},
         {"content": [{"top_logprobs": [{"token": "5", "logprob": None}]}]},
         *({"top_logprobs": None}, {"top_logprobs": []}, {"top_logprobs": [None]}),
+        *({"tokens": ["5"], "top_logprobs": tops} for tops in (None, [], [None], [{"5": None}])),
     ],
 )
 @pytest.mark.parametrize("api", ["chat", "completions"])
