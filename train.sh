@@ -9,7 +9,7 @@
 #
 #   MODEL              a folder, a hub id or nano, the embedded model; unset: THUDM/chatglm-6b with a CUDA device, else nano
 #   TUNING             what is trained: ptuning (a prefix, the default), lora (an adapter) or full (the whole model)
-#   PRESET             task (best score on the task) or gentle (keeps more of the base, docs/forgetting.md)
+#   PRESET             task (best score on the task), gentle (keeps more of the base, docs/forgetting.md) or lima (few, curated rows)
 #   TRAIN_FILE         rows to train on, a file or a pattern; unset: AdvertiseGen/train.json if it is there, else the sample in AdvertiseGen/sample
 #   DEV_FILE           rows to score on; needed with TRAIN_FILE
 #   NAME               name of the run; unset: the data's and the model's, such as adgen-nano
@@ -58,7 +58,7 @@ if [ "$TUNING" = ptuning ] && [ -z "$checkpoint" ]; then
 else
   setting --pre_seq_len PRE_SEQ_LEN
 fi
-if [ -z "${EPOCHS:-}" ]; then
+if [ -z "${EPOCHS:-}" ] && [ "$PRESET${MAX_STEPS:-}" != lima ]; then  # the preset sets 15 epochs
   setting --max_steps MAX_STEPS 400 3000                 # optimiser steps
 fi
 setting --num_train_epochs EPOCHS

@@ -114,6 +114,7 @@ class Seq2SeqTrainer(transformers.Trainer):
         # gradient underflows in float16.
         self.label_smoother = None
         model.label_smoothing = args.label_smoothing_factor
+        model.set_layer_dropout(config.layer_dropout)
         for printer in (transformers.PrinterCallback, trainer.DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(printer)
         self.progress = ProgressLines()

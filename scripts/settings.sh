@@ -74,8 +74,8 @@ choose_tuning() {
     *) refuse "$(said TUNING tuning): use ptuning (a prefix), lora (an adapter) or full (the whole model)." ;;
   esac
   case ${PRESET:=} in
-    '' | task | gentle) ;;
-    *) refuse "$(said PRESET preset): use task (the best score on the task) or gentle (keeps more of the base)." ;;
+    '' | task | gentle | lima) ;;
+    *) refuse "$(said PRESET preset): use task (the best score on the task), gentle (keeps more of the base) or lima (few, curated rows)." ;;
   esac
 }
 

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from main import main
@@ -159,14 +160,30 @@ def test_the_published_recipe_samples_and_says_nothing_of_greedy(base, files):
     assert "0.95" in report
 
 
-def test_resuming_gives_the_same_prefix_bit_for_bit(base, files):
-    flags = train_flags(base, files)
+@pytest.mark.parametrize("dropout", ["0", "0.3"])
+def test_resuming_gives_the_same_prefix_bit_for_bit(dropout, base, files):
+    flags = train_flags(base, files, "--layer_dropout", dropout)
     assert main(flags) == 0
     whole = prefix_of(files / "out")
     shutil.rmtree(files / "out" / "checkpoint-4")
     (files / "out" / "prefix.safetensors").unlink()
     assert main([*flags, "--resume_from_checkpoint", "auto"]) == 0
     assert same(prefix_of(files / "out"), whole)
+
+
+def test_lima_decays_to_a_tenth_and_leaves_a_checkpoint_of_every_epoch(base, files):
+    flags = train_flags(base, files, "--preset", "lima", "--num_train_epochs", "3")
+    place = flags.index("--max_steps")
+    flags = [*flags[:place], *flags[place + 4 :], "--per_device_train_batch_size", "10"]
+    assert main(flags) == 0
+    rates = {}
+    for folder in (files / "out").glob("checkpoint-*"):
+        group, _biases = torch.load(folder / "optimizer.pt")["param_groups"]
+        assert (tuple(group["betas"]), group["weight_decay"]) == ((0.9, 0.95), 0.1)
+        rates[folder.name] = group["lr"]
+    wanted = {"checkpoint-3": 0.014, "checkpoint-6": 0.008, "checkpoint-9": 0.002}
+    assert group["initial_lr"] == 0.02
+    assert rates == pytest.approx(wanted)
 
 
 def test_the_seed_decides_the_prefix(base, files):

@@ -179,6 +179,9 @@ def test_a_preset_sets_the_rate_from_either_place_and_a_typed_rate_wins(checkout
         flags(run(checkout / "train.sh", LR="5e-3", PRESET="gentle"))["--learning_rate"] == "5e-3"
     )
     assert flags(run(checkout / "train.sh", PRESET="task"))["--learning_rate"] == "2e-2"
+    lima = flags(run(checkout / "train.sh", PRESET="lima"))
+    assert (lima["--learning_rate"], "--max_steps" in lima) == ("2e-2", False), "15 epochs"
+    assert flags(run(checkout / "train.sh", PRESET="lima", MAX_STEPS="9"))["--max_steps"] == "9"
     touch(checkout, "a.json", "b.json")
     chat = {"TRAIN_FILE": "a.json", "DEV_FILE": "b.json"}
     assert flags(run(checkout / "train_chat.sh", **chat))["--learning_rate"] == "1e-2"

@@ -86,6 +86,8 @@ class FeedForward(nn.Module):
 class Layer(GradientCheckpointingLayer):
     """Attention and feed-forward; gradient checkpointing recomputes it in the backward pass."""
 
+    dropout: float | None = None  # of both sublayers' outputs, in training
+
     def __init__(self, config: ChatGLMConfig, layer_index: int) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
@@ -113,9 +115,31 @@ class Layer(GradientCheckpointingLayer):
         )
         if only_needed and shared.layout is not None:
             normalised = keep_needed(normalised, shared.layout)  # (1, N, E)
-        hidden_states = torch.add(attended, normalised, alpha=SKIP_SCALE)
+        hidden_states = torch.add(self._drop(attended), normalised, alpha=SKIP_SCALE)
         normalised = self.post_attention_layernorm(hidden_states)
-        return torch.add(self.mlp(normalised), normalised, alpha=SKIP_SCALE), weights
+        return torch.add(self._drop(self.mlp(normalised)), normalised, alpha=SKIP_SCALE), weights
+
+    def _drop(self, output: Tensor) -> Tensor:
+        """Apply dropout to a sublayer's output in training.
+
+        Unlike in functional.dropout the probability is an operand, so that the layers of a compiled
+        model share one graph, and the mask has one byte an entry on a CPU too.
+        """
+        if not self.training or self.dropout is None:
+            return output
+        keep = torch.rand_like(output, dtype=torch.float32) >= self.dropout
+        return output * keep / (1 - self.dropout)
+
+
+def layer_dropouts(num_layers: int, top: float) -> list[float]:
+    """Return each layer's dropout: it rises linearly from 0 at the bottom.
+
+    Source: LIMA, section 3, https://arxiv.org/abs/2305.11206
+
+    >>> layer_dropouts(3, 0.2)
+    [0.0, 0.1, 0.2]
+    """
+    return [top * index / max(num_layers - 1, 1) for index in range(num_layers)]
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -469,6 +493,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
     def prefix_encoder(self) -> PrefixEncoder | None:
         """The attached prefix encoder, or None."""
         return self.transformer.prefix_encoder
+
+    def set_layer_dropout(self, top: float) -> None:
+        """Set the residual dropout of training, which rises from 0 to top; not part of config."""
+        layers = self.transformer.layers
+        for layer, probability in zip(layers, layer_dropouts(len(layers), top), strict=True):
+            layer.dropout = probability or None
 
     def add_prefix(self, prefix_length: int, *, project: bool = False) -> PrefixEncoder:
         """Attach a new prefix, its table drawn from N(0, 1), in place of an attached one."""

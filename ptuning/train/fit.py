@@ -77,6 +77,7 @@ class Workload:
     tuning: str = "ptuning"  # or "lora", "full"
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
+    layer_dropout: float = 0.0
     quantization_bit: int | None = None
     compiles: bool = False  # with a compiler back end that was asked for
 
@@ -215,6 +216,7 @@ def workload_size(config: ChatGLMConfig, dtype: torch.dtype, workload: Workload)
         tuning=workload.tuning,
         lora_rank=workload.lora_rank,
         lora_targets=workload.lora_targets,
+        layer_dropout=workload.layer_dropout,
         **gpu_terms(workload.device, workload.memory_target),
     )
 
@@ -414,6 +416,7 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
         tuning=config.tuning or PTUNING,
         lora_rank=rank,
         lora_targets=targets,
+        layer_dropout=config.layer_dropout,
         quantization_bit=config.quantization_bit,
         compiles=config.torch_compile_backend is not None,
     )

@@ -51,8 +51,11 @@ class ModelArguments:
     preset: str | None = flag(
         None,
         "Matching defaults: task (--learning_rate 2e-2) for the best task score, gentle "
-        "(--learning_rate 1e-3 --prefix_init_std 1e-3) to preserve more of the base's abilities. "
-        "Flags that are typed override them. Default: none.",
+        "(--learning_rate 1e-3 --prefix_init_std 1e-3) to preserve more of the base's abilities, "
+        "lima for about 1,000 curated rows: 15 epochs, AdamW betas 0.9 and 0.95, weight decay 0.1, "
+        "--learning_rate 2e-2 with linear decay to a tenth and no warm-up, a checkpoint per epoch "
+        "(LIMA's --layer_dropout 0.3 is not included). Flags that are typed override them. "
+        "Default: none.",
     )
     prefix_init_std: float | None = flag(
         None,
@@ -68,6 +71,11 @@ class ModelArguments:
         None,
         "Linear layers that get LoRA, comma-separated: query_key_value, dense, dense_h_to_4h, "
         "dense_4h_to_h. Default: query_key_value.",
+    )
+    layer_dropout: float = flag(
+        0.0,
+        "Residual dropout in training, from 0 to below 1: the probability at the top layer, rising "
+        "linearly from 0 at the bottom. LIMA: 0.3, or 0.2 for small models.",
     )
     quantization_bit: int | None = flag(
         None, "Bits per weight of the frozen base, 4 or 8. Default: as stored in the checkpoint."

@@ -54,6 +54,7 @@ class ModelSize:
     tuning: str = "ptuning"  # or "lora", "full"
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
+    layer_dropout: float = 0.0  # of the top layer
 
     @property
     def unit(self) -> int:
@@ -205,6 +206,8 @@ def layer_bytes(size: ModelSize, batch: Batch) -> int:
         widths = sum(size.linears[name][1] for name in size.lora_targets)
         inputs += tokens * widths
         masks += tokens * widths
+    if size.layer_dropout:  # of both sublayers' outputs
+        masks += 2 * tokens * hidden
     if size.on_cpu:
         return size.unit * (inputs + inner + _varlen_attention_elements(size, batch)) + masks
     # Fused attention on the padded grid: queries, output, keys and values behind the prefix, and
@@ -236,6 +239,7 @@ def activation_bytes(size: ModelSize, batch: Batch, *, checkpointed_layers: int 
     if num_saving:  # the last layer computes only the answer tokens after its attention
         unread = batch.tokens - batch.answer_tokens
         saved -= unread * (size.hidden_size + size.inner_size) * size.unit
+        saved -= unread * 2 * size.hidden_size if size.layer_dropout else 0
     return saved
 
 

@@ -39,9 +39,20 @@ from ptuning.tunings.loading import WORDS_OF_MAIN, find_base
 if TYPE_CHECKING:
     import numpy as np
 
-PRESETS: dict[str, dict[str, float]] = {
+PRESETS: dict[str, dict[str, float | str]] = {
     "task": {"learning_rate": 2e-2},
     "gentle": {"learning_rate": 1e-3, "prefix_init_std": 1e-3},
+    # LIMA, section 3, https://arxiv.org/abs/2305.11206, but for the rate, which is a prefix's.
+    "lima": {
+        "num_train_epochs": 15,
+        "learning_rate": 2e-2,
+        "warmup_steps": 0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.1,
+        "save_strategy": "epoch",
+        "lr_scheduler_type": "polynomial",  # of degree 1: linear, to lr_end in place of 0
+    },
 }
 LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
 ROW_FLAGS = tuple(f.name for f in fields(RowFormat))  # an artefact remembers these
@@ -66,7 +77,7 @@ NOT_FOR_THE_TRAINER = (
 DECISIVE = (
     *("model_name_or_path", "model_revision", "tokenizer_name", "tuning", "ptuning_checkpoint"),
     *("init_from", "pre_seq_len", "prefix_projection", "prefix_init_std", *LORA_FLAGS),
-    *("quantization_bit", "quantize_embeddings", "bf16", "fp16", "source_prefix"),
+    *("layer_dropout", "quantization_bit", "quantize_embeddings", "bf16", "fp16", "source_prefix"),
     *("max_source_length", "max_target_length", "recipe", "mix"),
     *("max_train_samples", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "seed"),
@@ -212,6 +223,7 @@ class RunConfig(ModelArguments, DataArguments, TrainingArguments, TrainerArgumen
         """Return the flags that decide what is learned, by name, as JSON values."""
         others = {n: v for n, v in self.trainer_flags.items() if not n.startswith(INDECISIVE)}
         values = {name: getattr(self, name) for name in DECISIVE} | others
+        values["layer_dropout"] = self.layer_dropout or None  # runs of earlier versions have none
         del values["num_train_epochs" if self.max_steps > 0 else "max_steps"]
         return values
 
@@ -235,27 +247,30 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
         return RunConfig(
             **{name: value for name, value in values.items() if name in own},
             trainer_flags={name: value for name, value in values.items() if name not in own},
-            notices=(*notices, *lines, *_notices_of(typed)),
+            notices=(*notices, *lines, *_notices_of(preset | typed)),
             argv=tuple(argv),
         )
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
 
 
-def preset_values(typed: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
+def preset_values(typed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the values of the preset that was typed, and the line that lists them."""
     name = typed.get("preset")
     if name is None:
         return {}, []
     if name not in PRESETS:
-        raise UsageError(f"--preset is {name}; use {' or '.join(PRESETS)}.")
-    values = dict(PRESETS[name])
+        raise UsageError(f"--preset is {name}; use {', '.join(PRESETS)}.")
+    values: dict[str, Any] = dict(PRESETS[name])
     if typed.get("ptuning_checkpoint") or typed.get("init_from"):
         values.pop("prefix_init_std", None)  # no new prefix is made
-    said = [
-        f"--{flag} {typed[flag]:g} (typed)" if flag in typed else f"--{flag} {value:g}"
-        for flag, value in values.items()
-    ]
+    if "lr_scheduler_type" in values and "lr_scheduler_type" not in typed:
+        rate = typed.get("learning_rate", values["learning_rate"])
+        values["lr_scheduler_kwargs"] = f'{{"lr_end": {rate / 10:g}}}'
+    said = []
+    for flag, value in (values | {flag: typed[flag] for flag in values if flag in typed}).items():
+        shown = f"{value:g}" if isinstance(value, float | int) else value
+        said.append(f"--{flag} {shown}{' (typed)' if flag in typed else ''}")
     return values, [f"--preset {name}: {', '.join(said)}"]
 
 
@@ -390,7 +405,7 @@ def _check_values(config: RunConfig) -> None:
             f"--max_steps is {config.max_steps}; use 1 or more, or leave it out and give "
             "--num_train_epochs."
         )
-    for name in ("lora_dropout", "label_smoothing_factor"):
+    for name in ("layer_dropout", "lora_dropout", "label_smoothing_factor"):
         value = getattr(config, name, config.trainer_flags.get(name))
         if value is not None and not 0 <= value < 1:
             raise UsageError(f"--{name} is {value}; use 0 to less than 1.")

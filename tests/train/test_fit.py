@@ -310,6 +310,7 @@ def test_a_workload_is_read_from_the_flags() -> None:
     assert (typed.eval_batch, typed.num_beams, typed.memory_target) == (3, 2, 4_600_000_000)
     assert workload("--per_gpu_eval_batch_size", "8").eval_batch == 8
     assert workload("--torch_compile_backend", "inductor").compiles
+    assert workload("--layer_dropout", "0.3").layer_dropout == 0.3
     assert not workload("--torch_compile").compiles
 
 
@@ -440,6 +441,7 @@ def answer_step(model):
 def test_compiled_equals_eager(model, monkeypatch, by_rows, dropout):
     monkeypatch.setattr("ptuning.model.chatglm.ChatGLMModel.uses_varlen", lambda _: by_rows)
     model.prefix_encoder.dropout = dropout
+    model.set_layer_dropout(dropout)
     torch.manual_seed(1)
     loss, gradient = answer_step(model)
     assert compile_layers(model, CPU, backend="aot_eager")
@@ -451,8 +453,8 @@ def test_compiled_equals_eager(model, monkeypatch, by_rows, dropout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [0, 4])
-def test_a_layer_kind_is_one_graph_for_all_lengths(tmp_path, monkeypatch, bits):
+@pytest.mark.parametrize(("bits", "layer_dropout"), [(0, 0.0), (4, 0.0), (0, 0.3)])
+def test_a_layer_kind_is_one_graph_for_all_lengths(tmp_path, monkeypatch, bits, layer_dropout):
     """The first layer's input needs no gradient, the last continues with answers: three kinds."""
     monkeypatch.setattr("ptuning.model.chatglm.ChatGLMModel.uses_varlen", lambda _: False)
     monkeypatch.setattr("ptuning.model.attention.fused_attention", attention_as_on_cuda)
@@ -462,6 +464,7 @@ def test_a_layer_kind_is_one_graph_for_all_lengths(tmp_path, monkeypatch, bits):
         quantize_model_(model, bits)
     model.add_prefix(4)
     model.freeze_base()
+    model.set_layer_dropout(layer_dropout)
     graphs = []
 
     def count(graph, _inputs):

@@ -109,10 +109,11 @@ def published_size(dtype: torch.dtype, *, on_cpu: bool = False, **how: object) -
     return size_of(ChatGLMConfig(), dtype, on_cpu=on_cpu, prefix_length=128, **how)
 
 
+@pytest.mark.parametrize("layer_dropout", [0.0, 0.3])
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_keeps_what_the_arithmetic_says(
-    dtype: torch.dtype, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, on_cpu: bool, layer_dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two depths, so that what is kept once (the loss, the mask, the angles) drops out.
 
@@ -124,8 +125,10 @@ def test_a_layer_keeps_what_the_arithmetic_says(
     kept, expected = [], []
     for num_layers in (3, 5):
         model = build(dtype, num_layers=num_layers)
+        model.set_layer_dropout(layer_dropout)
         kept.append(kept_bytes(model, lambda model=model: model(**batch).loss))
-        expected.append(activation_bytes(size_in(model, on_cpu=on_cpu), BATCH))
+        size = size_in(model, on_cpu=on_cpu, layer_dropout=layer_dropout)
+        expected.append(activation_bytes(size, BATCH))
         if not on_cpu:
             mask_entries = num_layers * len(LENGTHS) * 2 * 16 * SIZES["hidden_size"]
             expected[-1] += mask_entries * (dtype.itemsize - 1)

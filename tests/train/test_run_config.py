@@ -76,6 +76,32 @@ def test_what_is_typed_wins_before_and_behind_the_preset(rate, tmp_path):
         assert "--learning_rate 0.0005 (typed)" in config.notices[0]
 
 
+def test_lima_ends_at_a_tenth_of_whatever_the_rate_is_and_says_all_it_sets(tmp_path):
+    config = read(tmp_path, "--preset", "lima")
+    assert (config.num_train_epochs, config.learning_rate, config.layer_dropout) == (15, 2e-2, 0)
+    (notice,) = config.notices
+    assert notice == (
+        "--preset lima: --num_train_epochs 15, --learning_rate 0.02, --warmup_steps 0, "
+        "--adam_beta1 0.9, --adam_beta2 0.95, --weight_decay 0.1, --save_strategy epoch, "
+        '--lr_scheduler_type polynomial, --lr_scheduler_kwargs {"lr_end": 0.002}'
+    )
+    config = read(tmp_path, "--preset", "lima", "--learning_rate", "3e-3", "--weight_decay", "0")
+    assert config.trainer_flags["lr_scheduler_kwargs"] == '{"lr_end": 0.0003}'
+    assert "--weight_decay 0 (typed)" in config.notices[0]
+
+
+def test_another_schedule_or_length_than_limas_is_taken_as_typed(tmp_path):
+    config = read(tmp_path, "--preset", "lima", "--lr_scheduler_type", "cosine")
+    assert config.lr_scheduler_type == "cosine"
+    assert "lr_scheduler_kwargs" not in config.trainer_flags
+    own = '{"power": 2}'
+    config = read(tmp_path, "--preset", "lima", "--lr_scheduler_kwargs", own)
+    assert config.trainer_flags["lr_scheduler_kwargs"] == own
+    assert config.notices[0].endswith(f"--lr_scheduler_kwargs {own} (typed)")
+    notices = read(tmp_path, "--preset", "lima", "--max_steps", "5").notices
+    assert "--num_train_epochs 15 has no effect: --max_steps 5 overrides it." in notices
+
+
 def test_a_start_from_a_checkpoint_keeps_its_entries():
     values, _ = preset_values({"preset": "gentle", "init_from": "old"})
     assert values == {"learning_rate": 1e-3}
@@ -158,6 +184,8 @@ def test_settings_hold_what_decides_the_result_and_nothing_else(tmp_path):
     assert settings("--dataloader_drop_last") != same
     for more in (["--learning_rate", "1"], ["--weight_decay", "1"], ["--seed", "1"], ["--bf16"]):
         assert settings(*more) != same
+    assert settings("--layer_dropout", "0.3")["layer_dropout"] == 0.3
+    assert same["layer_dropout"] is None, "equal to that of a run before there was the flag"
     assert settings("--max_steps", "3") == settings("--max_steps", "3", "--num_train_epochs", "1")
 
 
@@ -274,6 +302,16 @@ HINTS = {
         "--lora_dropout is 1.0; use 0 to less than 1",
         ["--tuning", "lora", "--lora_dropout", "0"],
     ),
+    "layers' dropout 1": (
+        [*PREFIX, "--layer_dropout", "1"],
+        "--layer_dropout is 1.0; use 0 to less than 1",
+        [*PREFIX, "--layer_dropout", "0.3"],
+    ),
+    "layers' dropout nan": (
+        [*PREFIX, "--layer_dropout", "nan"],
+        "--layer_dropout is nan; use 0 to less than 1",
+        [*PREFIX, "--layer_dropout", "0"],
+    ),
     "smoothing 1": (
         [*PREFIX, "--label_smoothing_factor", "1"],
         "--label_smoothing_factor is 1.0; use 0 to less than 1",
@@ -353,8 +391,8 @@ HINTS = {
     ),
     "unknown preset": (
         [*PREFIX, "--preset", "soft"],
-        "task or gentle",
-        [*PREFIX, "--preset", "gentle"],
+        "task, gentle, lima",
+        [*PREFIX, "--preset", "lima"],
     ),
     "preset of lora": (
         ["--tuning", "lora", "--preset", "gentle"],
