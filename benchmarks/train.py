@@ -15,7 +15,7 @@ import statistics
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from unittest import mock
 
@@ -97,20 +97,28 @@ def time_recipe(
     flags: Namespace,
 ) -> StepTimes:
     """Take the warm-up steps and --steps more by one recipe."""
+    step = whole_step(name, model)
+    times = [seconds(flags.device, lambda: step(rows)) for _ in range(WARM_UP_STEPS + flags.steps)]
+    return StepTimes(times[0], statistics.median(times[WARM_UP_STEPS:]))
+
+
+def whole_step(
+    name: str, model: ChatGLMForConditionalGeneration
+) -> Callable[[Sequence[BenchRow]], None]:
+    """Return a function that takes one optimizer step of rows by one recipe."""
     encoder = model.prefix_encoder
     assert encoder is not None, "make_model attaches one"
     fused = True if name == "ours" else None  # None leaves torch's own choice
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=fused)
 
-    def whole_step() -> None:
+    def step(rows: Sequence[BenchRow]) -> None:
+        model.train()
         STEPS[name](model, rows)
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    model.train()
-    times = [seconds(flags.device, whole_step) for _ in range(WARM_UP_STEPS + flags.steps)]
-    return StepTimes(times[0], statistics.median(times[WARM_UP_STEPS:]))
+    return step
 
 
 STEPS = {"published": published_step, "ours": our_step}

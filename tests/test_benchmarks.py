@@ -24,6 +24,7 @@ from benchmarks import (
     generate,
     memory,
     row_lengths,
+    select,
     setting,
     train,
 )
@@ -140,6 +141,26 @@ def test_new_tokens_are_a_budget_or_the_real_answer() -> None:
     assert [question.num_answer_tokens for question in real] == answers
     with pytest.raises(SystemExit, match="2"):
         generate.parse([*TINY, "--new_tokens", "-1"])
+
+
+# select
+
+
+@pytest.mark.parametrize("bits", ["", "4"])
+def test_scoring_is_timed_next_to_training(bits: str, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    width = ["--quantization_bit", bits] if bits else []
+    words = [*TINY, *width, "--rows", "4", "--repeats", "1", "--batch_tokens", "300"]
+    assert select.main([*words, "--json", str(out)]) == 0
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    lengths = row_lengths.ADGEN[:4]
+    one_pass, both = sum(map(sum, lengths)), sum(p + 2 * a + 1 for p, a in lengths)
+    tokens = {"training step": one_pass, "ifd": both, "ifd, pooled": both, "pooled": one_pass}
+    for name, wanted in tokens.items():
+        found = figures[name]
+        assert found["tokens_per_s"] * found["time_s"] == pytest.approx(wanted)
+        assert found["rows_per_s"] * found["time_s"] == pytest.approx(4)
+    assert figures["training step"]["times_training"] == 1
 
 
 # memory and full_size

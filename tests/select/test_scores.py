@@ -16,6 +16,7 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.quantization.layers import quantize_model_
 from ptuning.select.scores import (
     RowScores,
+    centre,
     cosine_to_targets,
     encode_rows,
     score_batch,
@@ -187,3 +188,9 @@ def test_the_nearest_target_counts() -> None:
     pooled = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     targets = torch.tensor([[0.0, 1.0], [0.8, 0.6]])
     assert cosine_to_targets(pooled, targets).tolist() == pytest.approx([0.8, 0.96])
+
+
+def test_centred_states_have_length_one_and_no_common_direction() -> None:
+    pooled = torch.tensor([[0.8, 0.6], [0.8, -0.6]])
+    mean = pooled.mean(dim=0)
+    torch.testing.assert_close(centre(pooled, mean), torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
