@@ -7,8 +7,7 @@ Any prefix is left out. Rows are laid end to end without padding; one call of th
 losses of a batch, and the pooled states too.
 Sources: IFD, Li et al. 2023, https://arxiv.org/abs/2308.12032; pooled states, Ivison et al. 2025,
 https://arxiv.org/abs/2503.01807 (they weight tokens by position, because theirs is a causal model).
-Shapes: B rows of a batch, R rows, S target rows, T tokens of a batch, N with a target, E hidden
-size.
+Shapes: T tokens of a batch, N with a target, B and R rows, S target rows, E hidden size.
 """
 
 import math
@@ -20,12 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptuning.data.prompts import SHORTEST, RowFormat, TextRow, to_example
-from ptuning.data.tokenization import (
-    IGNORED_LABEL,
-    TokenizedExample,
-    pad_right,
-    to_training_batch,
-)
+from ptuning.data.tokenization import IGNORED_LABEL, TokenizedExample, pad_right, to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.loss import token_losses
@@ -33,7 +27,7 @@ from ptuning.model.positions import FlatLayout
 
 CPU_BATCH_TOKENS = 2048  # measured: 512 is 5 to 40 % slower, 4,096 no faster
 GPU_BATCH_TOKENS = 8192  # estimated: 0.27 GB for ChatGLM-6B's widest activations in float16
-BLOCK_ROWS = 4096  # encoded at once: a token id takes 40 bytes as a Python integer in a list
+BLOCK_ROWS = 4096  # encoded at once: a token id takes up to 40 bytes in a list
 
 
 class RowScores(NamedTuple):
@@ -61,24 +55,21 @@ def score_rows(
     wants_pooled: bool,
     batch_tokens: int | None = None,
 ) -> Iterator[tuple[list[int], list[RowScores]]]:
-    """Yield batch by batch, long rows first, the indices of its rows and their scores.
+    """Yield batch by batch the indices of its rows and their scores.
 
-    A batch has at most batch_tokens tokens, those of both losses counted, or a single row; None
-    chooses by the device.
+    Rows are taken BLOCK_ROWS at a time, of these the longest first. A batch has at most
+    batch_tokens tokens, those of both losses counted, or a single row; None chooses by the device.
     """
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(model.device)
-    order = sorted(range(len(rows)), key=lambda index: -_num_characters(rows[index]))
-    for start in range(0, len(order), BLOCK_ROWS):
-        block = order[start : start + BLOCK_ROWS]
-        encoded = encode_rows(
-            tokenizer, [rows[index] for index in block], model.config.max_sequence_length
-        )
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        encoded = encode_rows(tokenizer, block, model.config.max_sequence_length)
         sizes = [num_tokens(row, wants_loss=wants_loss) for row in encoded]
         for places in form_batches(sizes, batch_tokens):
             batch = [encoded[place] for place in places]
             scores = score_batch(model, batch, wants_loss=wants_loss, wants_pooled=wants_pooled)
-            yield [block[place] for place in places], scores
+            yield [start + place for place in places], scores
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -201,8 +192,3 @@ def centre(pooled: Tensor, mean: Tensor) -> Tensor:
 def cosine_to_targets(pooled: Tensor, targets: Tensor) -> Tensor:
     """Return the highest cosine (R,) of each pooled state (R, E) to the targets' (S, E)."""
     return (pooled @ targets.T).amax(dim=1)
-
-
-def _num_characters(row: TextRow) -> int:
-    turns = sum(len(question) + len(answer) for question, answer in row.history)
-    return len(row.prompt) + len(row.response) + turns

@@ -14,6 +14,7 @@ from ptuning.data.prompts import TextRow
 from ptuning.data.tokenization import TokenizedExample
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.quantization.layers import quantize_model_
+from ptuning.select import scores
 from ptuning.select.scores import (
     RowScores,
     centre,
@@ -48,8 +49,8 @@ def score_all(nano: Nano, batch_tokens: int | None = None) -> list[RowScores]:
     """Return the scores of ROWS, in their order."""
     batches = score_rows(*nano, ROWS, wants_loss=True, wants_pooled=True, batch_tokens=batch_tokens)
     found = {}
-    for indices, scores in batches:
-        found |= dict(zip(indices, scores, strict=True))
+    for indices, scored in batches:
+        found |= dict(zip(indices, scored, strict=True))
     return [found[index] for index in range(len(ROWS))]
 
 
@@ -65,8 +66,8 @@ def test_losses_and_ifd_are_the_golden_ones(
     tiny: Model, batch: list[TokenizedExample], golden: Path, wants_pooled: bool
 ) -> None:
     rows = json.loads((golden / "ifd.json").read_text(encoding="utf-8"))["rows"]
-    scores = score_batch(tiny, batch, wants_loss=True, wants_pooled=wants_pooled)
-    for row, found in zip(rows, scores, strict=True):
+    scored = score_batch(tiny, batch, wants_loss=True, wants_pooled=wants_pooled)
+    for row, found in zip(rows, scored, strict=True):
         wanted = row["without_sop"]
         assert found.loss == pytest.approx(wanted["loss"], abs=1e-5), row["case"]
         assert found.loss_alone == pytest.approx(wanted["loss_empty"], abs=1e-5), row["case"]
@@ -105,8 +106,8 @@ def test_scores_are_those_of_plain_calls_of_the_model(
 ) -> None:
     if bits:
         quantize_model_(tiny, bits)
-    scores = score_batch(tiny, batch, wants_loss=True, wants_pooled=True)
-    for row, found in zip(batch, scores, strict=True):
+    scored = score_batch(tiny, batch, wants_loss=True, wants_pooled=True)
+    for row, found in zip(batch, scored, strict=True):
         loss, states = plain(tiny, row.input_ids, row.context_length)
         alone, _ = plain(tiny, row.input_ids[row.context_length - 1 :], 1)
         assert found[:2] == pytest.approx((loss, alone), abs=1e-5)
@@ -146,9 +147,9 @@ def test_a_long_answer_is_cut_and_then_a_long_prompt(
     ]
 
     monkeypatch.setattr(model.config, "max_sequence_length", longest - 1)
-    scores = score_all(loaded_nano)
-    assert [one.is_cut for one in scores] == [False] * 5 + [True]
-    assert all(math.isfinite(one.ifd) for one in scores)
+    scored = score_all(loaded_nano)
+    assert [one.is_cut for one in scored] == [False] * 5 + [True]
+    assert all(math.isfinite(one.ifd) for one in scored)
 
 
 def test_an_empty_answer_has_the_loss_of_its_end(loaded_nano: Nano) -> None:
@@ -168,7 +169,9 @@ def test_a_ratio_that_is_no_number_is_nan(alone: float) -> None:
     assert math.isnan(RowScores(1.0, alone, None, False).ifd)
 
 
-def test_batches_go_from_long_to_short_the_same_each_time(loaded_nano: Nano) -> None:
+def test_batches_go_from_long_to_short_the_same_each_time(
+    loaded_nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def order(batch_tokens: int) -> list[list[int]]:
         options = {"wants_loss": False, "wants_pooled": True, "batch_tokens": batch_tokens}
         return [indices for indices, _ in score_rows(*loaded_nano, ROWS, **options)]
@@ -182,6 +185,8 @@ def test_batches_go_from_long_to_short_the_same_each_time(loaded_nano: Nano) -> 
     assert [lengths[index] for index in flat] == sorted(lengths, reverse=True)
     assert all(sum(lengths[i] for i in batch) <= 60 or len(batch) == 1 for batch in found)
     assert order(1) == [[index] for index in flat]
+    monkeypatch.setattr(scores, "BLOCK_ROWS", 4)
+    assert order(10_000) == [[i for i in flat if i < 4], [i for i in flat if i >= 4]]
 
 
 def test_the_nearest_target_counts() -> None:
