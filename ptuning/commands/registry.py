@@ -19,6 +19,7 @@ NO_PICTURE = "none"
 KEY_VARIABLE = "PTUNING_API_KEY"
 PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
 OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
+CHECKPOINT_METRICS = ("rougeL", "bleu")  # of ptuning.scoring.ranking
 TASK_TEMPLATES = ("zh", "en", "adgen", "magpie")  # of ptuning.instruct.templates
 
 
@@ -225,6 +226,44 @@ def _answer(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens")
     parser.add_argument("--batch_size", type=int, default=16, help="rows answered at a time")
+
+
+def _choose_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        f"{parser.description} Every checkpoint of RUN answers the dev prompts greedily; they are "
+        "ranked by their answers, next to the validation loss. The same command again continues."
+    )
+    parser.epilog = "Exit status: 1 when a checkpoint is damaged and was skipped, else 0."
+    parser.add_argument("run", metavar="RUN", type=Path, help="--output_dir of a main.py run")
+    parser.add_argument(
+        "--dev",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="rows with answers to compare with, in any format of data files; about 50",
+    )
+    parser.add_argument(
+        "--metric", choices=CHECKPOINT_METRICS, default="rougeL", help="what decides: rougeL"
+    )
+    parser.add_argument(
+        "--copy", action="store_true", help="make RUN itself hold the best prefix or adapter"
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="rows answered at a time: 16")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help="longest answer in tokens; unset: the run's --max_target_length",
+    )
+    parser.add_argument(
+        "--model_name_or_path", metavar="MODEL", help="the base; unset: the run's own"
+    )
+    parser.add_argument(
+        "--quantization_bit",
+        type=int,
+        choices=SUPPORTED_BITS,
+        help="quantise the base as it is read; unset: as in the run",
+    )
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:
@@ -463,6 +502,12 @@ COMMANDS = (
         "Have a base model answer a file of prompts: general rows for --mix",
         _answer,
         "answer:run",
+    ),
+    Command(
+        "choose-checkpoint",
+        "Find the checkpoint of a run that answers dev prompts best",
+        _choose_checkpoint,
+        "choose_checkpoint:run",
     ),
     Command(
         "generate",

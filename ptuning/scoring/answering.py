@@ -130,6 +130,7 @@ class AnswerRun:
     tokenizer: ChatGLMTokenizer
     rows: GenerationDataset
     batch_size: int
+    title: str | None = None  # of the progress bar; None: says which of the two models answers
 
     @cached_property
     def decoding(self) -> Decoding:
@@ -179,7 +180,7 @@ class AnswerRun:
         """Return the rows at indices; those that are in file are not answered again."""
         first = len(file.finished)
         texts: list[str | None] = [None] * len(indices)
-        title = f"answering with the {'tuned model' if is_tuned else 'base'}"
+        title = self.title or f"answering with the {'tuned model' if is_tuned else 'base'}"
         if num_processes() > 1:
             title += f", 1 share of {num_processes()}"
         if first and is_main_process():

@@ -120,7 +120,7 @@ class RunDirectory:
 
     def _keep_stored_settings(self, checkpoint: Path) -> None:
         """Warn of flags that a checkpoint's optimizer state overrides, and record its values."""
-        then = self._recorded() if checkpoint.parent.resolve() == self.path.resolve() else {}
+        then = self.recorded() if checkpoint.parent.resolve() == self.path.resolve() else {}
         for name in STORED if then else ():
             old, new = then.get(name), self._settings.get(name)
             if old != new and is_main_process():
@@ -150,7 +150,7 @@ class RunDirectory:
                     f"--resume_from_checkpoint is {self._requested}, but {self.path} has no intact "
                     "checkpoint-N; leave the flag out to start over."
                 )
-        if self._overwrites or not (self._all_checkpoints() or self.holds_a_model()):
+        if self._overwrites or not (self.all_checkpoints() or self.holds_a_model()):
             return None
         if changed := self._changed_settings():
             raise self._refusal(changed)
@@ -199,7 +199,7 @@ class RunDirectory:
         if not is_main_process():
             return
         if self._overwrites and self._checkpoint is None:
-            old = self._all_checkpoints()
+            old = self.all_checkpoints()
             for folder in old:
                 delete_checkpoint(folder)
             if old:
@@ -212,7 +212,7 @@ class RunDirectory:
         """Return whether the result of a training is here, checkpoints aside."""
         return any((self.path / name).is_file() for name in ARTEFACT_NAMES)
 
-    def _recorded(self) -> dict[str, Any]:
+    def recorded(self) -> dict[str, Any]:
         """Return the settings in run.json; empty if it cannot be read."""
         try:
             record = json.loads((self.path / RECORD_NAME).read_text(encoding="utf-8"))
@@ -223,7 +223,7 @@ class RunDirectory:
 
     def _changed_settings(self) -> str:
         """Say which settings differ from those in run.json; "" for none."""
-        then, now = self._recorded(), self._settings
+        then, now = self.recorded(), self._settings
         if not then:
             return f"its settings are not known, as it has no {RECORD_NAME} that can be read"
         return ", ".join(
@@ -235,7 +235,7 @@ class RunDirectory:
     def _refusal(self, why: str, *, rows_differ: bool = False) -> OutputDirectoryError:
         """Return an error that says what is in the directory, why it stays, and what to type."""
         found, resume = "a trained model", ""
-        if folders := self.checkpoints() or self._all_checkpoints():
+        if folders := self.checkpoints() or self.all_checkpoints():
             found = folders[-1].name
             with suppress(ValueError):
                 facts = read_facts(folders[-1])
@@ -255,9 +255,9 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Return the intact checkpoints, oldest step first."""
-        return [folder for folder in self._all_checkpoints() if fault_of(folder) is None]
+        return [folder for folder in self.all_checkpoints() if fault_of(folder) is None]
 
-    def _all_checkpoints(self) -> list[Path]:
+    def all_checkpoints(self) -> list[Path]:
         """Return every checkpoint-N, intact or not, oldest step first."""
         found = filter(Path.is_dir, self.path.glob("checkpoint-*"))
         folders = [path for path in found if CHECKPOINT.fullmatch(path.name)]
@@ -265,7 +265,7 @@ class RunDirectory:
 
     @cached_property
     def _newest_resumable(self) -> Path | None:
-        for checkpoint in reversed(self._all_checkpoints()):
+        for checkpoint in reversed(self.all_checkpoints()):
             reason = why_not_resumable(checkpoint)
             if reason is None:
                 return checkpoint

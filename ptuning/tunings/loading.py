@@ -207,9 +207,9 @@ def find_model(
     return NamedModel(weights, None, info if info and info.tuning != PTUNING else None)
 
 
-def base_of(tuned: Path) -> str:
+def base_of(tuned: Path, *, flag: str = "--model") -> str:
     """Return the base that a prefix or an adapter says it was trained on; ValueError without it."""
-    remedy = "give it with --model"
+    remedy = f"give it with {flag}"
     if (tuned / ADAPTER_CONFIG_NAME).is_file():
         file = INFO_NAME if (tuned / INFO_NAME).is_file() else ADAPTER_CONFIG_NAME
         remedy = f"write it as base_model_name_or_path into {tuned / file}"
@@ -224,7 +224,7 @@ def base_of(tuned: Path) -> str:
     if not Path(base).is_dir() and (checkout / base / "config.json").is_file():
         return str(checkout / base)  # trained by train.sh, which runs in the checkout
     try:
-        return find_base(base, flag="--model")
+        return find_base(base, flag=flag)
     except ModelError as error:
         raise ValueError(
             f"{tuned} was trained on {base}, and no model is there; {remedy}, with its new path."
