@@ -1,12 +1,9 @@
 """Completions from an OpenAI-compatible endpoint, through the openai package."""
 
-import asyncio
 import logging
 import urllib.parse
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from functools import partial
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -33,8 +30,7 @@ FAILING = "it failed {tries} times; the same command continues"
 UNREACHED = "tried {tries} times; the same command continues"
 TOO_SLOW = UNREACHED + ", with a larger --timeout if answers take longer"
 
-
-Replies = SimpleQueue[tuple[int, "asyncio.Task[Completion]"]]
+Replies = SimpleQueue[tuple[int, Completion | Exception]]
 
 
 class EndpointError(ValueError):
@@ -77,15 +73,12 @@ class EndpointSource:
             "api_key": key or "none",
             "timeout": timeout_s,
         }
-        self.context_length = asyncio.run(self._find_context())
+        self.context_length = self._find_context()
 
     def _new_client(self) -> Any:
-        """Return a client for one event loop."""
         hooks: dict[str, Any] = {"request": [self._count_retry], "response": [end_on_quota]}
-        client = self._openai.DefaultAsyncHttpxClient(event_hooks=hooks)
-        return self._openai.AsyncOpenAI(
-            **self._options, max_retries=MAX_RETRIES, http_client=client
-        )
+        client = self._openai.DefaultHttpxClient(event_hooks=hooks)
+        return self._openai.OpenAI(**self._options, max_retries=MAX_RETRIES, http_client=client)
 
     def num_tokens(self, prompt: str) -> int | None:
         """Return None: the endpoint's tokenizer is unknown."""
@@ -99,7 +92,7 @@ class EndpointSource:
         *,
         top_logprobs: int = 0,
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (request, completion) as replies arrive; after an error the rest is cancelled.
+        """Yield (request, completion) as replies arrive; after an error nothing more is asked.
 
         top_logprobs: how many of the most probable first tokens each completion names, where the
         endpoint gives their log-probabilities.
@@ -115,55 +108,45 @@ class EndpointSource:
         if top_logprobs:
             in_chat = {"logprobs": True, "top_logprobs": top_logprobs}
             options |= in_chat if self.kind == "chat" else {"logprobs": top_logprobs}
-        replies: Replies = SimpleQueue()
-        cancel: Future[Callable[[], object]] = Future()
-        everything = self._complete_all(asks, options, replies, cancel)
-        # In a thread of its own: Ctrl-C in the middle of an event loop's code would break it.
-        thread = Thread(target=_run, args=(everything,), daemon=True)
-        thread.start()
-        missing = len(asks)
+        client, waiting, replies = self._new_client(), deque(asks), Replies()
+        for _ in asks[: self._concurrency]:  # daemons: the process may end before their replies
+            values = (client, options, waiting, replies)
+            Thread(target=self._work, args=values, daemon=True).start()
         try:
-            while missing:
-                request, task = replies.get()
-                missing -= 1
-                yield request, task.result()
+            for _ in asks:
+                request, reply = replies.get()
+                if isinstance(reply, Exception):
+                    raise reply
+                yield request, reply
         finally:
-            if missing:
-                with suppress(RuntimeError):  # the loop has ended by itself
-                    cancel.result()()
-            thread.join()
+            waiting.clear()
+        client.close()  # only now: a thread whose client is closed would try again
 
-    async def _complete_all(
-        self,
-        asks: Sequence[Ask],
-        options: Mapping[str, Any],
-        replies: Replies,
-        cancel: "Future[Callable[[], object]]",
+    def _work(
+        self, client: Any, options: Mapping[str, Any], waiting: deque[Ask], replies: Replies
     ) -> None:
-        """Put each request's finished task into replies; cancel gets what ends this early."""
-        client, free = self._new_client(), asyncio.Semaphore(self._concurrency)
-        tasks = [asyncio.create_task(self._complete(client, free, ask, options)) for ask in asks]
-        for ask, task in zip(asks, tasks, strict=True):
-            task.add_done_callback(partial(_put, replies, ask.request))
-        loop, this = asyncio.get_running_loop(), asyncio.current_task()
-        assert this is not None, "a coroutine runs in a task"
-        cancel.set_result(partial(loop.call_soon_threadsafe, this.cancel))
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await client.close()
+        """Complete one prompt after another; after an error no thread begins another."""
+        while True:
+            try:
+                ask = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                replies.put((ask.request, self._complete(client, ask, options)))
+            except Exception as error:  # noqa: BLE001  # raised again by the caller
+                waiting.clear()
+                replies.put((ask.request, error))
 
-    async def _count_retry(self, request: Any) -> None:
-        self.num_retries += request.headers.get("x-stainless-retry-count", "0") != "0"
+    def _count_retry(self, request: Any) -> None:
+        is_retry = request.headers.get("x-stainless-retry-count", "0") != "0"
+        self.num_retries += is_retry
 
-    async def _find_context(self) -> int | None:
+    def _find_context(self) -> int | None:
         """Return the context that the endpoint reports for its model; None if it does not."""
-        client = self._new_client()
-        once = client.with_options(max_retries=0, timeout=CONTEXT_TIMEOUT_S)
         try:
-            found = await once.models.retrieve(self.name)
+            with self._new_client() as client:
+                once = client.with_options(max_retries=0, timeout=CONTEXT_TIMEOUT_S)
+                found = once.models.retrieve(self.name)
         except self._openai.APITimeoutError:
             return None
         except self._openai.APIConnectionError as error:
@@ -173,39 +156,34 @@ class EndpointSource:
             ) from error
         except (self._openai.APIError, ValueError):
             return None  # many servers say nothing of their models
-        finally:
-            await client.close()
         extra = getattr(found, "model_extra", None) or {}
         lengths = (extra.get(field) for field in CONTEXT_FIELDS)
         return next((length for length in lengths if isinstance(length, int)), None)
 
-    async def _complete(
-        self, client: Any, free: asyncio.Semaphore, ask: Ask, options: Mapping[str, Any]
-    ) -> Completion:
+    def _complete(self, client: Any, ask: Ask, options: Mapping[str, Any]) -> Completion:
         """Complete one prompt; EndpointError where the endpoint refuses or keeps failing."""
-        async with free:
-            try:
-                reply = await self._create(client, ask, options)
-                choice = reply.choices[0]
-                text = choice.message.content if self.kind == "chat" else choice.text
-                text = text.encode("utf-8", "replace").decode()  # no file takes a lone surrogate
-                notices = (reply.model_extra or {}).get("notices")
-                completion = Completion(
-                    text,
-                    choice.finish_reason or "stop",
-                    _count(reply.usage, "prompt_tokens"),
-                    _count(reply.usage, "completion_tokens"),
-                    first_logprobs(choice),
-                )
-            except self._openai.APIStatusError as error:
-                default = FAILING if error.status_code >= 500 else OTHER_REFUSAL
-                raise self._failure(error, REMEDIES.get(error.status_code, default)) from error
-            except self._openai.APITimeoutError as error:
-                raise self._failure(error, TOO_SLOW) from error
-            except self._openai.APIConnectionError as error:
-                raise self._failure(error, UNREACHED) from error
-            except (ValueError, TypeError, AttributeError, LookupError):
-                return Completion(None)  # no JSON, or without the fields of a completion
+        try:
+            reply = self._create(client, ask, options)
+            choice = reply.choices[0]
+            text = choice.message.content if self.kind == "chat" else choice.text
+            text = text.encode("utf-8", "replace").decode()  # no file takes a lone surrogate
+            notices = (reply.model_extra or {}).get("notices")
+            completion = Completion(
+                text,
+                choice.finish_reason or "stop",
+                _count(reply.usage, "prompt_tokens"),
+                _count(reply.usage, "completion_tokens"),
+                first_logprobs(choice),
+            )
+        except self._openai.APIStatusError as error:
+            default = FAILING if error.status_code >= 500 else OTHER_REFUSAL
+            raise self._failure(error, REMEDIES.get(error.status_code, default)) from error
+        except self._openai.APITimeoutError as error:
+            raise self._failure(error, TOO_SLOW) from error
+        except self._openai.APIConnectionError as error:
+            raise self._failure(error, UNREACHED) from error
+        except (ValueError, TypeError, AttributeError, LookupError):
+            return Completion(None)  # no JSON, or without the fields of a completion
         if notices:  # of `ptuning serve`: a prefix takes prompts as long as its training's
             raise EndpointError(
                 f"the endpoint shortened the prompt ({notices[0]}); use --model base, or a prefix "
@@ -213,7 +191,7 @@ class EndpointSource:
             )
         return completion
 
-    async def _create(self, client: Any, ask: Ask, options: Mapping[str, Any]) -> Any:
+    def _create(self, client: Any, ask: Ask, options: Mapping[str, Any]) -> Any:
         """Return the reply; an endpoint that refuses log-probabilities is asked without them."""
         if self.kind == "chat":
             create = client.chat.completions.create
@@ -223,16 +201,16 @@ class EndpointSource:
         own["seed"] = ask.seed
         plain = {name: options[name] for name in options if "logprobs" not in name}
         if plain == options or not self._gives_logprobs:
-            return await create(**plain, **own)
+            return create(**plain, **own)
         try:
-            return await create(**options, **own)
+            return create(**options, **own)
         except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as error:
-            reply = await create(**plain, **own)
+            reply = create(**plain, **own)
             if self._gives_logprobs:
+                self._gives_logprobs = False
                 logger.warning(
                     "--endpoint %s gives no log-probabilities: %s", self._url, _said(error)
                 )
-            self._gives_logprobs = False
             return reply
 
     def _failure(self, error: Exception, remedy: str) -> EndpointError:
@@ -267,16 +245,7 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")[:300]
 
 
-def _run(everything: Coroutine[Any, Any, None]) -> None:
-    with suppress(asyncio.CancelledError):
-        asyncio.run(everything)
-
-
-def _put(replies: Replies, request: int, task: "asyncio.Task[Completion]") -> None:
-    replies.put((request, task))
-
-
-async def end_on_quota(response: Any) -> None:
+def end_on_quota(response: Any) -> None:
     """Keep the openai package from retrying where a quota is exhausted, not a rate."""
-    if response.status_code == 429 and b"insufficient_quota" in await response.aread():
+    if response.status_code == 429 and b"insufficient_quota" in response.read():
         response.headers["x-should-retry"] = "false"
