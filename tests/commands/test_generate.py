@@ -52,7 +52,6 @@ def scripted(monkeypatch):
         *((flag, "0", "1 or more") for flag in ("num", "tasks_per_request", "max_new_tokens")),
         *((flag, "0", "1 or more") for flag in ("concurrency", "max_requests")),
         *((flag, "-1", "0 or more") for flag in ("examples", "machine_examples")),
-        *(("timeout", value, "0.001 or more") for value in ("0.0", "nan")),
         *(("rouge_threshold", value, "more than 0, and 1 at most") for value in ("0.0", "1.1")),
         ("rouge_threshold", "nan", "more than 0, and 1 at most"),
         *(("top_p", value, "more than 0, and 1 at most") for value in ("0.0", "1.5", "nan")),
@@ -124,11 +123,9 @@ def test_seeds_are_whole_tasks_in_files_that_can_be_read(capsys, file, fault):
     [
         (["--model", "x"], "--model is for --endpoint URL; give that too, or leave it out."),
         (["--api_key_env", "X"], "--api_key_env is for --endpoint URL; give that too, or"),
-        (ENDPOINT[:2], "--endpoint needs the name of a model: --model NAME."),
         ([*ENDPOINT, "--model_name_or_path", "x"], "--model_name_or_path loads a model in this"),
         ([*ENDPOINT, "--prefix", "x"], "--prefix loads a model in this process; leave it out with"),
         ([*ENDPOINT, "--quantization_bit", "4"], "--quantization_bit loads a model in this"),
-        ([*ENDPOINT, "--api_key_env", "NO_SUCH_KEY"], "--api_key_env is NO_SUCH_KEY, a variable"),
         ([*ENDPOINT, "--template", "magpie"], "--template magpie leaves a user's turn open"),
         (["--template", "magpie", "--seeds", "half.jsonl"], "--seeds has no use with --template"),
         (["--template", "magpie", "--topics", "topics.txt"], "--topics has no use with --template"),
@@ -141,18 +138,6 @@ def test_seeds_are_whole_tasks_in_files_that_can_be_read(capsys, file, fault):
 def test_flags_that_do_not_go_together_are_named(capsys, folder, arguments, said):
     (folder / "topics.txt").write_text("rivers\n", encoding="utf-8")
     assert refused(capsys, *arguments).startswith(said)
-
-
-@pytest.mark.parametrize("address", ["localhost:8000", "http://", "http://host:80OO", "http:///v1"])
-def test_an_endpoint_is_an_address(capsys, address):
-    said = refused(capsys, "--endpoint", address, "--model", "any")
-    assert said == f"--endpoint is {address}; give it as http://localhost:8000."
-
-
-def test_the_openai_package_is_asked_for(capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    said = refused(capsys, *ENDPOINT)
-    assert said == "openai is not installed; type: python -m pip install 'openai>=2'"
 
 
 @pytest.mark.parametrize(
