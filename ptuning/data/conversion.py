@@ -63,12 +63,13 @@ def convert_file(
     """
     read = read_rows(path, row_format, for_training=not keep_unanswered, strict=False)
     made = Conversion(path, read)
-    kept = []
+    kept, sources = [], []
     with Progress(len(read.kept), f"converting {path.name}", leave=False) as progress:
         for row, raw_row in zip(read.kept, read.sources, strict=True):
             reason = _obstacle(row, read.layout, template)
             if reason is None:
                 kept.append(row)
+                sources.append(raw_row)
                 made.rows.append(_to_contract(raw_row, read.layout, row, template))
                 texts = (row.prompt, row.response, *(text for turn in row.history for text in turn))
                 for name in dict.fromkeys(chain.from_iterable(map(find_placeholders, texts))):
@@ -76,7 +77,7 @@ def convert_file(
             else:
                 read.dropped[reason].append(row.line)
             progress.update()
-    read.kept = kept
+    read.kept, read.sources = kept, sources
     return made
 
 

@@ -8,8 +8,18 @@ from typing import Any
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 RUNS = re.compile(rf"[{HAN}]+|[a-z0-9]+")
-_HAN = re.compile(f"[{HAN}]")
-_LATIN_WORD = re.compile(r"[A-Za-z]+")
+HAN_CHARACTER = re.compile(f"[{HAN}]")
+LATIN_WORD = re.compile(r"[A-Za-z]+")
+# Words that name a language: the answer may be in another one than the question.
+NAMES_LANGUAGE = re.compile(
+    r"\b(translat\w*|english|chinese|mandarin|french|german|spanish|italian|portuguese|russian"
+    r"|japanese|korean|arabic|hindi|latin|pinyin|languages?|code|python|javascript|typescript|java"
+    r"|c|c\+\+|c#|golang|rust|php|ruby|sql|html|css|bash|shell|regex|regular expression|json|latex)"
+    r"(?![a-z0-9])|翻译|译成|译为|[英汉中法德日俄韩]语|[英中法德日俄韩]文|西班牙语|葡萄牙语|意大利语"
+    r"|阿拉伯语|拉丁语|拼音|外语|代码|编程|程序|正则|公式",
+    re.IGNORECASE | re.ASCII,
+)
+_SHORT_WORD = re.compile(rf"[{HAN}]|[a-z0-9]+")
 
 
 @functools.cache
@@ -47,5 +57,14 @@ def language_of(text: str) -> str | None:
     >>> language_of("用Python计算"), language_of("17"), language_of("Oslo 在哪里")
     ('zh', None, 'zh')
     """
-    han, latin = len(_HAN.findall(text)), len(_LATIN_WORD.findall(text))
+    han, latin = len(HAN_CHARACTER.findall(text)), len(LATIN_WORD.findall(text))
     return None if han == latin else "zh" if han > latin else "en"
+
+
+def count_words(text: str) -> int:
+    """Count Han characters, and runs of Latin letters and digits.
+
+    >>> count_words("用Python计算列表")
+    6
+    """
+    return len(_SHORT_WORD.findall(text.lower()))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from string import punctuation
 
-from ptuning.data.segmentation import HAN, language_of
+from ptuning.data.segmentation import NAMES_LANGUAGE, count_words, language_of
 from ptuning.instruct.blocks import Task
 from ptuning.instruct.templates import Template
 
@@ -18,16 +18,6 @@ BLOCKED_WORDS = (  # of tasks that text alone cannot do
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
     *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
     *("图片", "图像", "图表", "视频", "音频", "链接", "http", "画图", "绘制"),
-)
-_WORD = re.compile(rf"[{HAN}]|[a-z0-9]+")
-# An instruction that names a language may have an output in another one than its own.
-_NAMES_LANGUAGE = re.compile(
-    r"\b(translat\w*|english|chinese|mandarin|french|german|spanish|italian|portuguese|russian"
-    r"|japanese|korean|arabic|hindi|latin|pinyin|languages?|code|python|javascript|typescript|java"
-    r"|c|c\+\+|c#|golang|rust|php|ruby|sql|html|css|bash|shell|regex|regular expression|json|latex)"
-    r"(?![a-z0-9])|翻译|译成|译为|[英汉中法德日俄韩]语|[英中法德日俄韩]文|西班牙语|葡萄牙语|意大利语"
-    r"|阿拉伯语|拉丁语|拼音|外语|代码|编程|程序|正则|公式",
-    re.IGNORECASE | re.ASCII,
 )
 _ATTRIBUTES = re.compile(r"[^#*\s]+#[^#*\n]+(?:\*[^#*\s]+#[^#*\n]+)+")
 TYPE, KINDS = "类型", ("样式", "款式")
@@ -49,7 +39,7 @@ def fault_of(task: Task, template: Template, blocked: re.Pattern[str]) -> str | 
     if template.name == "adgen":
         return _product_fault(task)
     instruction = task.instruction
-    num_words = len(_WORD.findall(instruction.lower()))
+    num_words = count_words(instruction)
     if num_words < MIN_WORDS:
         return "too_short"
     if num_words > MAX_WORDS:
@@ -61,7 +51,7 @@ def fault_of(task: Task, template: Template, blocked: re.Pattern[str]) -> str | 
     if instruction[0] in punctuation:
         return "bad_first_character"
     asked, answered = language_of(instruction), language_of(task.output)
-    is_foreign = answered not in (asked, None) and not _NAMES_LANGUAGE.search(instruction)
+    is_foreign = answered not in (asked, None) and not NAMES_LANGUAGE.search(instruction)
     if asked not in (template.language, None) or (asked is not None and is_foreign):
         return "wrong_language"
     return None
