@@ -3,13 +3,14 @@
     python -m benchmarks.select [--size small] [--dtype float32] [--quantization_bit 4] [--rows 64]
 
 Training takes optimizer steps of 16 rows. `ifd` scores each row with its prompt and without, and
-the tokens of both are counted; `pooled` keeps the mean hidden state of the row. Each is repeated in
+the tokens of both are counted; `states` keeps the mean hidden state of the row. Each is repeated in
 turn, and the median time counts.
 """
 
 import statistics
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from functools import partial
 
 from benchmarks.setting import (
@@ -26,14 +27,15 @@ from benchmarks.setting import (
 from benchmarks.train import ROWS_PER_STEP, whole_step
 from ptuning.data.tokenization import IGNORED_LABEL, TokenizedExample
 from ptuning.model.cpu.linear import prepack_if_room
-from ptuning.select.scores import default_batch_tokens, form_batches, num_tokens, score_batch
+from ptuning.select.scores import (
+    CPU_BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    form_batches,
+    mean_losses,
+    mean_states,
+    without_prompt,
+)
 from ptuning.train.fit import keep_freed_memory
-
-WORKS = {  # name -> wants_loss, wants_pooled
-    "ifd": (True, False),
-    "ifd, pooled": (True, True),
-    "pooled": (False, True),
-}
 
 
 def measure(flags: Namespace) -> dict[str, dict[str, float]]:
@@ -44,33 +46,43 @@ def measure(flags: Namespace) -> dict[str, dict[str, float]]:
         keep_freed_memory(True)
     rows = make_rows(flags, model.config, flags.rows)
     encoded = [as_encoded(row) for row in rows]
-    batch_tokens = flags.batch_tokens or default_batch_tokens(model.device)
+    default = CPU_BATCH_TOKENS if flags.device == "cpu" else GPU_BATCH_TOKENS
+    batch_tokens = flags.batch_tokens or default
     step = whole_step("ours", model)
+    alone = [without_prompt(row) for row in encoded]
+    num_tokens = sum(len(row.input_ids) for row in encoded)
 
     def train() -> None:
         for start in range(0, len(rows), ROWS_PER_STEP):
             step(rows[start : start + ROWS_PER_STEP])
 
-    def score(wants_loss: bool, wants_pooled: bool) -> None:
-        sizes = [num_tokens(row, wants_loss=wants_loss) for row in encoded]
+    def score(*, by_loss: bool) -> None:
+        times = 2 if by_loss else 1
+        sizes = [times * len(row.input_ids) for row in encoded]
         for places in form_batches(sizes, batch_tokens):
             batch = [encoded[place] for place in places]
-            score_batch(model, batch, wants_loss=wants_loss, wants_pooled=wants_pooled)
+            if by_loss:
+                mean_losses(model, batch + [alone[place] for place in places])
+            else:
+                mean_states(model, batch)
 
-    times: dict[str, list[float]] = {name: [] for name in ("training step", *WORKS)}
+    works: dict[str, Callable[[], None]] = {
+        "training step": train,
+        "ifd": partial(score, by_loss=True),
+        "states": partial(score, by_loss=False),
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(1 + flags.repeats):
-        times["training step"].append(seconds(flags.device, train))
-        for name, wants in WORKS.items():
-            times[name].append(seconds(flags.device, partial(score, *wants)))
+        for name, work in works.items():
+            times[name].append(seconds(flags.device, work))
     figures: dict[str, dict[str, float]] = {}
     for name, measured in times.items():
-        wants_loss = WORKS.get(name, (False,))[0]
-        tokens = sum(num_tokens(row, wants_loss=wants_loss) for row in encoded)
+        both = sum(len(row.input_ids) for row in alone) if name == "ifd" else 0
         time_s = statistics.median(measured[1:])  # the first allocates, and compiles kernels
         figures[name] = {
             "time_s": time_s,
             "rows_per_s": len(rows) / time_s,
-            "tokens_per_s": tokens / time_s,
+            "tokens_per_s": (num_tokens + both) / time_s,
         }
         trained = figures["training step"]["tokens_per_s"]
         figures[name]["times_training"] = figures[name]["tokens_per_s"] / trained

@@ -155,7 +155,7 @@ def test_scoring_is_timed_next_to_training(bits: str, tmp_path: Path) -> None:
     figures = json.loads(out.read_text(encoding="utf-8"))
     lengths = row_lengths.ADGEN[:4]
     one_pass, both = sum(map(sum, lengths)), sum(p + 2 * a + 1 for p, a in lengths)
-    tokens = {"training step": one_pass, "ifd": both, "ifd, pooled": both, "pooled": one_pass}
+    tokens = {"training step": one_pass, "ifd": both, "states": one_pass}
     for name, wanted in tokens.items():
         found = figures[name]
         assert found["tokens_per_s"] * found["time_s"] == pytest.approx(wanted)

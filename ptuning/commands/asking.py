@@ -1,12 +1,17 @@
-"""What commands share that ask a model: checks of their flags, and the endpoint behind them."""
+"""What commands share that ask a model: checks of their flags, the model, the endpoint."""
 
 import argparse
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 from ptuning.commands.registry import OPENAI_KEY_VARIABLE
 from ptuning.completions.endpoint import EndpointSource
+from ptuning.data.tokenizer import ChatGLMTokenizer
+from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.tunings.loading import base_of, find_model, refuse_other_kinds
 
 
 def check_least(arguments: argparse.Namespace, **least: float) -> None:
@@ -38,3 +43,34 @@ def open_endpoint(arguments: argparse.Namespace) -> EndpointSource:
         key=os.environ.get(key_name),
         key_name=key_name,
     )
+
+
+def open_base(
+    arguments: argparse.Namespace,
+) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer, str]:
+    """Load --model_name_or_path, or what --prefix was trained on, with it; return its name too."""
+    from ptuning.commands.answer import open_model  # needs torch
+
+    name, prefix, bits = (
+        getattr(arguments, flag) for flag in ("model_name_or_path", "prefix", "quantization_bit")
+    )
+    if prefix is not None:
+        refuse_other_kinds(prefix)
+        name = name or base_of(prefix)
+    named = find_model(name or "nano", flag="--model_name_or_path")
+    model, tokenizer = open_model(named, bits, prefix=prefix)
+    said = (name or "nano", prefix and f"with {prefix}", bits and f"in {bits} bits")
+    return model, tokenizer, " ".join(part for part in said if part)
+
+
+def check_out(out: Path, mark: Path, used: Iterable[Path] = ()) -> None:
+    """Refuse an --out that is no .jsonl file, one of the files to read, or another command's.
+
+    mark is the file next to it by which this command knows its own.
+    """
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise ValueError(f"--out is {out}; name a file that ends in .jsonl.")
+    if out.resolve() in {path.resolve() for path in used}:
+        raise ValueError(f"--out {out} is one of the files to read; give another name.")
+    if out.exists() and not mark.exists():
+        raise ValueError(f"--out {out} exists and is not of this command; give another name.")

@@ -6,7 +6,7 @@ import logging
 from dataclasses import fields
 from pathlib import Path
 
-from ptuning.commands.asking import check_least, open_endpoint
+from ptuning.commands.asking import check_least, check_out, open_base, open_endpoint
 from ptuning.completions.source import EngineSource, Source
 from ptuning.data.raw_file import number_of
 from ptuning.data.reading import find_files
@@ -16,7 +16,6 @@ from ptuning.instruct.collect import Collector, Settings, journal_of
 from ptuning.instruct.filters import BLOCKED_WORDS
 from ptuning.instruct.templates import TEMPLATES, read_seeds, shipped_seeds
 from ptuning.storage import write_atomically
-from ptuning.tunings.loading import base_of, find_model, refuse_other_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +57,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             "(1 keeps everything)."
         )
     out: Path = arguments.out
-    if out.suffix != ".jsonl" or out.is_dir():
-        raise ValueError(f"--out is {out}; name a file that ends in .jsonl.")
-    if out.exists() and not journal_of(out).exists():
-        raise ValueError(f"--out {out} exists and is not of this command; give another name.")
+    check_out(out, journal_of(out))
     other: Path | None = arguments.alpaca_json
     if other is not None:
         used = (out, journal_of(out), out.with_suffix(".report.json"), *arguments.seeds)
@@ -117,16 +113,5 @@ def _open_source(arguments: argparse.Namespace) -> Source:
                 "completions."
             )
         return open_endpoint(arguments)
-    from ptuning.commands.answer import open_model
-
-    name, prefix = arguments.model_name_or_path, arguments.prefix
-    if prefix is not None:
-        refuse_other_kinds(prefix)
-        name = name or base_of(prefix)
-    name = name or "nano"
-    named = find_model(name, flag="--model_name_or_path")
-    model, tokenizer = open_model(named, arguments.quantization_bit, prefix=prefix)
-    name = name if prefix is None else f"{name} with {prefix}"
-    if arguments.quantization_bit is not None:
-        name = f"{name} in {arguments.quantization_bit} bits"
+    model, tokenizer, name = open_base(arguments)
     return EngineSource(model, tokenizer, name=name, max_rows=arguments.concurrency)

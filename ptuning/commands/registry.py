@@ -357,6 +357,88 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _select(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        f"{parser.description}\n\nSteps: clean, drop duplicates, drop what is in --against, score, "
+        "pick the best within\nquotas. The same command again continues scoring. Next to --out are "
+        "a report, every row's\nverdict, and as many rows by chance and by length, to compare with."
+    )
+    parser.epilog = (
+        "Exit status: 0 when rows were selected, 1 when none were left.\n"
+        "Examples:\n"
+        "  python -m ptuning select new.jsonl --out best.jsonl --budget 200 --against dev.json\n"
+        "  python -m ptuning select --out best.jsonl --explain new:17"
+    )
+    add = parser.add_argument
+    add("files", nargs="*", metavar="FILE", help="files of rows in any format, or patterns")
+    add("--out", type=Path, required=True, metavar="FILE", help=".jsonl of rows to write")
+    add("--budget", type=int, default=1000, metavar="N", help="rows to select: 1000")
+    add("--skip", nargs="+", choices=("clean", "duplicates"), default=[], help="steps to leave out")
+    add(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="rows to evaluate on: left out",
+    )
+    add("--seed", type=int, default=42, help="of --score none and the rows by chance: 42")
+    add("--explain", metavar="ID", help="only say what became of a row of the last run")
+    score = parser.add_argument_group("scores")
+    score.add_argument(
+        "--score",
+        choices=("ifd", "target", "length", "judge", "none"),
+        default="ifd",
+        help="ifd: how hard the answer still is with its prompt, by the base's loss; target: "
+        "likeness to the rows of --like; length: long answers; judge: a grade by --endpoint; none: "
+        "by chance: ifd",
+    )
+    score.add_argument(
+        "--like", nargs="+", default=[], metavar="FILE", help="rows that --score target looks for"
+    )
+    score.add_argument(
+        "--model_name_or_path",
+        metavar="MODEL",
+        help="base that scores, directory or hub id; unset: what --prefix was trained on, else the "
+        "nano model",
+    )
+    score.add_argument(
+        "--prefix",
+        type=Path,
+        metavar="DIRECTORY",
+        help="score with a briefly trained prefix: to a base that knows nothing of a task, none of "
+        "its prompts is a help",
+    )
+    score.add_argument(
+        "--quantization_bit", type=int, choices=SUPPORTED_BITS, help="quantise it as it is read"
+    )
+    choice = parser.add_argument_group("the choice")
+    choice.add_argument(
+        "--quota",
+        choices=("source", "none"),
+        default="source",
+        help="share the budget among sources (the column `source`, else the file) by the "
+        "temperature-th root of their sizes, or not: source",
+    )
+    choice.add_argument(
+        "--quota_temperature", type=float, metavar="F", help="1 is proportional, more is flatter: 3"
+    )
+    choice.add_argument(
+        "--embed",
+        choices=("base", "minhash", "none"),
+        help="what tells that a row is too similar to a picked one: the base's states, the words, "
+        "or nothing; unset: base with --score ifd and target, else minhash",
+    )
+    choice.add_argument(
+        "--max_similarity",
+        type=float,
+        metavar="F",
+        help="most similarity to a picked row: cosine with base, ROUGE-L with minhash; unset: 0.9 "
+        "and 0.7",
+    )
+    _add_endpoint_flags(parser, "the judge of --score judge")
+
+
 def _add_endpoint_flags(parser: argparse.ArgumentParser, title: str) -> None:
     """Add the group of flags that `ptuning.commands.asking.open_endpoint` takes."""
     add = parser.add_argument_group(f"{title} (needs the openai package)").add_argument
@@ -514,6 +596,12 @@ COMMANDS = (
         "Have a model write new instruction data, in Chinese or English",
         _generate,
         "generate:run",
+    ),
+    Command(
+        "select",
+        "Select the rows worth training on: clean, unlike each other, scored",
+        _select,
+        "select:run",
     ),
     Command(
         "plan",

@@ -1,18 +1,17 @@
-"""Scores of rows under the frozen base: instruction-following difficulty (IFD) and pooled states.
+"""Step 4 of 5, by a model here: instruction-following difficulty (IFD), and likeness by states.
 
-IFD is the mean loss of the answer's tokens given the prompt, divided by that of the same tokens
-without the prompt; below 1 the prompt helps. `<eop>` is counted, `<sop>` is not. A row's pooled
-state is the mean of its tokens' final hidden states, scaled to length 1.
-Any prefix is left out. Rows are laid end to end without padding; one call of the model gives both
-losses of a batch, and the pooled states too.
-Sources: IFD, Li et al. 2023, https://arxiv.org/abs/2308.12032; pooled states, Ivison et al. 2025,
-https://arxiv.org/abs/2503.01807 (they weight tokens by position, because theirs is a causal model).
+IFD is the mean loss of the answer's tokens, `<eop>` with them, divided by the same without the
+prompt; below 1 the prompt helps (Li et al. 2023, https://arxiv.org/abs/2308.12032). A row's state
+is the mean of its tokens' final hidden states, less the mean of all rows, scaled to length 1 (after
+Ivison et al. 2025, https://arxiv.org/abs/2503.01807, who weight tokens by position). Without the
+centring all rows of a kind look alike: half of all pairs of Alpaca's rows at a cosine above 0.9.
+Rows are laid end to end without padding. A prefix takes part if the model has one.
 Shapes: T tokens of a batch, N with a target, B and R rows, S target rows, E hidden size.
 """
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,59 +21,76 @@ from ptuning.data.prompts import SHORTEST, RowFormat, TextRow, to_example
 from ptuning.data.tokenization import IGNORED_LABEL, TokenizedExample, pad_right, to_training_batch
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
+from ptuning.model.checkpoint.layout import base_fingerprint
 from ptuning.model.loss import token_losses
 from ptuning.model.positions import FlatLayout
 
 CPU_BATCH_TOKENS = 2048  # measured: 512 is 5 to 40 % slower, 4,096 no faster
 GPU_BATCH_TOKENS = 8192  # estimated: 0.27 GB for ChatGLM-6B's widest activations in float16
 BLOCK_ROWS = 4096  # encoded at once: a token id takes up to 40 bytes in a list
+MEAN_ROWS = 1000  # whose mean state stands for that of all rows
 
 
-class RowScores(NamedTuple):
-    """One row's scores. Losses are means over the answer's tokens, in nats; nan if not wanted."""
+class Base:
+    """A frozen model that scores rows; num_cut counts those longer than its max_sequence_length."""
 
-    loss: float  # given the prompt
-    loss_alone: float  # without the prompt
-    pooled: Tensor | None  # (E,) float32 on the CPU, of length 1; None if not wanted
-    is_cut: bool  # the row was longer than the model's max_sequence_length
+    def __init__(self, model: ChatGLMForConditionalGeneration, tokenizer: ChatGLMTokenizer) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        on_cpu = model.device.type == "cpu"
+        self.batch_tokens = CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS
+        self.num_cut = 0
+        self._mean: Tensor | None = None
 
     @property
-    def ifd(self) -> float:
-        """Return loss / loss_alone; nan where that is not a number."""
-        if not self.loss_alone or not math.isfinite(self.loss_alone):
-            return math.nan
-        return self.loss / self.loss_alone
+    def fingerprint(self) -> str:
+        """A hash of the model and its prefix."""
+        encoder = self.model.prefix_encoder
+        parts = [] if encoder is None else list(encoder.state_dict().values())
+        values = b"".join(part.float().cpu().numpy().tobytes() for part in parts)
+        return base_fingerprint(self.model) + hashlib.sha256(values).hexdigest()[:16]
 
+    def ifd(self, rows: Sequence[TextRow]) -> Iterator[tuple[int, float]]:
+        """Yield (index, IFD), of a block of rows the longest first; nan without a loss alone."""
+        for indices, batch in self._batches(rows, lambda row: 2 * len(row.input_ids)):
+            losses = mean_losses(self.model, [*batch, *map(without_prompt, batch)])
+            for index, loss, alone in zip(indices, losses, losses[len(batch) :], strict=False):
+                yield index, loss / alone if alone and math.isfinite(alone) else math.nan
 
-def score_rows(
-    model: ChatGLMForConditionalGeneration,
-    tokenizer: ChatGLMTokenizer,
-    rows: Sequence[TextRow],
-    *,
-    wants_loss: bool,
-    wants_pooled: bool,
-    batch_tokens: int | None = None,
-) -> Iterator[tuple[list[int], list[RowScores]]]:
-    """Yield batch by batch the indices of its rows and their scores.
+    def centre_on(self, rows: Sequence[TextRow]) -> None:
+        """Take the mean state of some of these rows, evenly spaced, off all states from now on."""
+        sample = rows[:: -(-len(rows) // MEAN_ROWS)] if rows else rows
+        self._mean = torch.cat([states for _, states in self._states(sample)]).mean(dim=0)  # (E,)
 
-    Rows are taken BLOCK_ROWS at a time, of these the longest first. A batch has at most
-    batch_tokens tokens, those of both losses counted, or a single row; None chooses by the device.
-    """
-    if batch_tokens is None:
-        batch_tokens = default_batch_tokens(model.device)
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = rows[start : start + BLOCK_ROWS]
-        encoded = encode_rows(tokenizer, block, model.config.max_sequence_length)
-        sizes = [num_tokens(row, wants_loss=wants_loss) for row in encoded]
-        for places in form_batches(sizes, batch_tokens):
-            batch = [encoded[place] for place in places]
-            scores = score_batch(model, batch, wants_loss=wants_loss, wants_pooled=wants_pooled)
-            yield [start + place for place in places], scores
+    def states(self, rows: Sequence[TextRow]) -> Tensor:
+        """Return the states (R, E) of rows, in order."""
+        parts = list(self._states(rows))
+        order = torch.tensor([index for indices, _ in parts for index in indices])
+        return torch.cat([states for _, states in parts])[order.argsort()]
 
+    def nearness(self, rows: Sequence[TextRow], targets: Tensor) -> Iterator[tuple[int, float]]:
+        """Yield (index, highest cosine to one of the targets' states (S, E)), in `ifd`'s order."""
+        for indices, states in self._states(rows):
+            near = states @ targets.T  # (B, S)
+            yield from zip(indices, near.amax(dim=1).tolist(), strict=True)
 
-def default_batch_tokens(device: torch.device) -> int:
-    """Return the tokens of a batch on a device."""
-    return CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
+    def _states(self, rows: Sequence[TextRow]) -> Iterator[tuple[list[int], Tensor]]:
+        for indices, batch in self._batches(rows, lambda row: len(row.input_ids)):
+            states = mean_states(self.model, batch)
+            if self._mean is not None:
+                states = functional.normalize(states - self._mean, dim=1)
+            yield indices, states  # (B, E)
+
+    def _batches(
+        self, rows: Sequence[TextRow], size: Callable[[TokenizedExample], int]
+    ) -> Iterator[tuple[list[int], list[TokenizedExample]]]:
+        """Yield batches of at most batch_tokens by size, or of a single row, and their indices."""
+        for start in range(0, len(rows), BLOCK_ROWS):
+            block = rows[start : start + BLOCK_ROWS]
+            encoded = encode_rows(self.tokenizer, block, self.model.config.max_sequence_length)
+            for places in form_batches(list(map(size, encoded)), self.batch_tokens):
+                batch = [encoded[place] for place in places]
+                self.num_cut += sum(row.prompt_cut or row.answer_cut for row in batch)
+                yield [start + place for place in places], batch
 
 
 def encode_rows(
@@ -99,10 +115,9 @@ def encode_rows(
     ]
 
 
-def num_tokens(row: TokenizedExample, *, wants_loss: bool) -> int:
-    """Return the tokens of a row, in one pass or both."""
-    num_tokens = len(row.input_ids)
-    return 2 * num_tokens - row.context_length + 1 if wants_loss else num_tokens
+def without_prompt(row: TokenizedExample) -> TokenizedExample:
+    """Return `[gMASK] <sop> answer <eop>` of a row."""
+    return row._replace(input_ids=row.input_ids[row.context_length - 1 :], context_length=1)
 
 
 def form_batches(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -124,71 +139,44 @@ def form_batches(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]
 
 
 @torch.no_grad()
-def score_batch(
-    model: ChatGLMForConditionalGeneration,
-    batch: Sequence[TokenizedExample],
-    *,
-    wants_loss: bool,
-    wants_pooled: bool,
-) -> list[RowScores]:
-    """Return the scores of the rows of a batch, in order, by one call of the model."""
-    sequences = [(row.input_ids, row.context_length) for row in batch]
-    if wants_loss:  # `[gMASK] <sop> answer <eop>`
-        sequences += [(row.input_ids[row.context_length - 1 :], 1) for row in batch]
-    padded = pad_right(
-        [
-            {"input_ids": ids, "labels": [IGNORED_LABEL] * (sop + 1) + ids[sop + 1 :]}
-            for ids, sop in sequences
-        ],
-        pad_id=0,  # any: padding is skipped
-    )
-    inputs = {name: tensor.to(model.device) for name, tensor in padded.items()}
-    shape = (len(sequences), padded["input_ids"].shape[1])
-    needed = None if wants_pooled else inputs["needed"]
-    was_training = model.training
-    model.eval()
-    try:
-        states = model.transformer(
-            inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-            use_prefix=False,
-            layout=FlatLayout(shape, inputs["tokens"], needed),
-        ).last_hidden_state[0]  # (T, E), or (N, E)
-    finally:
-        model.train(was_training)
+def mean_losses(
+    model: ChatGLMForConditionalGeneration, batch: Sequence[TokenizedExample]
+) -> list[float]:
+    """Return each row's mean loss, in nats, over the tokens after `<sop>`."""
+    states, targets = _forward(model, batch, only_targets=True)
+    losses = token_losses(states, model.lm_head, targets).cpu()  # (N,)
+    counts = [len(row.input_ids) - row.context_length - 1 for row in batch]
+    return [float(part.mean()) for part in losses.split(counts)]
 
-    losses = [math.nan] * (2 * len(batch))
-    if wants_loss:
-        answers = states[inputs["needed"]] if wants_pooled else states  # (N, E)
-        by_token = token_losses(answers, model.lm_head, inputs["targets"]).cpu()  # (N,)
-        counts = [len(ids) - sop - 1 for ids, sop in sequences]
-        losses = [float(part.mean()) for part in by_token.split(counts)]
-    pooled: Sequence[Tensor | None] = [None] * len(batch)
-    if wants_pooled:
-        parts = states.split([len(ids) for ids, _ in sequences])[: len(batch)]
-        means = torch.stack([part.mean(dim=0, dtype=torch.float32) for part in parts])  # (B, E)
-        pooled = functional.normalize(means, dim=1).cpu().unbind()
-    return [
-        RowScores(
-            losses[index],
-            losses[index + len(batch)],
-            pooled[index],
-            row.prompt_cut or row.answer_cut,
-        )
-        for index, row in enumerate(batch)
+
+@torch.no_grad()
+def mean_states(
+    model: ChatGLMForConditionalGeneration, batch: Sequence[TokenizedExample]
+) -> Tensor:
+    """Return each row's mean state (B, E), float32, scaled to length 1, on the CPU."""
+    states, _ = _forward(model, batch, only_targets=False)
+    parts = states.split([len(row.input_ids) for row in batch])
+    means = torch.stack([part.mean(dim=0, dtype=torch.float32) for part in parts])  # (B, E)
+    return functional.normalize(means, dim=1).cpu()
+
+
+def _forward(
+    model: ChatGLMForConditionalGeneration, batch: Sequence[TokenizedExample], *, only_targets: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the final states (T, E), or of those with a target (N, E), and the targets (N,)."""
+    ids_and_sop = [(row.input_ids, row.context_length) for row in batch]
+    rows = [
+        {"input_ids": ids, "labels": [IGNORED_LABEL] * (sop + 1) + ids[sop + 1 :]}
+        for ids, sop in ids_and_sop
     ]
-
-
-def centre(pooled: Tensor, mean: Tensor) -> Tensor:
-    """Return pooled states (R, E) minus a mean (E,), scaled to length 1 again.
-
-    Without that all rows of a kind look alike: with the nano model half of all pairs of Alpaca's
-    rows have a cosine above 0.9, and minus the mean of all rows none.
-    """
-    return functional.normalize(pooled - mean, dim=1)
-
-
-def cosine_to_targets(pooled: Tensor, targets: Tensor) -> Tensor:
-    """Return the highest cosine (R,) of each pooled state (R, E) to the targets' (S, E)."""
-    return (pooled @ targets.T).amax(dim=1)
+    padded = pad_right(rows, pad_id=0)  # any id: padding is skipped
+    inputs = {name: tensor.to(model.device) for name, tensor in padded.items()}
+    shape = (len(batch), padded["input_ids"].shape[1])
+    needed = inputs["needed"] if only_targets else None
+    states = model.transformer(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        use_cache=False,
+        layout=FlatLayout(shape, inputs["tokens"], needed),
+    ).last_hidden_state[0]
+    return states, inputs["targets"]

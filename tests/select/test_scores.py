@@ -16,12 +16,12 @@ from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.quantization.layers import quantize_model_
 from ptuning.select import scores
 from ptuning.select.scores import (
-    RowScores,
-    centre,
-    cosine_to_targets,
+    Base,
     encode_rows,
-    score_batch,
-    score_rows,
+    form_batches,
+    mean_losses,
+    mean_states,
+    without_prompt,
 )
 
 Model = ChatGLMForConditionalGeneration
@@ -45,59 +45,43 @@ def batch(golden: Path) -> list[TokenizedExample]:
     ]
 
 
-def score_all(nano: Nano, batch_tokens: int | None = None) -> list[RowScores]:
-    """Return the scores of ROWS, in their order."""
-    batches = score_rows(*nano, ROWS, wants_loss=True, wants_pooled=True, batch_tokens=batch_tokens)
-    found = {}
-    for indices, scored in batches:
-        found |= dict(zip(indices, scored, strict=True))
-    return [found[index] for index in range(len(ROWS))]
+def ifd_of(base: Base, rows: list[TextRow] = ROWS) -> list[float]:
+    """Return the IFD of rows, in their order."""
+    found = dict(base.ifd(rows))
+    return [found[index] for index in range(len(rows))]
 
 
-def assert_same(found: RowScores, wanted: RowScores) -> None:
-    """Equal but for the order of float32 sums: losses are 2 to 16, a pooled state has length 1."""
-    assert found[:2] == pytest.approx(wanted[:2], rel=1e-6)
-    torch.testing.assert_close(found.pooled, wanted.pooled, atol=1e-6, rtol=0)
-    assert found.is_cut == wanted.is_cut
-
-
-@pytest.mark.parametrize("wants_pooled", [False, True])
 def test_losses_and_ifd_are_the_golden_ones(
-    tiny: Model, batch: list[TokenizedExample], golden: Path, wants_pooled: bool
+    tiny: Model, batch: list[TokenizedExample], golden: Path
 ) -> None:
     rows = json.loads((golden / "ifd.json").read_text(encoding="utf-8"))["rows"]
-    scored = score_batch(tiny, batch, wants_loss=True, wants_pooled=wants_pooled)
-    for row, found in zip(rows, scored, strict=True):
+    losses = mean_losses(tiny.eval(), [*batch, *map(without_prompt, batch)])
+    for row, loss, alone in zip(rows, losses, losses[len(rows) :], strict=False):
         wanted = row["without_sop"]
-        assert found.loss == pytest.approx(wanted["loss"], abs=1e-5), row["case"]
-        assert found.loss_alone == pytest.approx(wanted["loss_empty"], abs=1e-5), row["case"]
-        assert found.ifd == pytest.approx(wanted["ifd"], abs=1e-5), row["case"]
-        assert (found.pooled is not None) == wants_pooled
+        assert loss == pytest.approx(wanted["loss"], abs=1e-5), row["case"]
+        assert alone == pytest.approx(wanted["loss_empty"], abs=1e-5), row["case"]
+        assert loss / alone == pytest.approx(wanted["ifd"], abs=1e-5), row["case"]
 
 
 def test_packed_rows_score_as_one_row_at_a_time(loaded_nano: Nano) -> None:
-    for found, wanted in zip(score_all(loaded_nano), score_all(loaded_nano, 1), strict=True):
-        assert_same(found, wanted)
+    packed, single = Base(*loaded_nano), Base(*loaded_nano)
+    single.batch_tokens = 1
+    assert ifd_of(packed) == pytest.approx(ifd_of(single), rel=1e-6)
+    for base in (packed, single):
+        base.centre_on(ROWS)
+    torch.testing.assert_close(packed.states(ROWS), single.states(ROWS), atol=1e-5, rtol=0)
+    assert packed.num_cut == single.num_cut == 0
 
 
-def test_only_what_is_wanted_is_scored(tiny: Model, batch: list[TokenizedExample]) -> None:
-    both = score_batch(tiny, batch, wants_loss=True, wants_pooled=True)
-    for one, pooled in zip(
-        both, score_batch(tiny, batch, wants_loss=False, wants_pooled=True), strict=True
-    ):
-        assert math.isnan(pooled.loss)
-        assert math.isnan(pooled.loss_alone)
-        torch.testing.assert_close(pooled.pooled, one.pooled, atol=1e-6, rtol=0)
-
-
-def test_a_prefix_changes_nothing_and_the_mode_is_restored(
-    tiny_with_prefix: Model, batch: list[TokenizedExample]
+def test_a_prefix_takes_part_and_changes_the_fingerprint(
+    tiny_with_prefix: Model, batch: list[TokenizedExample], loaded_nano: Nano
 ) -> None:
-    model = tiny_with_prefix.train()
-    with_prefix = score_batch(model, batch, wants_loss=True, wants_pooled=False)
-    assert model.training
+    model = tiny_with_prefix.eval()
+    with_prefix, tuned = mean_losses(model, batch), Base(model, loaded_nano[1]).fingerprint
     model.remove_prefix()
-    assert score_batch(model, batch, wants_loss=True, wants_pooled=False) == with_prefix
+    base = mean_losses(model, batch)
+    assert all(abs(one - other) > 1e-4 for one, other in zip(with_prefix, base, strict=True))
+    assert Base(model, loaded_nano[1]).fingerprint != tuned
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
@@ -106,15 +90,13 @@ def test_scores_are_those_of_plain_calls_of_the_model(
 ) -> None:
     if bits:
         quantize_model_(tiny, bits)
-    scored = score_batch(tiny, batch, wants_loss=True, wants_pooled=True)
-    for row, found in zip(batch, scored, strict=True):
-        loss, states = plain(tiny, row.input_ids, row.context_length)
-        alone, _ = plain(tiny, row.input_ids[row.context_length - 1 :], 1)
-        assert found[:2] == pytest.approx((loss, alone), abs=1e-5)
-        pooled = functional.normalize(states.mean(dim=0), dim=0)  # (E,)
-        assert found.pooled is not None
-        assert found.pooled.shape == (32,)
-        torch.testing.assert_close(found.pooled, pooled, atol=1e-5, rtol=0)
+    losses, states = mean_losses(tiny.eval(), batch), mean_states(tiny, batch)
+    assert states.shape == (len(batch), 32)
+    for row, loss, state in zip(batch, losses, states, strict=True):
+        wanted, hidden = plain(tiny, row.input_ids, row.context_length)
+        assert loss == pytest.approx(wanted, abs=1e-5)
+        pooled = functional.normalize(hidden.mean(dim=0), dim=0)  # (E,)
+        torch.testing.assert_close(state, pooled, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -147,9 +129,9 @@ def test_a_long_answer_is_cut_and_then_a_long_prompt(
     ]
 
     monkeypatch.setattr(model.config, "max_sequence_length", longest - 1)
-    scored = score_all(loaded_nano)
-    assert [one.is_cut for one in scored] == [False] * 5 + [True]
-    assert all(math.isfinite(one.ifd) for one in scored)
+    base = Base(model, tokenizer)
+    assert all(map(math.isfinite, ifd_of(base)))
+    assert base.num_cut == 1
 
 
 def test_an_empty_answer_has_the_loss_of_its_end(loaded_nano: Nano) -> None:
@@ -157,45 +139,55 @@ def test_an_empty_answer_has_the_loss_of_its_end(loaded_nano: Nano) -> None:
     (row,) = encode_rows(tokenizer, ROWS[3:4], 2048)
     assert row.input_ids[row.context_length :] == [tokenizer.sop_token_id, tokenizer.eop_token_id]
     wanted, _ = plain(model, row.input_ids, row.context_length)
-    assert score_all(loaded_nano)[3].loss == pytest.approx(wanted, abs=1e-6)
+    assert mean_losses(model, [row]) == pytest.approx([wanted], abs=1e-5)
 
 
 def test_without_a_prompt_the_ratio_is_one(loaded_nano: Nano) -> None:
-    assert score_all(loaded_nano)[2].ifd == 1.0
+    assert ifd_of(Base(*loaded_nano))[2] == 1.0
 
 
 @pytest.mark.parametrize("alone", [0.0, math.nan, math.inf])
-def test_a_ratio_that_is_no_number_is_nan(alone: float) -> None:
-    assert math.isnan(RowScores(1.0, alone, None, False).ifd)
+def test_a_ratio_that_is_no_number_is_nan(
+    loaded_nano: Nano, monkeypatch: pytest.MonkeyPatch, alone: float
+) -> None:
+    monkeypatch.setattr(scores, "mean_losses", lambda _, batch: [1.0, alone])
+    assert math.isnan(ifd_of(Base(*loaded_nano), ROWS[:1])[0])
 
 
-def test_batches_go_from_long_to_short_the_same_each_time(
+def test_rows_are_taken_block_by_block_and_all_are_scored(
     loaded_nano: Nano, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def order(batch_tokens: int) -> list[list[int]]:
-        options = {"wants_loss": False, "wants_pooled": True, "batch_tokens": batch_tokens}
-        return [indices for indices, _ in score_rows(*loaded_nano, ROWS, **options)]
-
-    _, tokenizer = loaded_nano
-    lengths = [len(row.input_ids) for row in encode_rows(tokenizer, ROWS, 2048)]
-    found = order(60)
-    assert found == order(60)
-    flat = [index for batch in found for index in batch]
-    assert sorted(flat) == list(range(len(ROWS)))
-    assert [lengths[index] for index in flat] == sorted(lengths, reverse=True)
-    assert all(sum(lengths[i] for i in batch) <= 60 or len(batch) == 1 for batch in found)
-    assert order(1) == [[index] for index in flat]
     monkeypatch.setattr(scores, "BLOCK_ROWS", 4)
-    assert order(10_000) == [[i for i in flat if i < 4], [i for i in flat if i >= 4]]
+    base = Base(*loaded_nano)
+    order = [index for index, _ in base.ifd(ROWS)]
+    assert sorted(order[:4]) == [0, 1, 2, 3]
+    assert sorted(order[4:]) == [4, 5]
+    assert order == [index for index, _ in base.ifd(ROWS)]
 
 
-def test_the_nearest_target_counts() -> None:
-    pooled = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    targets = torch.tensor([[0.0, 1.0], [0.8, 0.6]])
-    assert cosine_to_targets(pooled, targets).tolist() == pytest.approx([0.8, 0.96])
+def test_batches_hold_at_most_so_many_tokens() -> None:
+    sizes = [30, 5, 12, 61, 30, 1]
+    found = list(form_batches(sizes, 60))
+    assert found == [[3], [0, 4], [2, 1, 5]]
 
 
-def test_centred_states_have_length_one_and_no_common_direction() -> None:
-    pooled = torch.tensor([[0.8, 0.6], [0.8, -0.6]])
-    mean = pooled.mean(dim=0)
-    torch.testing.assert_close(centre(pooled, mean), torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
+def test_the_nearest_target_counts(loaded_nano: Nano) -> None:
+    base = Base(*loaded_nano)
+    base.centre_on(ROWS)
+    states = base.states(ROWS)
+    found = dict(base.nearness(ROWS, states[[1, 5]]))
+    for index in range(len(ROWS)):
+        wanted = max(float(states[index] @ states[target]) for target in (1, 5))
+        assert found[index] == pytest.approx(wanted, abs=1e-5)
+    assert found[1] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_centred_states_have_length_one_and_no_common_direction(loaded_nano: Nano) -> None:
+    base = Base(*loaded_nano)
+    plain_states = base.states(ROWS)
+    base.centre_on(ROWS)
+    centred = base.states(ROWS)
+    torch.testing.assert_close(centred.norm(dim=1), torch.ones(len(ROWS)))
+    wanted = functional.normalize(plain_states - plain_states.mean(dim=0), dim=1)
+    torch.testing.assert_close(centred, wanted, atol=1e-5, rtol=0)
+    assert centred.mean(dim=0).norm() < plain_states.mean(dim=0).norm() / 2
