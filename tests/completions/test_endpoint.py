@@ -212,6 +212,20 @@ def test_waits_grow(server, monkeypatch):
     assert third - second >= 0.15
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"code": "content_filter", "message": "The response was filtered"},
+        {"code": "content_policy_violation", "message": "Your request was rejected"},
+        {"code": "data_inspection_failed", "message": "输入可能包含不当内容"},
+    ],
+)
+def test_a_prompt_that_a_filter_refuses_has_no_reply_and_the_others_have(server, error):
+    server.script += [OK, Reply(400, {"error": error}), OK]
+    found = complete(open_source(server, concurrency=1), 3)
+    assert found == {0: FINE, 1: Completion(None, "content_filter"), 2: FINE}
+
+
 def test_an_endpoint_that_keeps_failing_ends_the_run(server):
     server.answer = lambda asked: Reply(502, {"error": {"message": "bad gateway"}})
     said = refused(open_source(server))
