@@ -178,7 +178,7 @@ class EndpointSource:
                 first_logprobs(choice),
             )
         except self._openai.APIStatusError as error:
-            if error.status_code == 400 and any(word in str(error) for word in FILTERED):
+            if error.status_code == 400 and error.code in FILTERED:
                 return Completion(None, "content_filter")
             default = FAILING if error.status_code >= 500 else OTHER_REFUSAL
             raise self._failure(error, REMEDIES.get(error.status_code, default)) from error
