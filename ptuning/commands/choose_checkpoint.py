@@ -7,7 +7,7 @@ Source: LIMA, https://arxiv.org/abs/2305.11206, section 3 and appendix B.
 """
 
 import argparse
-import json
+import hashlib
 import logging
 import math
 import sys
@@ -18,15 +18,20 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ptuning.commands.asking import check_least, open_endpoint
+from ptuning.completions.endpoint import EndpointSource
+from ptuning.completions.journal import Journal, to_line
 from ptuning.data.dataset import GenerationDataset, load_generation_dataset
 from ptuning.data.formats import UnknownColumns
-from ptuning.data.prompts import COLUMN_FIELDS
+from ptuning.data.prompts import COLUMN_FIELDS, TextRow
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.cpu.linear import prepack_if_room
 from ptuning.model.cpu.threads import limit_threads
+from ptuning.output import Progress
 from ptuning.scoring.answering import AnswerRun
 from ptuning.scoring.pictures import load_log_history
-from ptuning.scoring.ranking import Candidate, format_ranking, lead, rank
+from ptuning.scoring.ranking import JUDGE, Candidate, format_ranking, lead, rank
+from ptuning.select.judge import judge, judge_templates
 from ptuning.storage import INFO_NAME, write_atomically, write_json
 from ptuning.train.checkpoints import MANIFEST_NAME, fault_of
 from ptuning.train.processes import trainer_arguments
@@ -37,6 +42,7 @@ from ptuning.tunings.artefact import FULL, MARKS, PUBLISHED_NAME
 from ptuning.tunings.loading import base_of, load_tokenizer
 
 NAME = "choose-checkpoint"
+BASE = "base"
 # Flags that decide how a run answers, besides those that its artefacts remember.
 RECORDED = (
     *("quantization_bit", "quantize_embeddings", "bf16", "fp16"),
@@ -49,22 +55,26 @@ logger = logging.getLogger(__name__)
 def run(arguments: argparse.Namespace) -> int:
     """Print the ranking, write the report, copy if asked; 1 if a checkpoint had to be skipped."""
     folder: Path = arguments.run
-    for flag, least in (("batch_size", 1), ("max_new_tokens", 3)):
-        value = getattr(arguments, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag} is {value}; use {least} or more.")
+    check_least(arguments, batch_size=1, max_new_tokens=3)
     if not folder.is_dir():
         raise ValueError(f"RUN is {folder}, which is not a folder; give main.py's --output_dir.")
+    for flag in ("endpoint", "model"):
+        if (arguments.metric == JUDGE) != (getattr(arguments, flag) is not None):
+            raise ValueError(f"--metric judge and --{flag} need each other; give both or neither.")
     with RunDirectory(folder) as directory:
         checkpoints, skipped = _find_checkpoints(directory)
         config = _read_config(checkpoints[-1], directory, arguments)
         tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, **config.hub)
-        rows = _read_dev(arguments.dev, config, tokenizer)
+        rows = _read_dev(arguments.dev, config, tokenizer, arguments.metric)
+        judge_source = open_endpoint(arguments) if arguments.metric == JUDGE else None
         try:
-            found, base = _answer(config, tokenizer, rows, checkpoints, arguments.batch_size)
+            found = _answer(config, tokenizer, rows, checkpoints, arguments.batch_size)
+            if judge_source is not None:
+                found = _judge(judge_source, rows, found, folder / NAME)
         except KeyboardInterrupt:
             logger.warning("Type the same command again to continue; finished answers are kept.")
             raise
+        base = found.pop() if found[-1].name == BASE else None
         ranked = rank(found, arguments.metric)
         sys.stdout.write(format_ranking(ranked, base, arguments.metric))
         best = folder / ranked[0].name
@@ -75,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = {
             "best": best.name,
             "metric": arguments.metric,
+            "judge": arguments.model,
             **lead(ranked, arguments.metric),
             "copied": arguments.copy,
             "checkpoints": [candidate.figures() for candidate in ranked],
@@ -83,7 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
             "settings": _settings(arguments, config),
         }
         write_json(folder / f"{NAME}.json", report)
-        _write_answers(folder / f"{NAME}.jsonl", rows, [*ranked, *([base] if base else [])])
+        shown = ranked if base is None else [*ranked, base]
+        _write_answers(folder / f"{NAME}.jsonl", rows, shown, arguments.metric)
     logger.info("Figures: %s; answers: %s", folder / f"{NAME}.json", folder / f"{NAME}.jsonl")
     return 1 if skipped else 0
 
@@ -130,7 +142,9 @@ def _read_config(newest: Path, directory: RunDirectory, arguments: argparse.Name
     return config
 
 
-def _read_dev(path: Path, config: RunConfig, tokenizer: ChatGLMTokenizer) -> GenerationDataset:
+def _read_dev(
+    path: Path, config: RunConfig, tokenizer: ChatGLMTokenizer, metric: str
+) -> GenerationDataset:
     """Return the rows to answer: in the run's columns, else in those that are found."""
     try:
         rows, summary = load_generation_dataset(path, tokenizer, config.row_format)
@@ -138,9 +152,10 @@ def _read_dev(path: Path, config: RunConfig, tokenizer: ChatGLMTokenizer) -> Gen
         unnamed: dict[str, Any] = dict.fromkeys(COLUMN_FIELDS)
         own = replace(config.row_format, format="auto", **unnamed)
         rows, summary = load_generation_dataset(path, tokenizer, own)
-    if not summary.num_labelled:
+    if not summary.num_labelled and metric != JUDGE:
         raise ValueError(
-            f"--dev is {path}, which has no answers to compare with; add a column such as response."
+            f"--dev is {path}, which has no answers to compare with; add a column such as "
+            "response, or use --metric judge."
         )
     for line in summary.lines():
         logger.info(line)
@@ -153,8 +168,8 @@ def _answer(
     rows: GenerationDataset,
     checkpoints: Sequence[Path],
     batch_size: int,
-) -> tuple[list[Candidate], Candidate | None]:
-    """Return the checkpoints' answers, and the base's unless it would have to be loaded again."""
+) -> list[Candidate]:
+    """Return the checkpoints' answers, and last the base's if it need not be loaded again."""
     limit_threads()
     tuning = open_tuning(config)
     model = load_model(config, tuning, trainer_arguments(config))
@@ -166,7 +181,7 @@ def _answer(
 
     def answers_of(name: str, model: Any, title: str, loss: float | None = None) -> Candidate:
         own = replace(run, config=replace(run.config, output_dir=str(kept / name)), title=title)
-        answered = own.answer(model, is_tuned=name != "base").rows
+        answered = own.answer(model, is_tuned=name != BASE).rows
         return Candidate(
             name=name,
             texts=[row.text for row in answered],
@@ -180,10 +195,55 @@ def _answer(
         title = f"answering with {checkpoint.name} ({number} of {len(checkpoints)})"
         loss = read_validation_loss(checkpoint)
         found.append(answers_of(checkpoint.name, model, title, loss))
-    if config.tuning == FULL:
-        return found, None
-    with tuning.untuned(model) as untouched:
-        return found, answers_of("base", untouched, "answering with the base")
+    if config.tuning != FULL:
+        with tuning.untuned(model) as untouched:
+            found.append(answers_of(BASE, untouched, "answering with the base"))
+    return found
+
+
+def _judge(
+    source: EndpointSource, rows: GenerationDataset, found: Sequence[Candidate], folder: Path
+) -> list[Candidate]:
+    """Return the candidates with grades, only of rows where every checkpoint got one.
+
+    The same answer to a row is graded once; grades are kept like answers.
+    """
+    asked = {
+        _digest([row.prompt, text]): TextRow(row.line, row.prompt, text)
+        for candidate in found
+        for row, text in zip(rows, candidate.texts, strict=True)
+        if text is not None
+    }
+    known: dict[str, float] = {}
+    judge_of = {"model": source.name, "prompts": _digest(judge_templates())}
+    journal = Journal(folder / f"judge-{_digest(judge_of)}.jsonl", judge_of, known.__setitem__)
+    missing = [key for key in asked if key not in known]
+    initial = len(asked) - len(missing)
+    with Progress(len(asked), "judging", unit="answer", initial=initial) as progress:
+        for index, grade in judge(source, [asked[key] for key in missing]):
+            if grade is not None:
+                journal.add(missing[index], grade)
+            progress.update()
+
+    graded = [
+        [known.get(_digest([row.prompt, text])) for row, text in zip(rows, of.texts, strict=True)]
+        for of in found
+    ]
+    of_checkpoints = [own for own, of in zip(graded, found, strict=True) if of.name != BASE]
+    counts = [None not in grades for grades in zip(*of_checkpoints, strict=True)]
+    if not any(counts):
+        raise ValueError(f"--model {source.name} graded no row for every checkpoint; try another.")
+    if not all(counts):
+        text = "%d of %d rows count: to the others the judge did not give every grade"
+        logger.warning(text, sum(counts), len(rows))
+    return [
+        replace(of, grades=[grade if c else None for grade, c in zip(own, counts, strict=True)])
+        for own, of in zip(graded, found, strict=True)
+    ]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(to_line(value)).hexdigest()[:16]
 
 
 def read_validation_loss(checkpoint: Path) -> float | None:
@@ -211,17 +271,20 @@ def _settings(arguments: argparse.Namespace, config: RunConfig) -> dict[str, Any
     return {"dev": str(arguments.dev), "batch_size": arguments.batch_size, **values}
 
 
-def _write_answers(path: Path, rows: GenerationDataset, candidates: Sequence[Candidate]) -> None:
-    """Write a JSON line per row: prompt, reference, and each candidate's answer, the best first."""
+def _write_answers(
+    path: Path, rows: GenerationDataset, candidates: Sequence[Candidate], metric: str
+) -> None:
+    """Write a JSON line per row: prompt, reference, and every answer and score, the best first."""
+    scores = {candidate.name: candidate.row_scores(metric) for candidate in candidates}
     lines = [
-        json.dumps(
+        to_line(
             {
                 "prompt": row.prompt,
                 "reference": row.label,
                 "answers": {candidate.name: candidate.texts[index] for candidate in candidates},
-            },
-            ensure_ascii=False,
+                "scores": {name: of_rows[index] for name, of_rows in scores.items()},
+            }
         )
         for index, row in enumerate(rows)
     ]
-    write_atomically(path, "".join(f"{x}\n" for x in lines).encode("utf-8", "backslashreplace"))
+    write_atomically(path, b"".join(lines))

@@ -19,7 +19,7 @@ NO_PICTURE = "none"
 KEY_VARIABLE = "PTUNING_API_KEY"
 PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
 OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
-CHECKPOINT_METRICS = ("rougeL", "bleu")  # of ptuning.scoring.ranking
+CHECKPOINT_METRICS = ("rougeL", "bleu", "judge")  # of ptuning.scoring.ranking
 TASK_TEMPLATES = ("zh", "en", "adgen", "magpie")  # of ptuning.instruct.templates
 
 
@@ -240,10 +240,13 @@ def _choose_checkpoint(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         required=True,
-        help="rows with answers to compare with, in any format of data files; about 50",
+        help="rows with reference answers, in any format of data files; about 50",
     )
     parser.add_argument(
-        "--metric", choices=CHECKPOINT_METRICS, default="rougeL", help="what decides: rougeL"
+        "--metric",
+        choices=CHECKPOINT_METRICS,
+        default="rougeL",
+        help="what decides; judge: grades from 1 to 6 by --endpoint, without references: rougeL",
     )
     parser.add_argument(
         "--copy", action="store_true", help="make RUN itself hold the best prefix or adapter"
@@ -264,6 +267,7 @@ def _choose_checkpoint(parser: argparse.ArgumentParser) -> None:
         choices=SUPPORTED_BITS,
         help="quantise the base as it is read; unset: as in the run",
     )
+    _add_endpoint_flags(parser, "the judge of --metric judge")
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:

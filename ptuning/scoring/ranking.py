@@ -13,6 +13,7 @@ from typing import Any
 from ptuning.scoring.metrics import PairScores, mean_scores
 
 FIELD_OF = {"rougeL": "rouge_l", "bleu": "bleu_4"}  # --metric: its field of PairScores
+JUDGE = "judge"  # the other --metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,20 +23,28 @@ class Candidate:
     name: str
     texts: Sequence[str | None]  # None: the row has no prompt
     pairs: Sequence[PairScores | None]  # None: the row has nothing to compare
+    grades: Sequence[float | None] = ()  # of a judge; None: it gave none
     validation_loss: float | None = None  # None: there was no validation at this step
 
     def row_scores(self, metric: str) -> list[float | None]:
         """Return the score of each row, None where there is none."""
+        if metric == JUDGE:
+            return list(self.grades)
         return [None if pair is None else getattr(pair, FIELD_OF[metric]) for pair in self.pairs]
 
     def score(self, metric: str) -> float:
-        """Return the mean over the rows that have a score."""
-        return statistics.fmean(score for score in self.row_scores(metric) if score is not None)
+        """Return the mean over the rows that have a score; NaN if there are none."""
+        scores = [score for score in self.row_scores(metric) if score is not None]
+        return statistics.fmean(scores) if scores else math.nan
 
     def figures(self) -> dict[str, Any]:
         """Return every figure by name, as JSON values."""
         means = mean_scores(self.texts, self.pairs).by_published_name("dev")
-        return {"name": self.name, "validation_loss": self.validation_loss, **means}
+        figures = {"name": self.name, "validation_loss": self.validation_loss, **means}
+        judged = len(self.grades) - list(self.grades).count(None)
+        if judged:
+            figures |= {"dev_judge": self.score(JUDGE), "dev_judged": judged}
+        return figures
 
 
 def rank(candidates: Sequence[Candidate], metric: str) -> list[Candidate]:
@@ -62,7 +71,7 @@ def format_ranking(ranked: Sequence[Candidate], base: Candidate | None, metric: 
     losses = [row.validation_loss for row in ranked if row.validation_loss is not None]
     lines = [f"{'':<18}{''.join(f'{name:>9}' for name in metrics)}  validation loss"]
     for row in [*ranked, *([] if base is None else [base])]:
-        scores = "".join(f"{row.score(name):>9.2f}" for name in metrics)
+        scores = "".join(f"{row.score(name):>9.2f}" for name in metrics).replace("nan", "  -")
         loss = row.validation_loss
         marks = ["best answers"] if row is ranked[0] else []
         marks += ["lowest loss"] if loss is not None and loss == min(losses) else []

@@ -12,10 +12,11 @@ from ptuning.commands.choose_checkpoint import read_validation_loss
 from ptuning.scoring.answering import AnswerRun
 from ptuning.tunings.loading import SAMPLE_DIR
 from ptuning.tunings.prefix import export_prefix
+from tests.completions.scripted import Reply, as_completion
 from tests.test_main import base, train_flags  # noqa: F401  (a fixture)
 from tests.tiny import rows, write_rows
 
-REPEATED = {2: 8, 4: 99, 6: 16, 0: 2}  # step (0: the base): characters of the reference it repeats
+REPEATED = {2: 8, 4: 99, 6: 12, 0: 2}  # step (0: the base): characters of the reference it repeats
 TABLE = "                     rougeL     bleu  validation loss\n"
 
 
@@ -145,6 +146,50 @@ def test_a_published_checkpoint_is_ranked_too(choose, base):  # noqa: F811
     assert (choose.out / "pytorch_model.bin").is_file()
 
 
+def test_a_judge_decides_and_a_row_counts_if_every_checkpoint_has_a_grade(
+    choose, server, capsys, caplog
+):
+    def reply(asked):
+        answer = asked.prompt.partition("【回答】\n")[2].partition("\n\n")[0]
+        grade = {8: "4", 12: "5"}.get(len(answer), "2")
+        refused = "类型#裤" in asked.prompt and grade == "5"
+        return Reply(200, as_completion("I refuse" if refused else grade))
+
+    server.answer = reply
+    flags = ("--metric", "judge", "--endpoint", server.address, "--model", "any")
+    assert choose(*flags) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["judge", "rougeL", "bleu", "validation", "loss"]
+    ranking = [line.split()[:2] for line in table[1:5]]
+    assert ranking == [
+        ["checkpoint-6", "5.00"],
+        ["checkpoint-2", "4.00"],
+        ["checkpoint-4", "2.00"],
+        ["base", "2.00"],
+    ]
+    assert "5 of 6 rows count" in caplog.text
+    assert {row["dev_judged"] for row in choose.report["checkpoints"]} == {5}
+    assert (choose.report["judge"], len(server.asked)) == ("any", 24)
+    server.answer = lambda _: Reply(200, as_completion("6"))
+    assert choose(*flags) == 0
+    assert (choose.asked, len(server.asked)) == ([], 25)  # the refused one again
+    assert choose.report["checkpoints"][0]["dev_judge"] == pytest.approx(31 / 6)
+
+
+def test_a_judge_needs_no_references_and_grades_equal_answers_once(choose, server, capsys):
+    write_rows(choose.dev, [{"content": row["content"]} for row in rows(36)[30:]])
+    server.answer = lambda _: Reply(200, as_completion("3"))
+    flags = ("--metric", "judge", "--endpoint", server.address, "--model", "any")
+    assert choose(*flags) == 0
+    assert len(server.asked) == 6  # all are empty
+    best = capsys.readouterr().out.splitlines()[1].split()
+    assert best[:4] == ["checkpoint-2", "3.00", "-", "-"]
+    assert choose.report["checkpoints"][0]["dev_rouge-l"] is None
+    server.answer = lambda _: Reply(200, as_completion("good"))
+    assert choose(*flags, "--model", "other") == 2
+    assert "--model other graded no row" in capsys.readouterr().err
+
+
 def test_dev_rows_may_have_other_columns_than_the_training_rows(choose):
     made = [{"prompt": row["content"], "response": row["summary"]} for row in rows(36)[30:]]
     write_rows(choose.dev, made)
@@ -161,6 +206,8 @@ def test_mistakes_are_one_line_that_says_what_to_type(choose, tmp_path, capsys):
     assert "--batch_size is 0; use 1 or more" in said("--batch_size", "0")
     assert "--max_new_tokens is 2; use 3 or more" in said("--max_new_tokens", "2")
     assert "--model_name_or_path is nowhere, which is not" in said("--model_name_or_path=nowhere")
+    assert "--metric judge and --endpoint need each other" in said("--metric", "judge")
+    assert "--metric judge and --model need each other" in said("--model", "any")
     write_rows(choose.dev, [{"content": "类型#裙"}])
     assert "has no answers to compare with; add a column" in said()
     choose.dev = tmp_path / "none.json"
