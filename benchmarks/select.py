@@ -2,9 +2,9 @@
 
     python -m benchmarks.select [--size small] [--dtype float32] [--quantization_bit 4] [--rows 64]
 
-Training takes optimizer steps of 16 rows. `ifd` scores each row with its prompt and without, and
-the tokens of both are counted; `states` keeps the mean hidden state of the row. Each is repeated in
-turn, and the median time counts.
+Training takes optimizer steps of 16 rows; scoring leaves the prefix out. `ifd` scores each row with
+its prompt and without, and the tokens of both are counted; `states` keeps the mean hidden state of
+the row. Each is repeated in turn, and the median time counts.
 """
 
 import statistics
@@ -49,6 +49,8 @@ def measure(flags: Namespace) -> dict[str, dict[str, float]]:
     default = CPU_BATCH_TOKENS if flags.device == "cpu" else GPU_BATCH_TOKENS
     batch_tokens = flags.batch_tokens or default
     step = whole_step("ours", model)
+    encoder = model.prefix_encoder
+    assert encoder is not None, "make_model attaches one"
     alone = [without_prompt(row) for row in encoded]
     num_tokens = sum(len(row.input_ids) for row in encoded)
 
@@ -57,6 +59,7 @@ def measure(flags: Namespace) -> dict[str, dict[str, float]]:
             step(rows[start : start + ROWS_PER_STEP])
 
     def score(*, by_loss: bool) -> None:
+        model.eval().remove_prefix()
         times = 2 if by_loss else 1
         sizes = [times * len(row.input_ids) for row in encoded]
         for places in form_batches(sizes, batch_tokens):
@@ -65,6 +68,7 @@ def measure(flags: Namespace) -> dict[str, dict[str, float]]:
                 mean_losses(model, batch + [alone[place] for place in places])
             else:
                 mean_states(model, batch)
+        model.attach_prefix(encoder)
 
     works: dict[str, Callable[[], None]] = {
         "training step": train,
