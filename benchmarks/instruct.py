@@ -21,13 +21,13 @@ SEED = 20261128
 THRESHOLD = 0.7
 
 
-def synthetic_instructions(count: int) -> list[str]:
-    """Return that many instructions: English words, or pairs of Han characters."""
-    rng = Random(SEED)
+def synthetic_texts(count: int, least: int, most: int) -> list[str]:
+    """Return that many texts of least to most words: English, or pairs of Han characters."""
+    rng = Random(SEED - 4 + least)
     han = [chr(0x4E00 + int(rng.random() * 3000)) for _ in range(4000)]
     texts = []
     for index in range(count):
-        length = 4 + int(rng.random() * 17)
+        length = least + int(rng.random() * (most - least + 1))
         places = [int(rng.random() ** 2 * 4000) for _ in range(length)]
         chinese = "".join(han[place] + han[place - 1] for place in places)
         texts.append(chinese if index % 2 else " ".join(f"word{place}" for place in places))
@@ -36,7 +36,7 @@ def synthetic_instructions(count: int) -> list[str]:
 
 def measure(count: int) -> dict[str, float]:
     """Filter `count` instructions; times in seconds and microseconds."""
-    texts = synthetic_instructions(count)
+    texts = synthetic_texts(count, 4, 20)
     pool = Pool(texts[:1])
     pairs, started = 0, time.perf_counter()
     for text in tqdm(texts[1:], disable=not sys.stderr.isatty()):

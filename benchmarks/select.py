@@ -1,18 +1,28 @@
 """Scoring speed of `ptuning select` next to training, on one model and the same rows.
 
     python -m benchmarks.select [--size small] [--dtype float32] [--quantization_bit 4] [--rows 64]
+    python -m benchmarks.select --pool_rows 100000     # cleaning and near-duplicates instead
 
 Training takes optimizer steps of 16 rows; scoring leaves the prefix out. `ifd` scores each row with
 its prompt and without, and the tokens of both are counted; `states` keeps the mean hidden state of
 the row. Each is repeated in turn, and the median time counts.
+The pool is synthetic: invented prompts and answers of 20 to 100 words, half of them Chinese, one in
+ten a copy of an earlier row or nearly one.
 """
 
+import json
 import statistics
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
 
+from benchmarks.instruct import SEED, synthetic_texts
+from benchmarks.memory import peak_bytes
 from benchmarks.setting import (
     BenchRow,
     add_common_flags,
@@ -35,6 +45,7 @@ from ptuning.select.scores import (
     mean_states,
     without_prompt,
 )
+from ptuning.select.selection import clean, drop_duplicates, read_pool, remaining
 from ptuning.train.fit import keep_freed_memory
 
 
@@ -99,6 +110,37 @@ def as_encoded(row: BenchRow) -> TokenizedExample:
     return TokenizedExample(row.input_ids.tolist(), context_length, False, False)
 
 
+def measure_pool(num_rows: int) -> dict[str, float]:
+    """Read, clean and deduplicate a pool; return seconds, and the peak memory in bytes."""
+    draws = Random(SEED)
+    rows: list[dict[str, str]] = []
+    for prompt, answer in zip(
+        synthetic_texts(num_rows, 4, 20), synthetic_texts(num_rows, 20, 100), strict=True
+    ):
+        row = {"instruction": prompt, "output": answer}
+        if rows and draws.random() < 0.1:
+            row = dict(rows[int(draws.random() * len(rows))])
+            row["output"] += draws.choice(
+                ["", " 的确。" if not row["output"].isascii() else " Yes."]
+            )
+        rows.append(row)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "pool.jsonl"
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text(lines, encoding="utf-8")
+        del rows, lines
+        figures: dict[str, float] = {}
+        started = time.perf_counter()
+        pool = read_pool([path])
+        for name, step in (("read", None), ("clean", clean), ("duplicates", drop_duplicates)):
+            if step is not None:
+                step(pool)
+            now = time.perf_counter()
+            figures[f"{name}_s"], started = now - started, now
+    kept = len(remaining(pool))
+    return {"rows": num_rows, "kept": kept, **figures, "peak": peak_bytes("cpu")}
+
+
 def main(argv: list[str]) -> int:
     """Print the table."""
     parser = ArgumentParser(prog="python -m benchmarks.select", description=__doc__)
@@ -108,7 +150,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--batch_tokens", type=int, help="tokens of a scored batch; unset goes by the device"
     )
+    parser.add_argument("--pool_rows", type=int, help="clean and deduplicate so many instead")
     flags = parse_common(parser, argv, "rows", "repeats")
+    if flags.pool_rows:
+        found = measure_pool(flags.pool_rows)
+        sys.stdout.write(
+            f"{found['rows']:,} rows, {found['kept']:,} kept: read {found['read_s']:.1f} s, clean "
+            f"{found['clean_s']:.1f} s, duplicates {found['duplicates_s']:.1f} s; peak "
+            f"{found['peak'] / 1e9:.2f} GB\n{machine()}\n"
+        )
+        write_json(flags, {"machine": machine(), **found})
+        return 0
     figures = measure(flags)
     sys.stdout.write(
         f"{flags.size}, {weights_of(flags)}, {flags.rows} rows; training: P {flags.prefix}, "

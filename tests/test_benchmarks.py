@@ -163,6 +163,14 @@ def test_scoring_is_timed_next_to_training(bits: str, tmp_path: Path) -> None:
     assert figures["training step"]["times_training"] == 1
 
 
+def test_a_pool_is_cleaned_and_deduplicated(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    assert select.main(["--pool_rows", "300", "--json", str(out)]) == 0
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert 240 < figures["kept"] < 290
+    assert min(figures[name] for name in ("read_s", "clean_s", "duplicates_s", "peak")) > 0
+
+
 # memory and full_size
 
 

@@ -66,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     sources = [row.contract["source"] if arguments.quota == "source" else "" for row in fit]
     rooms = quotas(Counter(sources), arguments.budget, settings["quota_temperature"])[1]
     choice = selection.choose(fit, rooms, partial(_similarity, settings, base), arguments.seed)
+    if num_emptied:
+        logger.info("%7d inputs that say there is none were emptied", num_emptied)
     _write(out, pool, choice, settings | {"emptied_inputs": num_emptied})
     if len(choice.picked) < arguments.budget:
         left = number_of(len(choice.picked), "row")
