@@ -56,7 +56,7 @@ def open_base(
     )
     if prefix is not None:
         refuse_other_kinds(prefix)
-        name = name or base_of(prefix)
+        name = name or base_of(prefix, flag="--model_name_or_path")
     named = find_model(name or "nano", flag="--model_name_or_path")
     model, tokenizer = open_model(named, bits, prefix=prefix)
     said = (name or "nano", prefix and f"with {prefix}", bits and f"in {bits} bits")
