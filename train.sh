@@ -64,7 +64,11 @@ fi
 setting --num_train_epochs EPOCHS
 setting --per_device_train_batch_size BATCH_SIZE 16/NUM_GPUS 1      # rows per forward pass and GPU
 setting --gradient_accumulation_steps ACCUMULATION 1 16/NUM_GPUS    # forward passes per step
-setting --save_steps SAVE_STEPS 200 1000                 # steps between two checkpoints
+if [ "$PRESET" = lima ]; then                            # the preset saves after each epoch
+  setting --save_steps SAVE_STEPS
+else
+  setting --save_steps SAVE_STEPS 200 1000               # steps between two checkpoints
+fi
 setting --eval_steps EVAL_STEPS 100 1000                 # steps between two validation losses
 setting --logging_steps LOGGING_STEPS 10                 # steps between two loss lines
 setting --max_source_length MAX_SOURCE_LENGTH 64         # tokens of the prompt, including [gMASK] and <sop>

@@ -182,6 +182,8 @@ def test_a_preset_sets_the_rate_from_either_place_and_a_typed_rate_wins(checkout
     lima = flags(run(checkout / "train.sh", PRESET="lima"))
     assert (lima["--learning_rate"], "--max_steps" in lima) == ("2e-2", False), "15 epochs"
     assert flags(run(checkout / "train.sh", PRESET="lima", MAX_STEPS="9"))["--max_steps"] == "9"
+    assert "--save_steps" not in lima, "a checkpoint for each epoch"
+    assert flags(run(checkout / "train.sh", PRESET="lima", SAVE_STEPS="9"))["--save_steps"] == "9"
     touch(checkout, "a.json", "b.json")
     chat = {"TRAIN_FILE": "a.json", "DEV_FILE": "b.json"}
     assert flags(run(checkout / "train_chat.sh", **chat))["--learning_rate"] == "1e-2"

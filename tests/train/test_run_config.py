@@ -98,6 +98,10 @@ def test_another_schedule_or_length_than_limas_is_taken_as_typed(tmp_path):
     config = read(tmp_path, "--preset", "lima", "--lr_scheduler_kwargs", own)
     assert config.trainer_flags["lr_scheduler_kwargs"] == own
     assert config.notices[0].endswith(f"--lr_scheduler_kwargs {own} (typed)")
+    config = read(tmp_path, "--preset", "lima", "--save_steps", "7")
+    assert "save_strategy" not in config.notices[0]
+    assert config.trainer_flags.get("save_strategy") != "epoch"
+
     notices = read(tmp_path, "--preset", "lima", "--max_steps", "5").notices
     assert "--num_train_epochs 15 has no effect: --max_steps 5 overrides it." in notices
 
