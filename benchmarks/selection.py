@@ -132,7 +132,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 
 def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Draw each case's BLEU-4 and retention: a point for each seed, mean and deviation."""
+    """Draw each case's BLEU-4 and forgetting: a point for each seed, mean and deviation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -141,7 +141,10 @@ def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     names = list(results)[::-1]
     for axes, (title, of) in zip(
         figure.subplots(1, 2, sharey=True),
-        (("BLEU-4 on the task", "BLEU-4"), ("general answers unchanged, of 40", "same answers")),
+        (
+            ("BLEU-4 on the task", "BLEU-4"),
+            ("forgetting: loss on the base's answers, change", "loss change"),
+        ),
         strict=True,
     ):
         for place, name in enumerate(names):
