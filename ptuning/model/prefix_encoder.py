@@ -82,7 +82,8 @@ def join_prefix(
 ) -> tuple[Tensor, Tensor]:
     """Prepend one layer's prefix (2, 1 or B, H, P, D) to keys and values: (B, H, P + S, D) each.
 
-    dropout > 0 draws a mask for each row, as the published code does.
+    dropout > 0 draws a mask for each row, as the published code does. In training on a CPU
+    `ptuning.model.cpu.varlen_attention` does both without the copy.
     """
     prefix = prefix.to(keys.dtype).expand(-1, keys.shape[0], -1, -1, -1)  # (2, B, H, P, D)
     if dropout > 0.0:
