@@ -64,12 +64,15 @@ fi
 setting --num_train_epochs EPOCHS
 setting --per_device_train_batch_size BATCH_SIZE 16/NUM_GPUS 1      # rows per forward pass and GPU
 setting --gradient_accumulation_steps ACCUMULATION 1 16/NUM_GPUS    # forward passes per step
-if [ "$PRESET" = lima ]; then                            # the preset saves after each epoch
+if [ "$PRESET" = lima ]; then                            # the preset does both after each epoch
   setting --save_steps SAVE_STEPS
+  setting --eval_steps EVAL_STEPS
 else
   setting --save_steps SAVE_STEPS 200 1000               # steps between two checkpoints
+  setting --eval_steps EVAL_STEPS 100 1000               # steps between two validation losses
+  given_flags+=(--eval_strategy steps)
 fi
-setting --eval_steps EVAL_STEPS 100 1000                 # steps between two validation losses
+if [ -n "${EVAL_STEPS:-}" ] && [ "$PRESET" = lima ]; then given_flags+=(--eval_strategy steps); fi
 setting --logging_steps LOGGING_STEPS 10                 # steps between two loss lines
 setting --max_source_length MAX_SOURCE_LENGTH 64         # tokens of the prompt, including [gMASK] and <sop>
 setting --max_target_length MAX_TARGET_LENGTH 64         # tokens of the answer
@@ -93,7 +96,7 @@ else
 fi
 
 exec "$PYTHON" "${start[@]}" \
-  --do_train --do_eval --do_predict --predict_with_generate --eval_strategy steps \
+  --do_train --do_eval --do_predict --predict_with_generate \
   --train_file "$TRAIN_FILE" --validation_file "$DEV_FILE" --test_file "$DEV_FILE" \
   --model_name_or_path "$MODEL" --output_dir "$OUTPUT_DIR" \
   "${given_flags[@]}" ${words[@]+"${words[@]}"}

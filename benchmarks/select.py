@@ -35,12 +35,11 @@ from benchmarks.setting import (
     write_json,
 )
 from benchmarks.train import ROWS_PER_STEP, whole_step
-from ptuning.data.tokenization import IGNORED_LABEL, TokenizedExample
+from ptuning.data.tokenization import IGNORED_LABEL, TokenizedExample, form_batches
 from ptuning.model.cpu.linear import prepack_if_room
 from ptuning.select.scores import (
     CPU_BATCH_TOKENS,
     GPU_BATCH_TOKENS,
-    form_batches,
     mean_losses,
     mean_states,
     without_prompt,

@@ -13,6 +13,9 @@ from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.tunings.loading import base_of, find_model, refuse_other_kinds
 
+CONCURRENCY = 5  # prompts in work at once
+TIMEOUT_S = 120.0
+
 
 def check_least(arguments: argparse.Namespace, **least: float) -> None:
     """Refuse a number below the least one for its flag (ValueError); unset ones pass."""
@@ -22,8 +25,15 @@ def check_least(arguments: argparse.Namespace, **least: float) -> None:
             raise ValueError(f"--{name} is {value}; use {smallest:g} or more.")
 
 
+def refuse_endpoint_flags(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuse the named flags, which do nothing without --endpoint."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} is for --endpoint URL; give that too, or leave it out.")
+
+
 def open_endpoint(arguments: argparse.Namespace) -> EndpointSource:
-    """Connect to what the flags of `add_endpoint_flags` name; ValueError for one that is wrong."""
+    """Connect to what the flags of `_add_endpoint_flags` name; ValueError for one that is wrong."""
     url, key_name = arguments.endpoint, arguments.api_key_env or OPENAI_KEY_VARIABLE
     if arguments.model is None:
         raise ValueError("--endpoint needs the name of a model: --model NAME.")
@@ -37,9 +47,9 @@ def open_endpoint(arguments: argparse.Namespace) -> EndpointSource:
     return EndpointSource(
         url.rstrip("/"),
         arguments.model,
-        api=arguments.api,
-        concurrency=arguments.concurrency,
-        timeout_s=arguments.timeout,
+        api=arguments.api or "chat",
+        concurrency=arguments.concurrency or CONCURRENCY,
+        timeout_s=arguments.timeout or TIMEOUT_S,
         key=os.environ.get(key_name),
         key_name=key_name,
     )
@@ -63,14 +73,24 @@ def open_base(
     return model, tokenizer, " ".join(part for part in said if part)
 
 
-def check_out(out: Path, mark: Path, used: Iterable[Path] = ()) -> None:
-    """Refuse an --out that is no .jsonl file, one of the files to read, or another command's.
+def check_out(out: Path, mark: Path, reads: Iterable[Path] = (), own: str = r"(?!)") -> None:
+    """Refuse an --out that is no .jsonl file, another command's, or would overwrite what is read.
 
-    mark is the file next to it by which this command knows its own.
+    mark is the file next to it by which this command knows its own. own is a pattern of the names,
+    after the stem of out, of the other files that it writes.
     """
-    if out.suffix != ".jsonl" or out.is_dir():
+    if out.is_dir():
+        raise ValueError(f"--out is {out}, a folder; name a file in it that ends in .jsonl.")
+    if out.suffix != ".jsonl":
         raise ValueError(f"--out is {out}; name a file that ends in .jsonl.")
-    if out.resolve() in {path.resolve() for path in used}:
-        raise ValueError(f"--out {out} is one of the files to read; give another name.")
-    if out.exists() and not mark.exists():
-        raise ValueError(f"--out {out} exists and is not of this command; give another name.")
+    pattern = re.compile(rf"{re.escape(out.stem)}(\.jsonl|{own})")
+    for path in reads:
+        if path.resolve().parent == out.resolve().parent and pattern.fullmatch(path.name):
+            raise ValueError(f"{path} is read, and --out {out} overwrites it; give another name.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: the folder {out.parent} cannot be written to.")
+    others = [path for path in out.parent.iterdir() if pattern.fullmatch(path.name)]
+    if others and not mark.exists():
+        which = f"--out {out}" if out in others else str(others[0])
+        raise ValueError(f"{which} exists and is not of this command; give another name.")

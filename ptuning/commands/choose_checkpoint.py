@@ -14,20 +14,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ptuning.commands.asking import check_least, open_endpoint
+from ptuning.commands.asking import check_least, open_endpoint, refuse_endpoint_flags
 from ptuning.completions.endpoint import EndpointSource
-from ptuning.completions.journal import Journal, to_line
+from ptuning.completions.journal import saved_scores, to_line
 from ptuning.data.dataset import GenerationDataset, load_generation_dataset
 from ptuning.data.formats import UnknownColumns
 from ptuning.data.prompts import COLUMN_FIELDS, TextRow
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.cpu.linear import prepack_if_room
 from ptuning.model.cpu.threads import limit_threads
-from ptuning.output import Progress
 from ptuning.scoring.answering import AnswerRun
 from ptuning.scoring.pictures import load_log_history
 from ptuning.scoring.ranking import JUDGE, Candidate, format_ranking, lead, rank
@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     for flag in ("endpoint", "model"):
         if (arguments.metric == JUDGE) != (getattr(arguments, flag) is not None):
             raise ValueError(f"--metric judge and --{flag} need each other; give both or neither.")
+    if arguments.metric != JUDGE:
+        refuse_endpoint_flags(arguments, "api", "api_key_env", "timeout", "concurrency")
     with RunDirectory(folder) as directory:
         checkpoints, skipped = _find_checkpoints(directory)
         config = _read_config(checkpoints[-1], directory, arguments)
@@ -78,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         ranked = rank(found, arguments.metric)
         sys.stdout.write(format_ranking(ranked, base, arguments.metric))
         best = folder / ranked[0].name
+        if base is not None and base.score(arguments.metric) >= ranked[0].score(arguments.metric):
+            logger.warning("No checkpoint answers better than the untouched base.")
         if arguments.copy:
             _copy(best, folder, str(config.tuning))
         else:
@@ -214,17 +218,13 @@ def _judge(
         for row, text in zip(rows, candidate.texts, strict=True)
         if text is not None
     }
-    known: dict[str, float] = {}
     judge_of = {"model": source.name, "prompts": _digest(judge_templates())}
-    journal = Journal(folder / f"judge-{_digest(judge_of)}.jsonl", judge_of, known.__setitem__)
-    missing = [key for key in asked if key not in known]
-    initial = len(asked) - len(missing)
-    with Progress(len(asked), "judging", unit="answer", initial=initial) as progress:
-        for index, grade in judge(source, [asked[key] for key in missing]):
-            if grade is not None:
-                journal.add(missing[index], grade)
-            progress.update()
-
+    path, answers = folder / f"judge-{_digest(judge_of)}.jsonl", list(asked.values())
+    known = saved_scores(
+        *(path, judge_of, list(asked)),
+        lambda missing: judge(source, [answers[index] for index in missing]),
+        "judging",
+    )
     graded = [
         [known.get(_digest([row.prompt, text])) for row, text in zip(rows, of.texts, strict=True)]
         for of in found
@@ -261,7 +261,12 @@ def _copy(best: Path, run: Path, tuning: str) -> None:
     for name in (PUBLISHED_NAME, *reversed(MARKS[tuning]), INFO_NAME):
         if (best / name).is_file():
             write_atomically(run / name, (best / name).read_bytes())
-    logger.info("Copied %s into %s; to score it again: PREFIX=%s bash evaluate.sh", best, run, run)
+    logger.info(
+        "Copied %s into %s; to score it again: PREFIX=%s bash evaluate.sh",
+        best,
+        run,
+        quote(str(run)),
+    )
 
 
 def _settings(arguments: argparse.Namespace, config: RunConfig) -> dict[str, Any]:

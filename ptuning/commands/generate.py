@@ -6,7 +6,14 @@ import logging
 from dataclasses import fields
 from pathlib import Path
 
-from ptuning.commands.asking import check_least, check_out, open_base, open_endpoint
+from ptuning.commands.asking import (
+    CONCURRENCY,
+    check_least,
+    check_out,
+    open_base,
+    open_endpoint,
+    refuse_endpoint_flags,
+)
 from ptuning.completions.source import EngineSource, Source
 from ptuning.data.raw_file import number_of
 from ptuning.data.reading import find_files
@@ -22,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate rows, and say what became of the requests."""
+    arguments.concurrency = CONCURRENCY if arguments.concurrency is None else arguments.concurrency
     settings = _settings(arguments)
     seeds = _read_seeds(arguments, settings)
     source = _open_source(arguments)
@@ -99,15 +107,15 @@ def _read_seeds(arguments: argparse.Namespace, settings: Settings) -> list[Task]
 
 def _open_source(arguments: argparse.Namespace) -> Source:
     """Return the endpoint, or load the model."""
-    here, there = ("model_name_or_path", "prefix", "quantization_bit"), ("model", "api_key_env")
-    for flag in there if arguments.endpoint is None else here:
-        if getattr(arguments, flag) is not None:
-            advice = "is for --endpoint URL; give that too, or leave it out."
-            if arguments.endpoint is not None:
-                advice = "loads a model in this process; leave it out with --endpoint."
-            raise ValueError(f"--{flag} {advice}")
+    if arguments.endpoint is None:
+        refuse_endpoint_flags(arguments, "model", "api", "api_key_env", "timeout")
+    for flag in ("model_name_or_path", "prefix", "quantization_bit"):
+        if arguments.endpoint is not None and getattr(arguments, flag) is not None:
+            raise ValueError(
+                f"--{flag} loads a model in this process; leave it out with --endpoint."
+            )
     if arguments.endpoint is not None:
-        if arguments.template == "magpie" and arguments.api == "chat":
+        if arguments.template == "magpie" and arguments.api in (None, "chat"):
             raise ValueError(
                 "--template magpie leaves a user's turn open, which a chat cannot; add --api "
                 "completions."

@@ -431,14 +431,14 @@ def _select(parser: argparse.ArgumentParser) -> None:
         "--embed",
         choices=("base", "minhash", "none"),
         help="what tells that a row is too similar to a picked one: the base's states, the words, "
-        "or nothing; unset: base with --score ifd and target, else minhash",
+        "or nothing; unset: base with --score ifd and target, else none",
     )
     choice.add_argument(
         "--max_similarity",
         type=float,
         metavar="F",
-        help="most similarity to a picked row: cosine with base, ROUGE-L with minhash; unset: 0.9 "
-        "and 0.7",
+        help="similarity to a picked row that is too much: with base a cosine above F (0.9), with "
+        "minhash a ROUGE-L of F or more, 0.7 at least (0.7)",
     )
     _add_endpoint_flags(parser, "the judge of --score judge")
 
@@ -453,7 +453,6 @@ def _add_endpoint_flags(parser: argparse.ArgumentParser, title: str) -> None:
     add(
         "--api",
         choices=("chat", "completions"),
-        default="chat",
         help="kind of request; base models need completions: chat",
     )
     add(
@@ -461,10 +460,8 @@ def _add_endpoint_flags(parser: argparse.ArgumentParser, title: str) -> None:
         metavar="NAME",
         help=f"environment variable with the key; unset: {OPENAI_KEY_VARIABLE}, if it is there",
     )
-    add(
-        "--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for a reply: 120"
-    )
-    add("--concurrency", type=int, default=5, metavar="N", help="prompts in work at once: 5")
+    add("--timeout", type=float, metavar="S", help="seconds to wait for a reply: 120")
+    add("--concurrency", type=int, metavar="N", help="prompts in work at once: 5")
 
 
 def _add_both(group: Any, name: str, **options: Any) -> None:

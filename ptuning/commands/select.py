@@ -2,10 +2,8 @@
 
 import argparse
 import difflib
-import hashlib
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,13 +14,12 @@ import numpy as np
 
 from ptuning.commands.asking import check_least, check_out, open_base, open_endpoint
 from ptuning.completions.endpoint import EndpointSource
-from ptuning.completions.journal import Journal, to_line
-from ptuning.data.near_duplicates import ROUGE_THRESHOLD, NearDuplicates
+from ptuning.completions.journal import saved_scores, to_line
+from ptuning.data.near_duplicates import ROUGE_THRESHOLD, NearDuplicates, own_texts
 from ptuning.data.prompts import TextRow
 from ptuning.data.raw_file import number_of
 from ptuning.data.reading import find_files
 from ptuning.data.segmentation import count_words
-from ptuning.output import Progress
 from ptuning.select import selection
 from ptuning.select.choosing import Similar, SimilarStates, quotas
 from ptuning.select.judge import judge, judge_templates
@@ -34,6 +31,9 @@ from ptuning.storage import write_atomically
 TEMPERATURE = 3.0  # of quotas, as LIMA's
 MAX_SIMILARITY = {"base": 0.9, "minhash": ROUGE_THRESHOLD}
 BY_BASE = ("ifd", "target")
+SHOWN = 200  # characters of a text in the verdicts
+ENDPOINT_FLAGS = ("endpoint", "model", "api", "api_key_env", "timeout", "concurrency")
+OWN = r"\.(random|longest|verdicts|(ifd|target|judge)-\w+)\.jsonl|\.report\.(json|html)"
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
         for given in (arguments.files, arguments.against, arguments.like)
     )
     if not files:
-        raise ValueError("name one or more files of rows to select from.")
-    check_out(out, out.with_suffix(".report.json"), (*files, *against, *like))
-    pool, known, targets = map(selection.read_pool, (files, against, like))
+        raise ValueError("name the files to select from, first: select FILE ... --out best.jsonl")
+    check_out(out, out.with_suffix(".report.json"), (*files, *against, *like), OWN)
+    pool, targets = selection.read_pool(files), selection.read_pool(like)
+    known = selection.read_pool(against, needs_answers=False)
     needs_base = arguments.score in BY_BASE or settings["embed"] == "base"
     base = Base(*open_base(arguments)[:2]) if needs_base else None
     source = open_endpoint(arguments) if arguments.score == "judge" else None
@@ -61,35 +62,43 @@ def run(arguments: argparse.Namespace) -> int:
         selection.drop_duplicates(pool)
     if known:
         selection.drop_known(pool, known)
-    _give_scores(arguments, selection.remaining(pool), targets, base, source)
+    try:
+        _give_scores(arguments, selection.remaining(pool), targets, base, source)
+    except KeyboardInterrupt:
+        logger.warning("Type the same command again to continue; finished scores are kept.")
+        raise
     fit = selection.remaining(pool)
     sources = [row.contract["source"] if arguments.quota == "source" else "" for row in fit]
     rooms = quotas(Counter(sources), arguments.budget, settings["quota_temperature"])[1]
     choice = selection.choose(fit, rooms, partial(_similarity, settings, base), arguments.seed)
-    if num_emptied:
-        logger.info("%7d inputs that say there is none were emptied", num_emptied)
-    _write(out, pool, choice, settings | {"emptied_inputs": num_emptied})
+    _write(out, pool, choice, settings, num_emptied)
     if len(choice.picked) < arguments.budget:
         left = number_of(len(choice.picked), "row")
-        logger.warning("--budget is %d, but there were only %s to select.", arguments.budget, left)
+        logger.warning("--budget is %d; no more than %s could be selected.", arguments.budget, left)
+    if not choice.picked and arguments.score == "ifd" and arguments.prefix is None:
+        logger.warning("A base may know nothing of a task: train a prefix briefly, add --prefix.")
     return 0 if choice.picked else 1
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Check the flags, and return what decides the selection."""
     kind, given = arguments.score, vars(arguments)
-    check_least(arguments, budget=1, quota_temperature=1, max_similarity=0)
-    embed = arguments.embed or ("base" if kind in BY_BASE else "minhash")
+    check_least(arguments, budget=1, quota_temperature=1)
+    unset = "base" if kind in BY_BASE else "minhash" if "duplicates" in arguments.skip else "none"
+    embed = arguments.embed or unset
+    threshold = arguments.max_similarity
+    least = ROUGE_THRESHOLD if embed == "minhash" else 0
+    if threshold is not None and not least <= threshold <= 1:
+        raise ValueError(f"--max_similarity is {threshold}; with --embed {embed} use {least} to 1.")
     by_base = (kind in BY_BASE or embed == "base", "--score ifd, target or --embed base")
     for flag, (is_used, needs) in {
         "like": (kind == "target", "--score target"),
-        "endpoint": (kind == "judge", "--score judge"),
-        "model": (kind == "judge", "--score judge"),
+        **dict.fromkeys(ENDPOINT_FLAGS, (kind == "judge", "--score judge")),
         **dict.fromkeys(("model_name_or_path", "prefix", "quantization_bit"), by_base),
         "quota_temperature": (arguments.quota == "source", "--quota source"),
         "max_similarity": (embed != "none", "--embed base or minhash"),
     }.items():
-        if given[flag] and not is_used:
+        if given[flag] not in (None, []) and not is_used:
             raise ValueError(f"--{flag} is for {needs}; give that too, or leave it out.")
         if is_used and not given[flag] and flag in ("like", "endpoint"):
             raise ValueError(f"--score {kind} needs --{flag}.")
@@ -99,7 +108,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return values | {
         "quota_temperature": arguments.quota_temperature or TEMPERATURE,
         "embed": embed,
-        "max_similarity": arguments.max_similarity or MAX_SIMILARITY.get(embed),
+        "max_similarity": MAX_SIMILARITY.get(embed) if threshold is None else threshold,
     }
 
 
@@ -121,49 +130,43 @@ def _give_scores(
     identity: dict[str, Any] = {"score": kind}
     score: Callable[[Sequence[TextRow]], Iterator[tuple[int, float | None]]]
     if source is not None:
-        identity |= {"model": source.name, "prompts": _digest(repr(judge_templates()))}
+        identity |= {"model": source.name, "prompts": selection.digest(judge_templates())}
         score = partial(judge, source)
     else:
         assert base is not None, "loaded for these scores"
         identity |= {"base": base.fingerprint, "bits": arguments.quantization_bit}
         score = base.ifd
-        if kind == "target":
+        if kind == "target" and rows:
             base.centre_on([row.text_row for row in rows])
-            identity["rows"] = _digest(repr([row.text for row in (*rows, *targets)]))
+            identity["rows"] = selection.digest([row.key for row in (*rows, *targets)])
             states = base.states([row.text_row for row in targets])
             score = partial(base.nearness, targets=states)
-    found: dict[str, float] = {}
-    path = arguments.out.with_suffix(f".{kind}.jsonl")
-    journal = Journal(path, identity, found.__setitem__)
-    missing = [row for row in rows if _digest(row.text) not in found]
-    with Progress(len(rows), f"scoring by {kind}", initial=len(rows) - len(missing)) as progress:
-        for index, value in score([row.text_row for row in missing]):
-            if value is not None and math.isfinite(value):  # what has no score is asked for again
-                journal.add(_digest(missing[index].text), value)
-            progress.update()
+    path = arguments.out.with_suffix(f".{kind}-{selection.digest(identity)}.jsonl")
+    texts = [row.text_row for row in rows]
+    found = saved_scores(
+        *(path, identity, [row.key for row in rows]),
+        lambda missing: score([texts[index] for index in missing]),
+        f"scoring by {kind}",
+    )
     if base is not None and base.num_cut:
         cut = number_of(base.num_cut, "row")
         logger.warning("%s longer than the base reads: scored by the beginning", cut)
     for row in rows:
-        row.score = found.get(_digest(row.text))
+        row.score = found.get(row.key)
         if row.score is None:
             row.verdict = Verdict("no_score")
         elif kind == "ifd" and row.score >= 1:
             row.verdict = Verdict("prompt_is_no_help")
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 def _similarity(settings: Mapping[str, Any], base: Base | None, rows: Sequence[PoolRow]) -> Similar:
     """Return what tells whether a row is too similar to a picked one."""
     threshold = settings["max_similarity"]
-    if settings["embed"] == "none":
+    if settings["embed"] == "none" or not rows:
         return lambda _: None
     if settings["embed"] == "minhash":
-        picked = NearDuplicates(threshold)
-        return lambda index: picked.find(rows[index].text, rows[index].answer, add_as=index)
+        picked, own = NearDuplicates(threshold), own_texts([row.pair for row in rows])
+        return lambda index: picked.find_or_add(index, own[index], rows[index].answer)
     assert base is not None, "loaded for --embed base"
     texts = [row.text_row for row in rows]
     base.centre_on(texts)
@@ -174,28 +177,36 @@ def _similarity(settings: Mapping[str, Any], base: Base | None, rows: Sequence[P
     return SimilarStates(min(settings["budget"], len(rows)), embed, threshold)
 
 
-def _write(out: Path, pool: Sequence[PoolRow], choice: Choice, settings: Mapping[str, Any]) -> None:
-    """Write the rows, the baselines, the verdicts and the reports, and say what is in them."""
-    verdicts = [
-        {"id": row.contract["id"], "score": row.score, **row.verdict._asdict()} for row in pool
-    ]
-    for suffix, lines in (
-        (".random.jsonl", [row.contract for row in choice.random]),
-        (".longest.jsonl", [row.contract for row in choice.longest]),
-        (".verdicts.jsonl", verdicts),
-        (".jsonl", [row.contract for row in choice.picked]),
-    ):
-        write_atomically(out.with_suffix(suffix), b"".join(map(to_line, lines)))
+def _write(
+    out: Path, pool: Sequence[PoolRow], choice: Choice, settings: Mapping[str, Any], emptied: int
+) -> None:
+    """Write report and verdicts, and the rows if there are any; say what is in them."""
     path = out.with_suffix(".report.json")
-    report = write_reports(path, pool, choice, settings)
+    report = write_reports(path, pool, choice, settings, emptied)
+    written: dict[str, list[Any]] = {
+        ".verdicts.jsonl": [
+            {"id": row.contract["id"], "score": row.score, **row.verdict._asdict()}
+            | {"prompt": row.contract["prompt"][:SHOWN], "answer": row.answer[:SHOWN]}
+            for row in pool
+        ],
+        ".random.jsonl": [row.contract for row in choice.random],
+        ".longest.jsonl": [row.contract for row in choice.longest],
+        ".jsonl": [row.contract for row in choice.picked],
+    }
+    for suffix, lines in written.items():
+        if lines:  # those of an earlier run stay
+            write_atomically(out.with_suffix(suffix), b"".join(map(to_line, lines)))
+    if emptied:
+        logger.info("%7d emptied: inputs that say there is none", emptied)
     for name, count in report["verdicts"].items():
         logger.info("%7d %s: %s", count, name, VERDICTS[name].partition(": ")[2])
-    logger.info("wrote %d of %d rows to %s", report["out"], report["in"], out)
+    stays = f"; {out} is of an earlier run" if not choice.picked and out.exists() else ""
+    logger.info("wrote %d of %d rows to %s%s", report["out"], report["in"], out, stays)
     logger.info("report: %s; --explain ID tells why a row went", path.with_suffix(".html"))
 
 
 def _explain(row_id: str, path: Path) -> int:
-    """Say what became of a row."""
+    """Say what became of a row, with the row that it is like."""
     if not path.exists():
         raise ValueError(f"{path} is not there; run the selection first, without --explain.")
     verdicts = {row["id"]: row for row in map(json.loads, path.read_bytes().splitlines())}
@@ -204,7 +215,10 @@ def _explain(row_id: str, path: Path) -> int:
         raise ValueError(f"--explain is {row_id}; {path} has {close}, ...")
     row = verdicts[row_id]
     said = f"{row_id}: {row['name']} ({VERDICTS[row['name']].partition(': ')[2]})"
-    said += f"; like {row['like']}, similarity {row['similarity']}" if row["like"] else ""
     said += f"; score {row['score']:.4f}" if row["score"] is not None else ""
-    logger.info("%s", said)
+    like = f"like {row['like']}, similarity {row['similarity']}"
+    for line, one in ((said, row), (like, verdicts.get(row["like"], {}))):  # {}: of --against
+        if one is row or row["like"]:
+            texts = (one.get(name, "").split() for name in ("prompt", "answer"))
+            logger.info("%s\n  %s\n  %s", line, *map(" ".join, texts))
     return 0

@@ -16,8 +16,11 @@ logger = logging.getLogger(__name__)
 MAX_RETRIES = 6  # of one request, with the waits of the openai package: half a minute in all
 CONTEXT_FIELDS = ("max_model_len", "context_length")  # as vLLM and as OpenRouter report it
 CONTEXT_TIMEOUT_S = 10.0
-# What Azure, OpenAI and Alibaba Cloud call a prompt that a filter refused: it alone has no reply.
-FILTERED = ("content_filter", "content_policy_violation", "data_inspection_failed")
+# Codes of a 400 that one prompt alone has: a filter of Azure, OpenAI, Alibaba Cloud; its length.
+ALONE_REFUSED = (
+    *("content_filter", "content_policy_violation", "data_inspection_failed"),
+    "context_length_exceeded",
+)
 REMEDIES = {  # by the status of a refusal
     401: "check the key in {key_name} (--api_key_env)",
     403: "check what the key in {key_name} (--api_key_env) may use",
@@ -178,8 +181,8 @@ class EndpointSource:
                 first_logprobs(choice),
             )
         except self._openai.APIStatusError as error:
-            if error.status_code == 400 and error.code in FILTERED:
-                return Completion(None, "content_filter")
+            if error.status_code == 400 and error.code in ALONE_REFUSED:
+                return Completion(None, str(error.code))
             default = FAILING if error.status_code >= 500 else OTHER_REFUSAL
             raise self._failure(error, REMEDIES.get(error.status_code, default)) from error
         except self._openai.APITimeoutError as error:

@@ -6,11 +6,12 @@ list for each finished item, its key first.
 
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptuning.output import first_line
+from ptuning.output import Progress, first_line
 from ptuning.storage import lock_file
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,29 @@ class Journal:
     def _write(self, value: Any) -> None:
         self._file.write(to_line(value))
         self._file.flush()
+
+
+def saved_scores(
+    path: Path,
+    identity: Mapping[str, Any],
+    keys: Sequence[str],
+    score: Callable[[list[int]], Iterator[tuple[int, float | None]]],
+    title: str,
+) -> dict[str, float]:
+    """Return the scores of keys, with those that an earlier run saved in a journal.
+
+    score takes the indices of the missing keys and yields (place among them, score); one that is
+    None or not finite is not kept, and asked for again by the next run.
+    """
+    found: dict[str, float] = {}
+    journal = Journal(path, identity, found.__setitem__)
+    missing = [index for index, key in enumerate(keys) if key not in found]
+    with Progress(len(keys), title, initial=len(keys) - len(missing)) as progress:
+        for place, value in score(missing):
+            if value is not None and math.isfinite(value):
+                journal.add(keys[missing[place]], value)
+            progress.update()
+    return found
 
 
 def to_line(value: Any) -> bytes:

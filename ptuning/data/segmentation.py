@@ -14,12 +14,12 @@ LATIN_WORD = re.compile(r"[A-Za-z]+")
 NAMES_LANGUAGE = re.compile(
     r"\b(translat\w*|english|chinese|mandarin|french|german|spanish|italian|portuguese|russian"
     r"|japanese|korean|arabic|hindi|latin|pinyin|languages?|code|python|javascript|typescript|java"
-    r"|c|c\+\+|c#|golang|rust|php|ruby|sql|html|css|bash|shell|regex|regular expression|json|latex)"
-    r"(?![a-z0-9])|翻译|译成|译为|[英汉中法德日俄韩]语|[英中法德日俄韩]文|西班牙语|葡萄牙语|意大利语"
+    r"|c|c\+\+|c#|golang|rust|php|ruby|sql|html|css|bash|shell|regex|regular expression|json|latex"
+    r"|cantonese|hanzi)(?![a-z0-9])|译|双语|单词|口语|粤语|[英汉中法德日俄韩]语|[英中法德日俄韩]文|西班牙语|葡萄牙语|意大利语"
     r"|阿拉伯语|拉丁语|拼音|外语|代码|编程|程序|正则|公式",
     re.IGNORECASE | re.ASCII,
 )
-_SHORT_WORD = re.compile(rf"[{HAN}]|[a-z0-9]+")
+_SHORT_WORD = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def language_of(text: str) -> str | None:
 
 
 def count_words(text: str) -> int:
-    """Count Han characters, and runs of Latin letters and digits.
+    """Count Han characters, and runs of other letters and digits.
 
     >>> count_words("用Python计算列表")
     6

@@ -4,6 +4,7 @@ F1 = 2PR / (P + R) over the longest common subsequence of the words. Each word i
 character, so that rapidfuzz (C++, bit-parallel) compares strings.
 """
 
+import sys
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
@@ -78,6 +79,6 @@ def rouge_l(first: str, second: str) -> float:
     return 2 * common / (len(words) + len(others)) if common else 0.0
 
 
-@lru_cache(maxsize=2**13)  # of long texts about 60 MB; a text is often compared again
+@lru_cache(maxsize=2**13)  # a text is often compared again; interned, 500 words take 4 KB
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(words_of(text))
+    return tuple(map(sys.intern, words_of(text)))

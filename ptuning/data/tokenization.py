@@ -6,13 +6,21 @@ question and `答：` survive.
 Shapes: B rows, S tokens of the longest row or pad_to_length, T tokens of all rows, N with a target.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ptuning.data.prompts import Example, Recipe, build_rounds
+from ptuning.data.prompts import (
+    SHORTEST,
+    Example,
+    Recipe,
+    RowFormat,
+    TextRow,
+    build_rounds,
+    to_example,
+)
 from ptuning.data.tokenizer import ChatGLMTokenizer
 
 IGNORED_LABEL = -100  # what PyTorch's cross entropy leaves out
@@ -54,6 +62,28 @@ def to_training_batch(
         prompt_cut = len(prompt) < len(prompt_ids)
         rows.append(TokenizedExample(ids, len(prompt) + 1, prompt_cut, answer_cut))
     return rows
+
+
+def to_whole_rows(
+    tokenizer: ChatGLMTokenizer, rows: Sequence[TextRow], max_tokens: int
+) -> list[TokenizedExample]:
+    """Encode rows, `prompt [gMASK] <sop> answer <eop>`, at most max_tokens tokens each.
+
+    The answer is cut to what fits; a prompt that leaves no room for one is cut as in training.
+    """
+    encoded = to_training_batch(
+        tokenizer,
+        [to_example(row, RowFormat()) for row in rows],
+        max_source_length=max_tokens - SHORTEST,
+        max_target_length=max_tokens,
+    )
+    return [
+        row._replace(
+            input_ids=row.input_ids[:max_tokens],
+            answer_cut=row.answer_cut or len(row.input_ids) > max_tokens,
+        )
+        for row in encoded
+    ]
 
 
 def to_generation_batch(
@@ -117,6 +147,24 @@ def _encode_rounds(
 
 
 # Batches
+
+
+def form_batches(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield batches of indices, largest first, of at most batch_tokens in all or a single index.
+
+    >>> list(form_batches([2, 9, 3, 2], batch_tokens=5))
+    [[1], [2, 0], [3]]
+    """
+    batch: list[int] = []
+    room = batch_tokens
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        if batch and sizes[index] > room:
+            yield batch
+            batch, room = [], batch_tokens
+        batch.append(index)
+        room -= sizes[index]
+    if batch:
+        yield batch
 
 
 def pad_right(

@@ -74,12 +74,14 @@ def format_ranking(ranked: Sequence[Candidate], base: Candidate | None, metric: 
         scores = "".join(f"{row.score(name):>9.2f}" for name in metrics).replace("nan", "  -")
         loss = row.validation_loss
         marks = ["best answers"] if row is ranked[0] else []
-        marks += ["lowest loss"] if loss is not None and loss == min(losses) else []
+        marks += ["lowest loss"] if len(losses) > 1 and loss == min(losses) else []
         shown = "-" if loss is None else f"{loss:.4f}"
         lines.append(f"{row.name:<18}{scores}{shown:>17}  {', '.join(marks)}".rstrip())
     ahead, error = lead(ranked, metric).values()
     if ahead is not None and error is not None:
         text = f"{ranked[0].name} is ahead by {ahead:.2f}, standard error {error:.2f}"
+        if ahead == 0:
+            text = f"{ranked[0].name} and {ranked[1].name} score the same; the earlier one is taken"
         is_clear = ahead > 2 * error
         lines.append(text if is_clear else f"{text}: more dev prompts would tell them apart better")
     return "\n".join(lines) + "\n"

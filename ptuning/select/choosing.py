@@ -14,7 +14,7 @@ import numpy as np
 from ptuning.data.mixing import share_out
 from ptuning.data.near_duplicates import Nearest
 
-EMBED_ROWS = 64  # whose states are computed at once
+EMBED_ROWS = 16  # whose states are computed at once
 
 Similar = Callable[[int], Nearest | None]
 
@@ -79,7 +79,7 @@ class SimilarStates:
     """Compares rows with the picked ones, of which there are most at most, by their states' cosine.
 
     embed returns the states of a range of rows, each of length 1, (rows, E) float32. It is asked
-    for a block of rows when the first of them is considered: few more than are picked.
+    for a block of rows when one of them is considered.
     """
 
     def __init__(self, most: int, embed: Callable[[range], np.ndarray], threshold: float) -> None:
@@ -95,9 +95,8 @@ class SimilarStates:
         if not count:
             self._states = np.empty((self._most, len(state)), np.float32)
         cosines = self._states[:count] @ state  # (count,)
-        best = int(cosines.argmax()) if count else 0
-        if count and cosines[best] > self._threshold:
-            return Nearest(self._picked[best], float(cosines[best]))
+        if count and cosines.max() > self._threshold:
+            return Nearest(self._picked[int(cosines.argmax())], float(cosines.max()))
         self._states[count] = state
         self._picked.append(index)
         return None

@@ -8,8 +8,8 @@ swallowed the next task; others were written by chat models that speak about the
 import re
 from typing import NamedTuple
 
+from ptuning.data import segmentation
 from ptuning.data.checking.check import find_control_names, is_fake_input
-from ptuning.data.segmentation import HAN_CHARACTER, LATIN_WORD, NAMES_LANGUAGE, language_of
 
 MIN_WORDS_OF_A_SENTENCE = 6  # a shorter answer may end without a full stop: a title, a name
 RULES = {  # name: what it finds
@@ -38,18 +38,24 @@ _TASK = re.compile(
 )
 _MARKERS = re.compile(r"^#{3}[ \t]*$|^\[Round \d+\]", re.IGNORECASE | re.MULTILINE)
 _SELF = re.compile(
-    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b[^.!?\n]{0,60}?\bi\b"
-    r"|作为(?:一[个名款种])?\s*(?:AI|人工智能|(?:大型?)?语言模型)\s*(?:大|型|语言|聊天|对话|模型|助[手理]|机器人"
-    r"|程序|系统|[,，]|\s)*(?:由于[^。！？\n]{0,20}[,，])?我(?!们)",
+    r"\bas an? (?:(?:ai|artificial intelligence)(?: (?:(?:large )?language model|model|assistant"
+    r"|chatbot|system|program))?|(?:large )?language model)\b(?:,| (?:developed|created|made|i\b))"
+    r"[^.!?\n]{0,60}?\bi\b"
+    r"|\bas an? (?:(?:ai|artificial intelligence) )?(?:(?:large )?language model|assistant),? i\b"
+    r"|作为(?:一[个名款种])?\s*(?:AI|人工智能|(?:大型?)?语言模型)(?:大|型|语言|聊天|对话|模型|助[手理]|机器人|程序"
+    r"|系统|[,，\s])*(?:由于[^。！？\n]{0,20}[,，])?我(?!们)",
     re.IGNORECASE,
 )
-_YEAR_CUT = re.compile(
-    r"(?:,|\b(?:to|in|of|from|by|since|until|till|before|after|january|february|march|april|may"
-    r"|june|july|august|september|october|november|december)) 20$",
+_MONTH = (
+    r"(?:january|february|march|april|may|june|july|august|september|october|november|december)"
+)
+_YEAR_CUT = re.compile(  # "20" of 2020; a list, a range or a day of a month may end in 20 too
+    rf"(?:[^\d\s], |\b(?:in|of|since|by|from|until|till|before|after|to|late|early) {_MONTH} "
+    rf"|(?<!\d )(?<!one )\b(?:in|since|until|till|during) |\b\d{{4}} to |{_MONTH} \d+, )20$",
     re.IGNORECASE,
 )
 _OPEN_ENDING = re.compile(
-    r"(?:[,、，；]|(?<![\w'-])(?:the|an|and|of|because|but|such as)|并且|而且|但是|因为|所以|以及"
+    r"(?:[,、，]|(?<![\w'-])(?:the|an|and|of|because|but|such as)|并且|而且|但是|因为|所以|以及"
     r"|例如|比如)$",
     re.IGNORECASE,
 )
@@ -73,11 +79,13 @@ def without_fake_input(prompt: str, text: str) -> str | None:
     >>> without_fake_input("Name a tree.\\n<noinput>", "")
     'Name a tree.'
     """
-    if not text:
+    is_named = bool(text)
+    if not is_named:
         _, _, text = prompt.partition("\n")
-    if not is_fake_input(text) or not prompt.endswith(text):
+    rest = prompt.removesuffix(text).rstrip()
+    if not is_fake_input(text) or not rest or not prompt.endswith(text):
         return None
-    return prompt.removesuffix(text).rstrip()
+    return rest if is_named or not rest.endswith((":", "：")) else None
 
 
 def fault_of(fields: Fields) -> str | None:
@@ -114,9 +122,9 @@ def _is_cut(output: str) -> bool:
 
 def _is_foreign(asked: str, output: str) -> bool:
     """Return whether the answer's language occurs nowhere in the question, nor is asked for."""
-    language, own = language_of(output), language_of(asked)
-    if None in (language, own) or language == own:
+    language, own = segmentation.language_of(output), segmentation.language_of(asked)
+    is_short = segmentation.count_words(output) < MIN_WORDS_OF_A_SENTENCE  # a name, a title
+    if language == own or None in (language, own) or is_short or _CODE.search(output):
         return False
-    if _CODE.search(output) or NAMES_LANGUAGE.search(asked):
-        return False
-    return not (HAN_CHARACTER if language == "zh" else LATIN_WORD).search(asked)
+    letters = segmentation.HAN_CHARACTER if language == "zh" else segmentation.LATIN_WORD
+    return not (letters.search(asked) or segmentation.NAMES_LANGUAGE.search(asked))

@@ -12,30 +12,45 @@ from pathlib import Path
 
 from ptuning.completions.endpoint import EndpointSource
 from ptuning.completions.source import Ask
-from ptuning.data.prompts import RowFormat, TextRow, to_example
+from ptuning.data.prompts import TextRow
 from ptuning.data.segmentation import language_of
 from ptuning.engine.request import Sampling
 
 GRADES = range(1, 7)
 MAX_NEW_TOKENS = 4
-NUM_LOGPROBS = 20  # the most that OpenAI's endpoints give
+MAX_UNGRADED = 20  # replies, before a judge that gives no grade is given up
+SPEAKERS = {"en": ("User: ", "Assistant: "), "zh": ("用户：", "助手：")}
+NUM_LOGPROBS = {"chat": 20, "completions": 5}  # the most that OpenAI's endpoints give
 _GRADE = re.compile(r"\s*([1-6])\s*(?:分|[.。])?\s*")
 
 
 def judge(source: EndpointSource, rows: Sequence[TextRow]) -> Iterator[tuple[int, float | None]]:
-    """Yield (index, grade) of rows as the judge replies; None is missing."""
+    """Yield (index, grade) of rows as the judge replies; None is missing.
+
+    ValueError if none of the first replies is a grade: the others would hardly be better.
+    """
     asks = [Ask(index, judge_prompt(row), 0) for index, row in enumerate(rows)]
     replies = source.complete(
-        asks, Sampling(temperature=0.0), MAX_NEW_TOKENS, top_logprobs=NUM_LOGPROBS
+        asks, Sampling(temperature=0.0), MAX_NEW_TOKENS, top_logprobs=NUM_LOGPROBS[source.kind]
     )
-    for index, reply in replies:
-        yield index, grade_of(reply.text, reply.logprobs)
+    has_grades = False
+    for number, (index, reply) in enumerate(replies, 1):
+        grade = grade_of(reply.text, reply.logprobs)
+        has_grades = has_grades or grade is not None
+        if number == MAX_UNGRADED and not has_grades:
+            raise ValueError(
+                f"--model {source.name} gave no grade in {number} replies, such as {reply.text!r}; "
+                "a judge must reply with a number from 1 to 6: use another model, or --api."
+            )
+        yield index, grade
 
 
 def judge_prompt(row: TextRow) -> str:
     """Return what the judge is asked, in the language of the answer, or else of the question."""
-    question = to_example(row, RowFormat()).prompt
-    language = language_of(row.response) or language_of(question) or "zh"
+    language = language_of(row.response) or language_of(row.prompt) or "zh"
+    user, assistant = SPEAKERS[language]
+    turns = [f"{user}{asked}\n{assistant}{answered}\n" for asked, answered in row.history]
+    question = "".join([*turns, f"{user}{row.prompt}"]) if turns else row.prompt
     return judge_templates()[language].format(question=question, answer=row.response)
 
 
@@ -65,6 +80,7 @@ def grade_of(text: str | None, logprobs: Mapping[str, float] | None = None) -> f
     for token, logprob in given.items():
         if token.strip() in odds:
             odds[token.strip()] += math.exp(logprob)
-    if not given or max(given, key=given.__getitem__).strip() != found[1]:
+    total = sum(odds.values())
+    if not total or max(given, key=given.__getitem__).strip() != found[1]:
         return float(found[1])
-    return sum(int(grade) * share for grade, share in odds.items()) / sum(odds.values())
+    return sum(int(grade) * share for grade, share in odds.items()) / total

@@ -1,11 +1,10 @@
 """Step 4 of 5, by a model here: instruction-following difficulty (IFD), and likeness by states.
 
 IFD is the mean loss of the answer's tokens, `<eop>` with them, divided by the same without the
-prompt; below 1 the prompt helps (Li et al. 2023, https://arxiv.org/abs/2308.12032). A row's state
-is the mean of its tokens' final hidden states, less the mean of all rows, scaled to length 1 (after
-Ivison et al. 2025, https://arxiv.org/abs/2503.01807, who weight tokens by position). Without the
-centring all rows of a kind look alike: half of all pairs of Alpaca's rows at a cosine above 0.9.
-Rows are laid end to end without padding. A prefix takes part if the model has one.
+prompt (Li et al. 2023, https://arxiv.org/abs/2308.12032). A row's state is the mean of its tokens'
+final hidden states less the mean of all rows, without which half of Alpaca's rows are alike, scaled
+to length 1 (after Ivison et al. 2025, https://arxiv.org/abs/2503.01807, who weight tokens by
+position). Rows are laid end to end without padding. A prefix takes part if the model has one.
 Shapes: T tokens of a batch, N with a target, B and R rows, S target rows, E hidden size.
 """
 
@@ -17,8 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptuning.data.prompts import SHORTEST, RowFormat, TextRow, to_example
-from ptuning.data.tokenization import IGNORED_LABEL, TokenizedExample, pad_right, to_training_batch
+from ptuning.data.prompts import TextRow
+from ptuning.data.tokenization import (
+    IGNORED_LABEL,
+    TokenizedExample,
+    form_batches,
+    pad_right,
+    to_whole_rows,
+)
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.checkpoint.layout import base_fingerprint
@@ -57,8 +62,9 @@ class Base:
                 yield index, loss / alone if alone and math.isfinite(alone) else math.nan
 
     def centre_on(self, rows: Sequence[TextRow]) -> None:
-        """Take the mean state of some of these rows, evenly spaced, off all states from now on."""
-        sample = rows[:: -(-len(rows) // MEAN_ROWS)] if rows else rows
+        """Subtract the mean state of MEAN_ROWS of these rows, evenly spaced, from all states."""
+        self._mean = None
+        sample = rows[:: -(-len(rows) // MEAN_ROWS)]
         self._mean = torch.cat([states for _, states in self._states(sample)]).mean(dim=0)  # (E,)
 
     def states(self, rows: Sequence[TextRow]) -> Tensor:
@@ -86,56 +92,16 @@ class Base:
         """Yield batches of at most batch_tokens by size, or of a single row, and their indices."""
         for start in range(0, len(rows), BLOCK_ROWS):
             block = rows[start : start + BLOCK_ROWS]
-            encoded = encode_rows(self.tokenizer, block, self.model.config.max_sequence_length)
+            encoded = to_whole_rows(self.tokenizer, block, self.model.config.max_sequence_length)
             for places in form_batches(list(map(size, encoded)), self.batch_tokens):
                 batch = [encoded[place] for place in places]
                 self.num_cut += sum(row.prompt_cut or row.answer_cut for row in batch)
                 yield [start + place for place in places], batch
 
 
-def encode_rows(
-    tokenizer: ChatGLMTokenizer, rows: Sequence[TextRow], max_tokens: int
-) -> list[TokenizedExample]:
-    """Encode rows, `prompt [gMASK] <sop> answer <eop>`, at most max_tokens tokens each.
-
-    The answer is cut to what fits; a prompt that leaves no room for one is cut as in training.
-    """
-    encoded = to_training_batch(
-        tokenizer,
-        [to_example(row, RowFormat()) for row in rows],
-        max_source_length=max_tokens - SHORTEST,
-        max_target_length=max_tokens,
-    )
-    return [
-        row._replace(
-            input_ids=row.input_ids[:max_tokens],
-            answer_cut=row.answer_cut or len(row.input_ids) > max_tokens,
-        )
-        for row in encoded
-    ]
-
-
 def without_prompt(row: TokenizedExample) -> TokenizedExample:
     """Return `[gMASK] <sop> answer <eop>` of a row."""
     return row._replace(input_ids=row.input_ids[row.context_length - 1 :], context_length=1)
-
-
-def form_batches(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield batches of indices, largest first, of at most batch_tokens in all or a single index.
-
-    >>> list(form_batches([2, 9, 3, 2], batch_tokens=5))
-    [[1], [2, 0], [3]]
-    """
-    batch: list[int] = []
-    room = batch_tokens
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        if batch and sizes[index] > room:
-            yield batch
-            batch, room = [], batch_tokens
-        batch.append(index)
-        room -= sizes[index]
-    if batch:
-        yield batch
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """The five steps in order: clean, duplicates, against, score, pick. Every row gets one verdict."""
 
+import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +11,8 @@ from random import Random
 from typing import NamedTuple
 
 from ptuning.data.conversion import ContractRow, convert_file, number_repeats, split_input
-from ptuning.data.near_duplicates import NearDuplicates, Nearest
+from ptuning.data.formats import UnknownColumns
+from ptuning.data.near_duplicates import NearDuplicates, Nearest, own_texts
 from ptuning.data.prompts import RowFormat, TextRow, to_example
 from ptuning.data.segmentation import count_words
 from ptuning.output import Progress
@@ -17,18 +20,24 @@ from ptuning.select.choosing import Similar, pick
 from ptuning.select.cleaning import RULES, Fields, fault_of, without_fake_input
 
 SELECTED = "selected"
+FIT = (SELECTED, "over_budget", "too_similar")  # verdicts on rows that could be picked
 VERDICTS = RULES | {
     "exact_duplicate": "完全重复: the same prompt and answer as an earlier row",
     "near_duplicate": "近似重复: almost the same text as an earlier row",
     "in_against": "与 --against 重复: in a file of --against, or almost",
-    "no_score": "没有得分: the judge gave no grade, or the answer has no loss",
-    "prompt_is_no_help": "提示没有帮助 (IFD ≥ 1): an answer as hard to predict with its prompt",
+    "no_score": "没有得分: the judge gave no grade, or the loss is no number",
+    "prompt_is_no_help": "提示没有帮助 (IFD ≥ 1): an answer no easier to predict with its prompt",
     "too_similar": "与已选样本太相似: too similar to a picked row with a higher score",
-    "over_budget": "合格但未入选: fit, but others scored higher",
+    "over_budget": "合格但未入选: fit, but the budget of its source went to others",
     SELECTED: "入选: in --out",
 }
 
 logger = logging.getLogger(__name__)
+
+
+def digest(value: object) -> str:
+    """Return a hash of a value as Python writes it."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 class Verdict(NamedTuple):
@@ -68,32 +77,46 @@ class PoolRow:
         return self.contract["response"]
 
     @property
-    def text(self) -> str:
+    def pair(self) -> tuple[str, str]:
         """Prompt and answer."""
-        return f"{self.prompt}\n{self.answer}".strip()
+        return self.prompt, self.answer
+
+    @property
+    def key(self) -> str:
+        """A hash of prompt and answer."""
+        return digest(self.pair)
 
     def drop(self, name: str, like: "PoolRow", similarity: float) -> None:
         """Give the verdict that the row is similar to another."""
         self.verdict = Verdict(name, like.contract["id"], round(similarity, 4))
 
 
-def read_pool(paths: Sequence[Path]) -> list[PoolRow]:
-    """Read the rows of files in any known format; what cannot be read is logged with its reason."""
+def read_pool(paths: Sequence[Path], *, needs_answers: bool = True) -> list[PoolRow]:
+    """Read the rows of files in any known format; what cannot be read is logged with its reason.
+
+    ValueError for a file whose columns are not known, or without any answer where they are needed.
+    """
     pool = []
+    names = Counter(path.name for path in paths)
     for path in paths:
-        made = convert_file(path, RowFormat(), keep_unanswered=True)
-        if made.num_rejected:
-            for line in made.read.lines(left_out="left out")[1:]:
-                logger.warning("%s: %s", path, line)
+        try:
+            made = convert_file(path, RowFormat(), keep_unanswered=True)
+        except UnknownColumns as error:
+            said = "its columns have no known format; name them with `ptuning data convert` first."
+            raise ValueError(f"{error.path}: {said}") from error
+        if needs_answers and made.rows and not any(row["response"] for row in made.rows):
+            raise ValueError(f"{path} has no answers; add a column such as response.")
+        for line in made.read.lines(left_out="left out")[1:] if made.num_rejected else ():
+            logger.warning("%s: %s", path, line)
+        name = path.name if names[path.name] == 1 else f"{path.absolute().parent.name}/{path.name}"
         for contract, row, raw in zip(made.rows, made.read.kept, made.read.sources, strict=True):
             instruction, text = split_input(raw, made.read.layout, row)
             earlier = "\n".join(text for turn in row.history for text in turn)
-            if isinstance(source := raw.columns.get("source"), str) and source.strip():
-                contract["source"] = source
+            source = raw.columns.get("source")
+            contract["source"] = source if isinstance(source, str) and source.strip() else name
             pool.append(PoolRow(contract, Fields(instruction, text, row.response, earlier)))
     if repeats := number_repeats([row.contract for row in pool]):
-        said = "%d ids occur more than once, such as %s; +1, +2, ... were added to them"
-        logger.warning(said, len(repeats), repeats[0])
+        logger.warning("repeated ids: %d, such as %s; +1, ... are added", len(repeats), repeats[0])
     return pool
 
 
@@ -119,28 +142,34 @@ def clean(pool: Sequence[PoolRow]) -> int:
 def drop_duplicates(pool: Sequence[PoolRow]) -> None:
     """Step 2: drop rows that repeat an earlier one, exactly or nearly."""
     exact: dict[str, int] = {}
-    earlier = NearDuplicates()
+    earlier, texts = NearDuplicates(), own_texts([row.pair for row in pool])
     for number, row in _tracked(pool, "finding duplicates"):
-        first = exact.setdefault(row.text, number)
+        first = exact.setdefault(row.key, number)
         if first < number:
             row.drop("exact_duplicate", pool[first], 1.0)
-        elif found := earlier.find(row.text, row.answer, add_as=number):
+        elif found := earlier.find_or_add(number, texts[number], row.answer):
             row.drop("near_duplicate", pool[found.number], found.similarity)
+    earlier.say_limited()
 
 
 def drop_known(pool: Sequence[PoolRow], against: Sequence[PoolRow]) -> None:
-    """Step 3: drop rows whose prompt, or nearly whose whole text, is among rows to be scored on."""
-    known = NearDuplicates()
+    """Step 3: drop rows whose prompt, or nearly whose whole text, is among rows to be scored on.
+
+    So go rows with such a prompt among their earlier turns.
+    """
+    known, texts = NearDuplicates(), own_texts([row.pair for row in (*against, *pool)])
     prompts: dict[str, int] = {}
     for number, other in enumerate(against):
-        known.find(other.text, other.answer, add_as=number)
+        known.add(number, texts[number], other.answer)
         prompts.setdefault(_bare(other.prompt), number)
-    for _, row in _tracked(pool, "comparing with --against"):
-        bare = _bare(row.prompt)
-        same = prompts.get(bare) if bare else None
+    prompts.pop("", None)
+    for number, row in _tracked(pool, "comparing with --against"):
+        asked = [row.prompt, row.contract["prompt"], *(turn[0] for turn in row.contract["history"])]
+        same = next((prompts[bare] for bare in map(_bare, asked) if bare in prompts), None)
         found = None if same is None else Nearest(same, 1.0)
-        if found := found or known.find(row.text, row.answer):
+        if found := found or known.find(texts[len(against) + number], row.answer):
             row.drop("in_against", against[found.number], found.similarity)
+    known.say_limited()
 
 
 def _bare(text: str) -> str:
@@ -184,7 +213,7 @@ def choose(
     """
 
     def best_first(score: Callable[[PoolRow], float]) -> tuple[list[PoolRow], list[str]]:
-        rows = sorted(pool, key=lambda row: -score(row))
+        rows = sorted(pool, key=lambda row: (-score(row), random_score(row, seed)))
         return rows, ["" if "" in rooms else row.contract["source"] for row in rows]
 
     rows, sources = best_first(lambda row: row.score or 0.0)
@@ -199,5 +228,4 @@ def choose(
     for score in (partial(random_score, seed=seed), lambda row: float(count_words(row.answer))):
         rows, sources = best_first(score)
         chosen.append([rows[index] for index in pick(sources, rooms, lambda _: None)[0]])
-    by_score, by_chance, by_length = chosen
-    return Choice(by_score, by_chance, by_length, rooms)
+    return Choice(chosen[0], chosen[1], chosen[2], rooms)

@@ -9,19 +9,23 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ptuning.data.segmentation import count_words
-from ptuning.select.selection import SELECTED, VERDICTS, Choice, PoolRow
+from ptuning.select.selection import FIT, SELECTED, VERDICTS, Choice, PoolRow
 from ptuning.storage import write_atomically, write_json
 
-QUANTILES = {"least": 0.0, "quarter": 0.25, "median": 0.5, "three_quarters": 0.75, "most": 1.0}
+QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
 NUM_SHOWN = 5  # rows of each verdict on the page
 SHOWN_LENGTH = 400  # characters of a text
 
 
 def write_reports(
-    path: Path, pool: Sequence[PoolRow], choice: Choice, settings: Mapping[str, Any]
+    path: Path,
+    pool: Sequence[PoolRow],
+    choice: Choice,
+    settings: Mapping[str, Any],
+    num_emptied: int,
 ) -> dict[str, Any]:
     """Write `path`, JSON, and the page next to it; return what the JSON holds."""
-    fit = [row for row in pool if row.score is not None]
+    fit = [row for row in pool if row.verdict.name in FIT]
     sets = {"fit": fit, SELECTED: choice.picked, "random": choice.random, "longest": choice.longest}
     by_source = {
         name: Counter(row.contract["source"] for row in rows)
@@ -33,9 +37,10 @@ def write_reports(
     report = {
         "in": len(pool),
         "out": len(choice.picked),
+        "emptied_inputs": num_emptied,
         "verdicts": {name: counts[name] for name in VERDICTS if counts[name]},
         "sources": {
-            source: {"room": choice.rooms.get(source)}
+            source: {"quota": choice.rooms.get(source)}
             | {name: found[source] for name, found in by_source.items()}
             for source in by_source["in"]
         },
@@ -66,9 +71,8 @@ def _render(report: Mapping[str, Any], pool: Sequence[PoolRow]) -> str:
     for row in sorted(pool, key=lambda row: -(row.score or 0.0)):
         if len(shown[row.verdict.name]) < NUM_SHOWN:
             shown[row.verdict.name].append(row)
-    folder = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    return page.get_template("selection.html.j2").render(
+        report=report, meanings=VERDICTS, shown=shown, limit=SHOWN_LENGTH
     )
-    template = environment.get_template("selection.html.j2")
-    return template.render(report=report, meanings=VERDICTS, shown=shown, limit=SHOWN_LENGTH)

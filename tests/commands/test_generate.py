@@ -70,7 +70,7 @@ def test_nothing_is_written_for_a_wrong_flag(capsys, folder):
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("out", ["new.json", "new", ".jsonl", "folder"])
+@pytest.mark.parametrize("out", ["new.json", "new", ".jsonl"])
 def test_out_ends_in_jsonl(capsys, out):
     said = refused(capsys, "--out", out, *ENDPOINT)
     assert said == f"--out is {out}; name a file that ends in .jsonl."
@@ -80,7 +80,7 @@ def test_out_is_not_a_folder_or_a_file_of_something_else(capsys, scripted, folde
     (folder / "mine.jsonl").write_text("{}\n")
     said = refused(capsys, "--out", "mine.jsonl")
     assert said.startswith("--out mine.jsonl exists and is not of this command")
-    assert refused(capsys, "--out", "folder.jsonl").startswith("--out is folder.jsonl; name a file")
+    assert refused(capsys, "--out", "folder.jsonl").startswith("--out is folder.jsonl, a folder")
     for other in ("mine.jsonl", "a.jsonl", "a.requests.jsonl", "folder.jsonl"):
         said = refused(capsys, "--out", "a.jsonl", "--alpaca_json", other)
         assert said == f"--alpaca_json {other} exists or is in use; give another name."

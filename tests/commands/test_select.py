@@ -4,10 +4,13 @@ import json
 import logging
 
 import pytest
+import torch
 
 from ptuning import __main__ as program
 from ptuning.output import Progress
 from ptuning.select.selection import VERDICTS
+from ptuning.tunings.loading import NANO_DIR, load_base
+from ptuning.tunings.prefix import save_prefix
 from tests.completions.scripted import Reply, as_completion
 
 KNOWN = [  # what nano was made of: the prompt helps
@@ -77,12 +80,12 @@ def test_every_step_by_nanos_own_ifd(folder, caplog):
     report = json.loads((folder / "best.report.json").read_text(encoding="utf-8"))
     assert (report["in"], report["out"]) == (8, 2)
     assert sum(report["verdicts"].values()) == 8
-    assert report["settings"]["emptied_inputs"] == 1
-    assert report["sources"]["new.jsonl"]["room"] == 2
-    assert report["scores"]["selected"]["most"] == pytest.approx(max(fit), abs=1e-4)
+    assert report["emptied_inputs"] == 1
+    assert report["sources"]["new.jsonl"]["quota"] == 2
+    assert report["scores"]["selected"]["max"] == pytest.approx(max(fit), abs=1e-4)
     for name in ("random", "longest"):
         assert len(rows_of(folder / f"best.{name}.jsonl")) == 2
-        assert report["lengths"][name]["most"] > 0
+        assert report["lengths"][name]["max"] > 0
     page = (folder / "best.report.html").read_text(encoding="utf-8")
     assert "cut_ending" in page
     assert "连接了两岸的老城区" in page
@@ -123,7 +126,7 @@ def test_chance_is_the_same_in_every_run_and_ignores_the_other_rows(folder):
 def test_a_run_that_was_stopped_scores_only_what_is_missing(folder, monkeypatch):
     run("--budget", "2")
     whole = (folder / "best.jsonl").read_bytes()
-    journal = folder / "best.ifd.jsonl"
+    (journal,) = folder.glob("best.ifd-*.jsonl")
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:3]) + b'["half a li')
     done = []
@@ -171,11 +174,11 @@ def test_sources_share_the_budget(folder):
     files = ["new.jsonl", "large.jsonl"]
     run(*flags, files=files)
     report = json.loads((folder / "best.report.json").read_text(encoding="utf-8"))
-    rooms = {name: counts["room"] for name, counts in report["sources"].items()}
+    rooms = {name: counts["quota"] for name, counts in report["sources"].items()}
     assert rooms == {"new.jsonl": 3, "large.jsonl": 5}  # 7 ** (1/3) to 27 ** (1/3)
     run(*flags, "--quota", "none", files=files)
     report = json.loads((folder / "best.report.json").read_text(encoding="utf-8"))
-    assert report["sources"]["large.jsonl"]["room"] is None
+    assert report["sources"]["large.jsonl"]["quota"] is None
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,12 @@ def test_sources_share_the_budget(folder):
         (["--score", "length", "--prefix", "p"], "--prefix is for --score ifd, target or"),
         (["--score", "none", "--quota", "none", "--quota_temperature", "2"], "for --quota source"),
         (["--embed", "none", "--max_similarity", "0.5"], "is for --embed base or minhash"),
-        (["--out", "new.jsonl"], "--out new.jsonl is one of the files to read"),
+        (["--score", "none", "--timeout", "3"], "--timeout is for --score judge"),
+        (["--score", "none", "--api", "chat"], "--api is for --score judge"),
+        (["--score", "none", "--concurrency", "3"], "--concurrency is for --score judge"),
+        (["--max_similarity", "1.5"], "--max_similarity is 1.5; with --embed base use 0 to 1"),
+        (["--embed", "minhash", "--max_similarity", "0.3"], "with --embed minhash use 0.7 to 1"),
+        (["--out", "new.jsonl"], "new.jsonl is read, and --out new.jsonl overwrites it"),
         (["--out", "best.json"], "name a file that ends in .jsonl"),
         (["--against", "missing.jsonl"], "missing.jsonl"),
         (["--model_name_or_path", "missing"], "missing"),
@@ -209,11 +217,74 @@ def test_other_files_are_not_overwritten(folder, capsys):
     assert (folder / "best.jsonl").read_text(encoding="utf-8") == "mine\n"
 
 
-def test_no_row_is_left(folder, caplog):
+@pytest.mark.parametrize("score", ["none", "length", "ifd", "target"])
+def test_no_row_is_left(folder, caplog, score):
+    like = ["--like", "dev.jsonl"] if score == "target" else []
+    run("--score", score, *like)
+    before = (folder / "best.jsonl").read_bytes()
     write(folder / "new.jsonl", [("说说这座桥", "这座桥全长三千米，连接了两岸的老城区，并且")])
-    run("--score", "none", status=1)
-    assert (folder / "best.jsonl").read_bytes() == b""
-    assert "--budget is 1000, but there were only 0 rows" in caplog.text
+    run("--score", score, *like, status=1)
+    assert (folder / "best.jsonl").read_bytes() == before
+    assert verdicts(folder) == {"new:1": "cut_ending"}
+    assert "--budget is 1000; no more than 0 rows" in caplog.text
+
+
+def test_a_prefix_scores(folder, trained_prefix):
+    run("--budget", "2")
+    alone = {row["id"]: row["score"] for row in rows_of(folder / "best.verdicts.jsonl")}
+    run("--budget", "2", "--prefix", str(trained_prefix))
+    tuned = {row["id"]: row["score"] for row in rows_of(folder / "best.verdicts.jsonl")}
+    assert alone != tuned
+    assert len(list(folder.glob("best.ifd-*.jsonl"))) == 2
+
+
+@pytest.fixture
+def trained_prefix(tmp_path):
+    """A prefix of nano that nobody trained."""
+    torch.manual_seed(0)
+    model = load_base(str(NANO_DIR), dtype=torch.float32)
+    model.add_prefix(4)
+    save_prefix(model, tmp_path / "prefix")
+    return tmp_path / "prefix"
+
+
+@pytest.mark.parametrize("name", ["best.random.jsonl", "best.ifd-0123.jsonl", "best.report.html"])
+def test_no_file_that_is_read_or_of_someone_else_is_overwritten(folder, capsys, name):
+    write(folder / name, KNOWN)
+    before = (folder / name).read_bytes()
+    assert "exists and is not of this command" in refused(capsys, "--score", "none")
+    assert f"{name} is read" in refused(capsys, "--score", "none", "--against", name)
+    assert (folder / name).read_bytes() == before
+
+
+def test_a_column_names_the_source_and_files_of_one_name_are_told_apart(folder):
+    (folder / "a").mkdir()
+    rows = [{"prompt": p, "response": r, "source": "forum"} for p, r in KNOWN[:2]]
+    rows += [{"prompt": p, "response": r, "source": " "} for p, r in KNOWN[2:]]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "a" / "new.jsonl").write_text(lines, encoding="utf-8")
+    run("--score", "none", "--skip", "duplicates", files=["new.jsonl", "a/new.jsonl"])
+    report = json.loads((folder / "best.report.json").read_text(encoding="utf-8"))
+    counts = {name: found["in"] for name, found in report["sources"].items()}
+    assert counts == {f"{folder.name}/new.jsonl": 8, "forum": 2, "a/new.jsonl": 3}
+
+
+def test_columns_and_answers_that_are_missing_are_said(folder, capsys):
+    (folder / "odd.csv").write_text("foo,bar\n1,2\n", encoding="utf-8")
+    assert program.main(["select", "odd.csv", "--out", "best.jsonl"]) == 2
+    assert "name them with `ptuning data convert`" in capsys.readouterr().err
+    (folder / "asked.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    assert program.main(["select", "asked.jsonl", "--out", "best.jsonl"]) == 2
+    assert "asked.jsonl has no answers" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_that_the_same_command_continues(folder, monkeypatch, caplog):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ptuning.select.scores.mean_losses", stop)
+    run("--budget", "2", status=130)
+    assert "Type the same command again to continue" in caplog.text
 
 
 def test_every_verdict_is_described_in_both_languages():

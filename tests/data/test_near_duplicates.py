@@ -31,5 +31,5 @@ def _keys(grams: list[str]) -> np.ndarray:
 def test_short_and_odd_texts() -> None:
     known = NearDuplicates()
     for number, text in enumerate(["", "a", "ab", "\ud800", "😀😀😀", "!!!"]):
-        assert known.find(text, text, add_as=number) is None, text
+        assert known.find_or_add(number, text, text) is None, text
         assert known.find(text, text) == (number, 1.0), text

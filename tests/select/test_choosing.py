@@ -34,7 +34,9 @@ def test_the_best_of_each_planted_cluster_is_picked(lima: Any, facts: str, clust
 
     def similarity(ranked):
         picked = NearDuplicates()
-        return lambda index: picked.find(ranked[index].text, ranked[index].answer, add_as=index)
+        return lambda index: picked.find_or_add(
+            index, "\n".join(ranked[index].pair), ranked[index].answer
+        )
 
     choice = choose(rows, {"": len(expected)}, similarity, seed=42)
     assert [row.contract["id"] for row in choice.picked] == expected

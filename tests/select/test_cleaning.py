@@ -1,6 +1,7 @@
 """Rules of cleaning: golden rows and near misses, published rows, and answers in other languages."""
 
 import json
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ def test_rows_of_lima_are_hardly_touched(shared: Path) -> None:
         ("接着说", "[Round 0]\n问：你好\n答：你好", "leaked_markers"),
         ("Go on.", "It was late in the evening, and the", "cut_ending"),
         ("Name it.", "The one and only, the", None),
+        *(("Count.", text, None) for text in ("2, 4, 18, 20", "It is 1 to 20", "on March 20")),
+        *(("When?", f"It opened {text} 20", "cut_ending") for text in ("in", "since", "in June")),
+        ("Who?", "As an AI researcher, I have published ten papers.", None),
+        ("Who?", "Sorry, but as an AI assistant I cannot see.", "self_reference"),
+        ("中译英：今天天气很好", "The weather is nice today, is it not?", None),
+        ("谁写了哈姆雷特？", "William Shakespeare", None),
     ],
 )
 def test_rules_at_their_edges(instruction: str, output: str, expected: str | None) -> None:
@@ -99,6 +106,8 @@ def test_an_earlier_turn_tells_the_language() -> None:
         ("推荐一部电影\n无", "", "推荐一部电影"),
         ("Choose one:\nnone\nall", "", None),
         ("none", "", None),
+        ("Translate into French:\nNone", "", None),
+        ("\nnone", "", None),
         ("Name a tree.", "", None),
     ],
 )
@@ -112,3 +121,11 @@ def test_every_rule_is_described_in_both_languages() -> None:
         assert separator
         assert not chinese.isascii()
         assert english.isascii()
+
+
+@pytest.mark.parametrize("blank", [" ", "\u3000", "大型", ", ", "1. ", "as an ai ", "January "])
+def test_no_rule_backtracks(blank: str) -> None:
+    started = time.process_time()
+    for start in ("作为AI", "as an AI", "10", "#"):
+        fault_of(Fields("说一下。", blank * 20_000, f"{start}{blank * 20_000}x"))
+    assert time.process_time() - started < 5

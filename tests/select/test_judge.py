@@ -66,7 +66,27 @@ def test_odds_of_another_first_token_do_not_count():
 def test_the_judge_reads_earlier_turns_in_the_language_of_the_answer():
     row = TextRow(1, "And now?", "Now it is {late}.", (("What time is it?", "Early."),))
     prompt = judge_prompt(row)
-    assert "[Round 1]\n问：And now?\n答：" in prompt
+    assert "User: What time is it?\nAssistant: Early.\nUser: And now?\n" in prompt
     assert "Now it is {late}." in prompt
     assert prompt.endswith("Reply with the number alone:")
     assert judge_prompt(TextRow(1, "现在呢？", "很晚了。")).endswith("只回复一个数字：")
+
+
+def test_a_judge_that_gives_no_grade_is_given_up(server):
+    server.answer = lambda asked: Reply(200, as_completion("It is a 5."))
+    options = {"api": "chat", "concurrency": 2, "timeout_s": 5.0, "key": None, "key_name": "MY_KEY"}
+    source = EndpointSource(server.address, "scripted", **options)
+    rows = [TextRow(1, f"问题 {n}", "回答") for n in range(200)]
+    with pytest.raises(ValueError, match="no grade in 20 replies, such as 'It is a 5"):
+        list(judge(source, rows))
+    assert len(server.asked) < 40
+    assert list(judge(source, rows[:19])) != []
+
+
+def test_the_completions_api_takes_five_log_probabilities(server):
+    grades(server, [as_completion("4")], api="completions")
+    assert server.asked[0].body["logprobs"] == 5
+
+
+def test_odds_that_vanish_leave_the_digit():
+    assert grade_of("4", {"4": -9999.0}) == 4.0

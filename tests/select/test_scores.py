@@ -11,14 +11,12 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizer
 
 from ptuning.data.prompts import TextRow
-from ptuning.data.tokenization import TokenizedExample
+from ptuning.data.tokenization import TokenizedExample, form_batches, to_whole_rows
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.quantization.layers import quantize_model_
 from ptuning.select import scores
 from ptuning.select.scores import (
     Base,
-    encode_rows,
-    form_batches,
     mean_losses,
     mean_states,
     without_prompt,
@@ -112,15 +110,15 @@ def test_a_long_answer_is_cut_and_then_a_long_prompt(
     loaded_nano: Nano, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = loaded_nano
-    whole = encode_rows(tokenizer, ROWS, 2048)
+    whole = to_whole_rows(tokenizer, ROWS, 2048)
     assert not any(row.answer_cut or row.prompt_cut for row in whole)
     longest = len(whole[5].input_ids)
-    assert encode_rows(tokenizer, ROWS[5:], longest) == whole[5:]
-    (cut,) = encode_rows(tokenizer, ROWS[5:], longest - 1)
+    assert to_whole_rows(tokenizer, ROWS[5:], longest) == whole[5:]
+    (cut,) = to_whole_rows(tokenizer, ROWS[5:], longest - 1)
     assert cut == whole[5]._replace(input_ids=whole[5].input_ids[:-1], answer_cut=True)
 
     room = whole[4].context_length - 2
-    (short,) = encode_rows(tokenizer, ROWS[4:5], room)
+    (short,) = to_whole_rows(tokenizer, ROWS[4:5], room)
     assert short.prompt_cut
     assert len(short.input_ids) <= room
     assert short.input_ids[short.context_length - 1 :][:2] == [
@@ -136,7 +134,7 @@ def test_a_long_answer_is_cut_and_then_a_long_prompt(
 
 def test_an_empty_answer_has_the_loss_of_its_end(loaded_nano: Nano) -> None:
     model, tokenizer = loaded_nano
-    (row,) = encode_rows(tokenizer, ROWS[3:4], 2048)
+    (row,) = to_whole_rows(tokenizer, ROWS[3:4], 2048)
     assert row.input_ids[row.context_length :] == [tokenizer.sop_token_id, tokenizer.eop_token_id]
     wanted, _ = plain(model, row.input_ids, row.context_length)
     assert mean_losses(model, [row]) == pytest.approx([wanted], abs=1e-5)
@@ -186,6 +184,7 @@ def test_centred_states_have_length_one_and_no_common_direction(loaded_nano: Nan
     base = Base(*loaded_nano)
     plain_states = base.states(ROWS)
     base.centre_on(ROWS)
+    base.centre_on(ROWS)  # again changes nothing
     centred = base.states(ROWS)
     torch.testing.assert_close(centred.norm(dim=1), torch.ones(len(ROWS)))
     wanted = functional.normalize(plain_states - plain_states.mean(dim=0), dim=1)

@@ -1,8 +1,9 @@
 """Duplicates and rows of --against: planted copies go, and nothing else."""
 
+import time
 from typing import Any
 
-from ptuning.select.selection import PENDING, drop_duplicates, drop_known, remaining
+from ptuning.select.selection import PENDING, choose, drop_duplicates, drop_known, remaining
 from tests.select.conftest import candidate
 
 
@@ -72,3 +73,86 @@ def test_a_dev_prompt_with_another_answer_goes_too() -> None:
     ]
     drop_known(pool, [candidate("What is a harbour?", ""), candidate("???", "")])
     assert [row.verdict.name for row in pool] == ["in_against", "in_against", "", "", ""]
+
+
+def test_a_near_copy_of_a_dev_row_with_another_prompt_goes() -> None:
+    answer = "绿茶清新微苦，回味甘甜，适合夏天饮用，也常用来招待客人，还可以配点心一起吃。"
+    dev = candidate("介绍一下绿茶的味道", answer)
+    twin = candidate("介绍一下绿茶的味道吧", answer + "真好。")
+    known = [dev, candidate("请介绍一下绿茶的味道", answer)]
+    for against in ([dev], known):
+        pool = [
+            twin,
+            candidate(
+                "介绍一下红茶的味道", "红茶醇厚温和，带有麦芽香气，冬天喝最合适，也可以加牛奶。"
+            ),
+        ]
+        for row in pool:
+            row.verdict = PENDING
+        drop_known(pool, against)
+        assert [row.verdict.name for row in pool] == ["in_against", ""]
+
+
+def test_a_dev_prompt_among_the_earlier_turns_goes() -> None:
+    pool = [candidate("And now?", "It is late.", history=[["What time is it?", "Early."]])]
+    drop_known(pool, [candidate("What time is it", "")])
+    assert pool[0].verdict.name == "in_against"
+
+
+def test_rows_with_one_long_instruction_are_told_apart_by_their_own_lines() -> None:
+    """They would be one cluster by their whole text, and each be compared with all others."""
+    words = "decide whether the following review of a product is good or bad and say why".split()
+    instruction = " ".join(words * 8)
+    rows = [
+        candidate(
+            f"{instruction}\nreview {chr(97 + n % 26) * 3}{n} of item{n * 7} by user{n * 3}", "good"
+        )
+        for n in range(1500)
+    ]
+    started = time.process_time()
+    drop_duplicates(rows)
+    assert time.process_time() - started < 10
+    assert remaining(rows) == rows
+
+
+def test_rows_that_share_too_much_are_compared_with_the_likeliest_and_said(caplog) -> None:
+    """On one line nothing tells the instruction from the rest."""
+    words = "tell me in a few words whether this is a good thing to have at home and why".split()
+    rows = [
+        candidate(" ".join([*words * 8, f"item{n} {n * n}"]), f"answer number {n * 7919} it is {n}")
+        for n in range(300)
+    ]
+    rows.append(candidate(rows[150].contract["prompt"] + " please", rows[150].answer))
+    drop_duplicates(rows)
+    assert [row.verdict.name for row in rows if row.verdict != PENDING] == ["near_duplicate"]
+    assert "shared too much text with others" in caplog.text
+
+
+def test_equal_scores_are_ordered_by_chance() -> None:
+    def first(seed):
+        rows = [candidate(f"问题{n}", f"回答{n}", f"a:{n}", score=5.0) for n in range(50)]
+        return [
+            row.contract["id"]
+            for row in choose(rows, {"": 5}, lambda _: lambda _: None, seed).picked
+        ]
+
+    assert first(1) == first(1)
+    assert first(1) != first(2)
+    assert first(1) != [f"a:{n}" for n in range(5)]
+
+
+def test_the_longest_baseline_is_the_longest() -> None:
+    rows = [candidate(f"问题{n}", "长" * n, f"a:{n}", score=float(-n)) for n in range(1, 20)]
+    choice = choose(rows, {"": 3}, lambda _: lambda _: None, seed=1)
+    assert [row.contract["id"] for row in choice.longest] == ["a:19", "a:18", "a:17"]
+    assert [row.contract["id"] for row in choice.picked] == ["a:1", "a:2", "a:3"]
+
+
+def test_earlier_turns_belong_to_a_rows_text() -> None:
+    rows = [
+        candidate("And now?", "It is late.", history=[["What time is it?", "Early."]]),
+        candidate("And now?", "It is late."),
+    ]
+    drop_duplicates(rows)
+    assert remaining(rows) == rows
+    assert rows[0].text_row.history == (("What time is it?", "Early."),)
