@@ -8,6 +8,7 @@ Shapes: T rows (tokens), I input features, O output features.
 """
 
 import math
+import os
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,10 @@ from transformers import PreTrainedModel
 PREPACK_SHARE = 0.25  # of free memory that prepacked weights may take
 MIN_ROWS = 4  # below, reading the stored weight takes most of the time, whatever the product
 MAX_ROWS_WITHOUT_AVX512 = 255  # above, MKL is faster for float32
+# oneDNN, and PyTorch's wrapper of it, ideep, each keep 0.3 MB per shape multiplied, for up to 1,024
+# shapes: 0.6 GB in training, where nearly every batch has another number of tokens. A shape that is
+# no longer kept costs 0.3 ms. https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
+CACHED_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "64"}
 GELU_LINEAR = 2 * math.sqrt(2 / math.pi)  # a; GELU's sqrt(2 / pi), doubled
 GELU_CUBIC = GELU_LINEAR * 0.044715  # b
 GELU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -179,11 +184,16 @@ def has_avx512() -> bool:
 
 @cache
 def has_onednn() -> bool:
-    """Return whether this build of PyTorch has the oneDNN products, and they work here."""
+    """Return whether this build of PyTorch has the oneDNN products, and they work here.
+
+    Limits oneDNN's caches of shapes, unless the user set CACHED_SHAPES' variables.
+    """
     names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     products = torch.ops.mkldnn
     if not (torch.backends.mkldnn.is_available() and all(hasattr(products, n) for n in names)):
         return False
+    for variable, capacity in CACHED_SHAPES.items():
+        os.environ.setdefault(variable, capacity)  # read at the first product
     ones = torch.ones(4, 4)
     try:
         stored = _onednn(ones, ones.t(), None)

@@ -1,7 +1,11 @@
 """The CPU's products of frozen weights: the numbers of torch's own, whatever runs them."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +13,11 @@ from torch import nn
 from torch.nn import functional
 
 from ptuning.model.cpu import linear as linear_module
-from ptuning.model.cpu.linear import Linear, has_onednn, prepack_weights_
+from ptuning.model.cpu.linear import CACHED_SHAPES, Linear, has_onednn, prepack_weights_
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this PyTorch was built without oneDNN")
 PLENTY = 10**9
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -200,6 +205,34 @@ def test_a_build_whose_products_fail_takes_torchs(monkeypatch):
 
     monkeypatch.setattr(linear_module, "_onednn", refuses)
     assert not has_onednn.__wrapped__()
+
+
+MANY_SHAPES = """
+import psutil, torch
+from ptuning.model.cpu.linear import Linear
+
+memory = []
+for width in (40, 48, 56):  # 250 shapes each
+    frozen = Linear(24, width).requires_grad_(False)
+    for rows in range(4, 254):
+        frozen(torch.ones(rows, 24))
+    memory.append(psutil.Process().memory_info().rss)
+print(memory[2] - memory[1])
+"""
+
+
+@needs_onednn
+def test_memory_stops_growing_with_the_number_of_shapes() -> None:
+    unset = {name: value for name, value in os.environ.items() if name not in CACHED_SHAPES}
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_SHAPES],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=unset,
+    )
+    assert int(done.stdout) < 40e6  # with 1,024 shapes kept: 92 to 100 MB
 
 
 def test_the_output_can_be_changed_in_place(frozen):
