@@ -73,24 +73,27 @@ def open_base(
     return model, tokenizer, " ".join(part for part in said if part)
 
 
-def check_out(out: Path, mark: Path, reads: Iterable[Path] = (), own: str = r"(?!)") -> None:
+def check_out(
+    out: Path, mark: Path, reads: Iterable[Path] = (), own: str = "(?!)", journals: str = "(?!)"
+) -> None:
     """Refuse an --out that is no .jsonl file, another command's, or would overwrite what is read.
 
-    mark is the file next to it by which this command knows its own. own is a pattern of the names,
-    after the stem of out, of the other files that it writes.
+    mark is the file next to it by which this command knows its own. own and journals are patterns
+    of the names, after the stem of out, of other files that it writes, or continues.
     """
     if out.is_dir():
         raise ValueError(f"--out is {out}, a folder; name a file in it that ends in .jsonl.")
     if out.suffix != ".jsonl":
         raise ValueError(f"--out is {out}; name a file that ends in .jsonl.")
-    pattern = re.compile(rf"{re.escape(out.stem)}(\.jsonl|{own})")
+    stem = re.escape(out.stem)
     for path in reads:
-        if path.resolve().parent == out.resolve().parent and pattern.fullmatch(path.name):
+        is_beside = path.resolve().parent == out.resolve().parent
+        if is_beside and re.fullmatch(rf"{stem}(\.jsonl|{own}|{journals})", path.name):
             raise ValueError(f"{path} is read, and --out {out} overwrites it; give another name.")
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out}: the folder {out.parent} cannot be written to.")
-    others = [path for path in out.parent.iterdir() if pattern.fullmatch(path.name)]
+    others = [p for p in out.parent.iterdir() if re.fullmatch(rf"{stem}(\.jsonl|{own})", p.name)]
     if others and not mark.exists():
         which = f"--out {out}" if out in others else str(others[0])
         raise ValueError(f"{which} exists and is not of this command; give another name.")

@@ -33,7 +33,8 @@ MAX_SIMILARITY = {"base": 0.9, "minhash": ROUGE_THRESHOLD}
 BY_BASE = ("ifd", "target")
 SHOWN = 200  # characters of a text in the verdicts
 ENDPOINT_FLAGS = ("endpoint", "model", "api", "api_key_env", "timeout", "concurrency")
-OWN = r"\.(random|longest|verdicts|(ifd|target|judge)-\w+)\.jsonl|\.report\.(json|html)"
+OWN = r"\.(random|longest|verdicts)\.jsonl|\.report\.(json|html)"
+JOURNALS = r"\.(ifd|target|judge)-\w+\.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if not files:
         raise ValueError("name the files to select from, first: select FILE ... --out best.jsonl")
-    check_out(out, out.with_suffix(".report.json"), (*files, *against, *like), OWN)
+    check_out(out, out.with_suffix(".report.json"), (*files, *against, *like), OWN, JOURNALS)
     pool, targets = selection.read_pool(files), selection.read_pool(like)
     known = selection.read_pool(against, needs_answers=False)
     needs_base = arguments.score in BY_BASE or settings["embed"] == "base"

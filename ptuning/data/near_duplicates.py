@@ -89,9 +89,8 @@ class NearDuplicates:
             for number in band.get(key, ())
         )
         self.num_limited += len(shared) > MOST_COMPARED
-        for number, _ in sorted(shared.items(), key=lambda item: (-item[1], item[0]))[
-            :MOST_COMPARED
-        ]:
+        likeliest = sorted(shared, key=lambda number: (-shared[number], number))
+        for number in likeliest[:MOST_COMPARED]:
             other, other_answer = self._rows[number]
             similarity = rouge_l(other_answer, answer)
             if similarity >= self._threshold:

@@ -39,9 +39,8 @@ _TASK = re.compile(
 _MARKERS = re.compile(r"^#{3}[ \t]*$|^\[Round \d+\]", re.IGNORECASE | re.MULTILINE)
 _SELF = re.compile(
     r"\bas an? (?:(?:ai|artificial intelligence)(?: (?:(?:large )?language model|model|assistant"
-    r"|chatbot|system|program))?|(?:large )?language model)\b(?:,| (?:developed|created|made|i\b))"
-    r"[^.!?\n]{0,60}?\bi\b"
-    r"|\bas an? (?:(?:ai|artificial intelligence) )?(?:(?:large )?language model|assistant),? i\b"
+    r"|chatbot|system|program))?|(?:large )?language model)"
+    r"(?:,? i\b|(?:,| (?:developed|created|made)\b)[^.!?\n]{0,60}?\bi\b)"
     r"|作为(?:一[个名款种])?\s*(?:AI|人工智能|(?:大型?)?语言模型)(?:大|型|语言|聊天|对话|模型|助[手理]|机器人|程序"
     r"|系统|[,，\s])*(?:由于[^。！？\n]{0,20}[,，])?我(?!们)",
     re.IGNORECASE,

@@ -8,6 +8,7 @@ import torch
 
 from ptuning import __main__ as program
 from ptuning.output import Progress
+from ptuning.select import scores
 from ptuning.select.selection import VERDICTS
 from ptuning.tunings.loading import NANO_DIR, load_base
 from ptuning.tunings.prefix import save_prefix
@@ -248,7 +249,7 @@ def trained_prefix(tmp_path):
     return tmp_path / "prefix"
 
 
-@pytest.mark.parametrize("name", ["best.random.jsonl", "best.ifd-0123.jsonl", "best.report.html"])
+@pytest.mark.parametrize("name", ["best.random.jsonl", "best.verdicts.jsonl", "best.report.html"])
 def test_no_file_that_is_read_or_of_someone_else_is_overwritten(folder, capsys, name):
     write(folder / name, KNOWN)
     before = (folder / name).read_bytes()
@@ -278,13 +279,31 @@ def test_columns_and_answers_that_are_missing_are_said(folder, capsys):
     assert "asked.jsonl has no answers" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_that_the_same_command_continues(folder, monkeypatch, caplog):
+def test_ctrl_c_says_that_the_same_command_continues_and_it_does(folder, monkeypatch, caplog):
+    whole = scores.mean_losses
+
+    def stop_at_the_second_batch(model, batch):
+        monkeypatch.setattr("ptuning.select.scores.mean_losses", stop)
+        return whole(model, batch)
+
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ptuning.select.scores.mean_losses", stop)
+    monkeypatch.setattr("ptuning.select.scores.CPU_BATCH_TOKENS", 60)
+    monkeypatch.setattr("ptuning.select.scores.mean_losses", stop_at_the_second_batch)
     run("--budget", "2", status=130)
     assert "Type the same command again to continue" in caplog.text
+    (journal,) = folder.glob("best.*")
+    assert len(journal.read_bytes().splitlines()) > 1
+    monkeypatch.setattr("ptuning.select.scores.mean_losses", whole)
+    run("--budget", "2")
+    assert len(rows_of(folder / "best.jsonl")) == 2
+
+
+def test_a_journal_that_is_read_is_refused(folder, capsys):
+    write(folder / "best.ifd-0123.jsonl", KNOWN)
+    flags = ["--score", "target", "--like", "best.ifd-0123.jsonl"]
+    assert "best.ifd-0123.jsonl is read" in refused(capsys, *flags)
 
 
 def test_every_verdict_is_described_in_both_languages():

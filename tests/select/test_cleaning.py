@@ -82,6 +82,8 @@ def test_rows_of_lima_are_hardly_touched(shared: Path) -> None:
         *(("When?", f"It opened {text} 20", "cut_ending") for text in ("in", "since", "in June")),
         ("Who?", "As an AI researcher, I have published ten papers.", None),
         ("Who?", "Sorry, but as an AI assistant I cannot see.", "self_reference"),
+        ("Who?", "As an AI I cannot see.", "self_reference"),
+        ("Who?", "As an AI developed by them, I cannot see.", "self_reference"),
         ("中译英：今天天气很好", "The weather is nice today, is it not?", None),
         ("谁写了哈姆雷特？", "William Shakespeare", None),
     ],
