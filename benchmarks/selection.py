@@ -6,14 +6,18 @@ Every case trains for the same steps on all rows of AdvertiseGen/sample, or on t
 select` chose of them, and is repeated with other seeds (of the start, the order, and what is left
 to chance). IFD is measured with a prefix that was trained for a few steps, because nano by itself
 knows nothing of the task; `target` looks for rows like the first 50 of the dev set, and all cases
-are scored on the others.
+are scored on the others. The judge is a rule behind a loopback endpoint, as there is no model to
+ask: it grades by the share of the attributes' values that the copy names.
 """
 
 import json
+import os
 import statistics
 import sys
 from argparse import ArgumentParser, Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 from benchmarks.retention import FIGURES, SAMPLE, launch
 from benchmarks.setting import json_file, machine, write_json
@@ -27,6 +31,7 @@ CASES = {  # the flags of `ptuning select`
     "longest": ["--score", "length", "--embed", "none"],
     "ifd": ["--score", "ifd", "--prefix", "brief", "--embed", "none"],
     "ifd, unlike": ["--score", "ifd", "--prefix", "brief", "--max_similarity", "0.9"],
+    "judge": ["--score", "judge", "--endpoint", "JUDGE", "--model", "rule", "--embed", "none"],
     "target": ["--score", "target", "--like", "like.json", "--embed", "none"],
     "target, unlike": ["--score", "target", "--like", "like.json", "--max_similarity", "0.9"],
 }
@@ -46,6 +51,10 @@ def main() -> int:
     flags = parser.parse_args()
     flags.output = flags.output.absolute()
     split_dev(flags.output)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), RuleJudge)
+    flags.judge = f"http://127.0.0.1:{server.server_address[1]}"
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    Thread(target=server.serve_forever, daemon=True).start()
     names = [name for name in (ALL, *CASES) if flags.only is None or name in flags.only]
     if any("brief" in CASES.get(name, ()) for name in names):
         train(flags, "brief", SAMPLE / "train.json", 0, "--max_steps", str(BRIEF_STEPS))
@@ -64,6 +73,33 @@ def main() -> int:
     return 0
 
 
+class RuleJudge(BaseHTTPRequestHandler):
+    """Replies to a judge's prompt with 1 to 6, by how many attributes the answer names."""
+
+    def do_GET(self) -> None:
+        """Say nothing of models."""
+        self.send_error(404)
+
+    def do_POST(self) -> None:
+        """Grade."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        question, _, rest = prompt.partition("【问题】")[2].partition("【回答】")
+        values = [pair.partition("#")[2] for pair in question.strip().split("*")]
+        share = sum(value in rest for value in values) / len(values)
+        message = {"role": "assistant", "content": str(1 + round(5 * share))}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        content = json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing of requests."""
+
+
 def split_dev(folder: Path) -> None:
     """Write the first rows of the dev set as like.json, the others as test.json."""
     rows = [json.loads(line) for line in (SAMPLE / "dev.json").read_text("utf-8").splitlines()]
@@ -76,9 +112,9 @@ def choose(flags: Namespace, name: str, seed: int) -> Path:
     """Have `ptuning select` choose rows for a case; those that chance has no part in, once."""
     has_chance = name == "random"
     out = flags.output / f"{name.replace(', ', '-')}{seed if has_chance else ''}.jsonl"
-    own = [
-        str(flags.output / word) if word in ("brief", "like.json") else word for word in CASES[name]
-    ]
+    real = {"JUDGE": flags.judge}
+    real |= {name: str(flags.output / name) for name in ("brief", "like.json")}
+    own = [real.get(word, word) for word in CASES[name]]
     if has_chance or seed == 0:
         launch(
             *("-m", "ptuning", "select", str(SAMPLE / "train.json"), "--out", str(out), *own),
