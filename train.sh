@@ -72,7 +72,6 @@ else
   setting --eval_steps EVAL_STEPS 100 1000               # steps between two validation losses
   given_flags+=(--eval_strategy steps)
 fi
-if [ -n "${EVAL_STEPS:-}" ] && [ "$PRESET" = lima ]; then given_flags+=(--eval_strategy steps); fi
 setting --logging_steps LOGGING_STEPS 10                 # steps between two loss lines
 setting --max_source_length MAX_SOURCE_LENGTH 64         # tokens of the prompt, including [gMASK] and <sop>
 setting --max_target_length MAX_TARGET_LENGTH 64         # tokens of the answer

@@ -265,10 +265,9 @@ def preset_values(typed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if typed.get("ptuning_checkpoint") or typed.get("init_from"):
         values.pop("prefix_init_std", None)  # no new prefix is made
     if "save_strategy" in values and typed.get("validation_file"):
-        values["eval_strategy"] = values["save_strategy"]  # a loss for each checkpoint
-    for kind in ("save", "eval"):
-        if f"{kind}_steps" in typed:
-            values.pop(f"{kind}_strategy", None)  # or they would have no effect
+        values["eval_strategy"] = "steps" if "eval_steps" in typed else values["save_strategy"]
+    if "save_steps" in typed:
+        values.pop("save_strategy", None)  # or they would have no effect
     if "lr_scheduler_type" in values and "lr_scheduler_type" not in typed:
         rate = typed.get("learning_rate", values["learning_rate"])
         values["lr_scheduler_kwargs"] = f'{{"lr_end": {rate / 10:g}}}'

@@ -98,6 +98,11 @@ def test_another_schedule_or_length_than_limas_is_taken_as_typed(tmp_path):
     config = read(tmp_path, "--preset", "lima", "--lr_scheduler_kwargs", own)
     assert config.trainer_flags["lr_scheduler_kwargs"] == own
     assert config.notices[0].endswith(f"--lr_scheduler_kwargs {own} (typed)")
+    rows = ("--validation_file", "dev.json")
+    for steps, strategy in (((), "epoch"), (("--eval_steps", "5"), "steps")):
+        config = read(tmp_path, "--preset", "lima", *rows, *steps)
+        assert config.eval_strategy == strategy
+
     config = read(tmp_path, "--preset", "lima", "--save_steps", "7")
     assert "save_strategy" not in config.notices[0]
     assert config.trainer_flags.get("save_strategy") != "epoch"
