@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ptuning.commands.answer import open_model
 from ptuning.commands.registry import OPENAI_KEY_VARIABLE
 from ptuning.completions.endpoint import EndpointSource
 from ptuning.data.tokenizer import ChatGLMTokenizer
@@ -59,8 +60,6 @@ def open_base(
     arguments: argparse.Namespace,
 ) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer, str]:
     """Load --model_name_or_path, or what --prefix was trained on, with it; return its name too."""
-    from ptuning.commands.answer import open_model  # needs torch
-
     name, prefix, bits = (
         getattr(arguments, flag) for flag in ("model_name_or_path", "prefix", "quantization_bit")
     )

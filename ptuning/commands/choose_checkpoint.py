@@ -7,7 +7,6 @@ Source: LIMA, https://arxiv.org/abs/2305.11206, section 3 and appendix B.
 """
 
 import argparse
-import hashlib
 import logging
 import math
 import sys
@@ -21,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ptuning.commands.asking import check_least, open_endpoint, refuse_endpoint_flags
 from ptuning.completions.endpoint import EndpointSource
-from ptuning.completions.journal import saved_scores, to_line
+from ptuning.completions.journal import digest, saved_scores, to_line
 from ptuning.data.dataset import GenerationDataset, load_generation_dataset
 from ptuning.data.formats import UnknownColumns
 from ptuning.data.prompts import COLUMN_FIELDS, TextRow
@@ -213,20 +212,20 @@ def _judge(
     The same answer to a row is graded once; grades are kept like answers.
     """
     asked = {
-        _digest([row.prompt, text]): TextRow(row.line, row.prompt, text)
+        digest([row.prompt, text]): TextRow(row.line, row.prompt, text)
         for candidate in found
         for row, text in zip(rows, candidate.texts, strict=True)
         if text is not None
     }
-    judge_of = {"model": source.name, "prompts": _digest(judge_templates())}
-    path, answers = folder / f"judge-{_digest(judge_of)}.jsonl", list(asked.values())
+    judge_of = {"model": source.name, "prompts": digest(judge_templates())}
+    path, answers = folder / f"judge-{digest(judge_of)}.jsonl", list(asked.values())
     known = saved_scores(
         *(path, judge_of, list(asked)),
         lambda missing: judge(source, [answers[index] for index in missing]),
         "judging",
     )
     graded = [
-        [known.get(_digest([row.prompt, text])) for row, text in zip(rows, of.texts, strict=True)]
+        [known.get(digest([row.prompt, text])) for row, text in zip(rows, of.texts, strict=True)]
         for of in found
     ]
     of_checkpoints = [own for own, of in zip(graded, found, strict=True) if of.name != BASE]
@@ -240,10 +239,6 @@ def _judge(
         replace(of, grades=[grade if c else None for grade, c in zip(own, counts, strict=True)])
         for own, of in zip(graded, found, strict=True)
     ]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(to_line(value)).hexdigest()[:16]
 
 
 def read_validation_loss(checkpoint: Path) -> float | None:

@@ -4,7 +4,6 @@ import argparse
 import difflib
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +13,14 @@ import numpy as np
 
 from ptuning.commands.asking import check_least, check_out, open_base, open_endpoint
 from ptuning.completions.endpoint import EndpointSource
-from ptuning.completions.journal import saved_scores, to_line
+from ptuning.completions.journal import digest, saved_scores, to_line
 from ptuning.data.near_duplicates import ROUGE_THRESHOLD, NearDuplicates, own_texts
 from ptuning.data.prompts import TextRow
 from ptuning.data.raw_file import number_of
 from ptuning.data.reading import find_files
 from ptuning.data.segmentation import count_words
 from ptuning.select import selection
-from ptuning.select.choosing import Similar, SimilarStates, quotas
+from ptuning.select.choosing import Similar, SimilarStates
 from ptuning.select.judge import judge, judge_templates
 from ptuning.select.scores import Base
 from ptuning.select.selection import VERDICTS, Choice, PoolRow, Verdict
@@ -68,10 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         logger.warning("Type the same command again to continue; finished scores are kept.")
         raise
-    fit = selection.remaining(pool)
-    sources = [row.contract["source"] if arguments.quota == "source" else "" for row in fit]
-    rooms = quotas(Counter(sources), arguments.budget, settings["quota_temperature"])[1]
-    choice = selection.choose(fit, rooms, partial(_similarity, settings, base), arguments.seed)
+    shares = arguments.budget, settings["quota_temperature"]
+    similarity = partial(_similarity, settings, base)
+    choice = selection.choose(selection.remaining(pool), *shares, similarity, arguments.seed)
     _write(out, pool, choice, settings, num_emptied)
     if len(choice.picked) < arguments.budget:
         left = number_of(len(choice.picked), "row")
@@ -91,12 +89,13 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     least = ROUGE_THRESHOLD if embed == "minhash" else 0
     if threshold is not None and not least <= threshold <= 1:
         raise ValueError(f"--max_similarity is {threshold}; with --embed {embed} use {least} to 1.")
+    by_source = arguments.quota == "source"
     by_base = (kind in BY_BASE or embed == "base", "--score ifd, target or --embed base")
     for flag, (is_used, needs) in {
         "like": (kind == "target", "--score target"),
         **dict.fromkeys(ENDPOINT_FLAGS, (kind == "judge", "--score judge")),
         **dict.fromkeys(("model_name_or_path", "prefix", "quantization_bit"), by_base),
-        "quota_temperature": (arguments.quota == "source", "--quota source"),
+        "quota_temperature": (by_source, "--quota source"),
         "max_similarity": (embed != "none", "--embed base or minhash"),
     }.items():
         if given[flag] not in (None, []) and not is_used:
@@ -107,7 +106,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         name: str(value) if isinstance(value, Path) else value for name, value in given.items()
     }
     return values | {
-        "quota_temperature": arguments.quota_temperature or TEMPERATURE,
+        "quota_temperature": arguments.quota_temperature or TEMPERATURE if by_source else None,
         "embed": embed,
         "max_similarity": MAX_SIMILARITY.get(embed) if threshold is None else threshold,
     }
@@ -131,7 +130,7 @@ def _give_scores(
     identity: dict[str, Any] = {"score": kind}
     score: Callable[[Sequence[TextRow]], Iterator[tuple[int, float | None]]]
     if source is not None:
-        identity |= {"model": source.name, "prompts": selection.digest(judge_templates())}
+        identity |= {"model": source.name, "prompts": digest(judge_templates())}
         score = partial(judge, source)
     else:
         assert base is not None, "loaded for these scores"
@@ -139,10 +138,10 @@ def _give_scores(
         score = base.ifd
         if kind == "target" and rows:
             base.centre_on([row.text_row for row in rows])
-            identity["rows"] = selection.digest([row.key for row in (*rows, *targets)])
+            identity["rows"] = digest([row.key for row in (*rows, *targets)])
             states = base.states([row.text_row for row in targets])
             score = partial(base.nearness, targets=states)
-    path = arguments.out.with_suffix(f".{kind}-{selection.digest(identity)}.jsonl")
+    path = arguments.out.with_suffix(f".{kind}-{digest(identity)}.jsonl")
     texts = [row.text_row for row in rows]
     found = saved_scores(
         *(path, identity, [row.key for row in rows]),

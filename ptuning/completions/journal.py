@@ -4,6 +4,7 @@ The file is JSON lines: an object of what a run must share with this one to cont
 list for each finished item, its key first.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -108,6 +109,11 @@ def saved_scores(
                 journal.add(keys[missing[place]], value)
             progress.update()
     return found
+
+
+def digest(value: Any) -> str:
+    """Return a hash of a JSON value: the key of something that is scored, or a settings' name."""
+    return hashlib.sha256(to_line(value)).hexdigest()[:16]
 
 
 def to_line(value: Any) -> bytes:

@@ -1,6 +1,5 @@
 """The five steps in order: clean, duplicates, against, score, pick. Every row gets one verdict."""
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +9,14 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from ptuning.completions.journal import digest
 from ptuning.data.conversion import ContractRow, convert_file, number_repeats, split_input
 from ptuning.data.formats import UnknownColumns
 from ptuning.data.near_duplicates import NearDuplicates, Nearest, own_texts
 from ptuning.data.prompts import RowFormat, TextRow, to_example
 from ptuning.data.segmentation import count_words
 from ptuning.output import Progress
-from ptuning.select.choosing import Similar, pick
+from ptuning.select.choosing import Similar, pick, quotas
 from ptuning.select.cleaning import RULES, Fields, fault_of, without_fake_input
 
 SELECTED = "selected"
@@ -33,11 +33,6 @@ VERDICTS = RULES | {
 }
 
 logger = logging.getLogger(__name__)
-
-
-def digest(value: object) -> str:
-    """Return a hash of a value as Python writes it."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 class Verdict(NamedTuple):
@@ -202,20 +197,25 @@ class Choice(NamedTuple):
 
 def choose(
     pool: Sequence[PoolRow],
-    rooms: dict[str, int],
+    budget: int,
+    temperature: float | None,
     similarity: Callable[[Sequence[PoolRow]], Similar],
     seed: int,
 ) -> Choice:
     """Step 5: pick the best of each source, and give every row its verdict.
 
-    rooms holds one number for each source, or for "" one for all. similarity is asked once, with
-    the rows best first.
+    The sources share the budget at a temperature (see `quotas`); None takes them for one.
+    similarity is asked once, with the rows best first.
     """
+
+    def source_of(row: PoolRow) -> str:
+        return "" if temperature is None else row.contract["source"]
 
     def best_first(score: Callable[[PoolRow], float]) -> tuple[list[PoolRow], list[str]]:
         rows = sorted(pool, key=lambda row: (-score(row), random_score(row, seed)))
-        return rows, ["" if "" in rooms else row.contract["source"] for row in rows]
+        return rows, list(map(source_of, rows))
 
+    _, rooms = quotas(Counter(map(source_of, pool)), budget, temperature or 1.0)
     rows, sources = best_first(lambda row: row.score or 0.0)
     picked, skipped = pick(sources, rooms, similarity(rows))
     for index, row in enumerate(rows):

@@ -38,7 +38,7 @@ def test_the_best_of_each_planted_cluster_is_picked(lima: Any, facts: str, clust
             index, "\n".join(ranked[index].pair), ranked[index].answer
         )
 
-    choice = choose(rows, {"": len(expected)}, similarity, seed=42)
+    choice = choose(rows, len(expected), None, similarity, seed=42)
     assert [row.contract["id"] for row in choice.picked] == expected
     verdicts = {row.verdict.name for row in rows if row.verdict}
     assert {"selected", "too_similar"} <= verdicts <= {"selected", "too_similar", "over_budget"}

@@ -133,7 +133,7 @@ def test_equal_scores_are_ordered_by_chance() -> None:
         rows = [candidate(f"问题{n}", f"回答{n}", f"a:{n}", score=5.0) for n in range(50)]
         return [
             row.contract["id"]
-            for row in choose(rows, {"": 5}, lambda _: lambda _: None, seed).picked
+            for row in choose(rows, 5, None, lambda _: lambda _: None, seed).picked
         ]
 
     assert first(1) == first(1)
@@ -143,7 +143,7 @@ def test_equal_scores_are_ordered_by_chance() -> None:
 
 def test_the_longest_baseline_is_the_longest() -> None:
     rows = [candidate(f"问题{n}", "长" * n, f"a:{n}", score=float(-n)) for n in range(1, 20)]
-    choice = choose(rows, {"": 3}, lambda _: lambda _: None, seed=1)
+    choice = choose(rows, 3, None, lambda _: lambda _: None, seed=1)
     assert [row.contract["id"] for row in choice.longest] == ["a:19", "a:18", "a:17"]
     assert [row.contract["id"] for row in choice.picked] == ["a:1", "a:2", "a:3"]
 
