@@ -430,15 +430,15 @@ def _select(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--embed",
         choices=("base", "minhash", "none"),
-        help="what tells that a row is too similar to a picked one: the base's states, the words, "
-        "or nothing; unset: base with --score ifd and target, else none",
+        help="how rows are compared with the picked ones: by the base's states, by words or not at "
+        "all; unset: base with --score ifd and target, else none",
     )
     choice.add_argument(
         "--max_similarity",
         type=float,
         metavar="F",
-        help="similarity to a picked row that is too much: with base a cosine above F (0.9), with "
-        "minhash a ROUGE-L of F or more, 0.7 at least (0.7)",
+        help="skip rows that are more similar to a picked one: with base a cosine above F (0.9), "
+        "with minhash a ROUGE-L of F or more, 0.7 at least (0.7)",
     )
     _add_endpoint_flags(parser, "the judge of --score judge")
 

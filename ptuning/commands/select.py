@@ -160,7 +160,7 @@ def _give_scores(
 
 
 def _similarity(settings: Mapping[str, Any], base: Base | None, rows: Sequence[PoolRow]) -> Similar:
-    """Return what tells whether a row is too similar to a picked one."""
+    """Return the test for rows that are too similar to a picked one."""
     threshold = settings["max_similarity"]
     if settings["embed"] == "none" or not rows:
         return lambda _: None

@@ -148,9 +148,9 @@ def drop_duplicates(pool: Sequence[PoolRow]) -> None:
 
 
 def drop_known(pool: Sequence[PoolRow], against: Sequence[PoolRow]) -> None:
-    """Step 3: drop rows whose prompt, or nearly whose whole text, is among rows to be scored on.
+    """Step 3: drop rows whose prompt is in the evaluation data, and near-duplicates of its rows.
 
-    So go rows with such a prompt among their earlier turns.
+    A prompt in the history counts as well.
     """
     known, texts = NearDuplicates(), own_texts([row.pair for row in (*against, *pool)])
     prompts: dict[str, int] = {}
