@@ -2,7 +2,8 @@
 
 The texts are in the folder templates. `adgen` asks for attribute lists with copy; `magpie` shows
 nothing but the open beginning of a user turn, so that the model writes the question itself
-(Xu et al. 2024, https://arxiv.org/abs/2406.08464).
+(Xu et al. 2024, https://arxiv.org/abs/2406.08464). API_ZH and API_EN ask for requests that one API
+fulfils, each with its call; their topic is the document of the API's card.
 """
 
 import hashlib
@@ -83,6 +84,21 @@ ADGEN = Template(
     topic="4. 所有商品都围绕这个主题：{}\n",
     fields={CONTENT: INSTRUCTION, SUMMARY: OUTPUT},
 )
+API_ZH = Template(
+    "api.zh",
+    "zh",
+    {INSTRUCTION: "请求：", OUTPUT: "调用："},
+    topic="API：{}\n",
+    fields={"请求": INSTRUCTION, "调用": OUTPUT},
+)
+API_EN = Template(
+    "api.en",
+    "en",
+    {INSTRUCTION: "Request: ", OUTPUT: "Call: "},
+    topic="API: {}\n",
+    fields={"request": INSTRUCTION, "call": OUTPUT},
+)
+# The choices of `ptuning generate`; the two for APIs belong to `ptuning api write`.
 TEMPLATES = {one.name: one for one in (ZH, EN, ADGEN, Template("magpie", "zh", {}))}
 
 

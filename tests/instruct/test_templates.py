@@ -6,8 +6,15 @@ from pathlib import Path
 import pytest
 
 from ptuning.data.raw_file import DataError
-from ptuning.instruct.blocks import Task
-from ptuning.instruct.templates import TEMPLATES, read_seeds, shipped_seeds
+from ptuning.instruct.blocks import Task, read_blocks
+from ptuning.instruct.templates import (
+    API_EN,
+    API_ZH,
+    TEMPLATES,
+    Template,
+    read_seeds,
+    shipped_seeds,
+)
 
 TASKS = [Task("写一首  诗：", "夏天", "荷风"), Task("讲个笑话", "", "从前")]
 
@@ -44,13 +51,27 @@ def test_a_topic_is_one_more_requirement(name: str) -> None:
     assert numbers == [str(n + 1) for n in range(len(numbers))]
 
 
+@pytest.mark.parametrize("template", [API_ZH, API_EN], ids=["zh", "en"])
+def test_requests_for_an_api_follow_its_document(template: Template) -> None:
+    document = '{"api_name": "{name}", "api_call": "shop.title(item=\'\')"}'
+    task = Task("给这条裙子起标题", "", "shop.title(item='裙子')")
+    prompt = template.prompt([task], 4, document)
+    head, _, shown = prompt.partition("###\n")
+    assert head.splitlines()[1] == template.topic.format(document).rstrip()
+    assert "5" in head.splitlines()[0]
+    assert head.splitlines()[2].rstrip(":：") in ("要求", "Requirements")
+    assert prompt.endswith(f"###\n2. {template.labels['instruction'].rstrip()}")
+    blocks, preamble = read_blocks(shown, fields=template.fields)
+    assert (blocks[0].task, blocks[0].fault, preamble) == (task, None, "")
+
+
 def test_magpie_shows_nothing_but_the_beginning_of_a_turn() -> None:
     assert TEMPLATES["magpie"].prompt([], 1) == "[Round 0]\n问："
 
 
 def test_a_changed_template_has_another_digest() -> None:
-    digests = {template.digest for template in TEMPLATES.values()}
-    assert len(digests) == len(TEMPLATES)
+    templates = [*TEMPLATES.values(), API_ZH, API_EN]
+    assert len({template.digest for template in templates}) == len(templates)
 
 
 @pytest.mark.parametrize(
