@@ -20,7 +20,10 @@ ALLOWED = {
         *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.completions"),
         *("ptuning.tunings", "ptuning.train"),
     },
-    "ptuning.serve": {"ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.tunings"},
+    "ptuning.serve": {
+        *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.tunings"),
+        "ptuning.apicalls",
+    },
     "ptuning.instruct": {
         *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.completions"),
         "ptuning.tunings",
@@ -28,6 +31,10 @@ ALLOWED = {
     "ptuning.select": {
         *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.completions"),
         "ptuning.tunings",
+    },
+    "ptuning.apicalls": {
+        *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.completions"),
+        *("ptuning.tunings", "ptuning.instruct"),
     },
     "ptuning.nano": {"ptuning.data", "ptuning.instruct", "ptuning.model", "ptuning.tunings"},
 }

@@ -1,0 +1,1 @@
+"""API calls from a model: cards, retrieval, prompts, and what an answer's call is worth."""

@@ -1,0 +1,204 @@
+"""Read the API calls in a text with Python's own parser; nothing is ever executed.
+
+Models' answers are seldom whole programs: the call stands between tags, in a pseudo dictionary
+with unescaped quotes, or in prose. What does not parse as a whole is scanned for `dotted.name(`,
+and each balanced segment is parsed alone.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+MAX_CHARACTERS = 50_000  # of an answer that are read; published ones have at most 4,000
+MAX_SCANNED = 1_000_000  # characters read in search of closing brackets, all segments together
+OPENING, CLOSING = "([{", ")]}"
+LATE_POSITIONAL = "positional argument follows keyword argument"
+_UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # all that ast.parse raises
+_NAME = r"[^\W\d]\w*+"
+# Possessive (+), and without the bracket too, so that no character is tried twice.
+_CALLEE = re.compile(rf"{_NAME}(?:\s*+\.\s*+{_NAME})*+\s*+(?P<bracket>\()?")
+_QUOTES = re.compile(r"""'''|\"""|'|\"""")
+_KEYWORD = re.compile(rf"\s*+{_NAME}\s*+=(?!=)")
+
+
+class Argument(NamedTuple):
+    """An argument's value, or its source if it is no literal; key says which, and is compared."""
+
+    key: str
+    value: Any
+
+
+class Call(NamedTuple):
+    """A call of a plain dotted name; keywords by name, `**` for a double-starred one."""
+
+    callee: str
+    positional: tuple[Argument, ...] = ()
+    keywords: tuple[tuple[str, Argument], ...] = ()
+
+    @property
+    def values(self) -> list[Argument]:
+        """All arguments, without their names."""
+        return [*self.positional, *(value for _, value in self.keywords)]
+
+    def named(self, parameters: tuple[str, ...]) -> dict[str, Argument]:
+        """Return the arguments by name; parameters are the names of positional ones, in order.
+
+        A positional argument beyond them gets its number from 1.
+        """
+        names = [*parameters, *(str(n + 1) for n in range(len(parameters), len(self.positional)))]
+        return dict(zip(names, self.positional, strict=False)) | dict(self.keywords)
+
+
+class FoundCalls(NamedTuple):
+    """What was read of an answer. looks_called: it has a name with a bracket, readable or not."""
+
+    calls: tuple[Call, ...]
+    has_tag: bool
+    looks_called: bool
+
+
+def find_calls(text: str) -> FoundCalls:
+    """Return the calls of an answer: those of its api_call, or of the whole text without one.
+
+    >>> find_calls("<<<api_call>>>: shop.title(repo='a/b')").calls[0].callee
+    'shop.title'
+    """
+    _, tag, called = text[:MAX_CHARACTERS].partition("api_call")
+    part = called.partition("api_provider")[0] if tag else text[:MAX_CHARACTERS]
+    states = list(_unescaped(part))
+    for state in states:
+        calls = calls_of(state)
+        if calls:
+            return FoundCalls(calls, bool(tag), True)
+    calls, looks_called = _scan(states[-1])
+    return FoundCalls(calls, bool(tag), looks_called)
+
+
+def _unescaped(text: str) -> Iterator[str]:
+    """Yield the text as it is, and without one more layer of backslashes, up to three times."""
+    yield text
+    for _ in range(3):
+        plain = text.replace("\\n", "\n").replace("\\'", "'").replace('\\"', '"')
+        plain = re.sub(r"\\(?=\W)", "", plain)
+        if plain == text:
+            return
+        text = plain
+        yield text
+
+
+def calls_of(source: str) -> tuple[Call, ...]:
+    """Return the calls of Python source, () if it is none."""
+    try:
+        tree = ast.parse(source.strip())
+    except _UNREADABLE:
+        return ()
+    return tuple(_to_calls(tree))
+
+
+def _to_calls(tree: ast.AST) -> Iterator[Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (callee := _dotted(node.func)):
+            positional = tuple(map(_to_argument, node.args))
+            keywords = tuple((word.arg or "**", _to_argument(word.value)) for word in node.keywords)
+            yield Call(callee, positional, keywords)
+
+
+def _dotted(node: ast.expr) -> str:
+    """Return a.b.c for a plain dotted name, "" for anything else."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else ""
+
+
+def _to_argument(node: ast.expr) -> Argument:
+    try:
+        literal = ast.literal_eval(node)
+    except (*_UNREADABLE, TypeError):
+        try:
+            source = ast.unparse(node)
+        except RecursionError:
+            source = ""
+        return Argument(source, source)
+    return Argument(f"{type(literal).__name__}: {literal!r}", literal)
+
+
+def _scan(text: str) -> tuple[tuple[Call, ...], bool]:
+    """Return the calls of all segments `dotted.name(...)` that parse, and if there is any segment.
+
+    A segment may lie within another, and within quotes.
+    """
+    calls: list[Call] = []
+    budget, found = MAX_SCANNED, False
+    for callee in _CALLEE.finditer(text):
+        if callee["bracket"] is None:
+            continue
+        found = True
+        end, num_read = _closing(text, callee.end() - 1, budget)
+        budget -= num_read
+        if end is None:
+            continue
+        segment = text[callee.start() : end]
+        calls += calls_of(segment) or calls_of(without_late_positionals(segment))
+    return tuple(calls), found
+
+
+def _closing(text: str, start: int, budget: int) -> tuple[int | None, int]:
+    """Return the index after the bracket that balances the one at start, and characters read."""
+    depth, index, quote = 0, start, ""
+    limit = min(len(text), start + budget)
+    while index < limit:
+        character = text[index]
+        if quote:
+            if character == "\\":
+                index += 1
+            elif text.startswith(quote, index):
+                index += len(quote) - 1
+                quote = ""
+        elif found := _QUOTES.match(text, index):
+            quote = found[0]
+            index += len(quote) - 1
+        elif character in OPENING:
+            depth += 1
+        elif character in CLOSING:
+            depth -= 1
+            if depth == 0:
+                return index + 1, index + 1 - start
+        index += 1
+    return None, max(limit - start, 0)
+
+
+def without_late_positionals(segment: str) -> str:
+    """Return a call without plain positional arguments after keywords, which Python refuses.
+
+    >>> without_late_positionals("load(repo='a', 'b', model='c')")
+    "load(repo='a', model='c')"
+    """
+    start = segment.index("(")
+    parts = _arguments(segment[start + 1 : -1])
+    first = next((n for n, part in enumerate(parts) if _KEYWORD.match(part)), len(parts))
+    kept = [
+        part
+        for n, part in enumerate(parts)
+        if n < first or _KEYWORD.match(part) or part.lstrip().startswith("*")
+    ]
+    return f"{segment[:start]}({','.join(kept)})"
+
+
+def _arguments(text: str) -> list[str]:
+    """Cut arguments at the commas outside quotes and brackets."""
+    parts, begin, index = [], 0, 0
+    while index < len(text):
+        if text[index] in OPENING:
+            end, _ = _closing(text, index, len(text))
+            index = (end or len(text)) - 1
+        elif found := _QUOTES.match(text, index):
+            closed = text.find(found[0], index + len(found[0]))
+            index = len(text) if closed < 0 else closed + len(found[0]) - 1
+        elif text[index] == ",":
+            parts.append(text[begin:index])
+            begin = index + 1
+        index += 1
+    return [*parts, text[begin:]]
