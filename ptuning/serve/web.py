@@ -39,6 +39,14 @@ document.addEventListener("keydown", (event) => {
 });
 </script>
 """
+# The opposite of web_talk's escaping: what is copied is the text that is shown.
+COPY_IS_PLAIN = """
+<script>
+const copyText = navigator.clipboard?.writeText;
+if (copyText) navigator.clipboard.writeText = (text) => copyText.call(
+  navigator.clipboard, text.replaceAll("&lt;", "<").replaceAll("&amp;", "&"));
+</script>
+"""
 
 
 class Controls:
@@ -315,7 +323,7 @@ def launch(blocks: gr.Blocks, *, host: str, port: int, password: str | None, wai
             footer_links=[],
             theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
             css_paths=STYLE,
-            head=ESCAPE_STOPS,
+            head=ESCAPE_STOPS + COPY_IS_PLAIN,
         )
     except OSError as error:
         raise OSError(

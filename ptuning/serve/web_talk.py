@@ -3,6 +3,7 @@
 A visitor is one open page. A visitor's new question stops the one in progress.
 """
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ ENDINGS = {
 }
 PAIR_SIGN = "#"  # ADGEN's form: `类型#裤*版型#宽松`
 LIST_SIGN = "*"
+MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=[A-Za-z#])")  # where HTML begins a tag or a character
 
 
 class TalkState(NamedTuple):
@@ -165,9 +167,18 @@ def to_messages(turns: Turns) -> list[dict[str, str]]:
     """
     messages = []
     for question, answer in turns:
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer or "…"})
+        messages.append({"role": "user", "content": _escape(question)})
+        messages.append({"role": "assistant", "content": _escape(answer) or "…"})
     return messages
+
+
+def _escape(text: str) -> str:
+    """Escape markup, which the page would interpret even with Markdown off.
+
+    >>> _escape("1 < 2 && <<<code>>>: <img src='https://example.org'>")
+    "1 < 2 && <<&lt;code>>>: &lt;img src='https://example.org'>"
+    """
+    return MARKUP.sub(lambda sign: "&lt;" if sign[0] == "<" else "&amp;", text)
 
 
 def parse_attributes(text: str) -> list[tuple[str, str]] | None:
