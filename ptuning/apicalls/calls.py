@@ -28,6 +28,11 @@ class Argument(NamedTuple):
     key: str
     value: Any
 
+    @property
+    def source(self) -> str:
+        """The argument as Python writes it."""
+        return self.key if self.key == self.value else repr(self.value)
+
 
 class Call(NamedTuple):
     """A call of a plain dotted name; keywords by name, `**` for a double-starred one."""
@@ -40,6 +45,17 @@ class Call(NamedTuple):
     def values(self) -> list[Argument]:
         """All arguments, without their names."""
         return [*self.positional, *(value for _, value in self.keywords)]
+
+    @property
+    def source(self) -> str:
+        """The call on one line, as Python writes it: quotes and blanks need not be as given.
+
+        >>> calls_of('shop.title(  x, repo="a/b", **more)')[0].source
+        "shop.title(x, repo='a/b', **more)"
+        """
+        parts = [value.source for value in self.positional]
+        parts += [f"{'**' if name == '**' else f'{name}='}{v.source}" for name, v in self.keywords]
+        return f"{self.callee}({', '.join(parts)})"
 
     def named(self, parameters: tuple[str, ...]) -> dict[str, Argument]:
         """Return the arguments by name; parameters are the names of positional ones, in order.
@@ -116,13 +132,13 @@ def _dotted(node: ast.expr) -> str:
 def _to_argument(node: ast.expr) -> Argument:
     try:
         literal = ast.literal_eval(node)
+        return Argument(f"{type(literal).__name__}: {literal!r}", literal)
     except (*_UNREADABLE, TypeError):
         try:
             source = ast.unparse(node)
-        except RecursionError:
-            source = ""
+        except (RecursionError, ValueError):  # nested too deep, or a number of 4,300 digits
+            source = "..."
         return Argument(source, source)
-    return Argument(f"{type(literal).__name__}: {literal!r}", literal)
 
 
 def _scan(text: str) -> tuple[tuple[Call, ...], bool]:

@@ -26,6 +26,7 @@ REASONS = {
     "unknown_argument": "多余的参数 an argument that should not be there",
     "unneeded_call": "不该调用 a call where no API fits",
 }
+MAX_NAMED = 3  # matching cards that are named with an answer
 _IGNORED = re.compile(r"[ ,./\-_*^]")  # in texts with accepted values, as published
 
 
@@ -76,6 +77,30 @@ def check_call(text: str, cards: Cards, scope: str | None = None) -> CallVerdict
     matching = cards.matching(answer.calls, scope)
     reason = None if matching else _why_no_card(answer, cards, scope)
     return CallVerdict(reason, answer, matching)
+
+
+class ShownCall(NamedTuple):
+    """The call of an answer for people to read: its text, None if it is not Python, and verdict.
+
+    reason is a key of REASONS, None for a valid call; cards are the api_name of matching ones.
+    """
+
+    call: str | None
+    valid: bool
+    reason: str | None
+    cards: list[str]
+
+
+def to_shown_call(text: str, cards: Cards) -> ShownCall | None:
+    """Return the first call of an answer that matches a card, else its first; None without any."""
+    verdict = check_call(text, cards)
+    calls, has_tag, looks_called = verdict.answer
+    if not calls and not (has_tag and looks_called):
+        return None
+    right = [call for call in calls if cards.matching([call])]
+    source = next((call.source for call in right or calls), None)
+    names = [str(cards[index].fields["api_name"]) for index in cards.matching(right[:1])]
+    return ShownCall(source, verdict.reason is None, verdict.reason, names[:MAX_NAMED])
 
 
 def _why_no_card(answer: FoundCalls, cards: Cards, scope: str | None) -> str:

@@ -498,6 +498,7 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 def _serve(parser: argparse.ArgumentParser) -> None:
     _add_model_flags(parser)
     _add_address_flags(parser, port=8000)
+    _add_cards_flag(parser)
     parser.add_argument(
         "--api_key",
         metavar="SECRET",
@@ -517,6 +518,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 def _web(parser: argparse.ArgumentParser) -> None:
     _add_model_flags(parser)
     _add_address_flags(parser, port=7860)
+    _add_cards_flag(parser)
     parser.add_argument(
         "--password",
         metavar="SECRET",
@@ -528,6 +530,16 @@ def _web(parser: argparse.ArgumentParser) -> None:
 def _add_address_flags(parser: argparse.ArgumentParser, *, port: int) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=port, help="port to listen on")
+
+
+def _add_cards_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cards",
+        type=Path,
+        metavar="FILE",
+        help="API cards, a JSON object per line: an API call in an answer is checked against them, "
+        "never executed",
+    )
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:

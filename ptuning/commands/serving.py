@@ -10,10 +10,14 @@ import io
 import logging
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ptuning.commands.registry import KEY_VARIABLE, PASSWORD_VARIABLE
 from ptuning.serve.startup import check_address, check_guarded, choose_served
+
+if TYPE_CHECKING:
+    from ptuning.apicalls.cards import Cards
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,21 @@ def _loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": arguments.device,
         "quantization_bit": arguments.quantization_bit,
     }
+
+
+def _read_cards(path: Path | None) -> "Cards | None":
+    """Read the file of --cards."""
+    if path is None:
+        return None
+    from ptuning.apicalls.cards import read_cards
+
+    cards = read_cards(path)
+    if any(card.scope is not None for card in cards):
+        raise ValueError(
+            f"--cards is {path}, whose functions belong to single questions; give a file of API "
+            "cards, which hold for every question."
+        )
+    return cards
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -70,6 +89,7 @@ def read_piped_line(prompt: str) -> str:
 def serve(arguments: argparse.Namespace) -> int:
     """Load the model in a process of its own and serve the API until Ctrl-C."""
     served = choose_served(arguments.model, arguments.prefix)
+    cards = _read_cards(arguments.cards)
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -96,6 +116,7 @@ def serve(arguments: argparse.Namespace) -> int:
             api_key=api_key,
             timeout_s=arguments.timeout,
             max_body_bytes=arguments.max_body_kib * 1024,
+            cards=cards,
         )
         server = make_server(app, host=arguments.host, port=arguments.port)
         session.when_ended(lambda: setattr(server, "should_exit", True))
@@ -112,6 +133,7 @@ def web(arguments: argparse.Namespace) -> int:
         password = os.environ.get(PASSWORD_VARIABLE)
     check_guarded(arguments.host, password, flag="--password")
     served = choose_served(arguments.model, arguments.prefix)
+    cards = _read_cards(arguments.cards)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
             "gradio is not installed; type: bash web_demo.sh, which brings it, or: "
@@ -126,7 +148,7 @@ def web(arguments: argparse.Namespace) -> int:
     with Session.load(served.model, **_loading_options(arguments)) as session:
         for name, path in served.prefixes.items():
             session.add_prefix(name, path)
-        blocks = build_page(WebTalk(session))
+        blocks = build_page(WebTalk(session, cards))
         logger.info("Opening http://%s:%d (Ctrl-C ends it)", arguments.host, arguments.port)
         launch(blocks, host=arguments.host, port=arguments.port, password=password, wait=True)
     return 0

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.types import Receive
 
+from ptuning.apicalls.cards import Cards
 from ptuning.serve.api_schema import (
     ApiError,
     ChatBody,
@@ -175,11 +176,19 @@ async def _pieces(answer: Answer, monitor: RequestMonitor) -> AsyncIterator[str]
 class Api:
     """The handlers and what they share."""
 
-    def __init__(self, session: AbstractSession, *, api_key: str | None, timeout_s: float) -> None:
+    def __init__(
+        self,
+        session: AbstractSession,
+        *,
+        api_key: str | None,
+        timeout_s: float,
+        cards: Cards | None,
+    ) -> None:
         """Answer with session; a request may take timeout_s seconds, queueing included."""
         self.session = session
         self.has_key = api_key is not None
         self.timeout_s = timeout_s
+        self.cards = cards
         self.metrics = Metrics()
         self.notifier = EventNotifier()
         self.started = int(time.time())
@@ -195,7 +204,10 @@ class Api:
     async def _complete(self, body: ChatBody | CompletionBody, request: Request) -> Response:
         query, history, options = body.to_request()
         formatter = ReplyFormatter(
-            self.session.tokenizer, model=body.model, is_chat=isinstance(body, ChatBody)
+            self.session.tokenizer,
+            model=body.model,
+            is_chat=isinstance(body, ChatBody),
+            cards=self.cards,
         )
         monitor = RequestMonitor(
             request.receive,
@@ -339,9 +351,13 @@ def build_app(
     api_key: str | None = None,
     timeout_s: float = TIMEOUT_S,
     max_body_bytes: int = MAX_BODY_KIB * 1024,
+    cards: Cards | None = None,
 ) -> FastAPI:
-    """Return the ASGI application; the caller closes the session."""
-    api = Api(session, api_key=api_key, timeout_s=timeout_s)
+    """Return the ASGI application; the caller closes the session.
+
+    API calls in answers are checked against cards and never executed.
+    """
+    api = Api(session, api_key=api_key, timeout_s=timeout_s, cards=cards)
     # FastAPI's documentation pages load scripts from the internet, so only the schema is served.
     app = FastAPI(title="ptuning", docs_url=None, redoc_url=None)
     routes: list[tuple[str, str, Callable[..., Any]]] = [

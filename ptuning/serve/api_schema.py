@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ptuning.apicalls.cards import Cards
+from ptuning.apicalls.verdicts import to_shown_call
 from ptuning.data.tokenizer import ChatGLMTokenizer, restore_whitespace
 from ptuning.engine.request import TokenLogprob
 from ptuning.serve.text_stream import Answer
@@ -214,10 +216,18 @@ class PrefixBody(Strict):
 class ReplyFormatter:
     """Formats one answer as a chat completion or a plain one."""
 
-    def __init__(self, tokenizer: ChatGLMTokenizer, *, model: str, is_chat: bool) -> None:
-        """Give the answer its id and time."""
+    def __init__(
+        self,
+        tokenizer: ChatGLMTokenizer,
+        *,
+        model: str,
+        is_chat: bool,
+        cards: Cards | None = None,
+    ) -> None:
+        """Give the answer its id and time; an API call in it is checked against cards."""
         self.is_chat = is_chat
         self._tokenizer = tokenizer
+        self._cards = cards
         self._kind = "chat.completion" if is_chat else "text_completion"
         self._chunk_kind = "chat.completion.chunk" if is_chat else "text_completion"
         self._head = {
@@ -238,7 +248,7 @@ class ReplyFormatter:
         else:
             choice["text"] = answer.text
         reply = {**self._head, "object": self._kind, "choices": [choice]}
-        return reply | {"usage": _usage(answer)} | _notices(answer)
+        return reply | {"usage": _usage(answer)} | self._additions(answer)
 
     def chunk(
         self,
@@ -262,8 +272,8 @@ class ReplyFormatter:
         return {**self._head, "object": self._chunk_kind, "choices": [choice]}
 
     def end_chunk(self, answer: Answer) -> dict[str, Any]:
-        """Return the chunk with the finish reason and what was left out of the prompt."""
-        return self.chunk(None, finish_reason=answer.finish_reason) | _notices(answer)
+        """Return the chunk with the finish reason and what OpenAI's API does not have."""
+        return self.chunk(None, finish_reason=answer.finish_reason) | self._additions(answer)
 
     def usage_chunk(self, answer: Answer) -> dict[str, Any]:
         """Return the last chunk of a stream with `include_usage`."""
@@ -298,6 +308,12 @@ class ReplyFormatter:
             ],
         }
 
+    def _additions(self, answer: Answer) -> dict[str, Any]:
+        """Return what was left out of the prompt, and the answer's API call, if any."""
+        found = {} if answer.notice is None else {"notices": [answer.notice]}
+        shown = None if self._cards is None else to_shown_call(answer.text, self._cards)
+        return found if shown is None else found | {"api_call": shown._asdict()}
+
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         text = self._token_text(token_id)
         byte = BYTE_PIECE.fullmatch(text)
@@ -313,11 +329,6 @@ class ReplyFormatter:
 def _usage(answer: Answer) -> dict[str, int]:
     counts = answer.usage._asdict()
     return counts | {"total_tokens": sum(counts.values())}
-
-
-def _notices(answer: Answer) -> dict[str, Any]:
-    """Return what was left out of the prompt, under a key that OpenAI's API does not have."""
-    return {} if answer.notice is None else {"notices": [answer.notice]}
 
 
 def _finite(logprob: float) -> float:

@@ -201,7 +201,10 @@ class Page:
             ):
                 yield (
                     step.panes,
-                    *(to_messages(turns) for turns in step.panes),
+                    *(
+                        to_messages(turns, self.talk.cards, finished=step.finished)
+                        for turns in step.panes
+                    ),
                     step.status,
                     gr.update(interactive=step.finished),
                     gr.update(interactive=not step.finished),

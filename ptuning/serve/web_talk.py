@@ -8,8 +8,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+from ptuning.apicalls.cards import Cards
+from ptuning.apicalls.verdicts import REASONS, to_shown_call
 from ptuning.serve.session import BASE_NAME, BASE_NEW_TOKENS, Session
 from ptuning.serve.text_stream import CANCEL_CHECK_S, Answer
 
@@ -36,8 +39,10 @@ class TalkState(NamedTuple):
 class WebTalk:
     """Questions from any number of visitors to one session."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, cards: Cards | None = None) -> None:
+        """Ask session; API calls in answers are checked against cards and never executed."""
         self.session = session
+        self.cards = cards
         self._running: dict[str, threading.Event] = {}  # visitor -> cancels the question
         self._lock = threading.Lock()
 
@@ -159,17 +164,38 @@ def take_back(panes: Panes, *, compare: bool) -> tuple[Panes, str]:
     return (first[:-1], second), question
 
 
-def to_messages(turns: Turns) -> list[dict[str, str]]:
+def to_messages(
+    turns: Turns, cards: Cards | None = None, *, finished: bool = True
+) -> list[dict[str, Any]]:
     """Return turns as the page shows them; an answer without text yet is an ellipsis.
+
+    With cards an API call is shown again under its answer, titled with its verdict; not while the
+    last answer is unfinished.
 
     >>> to_messages((("你好", "您好"),))
     [{'role': 'user', 'content': '你好'}, {'role': 'assistant', 'content': '您好'}]
     """
-    messages = []
-    for question, answer in turns:
+    messages: list[dict[str, Any]] = []
+    for index, (question, answer) in enumerate(turns):
         messages.append({"role": "user", "content": _escape(question)})
         messages.append({"role": "assistant", "content": _escape(answer) or "…"})
+        is_whole = finished or index < len(turns) - 1
+        if cards is not None and is_whole and (shown := _describe_call(answer, cards)):
+            title, call = map(_escape, shown)
+            messages.append({"role": "assistant", "content": call, "metadata": {"title": title}})
     return messages
+
+
+@lru_cache(maxsize=256)  # earlier answers are shown again with every piece of a new one
+def _describe_call(answer: str, cards: Cards) -> tuple[str, str] | None:
+    """Return the verdict on an answer's API call, and the call; None if there is none."""
+    shown = to_shown_call(answer, cards)
+    if shown is None:
+        return None
+    title = f"✓ API 调用有效 valid API call: {', '.join(shown.cards)}"
+    if shown.reason is not None:
+        title = f"✗ API 调用无效 invalid API call: {REASONS[shown.reason]}"
+    return title, shown.call or "—"
 
 
 def _escape(text: str) -> str:

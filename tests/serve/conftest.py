@@ -1,14 +1,17 @@
 """A session on the nano model with prefixes that change what it says."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import ptuning
+from ptuning.apicalls.cards import Cards, read_cards
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.serve.session import Session
+from ptuning.serve.text_stream import Answer
 from ptuning.tunings.loading import NANO_DIR
 from tests.serve.live_server import KEY, Command, command, wait_until_gone
 
@@ -43,6 +46,29 @@ def session(prefix_dirs) -> Iterator[Session]:
             loaded.add_prefix(name, path)
         yield loaded
         assert loaded.scheduler.num_rows == loaded.scheduler.num_waiting == 0
+
+
+@pytest.fixture(scope="session")
+def cards_file(tmp_path_factory) -> Path:
+    """API cards: a shop's two models, which share a function."""
+    rows = [
+        {"api_name": name, "api_call": f"shop.title(repo='{repo}')", "domain": "d"}
+        for name, repo in (("Titles", "a/titles"), ("Short titles", "a/short"))
+    ]
+    file = tmp_path_factory.mktemp("cards") / "cards.jsonl"
+    file.write_text("".join(json.dumps(row | {"description": "x"}) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def cards(cards_file) -> Cards:
+    return read_cards(cards_file)
+
+
+@pytest.fixture
+def answer_with(monkeypatch) -> Callable[[str], None]:
+    """Make every answer of this process have a given text."""
+    return lambda text: monkeypatch.setattr(Answer, "text", property(lambda answer: text))
 
 
 @pytest.fixture(scope="session")

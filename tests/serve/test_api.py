@@ -70,6 +70,47 @@ def test_what_was_left_out_of_a_prompt_is_said_whole_and_streamed(api):
     assert not end.model_extra, "nothing was left out"
 
 
+RIGHT = '<<<domain>>>: d\n<<<api_call>>>: shop.title( x, repo="a/short" )\n<<<api_provider>>>: P'
+NO_MODEL = "<<<api_call>>>: shop.title(repo='made/up')\n<<<api_provider>>>: P"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (RIGHT, ("shop.title(x, repo='a/short')", None, ["Short titles"])),
+        (NO_MODEL, ("shop.title(repo='made/up')", "unknown_model", [])),
+        ("Call shop.sell(1).", ("shop.sell(1)", "unknown_callee", [])),
+        ("<<<api_call>>>: shop.title(repo=", (None, "syntax", [])),
+        (f"f(0x{'f' * 5000})", ("f(...)", "unknown_callee", [])),
+        ("<<<domain>>>: None\n<<<api_call>>>: None", None),
+        ("宽松（版型）藏肉又自在(很好", None),
+    ],
+)
+def test_an_answer_s_api_call_is_checked_whole_and_streamed(
+    session, cards, answer_with, text, shown
+):
+    answer_with(text)
+    extra = {}
+    if shown is not None:
+        call, reason, names = shown
+        extra = {"call": call, "valid": reason is None, "reason": reason, "cards": names}
+        extra = {"api_call": extra}
+    asked = {"model": "adgen", "messages": USER, "max_tokens": 2}
+    with running(session, cards=cards) as address, client(address) as api:
+        assert api.chat.completions.create(**asked).model_extra == extra
+        *pieces, end = api.chat.completions.create(**asked, stream=True)
+        assert end.model_extra == extra
+        assert not any(piece.model_extra for piece in pieces)
+        whole = api.completions.create(model="adgen", prompt=QUESTION, max_tokens=2)
+        assert whole.model_extra == extra
+        assert whole.choices[0].text == text
+
+
+def test_without_cards_an_api_call_is_only_text(api, answer_with):
+    answer_with(RIGHT)
+    assert api.chat.completions.create(model="adgen", messages=USER).model_extra == {}
+
+
 def test_history_and_system_reach_the_prompt(api, session):
     history = [("你好", "你好！")]
     messages = [

@@ -7,6 +7,7 @@ import httpx2
 import openai
 import pytest
 
+from ptuning.__main__ import main
 from tests.serve.live_server import KEY, client, command, wait_until_gone
 
 QUESTION = "类型#裤*版型#宽松"
@@ -51,6 +52,31 @@ def test_a_model_that_is_not_there_is_one_line_and_status_2(tmp_path):
         assert said[-1].startswith("ptuning serve: ")
         assert "no-model" in said[-1]
         assert "Traceback" not in server.text()
+
+
+@pytest.mark.parametrize("name", ["serve", "web"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "No such file"),
+        ("", "no rows"),
+        ('{"prompt": "a", "response": "b"}', 'an API card needs "api_name"'),
+        (
+            '{"id": "1", "function": [{"name": "f", "description": "", "parameters": '
+            '{"properties": {}}}]}\n' * 2,
+            "single questions",
+        ),
+    ],
+)
+def test_cards_that_are_none_are_one_line_and_status_2(name, text, words, tmp_path, capsys):
+    file = tmp_path / "cards.jsonl"
+    if text is not None:
+        file.write_text(text)
+    assert main([name, "--model", "nano", "--cards", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ptuning {name}: ")
+    assert str(file) in line
+    assert words in line
 
 
 @pytest.mark.slow

@@ -61,6 +61,19 @@ def test_comparing_fills_both_sides(page, session):
         assert texts(shown)[1] == session.chat("你好", prefix=name, max_new_tokens=24).read()
 
 
+def test_both_sides_show_the_verdict_on_an_api_call_once_it_is_complete(
+    session, cards, answer_with
+):
+    answer_with("shop.title(repo='a/titles')")
+    page = web.Page(WebTalk(session, cards))
+    first, *_, end = page.send(VISITOR, "你好", EMPTY, "adgen", True, "base", *GREEDY)
+    for side in (1, 2):
+        assert [message.get("metadata") for message in first[side]] == [None, None]
+        title = "✓ API 调用有效 valid API call: Titles"
+        assert end[side][-1]["metadata"] == {"title": title}
+        assert end[side][-1]["content"] == "shop.title(repo='a/titles')"
+
+
 @pytest.mark.parametrize("typed", ["", "  \n"])
 def test_an_empty_line_changes_nothing(page, typed):
     assert list(page.send(VISITOR, typed, EMPTY, "adgen", False, "base", *GREEDY)) == [

@@ -67,9 +67,9 @@ def visit(chromium):
 
 
 @contextmanager
-def demo(session, password=None):
+def demo(session, password=None, cards=None):
     """Serve a session's page in this process; yield its address."""
-    blocks = web.build_page(WebTalk(session))
+    blocks = web.build_page(WebTalk(session, cards))
     try:
         yield web.launch(
             blocks, host="127.0.0.1", port=free_port(), password=password, wait=False
@@ -230,6 +230,38 @@ def test_wrong_password_is_refused_and_the_right_one_let_in(session, visit):
         expect_status(page, "adgen")
         wait_for_end(page)
         assert answers(page) == [session.chat("类型#裤", prefix="adgen").read()]
+
+
+def test_markup_is_text_and_an_api_call_has_its_verdict(session, cards, answer_with, visit):
+    text = (
+        "<<<api_call>>>: shop.title(repo='a/titles', "
+        "note='<img src=https://example.org/x onerror=alert(1)>')\n<<<code>>>: 1 < 2 &amp; 3"
+    )
+    call = text.partition(": ")[2].partition("\n")[0]
+    answer_with(text)
+    with demo(session, cards=cards) as address:
+        page = visit(address, DESKTOP).page
+        page.wait_for_selector("#question textarea")
+        page.locator("#compare input").check()
+        page.wait_for_selector("#other-chat")
+        send(page, "<b>你好</b>")
+        wait_for_end(page)
+        for chat in ("#chat", "#other-chat"):
+            page.wait_for_selector(f"{chat} .thought-group")
+            asked, said, shown = page.locator(f"{chat} .message-content").all_inner_texts()
+            assert (asked, said, shown) == ("<b>你好</b>", text, call)
+            title = page.locator(f"{chat} .thought-group .title").inner_text().strip()
+            assert title == "✓ API 调用有效 valid API call: Titles"
+            assert page.locator(f"{chat} .message-content img").count() == 0
+            page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            page.locator(f"{chat} [aria-label='Copy message']").last.click()
+            copied = page.evaluate("navigator.clipboard.readText()")
+            assert [line.strip() for line in copied.splitlines()] == [
+                *text.split("\n"),
+                title,
+                call,
+            ]
+        assert is_as_wide_as_its_window(page)
 
 
 def log_in(page, password):

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptuning.serve.session import UnknownPrefixError
-from ptuning.serve.web_talk import EMPTY, WebTalk, join_attributes, parse_attributes, take_back
+from ptuning.serve.web_talk import (
+    EMPTY,
+    WebTalk,
+    join_attributes,
+    parse_attributes,
+    take_back,
+    to_messages,
+)
 from tests.serve.live_server import wait_until_idle
 from tests.serve.slow_engine import slow_down
 
@@ -111,6 +118,40 @@ def test_last_question_is_taken_back_from_the_panes_that_show_it():
     assert take_back(both, compare=False) == (((("a", "1"),), (("b", "3"),)), "b")
     assert take_back(((("b", "2"),), (("a", "3"),)), compare=True) == (((), (("a", "3"),)), "b")
     assert take_back(EMPTY, compare=True) == (EMPTY, "")
+
+
+def titles(messages):
+    return [message["metadata"]["title"] for message in messages if "metadata" in message]
+
+
+def test_an_api_call_is_shown_under_its_answer_with_its_verdict(cards):
+    turns = (
+        ("a", "api_call: shop.title(repo='a/titles')"),
+        ("b", "shop.title(repo='<img src=x>')"),
+        ("c", "api_call: shop.title("),
+        ("d", "宽松"),
+    )
+    messages = to_messages(turns, cards)
+    assert [message["content"] for message in messages] == [
+        *("a", turns[0][1], "shop.title(repo='a/titles')"),
+        *("b", *["shop.title(repo='&lt;img src=x>')"] * 2),
+        *("c", turns[2][1], "—"),
+        *("d", "宽松"),
+    ]
+    assert titles(messages) == [
+        "✓ API 调用有效 valid API call: Titles",
+        "✗ API 调用无效 invalid API call: 没有这样的取值 no card has these identifying values",
+        "✗ API 调用无效 invalid API call: 无法解析 the call is not Python",
+    ]
+    assert titles(to_messages(turns[:2], cards, finished=False)) == titles(messages)[:1]
+    assert titles(to_messages(turns)) == []
+
+
+def test_a_verdict_never_reaches_the_model(session, cards, answer_with):
+    answer_with("<<<api_call>>>: shop.title(repo='a/titles')")
+    talk = WebTalk(session, cards)
+    end = last(talk.ask("v", EMPTY, "你好", ["base"], max_new_tokens=1))
+    assert end.panes == ((("你好", "<<<api_call>>>: shop.title(repo='a/titles')"),), ())
 
 
 # The attribute editor: text to rows and back
