@@ -6,19 +6,20 @@ and each balanced segment is parsed alone.
 """
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 MAX_CHARACTERS = 50_000  # of an answer that are read; published ones have at most 4,000
 MAX_SCANNED = 1_000_000  # characters read in search of closing brackets, all segments together
-OPENING, CLOSING = "([{", ")]}"
-LATE_POSITIONAL = "positional argument follows keyword argument"
 _UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # all that ast.parse raises
 _NAME = r"[^\W\d]\w*+"
 # Possessive (+), and without the bracket too, so that no character is tried twice.
 _CALLEE = re.compile(rf"{_NAME}(?:\s*+\.\s*+{_NAME})*+\s*+(?P<bracket>\()?")
-_QUOTES = re.compile(r"""'''|\"""|'|\"""")
+_PARTS = re.compile(  # a whole text in quotes, or what counts outside of them
+    r"""(?s:('''|\"\"\"|'|")(?:\\.|(?!\1).)*+\1)|[()\[\]{},'"]"""
+)
 _KEYWORD = re.compile(rf"\s*+{_NAME}\s*+=(?!=)")
 
 
@@ -147,43 +148,36 @@ def _scan(text: str) -> tuple[tuple[Call, ...], bool]:
     A segment may lie within another, and within quotes.
     """
     calls: list[Call] = []
-    budget, found = MAX_SCANNED, False
-    for callee in _CALLEE.finditer(text):
-        if callee["bracket"] is None:
-            continue
-        found = True
-        end, num_read = _closing(text, callee.end() - 1, budget)
-        budget -= num_read
-        if end is None:
-            continue
-        segment = text[callee.start() : end]
-        calls += calls_of(segment) or calls_of(without_late_positionals(segment))
-    return tuple(calls), found
+    budget, starts = MAX_SCANNED, [one for one in _CALLEE.finditer(text) if one["bracket"]]
+    for callee in starts:
+        end, _ = _brackets(text, callee.end() - 1, callee.end() + budget)
+        budget -= (end or len(text)) - callee.end()
+        if end is not None:
+            segment = text[callee.start() : end]
+            calls += calls_of(segment) or calls_of(without_late_positionals(segment))
+    return tuple(calls), bool(starts)
 
 
-def _closing(text: str, start: int, budget: int) -> tuple[int | None, int]:
-    """Return the index after the bracket that balances the one at start, and characters read."""
-    depth, index, quote = 0, start, ""
-    limit = min(len(text), start + budget)
-    while index < limit:
-        character = text[index]
-        if quote:
-            if character == "\\":
-                index += 1
-            elif text.startswith(quote, index):
-                index += len(quote) - 1
-                quote = ""
-        elif found := _QUOTES.match(text, index):
-            quote = found[0]
-            index += len(quote) - 1
-        elif character in OPENING:
+def _brackets(text: str, start: int, limit: int) -> tuple[int | None, list[int]]:
+    """Return the index after the bracket that balances the one at start, None without it.
+
+    Also the indices of the commas between its arguments.
+    """
+    depth = 0
+    commas: list[int] = []
+    for part in _PARTS.finditer(text, start, max(limit, start)):
+        sign = part[0]
+        if sign in "([{":
             depth += 1
-        elif character in CLOSING:
+        elif sign in ")]}":
             depth -= 1
             if depth == 0:
-                return index + 1, index + 1 - start
-        index += 1
-    return None, max(limit - start, 0)
+                return part.end(), commas
+        elif sign == "," and depth == 1:
+            commas.append(part.start())
+        elif sign in ("'", '"'):  # nothing closes it
+            break
+    return None, commas
 
 
 def without_late_positionals(segment: str) -> str:
@@ -193,28 +187,11 @@ def without_late_positionals(segment: str) -> str:
     "load(repo='a', model='c')"
     """
     start = segment.index("(")
-    parts = _arguments(segment[start + 1 : -1])
-    first = next((n for n, part in enumerate(parts) if _KEYWORD.match(part)), len(parts))
-    kept = [
-        part
-        for n, part in enumerate(parts)
-        if n < first or _KEYWORD.match(part) or part.lstrip().startswith("*")
-    ]
+    _, commas = _brackets(segment, start, len(segment))
+    kept: list[str] = []
+    for begin, end in itertools.pairwise([start, *commas, len(segment) - 1]):
+        part = segment[begin + 1 : end]
+        is_positional = not _KEYWORD.match(part) and not part.lstrip().startswith("*")
+        if not (is_positional and any(map(_KEYWORD.match, kept))):
+            kept.append(part)
     return f"{segment[:start]}({','.join(kept)})"
-
-
-def _arguments(text: str) -> list[str]:
-    """Cut arguments at the commas outside quotes and brackets."""
-    parts, begin, index = [], 0, 0
-    while index < len(text):
-        if text[index] in OPENING:
-            end, _ = _closing(text, index, len(text))
-            index = (end or len(text)) - 1
-        elif found := _QUOTES.match(text, index):
-            closed = text.find(found[0], index + len(found[0]))
-            index = len(text) if closed < 0 else closed + len(found[0]) - 1
-        elif text[index] == ",":
-            parts.append(text[begin:index])
-            begin = index + 1
-        index += 1
-    return [*parts, text[begin:]]
