@@ -66,10 +66,10 @@ class Card(NamedTuple):
 
     def num_given(self, call: Call) -> int:
         """Count the identifying arguments that a call has, whatever their values."""
-        if not self.by_name:
-            return len(call.values)
-        names = {one.partition("=")[0] for one in self.identifying}
-        return len(names & call.named(self.parameters).keys())
+        named = call.named(self.parameters).keys()
+        if self.by_name:
+            return len({one.partition("=")[0] for one in self.identifying} & named)
+        return len({*self.parameters} & named) if self.parameters else len(call.values)
 
 
 class Cards(Sequence[Card]):

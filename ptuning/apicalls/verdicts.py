@@ -6,9 +6,7 @@ reason. Accepted values are compared as BFCL compares them
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ptuning.apicalls.calls import Call, FoundCalls, find_calls
@@ -97,10 +95,11 @@ def to_shown_call(text: str, cards: Cards) -> ShownCall | None:
     calls, has_tag, looks_called = verdict.answer
     if not calls and not (has_tag and looks_called):
         return None
-    right = [call for call in calls if cards.matching([call])]
-    source = next((call.source for call in right or calls), None)
-    names = [str(cards[index].fields["api_name"]) for index in cards.matching(right[:1])]
-    return ShownCall(source, verdict.reason is None, verdict.reason, names[:MAX_NAMED])
+    matches = ((call, found) for call in calls if (found := cards.matching([call])))
+    shown, own = next(matches, (calls[0] if calls else None, []))
+    names = [str(cards[index].fields["api_name"]) for index in own[:MAX_NAMED]]
+    source = None if shown is None else shown.source
+    return ShownCall(source, verdict.reason is None, verdict.reason, names)
 
 
 def _why_no_card(answer: FoundCalls, cards: Cards, scope: str | None) -> str:
@@ -125,23 +124,21 @@ def judge(text: str, cards: Cards, reference: Reference) -> CallVerdict:
         return found._replace(reason="unneeded_call" if found.answer.calls else None)
     if found.reason is not None:
         return found
-    matching, calls = found.matching, found.answer.calls
-    domains = [cards[index].domain == reference.domain for index in matching]
-    needed = reference.call
+    matching = set(found.matching)
+    domains = [cards[index].domain == reference.domain for index in found.matching]
     if cards.family == GENERIC:
-        named = cards.matching([] if needed is None else [needed], scope)
-        right = sorted(set(matching).intersection(named))
+        needed = reference.call
+        right = matching.intersection(cards.matching([] if needed is None else [needed], scope))
     else:
-        right = [index for index in matching if cards[index].api_call == reference.api_call]
+        right = {index for index in matching if cards[index].api_call == reference.api_call}
     found = found._replace(domain_first=domains[0], domain_any=any(domains), right_api=bool(right))
     if not right:
         return found._replace(reason="wrong_api" if any(domains) else "wrong_domain")
-    faults = [
-        argument_fault(call, reference, cards[index].parameters)
-        for index in right
-        for call in calls
-        if cards.matching([call], scope).count(index)
-    ]
+    faults = []
+    for call in found.answer.calls:
+        own = right.intersection(cards.matching([call], scope))
+        if own:
+            faults.append(argument_fault(call, reference, cards[min(own)].parameters))
     is_exact = None in faults
     reason = None if is_exact or cards.family != GENERIC else faults[0]
     return found._replace(reason=reason, arguments=is_exact)
@@ -202,39 +199,3 @@ def _is_same(value: Any, one: Any) -> bool:
 
 def _simplified(text: str) -> str:
     return _IGNORED.sub("", text).lower().replace("'", '"')
-
-
-@dataclass
-class Scores:
-    """Counts over rows that need a call; irrelevant ones are those that need none."""
-
-    rows: int = 0
-    format: int = 0
-    parsed: int = 0
-    hallucinated: int = 0
-    error: int = 0  # a real call, but not the right API
-    domain_first: int = 0
-    domain_any: int = 0
-    right_api: int = 0
-    arguments: int = 0
-    irrelevant: int = 0
-    irrelevant_right: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-
-    def add(self, verdict: CallVerdict, reference: Reference) -> None:
-        """Count a row."""
-        if verdict.reason is not None:
-            self.reasons[verdict.reason] += 1
-        if reference.api_call is None:
-            self.irrelevant += 1
-            self.irrelevant_right += verdict.reason is None
-            return
-        self.rows += 1
-        self.format += verdict.answer.has_tag
-        self.parsed += bool(verdict.answer.calls)
-        self.hallucinated += verdict.hallucinated
-        self.error += not verdict.hallucinated and not verdict.right_api
-        self.domain_first += verdict.domain_first
-        self.domain_any += verdict.domain_any
-        self.right_api += verdict.right_api
-        self.arguments += verdict.arguments
