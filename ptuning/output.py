@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Self, TextIO
 
 from tqdm import tqdm
@@ -158,6 +159,20 @@ def _two(large: int, large_unit: str, small: int, small_unit: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def render_page(template: Path, **values: Any) -> str:
+    """Fill in an HTML template; values are escaped, and one that is missing is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template.name).render(values)
 
 
 def signed(value: float, digits: int) -> str:

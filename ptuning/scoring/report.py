@@ -6,7 +6,6 @@ answer is shown as text.
 """
 
 import base64
-import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-
-from ptuning.output import signed
+from ptuning.output import render_page, signed
 from ptuning.scoring.metrics import CorpusScores, compare_scores
 from ptuning.scoring.pictures import LossHistory, Point, read_log_history, smooth
 from ptuning.scoring.retention import Retention
@@ -116,7 +113,11 @@ def render_report(report: ReportData) -> str:
     rows = choose_rows(report.rows, report.max_rows)
     limit = fitting_text_limit(rows)
     general_rows = report.retention.rows if report.retention else ()
-    return _template().render(
+    return render_page(
+        Path(__file__).parent / "report.html.j2",
+        sha256=_sha256,
+        signed=signed,
+        value_text=_value_text,
         report=report,
         scores=compare_scores(report.base or report.tuned, report.tuned),
         retention=report.retention,
@@ -133,20 +134,6 @@ def render_report(report: ReportData) -> str:
         limit=limit,
         is_cut=any(len(text) > limit for row in rows for text in row.texts),
     )
-
-
-@functools.cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sha256"] = _sha256
-    environment.globals |= {"signed": signed, "value_text": _value_text}
-    return environment.get_template("report.html.j2")
 
 
 def _sha256(text: str) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ptuning.data.segmentation import count_words
+from ptuning.output import render_page
 from ptuning.select.selection import FIT, SELECTED, VERDICTS, Choice, PoolRow
 from ptuning.storage import write_atomically, write_json
 
@@ -71,8 +71,5 @@ def _render(report: Mapping[str, Any], pool: Sequence[PoolRow]) -> str:
     for row in sorted(pool, key=lambda row: -(row.score or 0.0)):
         if len(shown[row.verdict.name]) < NUM_SHOWN:
             shown[row.verdict.name].append(row)
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    return page.get_template("selection.html.j2").render(
-        report=report, meanings=VERDICTS, shown=shown, limit=SHOWN_LENGTH
-    )
+    template = Path(__file__).parent / "templates" / "selection.html.j2"
+    return render_page(template, report=report, meanings=VERDICTS, shown=shown, limit=SHOWN_LENGTH)
