@@ -138,6 +138,17 @@ def read_cards(path: Path, family: str | None = None) -> Cards:
     return Cards(cards, family)
 
 
+def read_common_cards(path: Path) -> Cards:
+    """Read the cards of --cards, ValueError if some are of single questions as BFCL's are."""
+    cards = read_cards(path)
+    if any(card.scope is not None for card in cards):
+        raise ValueError(
+            f"--cards is {path}, whose functions belong to single questions; give a file of API "
+            "cards, which hold for every question."
+        )
+    return cards
+
+
 def _check(row: RawRow, fields: Mapping[str, Any]) -> None:
     for name in REQUIRED:
         if not isinstance(fields.get(name), str) or not fields[name].strip():

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ptuning.commands.answer import open_model
-from ptuning.commands.registry import OPENAI_KEY_VARIABLE
+from ptuning.commands.asking_flags import OPENAI_KEY_VARIABLE
 from ptuning.completions.endpoint import EndpointSource
+from ptuning.completions.source import EngineSource, Source
 from ptuning.data.tokenizer import ChatGLMTokenizer
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.tunings.loading import base_of, find_model, refuse_other_kinds
@@ -54,6 +55,21 @@ def open_endpoint(arguments: argparse.Namespace) -> EndpointSource:
         key=os.environ.get(key_name),
         key_name=key_name,
     )
+
+
+def open_source(arguments: argparse.Namespace) -> Source:
+    """Return what --endpoint names, or load the model with its prefix."""
+    if arguments.endpoint is None:
+        refuse_endpoint_flags(arguments, "model", "api", "api_key_env", "timeout")
+        model, tokenizer, name = open_base(arguments)
+        max_rows = arguments.concurrency or CONCURRENCY
+        return EngineSource(model, tokenizer, name=name, max_rows=max_rows)
+    for flag in ("model_name_or_path", "prefix", "quantization_bit"):
+        if getattr(arguments, flag) is not None:
+            raise ValueError(
+                f"--{flag} loads a model in this process; leave it out with --endpoint."
+            )
+    return open_endpoint(arguments)
 
 
 def open_base(

@@ -178,7 +178,7 @@ def _convert(arguments: argparse.Namespace, row_format: RowFormat) -> int:
     paths = [source.path for source in mixed]
     if not mixed:
         paths = list(dict.fromkeys(path for name in arguments.files for path in find_files(name)))
-    _check_out(arguments.out, paths, overwrite=arguments.overwrite)
+    check_new_file(arguments.out, paths, overwrite=arguments.overwrite)
     name = next(iter(_named_models(arguments).values()), None)
     files = []
     for path in paths:
@@ -250,21 +250,23 @@ def _mixed(arguments: argparse.Namespace) -> list[MixSource]:
     return parse_shares(arguments.mix)
 
 
-def _check_out(out: Path, paths: Sequence[Path], *, overwrite: bool) -> None:
-    """Reject an output file that is one of those to read, or exists."""
+def check_new_file(
+    out: Path, reads: Sequence[Path], *, overwrite: bool, flag: str = "--out"
+) -> None:
+    """Reject an output file that is one of those to read, or exists (ValueError)."""
     if out.suffix.lower() not in OUT_SUFFIXES:
-        raise ValueError(f"--out is {out}; give a name that ends in .jsonl: rows are JSON lines.")
+        raise ValueError(f"{flag} is {out}; give a name that ends in .jsonl: rows are JSON lines.")
     if out.is_dir():
-        raise ValueError(f"--out is {out}, a directory; give the name of a file.")
+        raise ValueError(f"{flag} is {out}, a directory; give the name of a file.")
     if out.parent.exists() and not out.parent.is_dir():
-        raise ValueError(f"--out is {out}, and {out.parent} is a file; use another directory.")
+        raise ValueError(f"{flag} is {out}, and {out.parent} is a file; use another directory.")
     if not out.exists():
         return
-    if any(path.exists() and path.samefile(out) for path in paths):
-        raise ValueError(f"--out is {out}, which is read as well; give another name.")
+    if any(path.exists() and path.samefile(out) for path in reads):
+        raise ValueError(f"{flag} is {out}, which is read as well; give another name.")
     if not overwrite:
         raise ValueError(
-            f"--out is {out}, which exists already; give another name, or add --overwrite."
+            f"{flag} is {out}, which exists already; give another name, or add --overwrite."
         )
 
 

@@ -6,15 +6,8 @@ import logging
 from dataclasses import fields
 from pathlib import Path
 
-from ptuning.commands.asking import (
-    CONCURRENCY,
-    check_least,
-    check_out,
-    open_base,
-    open_endpoint,
-    refuse_endpoint_flags,
-)
-from ptuning.completions.source import EngineSource, Source
+from ptuning.commands.asking import CONCURRENCY, check_least, check_out, open_source
+from ptuning.completions.source import Source
 from ptuning.data.raw_file import number_of
 from ptuning.data.reading import find_files
 from ptuning.engine.request import Sampling
@@ -106,20 +99,11 @@ def _read_seeds(arguments: argparse.Namespace, settings: Settings) -> list[Task]
 
 
 def _open_source(arguments: argparse.Namespace) -> Source:
-    """Return the endpoint, or load the model."""
-    if arguments.endpoint is None:
-        refuse_endpoint_flags(arguments, "model", "api", "api_key_env", "timeout")
-    for flag in ("model_name_or_path", "prefix", "quantization_bit"):
-        if arguments.endpoint is not None and getattr(arguments, flag) is not None:
-            raise ValueError(
-                f"--{flag} loads a model in this process; leave it out with --endpoint."
-            )
-    if arguments.endpoint is not None:
-        if arguments.template == "magpie" and arguments.api in (None, "chat"):
-            raise ValueError(
-                "--template magpie leaves a user's turn open, which a chat cannot; add --api "
-                "completions."
-            )
-        return open_endpoint(arguments)
-    model, tokenizer, name = open_base(arguments)
-    return EngineSource(model, tokenizer, name=name, max_rows=arguments.concurrency)
+    """Return what --endpoint names, or the model."""
+    is_chat = arguments.endpoint is not None and arguments.api in (None, "chat")
+    if is_chat and arguments.template == "magpie":
+        raise ValueError(
+            "--template magpie leaves a user's turn open, which a chat cannot; add --api "
+            "completions."
+        )
+    return open_source(arguments)

@@ -11,16 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from ptuning.commands import asking_flags
 from ptuning.storage import SUPPORTED_BITS
 from ptuning.tunings.artefact import EXPORT_FORMATS
 
 DEFAULT_PICTURE = Path("output/data-check.png")
 NO_PICTURE = "none"
+CARDS_USE = "an API call in an answer is checked against them, never executed"
 KEY_VARIABLE = "PTUNING_API_KEY"
 PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
-OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
-CHECKPOINT_METRICS = ("rougeL", "bleu", "judge")  # of ptuning.scoring.ranking
-TASK_TEMPLATES = ("zh", "en", "adgen", "magpie")  # of ptuning.instruct.templates
 
 
 class Command(NamedTuple):
@@ -215,260 +214,6 @@ def _add_row_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _answer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", metavar="FILE", type=Path, help="rows with a column `prompt`")
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help=".jsonl to make")
-    parser.add_argument(
-        "--model", default="nano", help="the base: a directory or hub id; unset: nano"
-    )
-    parser.add_argument(
-        "--quantization_bit", type=int, choices=SUPPORTED_BITS, help="quantise it first"
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows answered at a time")
-
-
-def _choose_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        f"{parser.description} Every checkpoint of RUN answers the dev prompts greedily; they are "
-        "ranked by their answers, next to the validation loss. The same command again continues."
-    )
-    parser.epilog = "Exit status: 1 when a checkpoint is damaged and was skipped, else 0."
-    parser.add_argument("run", metavar="RUN", type=Path, help="--output_dir of a main.py run")
-    parser.add_argument(
-        "--dev",
-        metavar="FILE",
-        type=Path,
-        required=True,
-        help="rows with reference answers, in any format of data files; about 50",
-    )
-    parser.add_argument(
-        "--metric",
-        choices=CHECKPOINT_METRICS,
-        default="rougeL",
-        help="what decides; judge: grades from 1 to 6 by --endpoint, without references: rougeL",
-    )
-    parser.add_argument(
-        "--copy", action="store_true", help="make RUN itself hold the best prefix or adapter"
-    )
-    parser.add_argument("--batch_size", type=int, default=16, help="rows answered at a time: 16")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=int,
-        metavar="N",
-        help="longest answer in tokens; unset: the run's --max_target_length",
-    )
-    parser.add_argument(
-        "--model_name_or_path", metavar="MODEL", help="the base; unset: the run's own"
-    )
-    parser.add_argument(
-        "--quantization_bit",
-        type=int,
-        choices=SUPPORTED_BITS,
-        help="quantise the base as it is read; unset: as in the run",
-    )
-    _add_endpoint_flags(parser, "the judge of --metric judge")
-
-
-def _generate(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = (
-        f"{parser.description}\n\nA task is kept if it is complete, in the right language and "
-        "unlike all others.\nJSON answers are read too; one without an Input label is dropped.\n"
-        "The same command again continues a run."
-    )
-    parser.epilog = (
-        "Exit status: 0 when --num rows are there, 1 when fewer could be made.\n"
-        "Examples:\n"
-        "  python -m ptuning generate --template adgen --out new.jsonl --num 20\n"
-        "  python -m ptuning generate --out new.jsonl --endpoint http://localhost:8000 --model base"
-    )
-    add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="FILE", help=".jsonl of rows to write")
-    add("--num", type=int, default=200, metavar="N", help="rows to keep: 200")
-    add(
-        "--template",
-        choices=TASK_TEMPLATES,
-        default="zh",
-        help="what is asked for: tasks in Chinese (zh) or English (en), products with copy "
-        "(adgen), or questions that the model makes up by itself (magpie, at an endpoint by --api "
-        "completions): zh",
-    )
-    add(
-        "--seeds",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="tasks to show as examples, in any format of data files or Self-Instruct's; unset: "
-        "those of the template",
-    )
-    add("--alpaca_json", type=Path, metavar="FILE", help="also write instruction, input and output")
-    model = parser.add_argument_group("the model, in this process")
-    model.add_argument(
-        "--model_name_or_path",
-        metavar="MODEL",
-        help="directory or hub id; unset: what --prefix was trained on, else the nano model",
-    )
-    model.add_argument("--prefix", type=Path, metavar="DIRECTORY", help="a trained prefix")
-    model.add_argument(
-        "--quantization_bit", type=int, choices=SUPPORTED_BITS, help="quantise it as it is read"
-    )
-    _add_endpoint_flags(parser, "or an OpenAI-compatible endpoint")
-    more = parser.add_argument_group("prompts and sampling")
-    more.add_argument("--examples", type=int, default=3, metavar="N", help="seeds in a prompt: 3")
-    _add_both(
-        more,
-        "--machine_examples",
-        type=int,
-        default=1,
-        metavar="N",
-        help="earlier new tasks in a prompt, in addition: 1",
-    )
-    _add_both(
-        more,
-        "--tasks_per_request",
-        type=int,
-        metavar="N",
-        help="new tasks that a prompt asks for; unset: by --max_new_tokens, at most 20",
-    )
-    more.add_argument(
-        "--topics", type=Path, metavar="FILE", help="topics, one on each line; a prompt names one"
-    )
-    more.add_argument("--temperature", type=float, default=1.0, help="of sampling: 1")
-    more.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling threshold: 1")
-    more.add_argument(
-        "--max_new_tokens",
-        type=int,
-        metavar="N",
-        help="longest completion; unset: half the context, at most 3072",
-    )
-    more.add_argument("--seed", type=int, default=42, help="of prompts and sampling: 42")
-    more.add_argument("--max_requests", type=int, metavar="N", help="end after so many requests")
-    more.add_argument(
-        "--rouge_threshold",
-        type=float,
-        default=0.7,
-        metavar="F",
-        help="ROUGE-L above which a task is a duplicate of a seed or a row: 0.7",
-    )
-    more.add_argument(
-        "--blocklist",
-        type=Path,
-        metavar="FILE",
-        help="words that an instruction may not contain, one on each line; unset: words for what "
-        "text cannot do",
-    )
-
-
-def _select(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = (
-        f"{parser.description}\n\nSteps: clean, drop duplicates, drop what is in --against, score, "
-        "pick the best within\nquotas. The same command again continues scoring. Next to --out are "
-        "a report, every row's\nverdict, and as many rows by chance and by length, to compare with."
-    )
-    parser.epilog = (
-        "Exit status: 0 when rows were selected, 1 when none were left.\n"
-        "Examples:\n"
-        "  python -m ptuning select new.jsonl --out best.jsonl --budget 200 --against dev.json\n"
-        "  python -m ptuning select --out best.jsonl --explain new:17"
-    )
-    add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help="files of rows in any format, or patterns")
-    add("--out", type=Path, required=True, metavar="FILE", help=".jsonl of rows to write")
-    add("--budget", type=int, default=1000, metavar="N", help="rows to select: 1000")
-    add("--skip", nargs="+", choices=("clean", "duplicates"), default=[], help="steps to leave out")
-    add(
-        "--against",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="rows to evaluate on: left out",
-    )
-    add("--seed", type=int, default=42, help="of --score none and the rows by chance: 42")
-    add("--explain", metavar="ID", help="only say what became of a row of the last run")
-    score = parser.add_argument_group("scores")
-    score.add_argument(
-        "--score",
-        choices=("ifd", "target", "length", "judge", "none"),
-        default="ifd",
-        help="ifd: how hard the answer still is with its prompt, by the base's loss; target: "
-        "likeness to the rows of --like; length: long answers; judge: a grade by --endpoint; none: "
-        "by chance: ifd",
-    )
-    score.add_argument(
-        "--like", nargs="+", default=[], metavar="FILE", help="rows that --score target looks for"
-    )
-    score.add_argument(
-        "--model_name_or_path",
-        metavar="MODEL",
-        help="base that scores, directory or hub id; unset: what --prefix was trained on, else the "
-        "nano model",
-    )
-    score.add_argument(
-        "--prefix",
-        type=Path,
-        metavar="DIRECTORY",
-        help="score with a briefly trained prefix: to a base that knows nothing of a task, none of "
-        "its prompts is a help",
-    )
-    score.add_argument(
-        "--quantization_bit", type=int, choices=SUPPORTED_BITS, help="quantise it as it is read"
-    )
-    choice = parser.add_argument_group("the choice")
-    choice.add_argument(
-        "--quota",
-        choices=("source", "none"),
-        default="source",
-        help="share the budget among sources (the column `source`, else the file) by the "
-        "temperature-th root of their sizes, or not: source",
-    )
-    choice.add_argument(
-        "--quota_temperature", type=float, metavar="F", help="1 is proportional, more is flatter: 3"
-    )
-    choice.add_argument(
-        "--embed",
-        choices=("base", "minhash", "none"),
-        help="how rows are compared with the picked ones: by the base's states, by words or not at "
-        "all; unset: base with --score ifd and target, else none",
-    )
-    choice.add_argument(
-        "--max_similarity",
-        type=float,
-        metavar="F",
-        help="skip rows that are more similar to a picked one: with base a cosine above F (0.9), "
-        "with minhash a ROUGE-L of F or more, 0.7 at least (0.7)",
-    )
-    _add_endpoint_flags(parser, "the judge of --score judge")
-
-
-def _add_endpoint_flags(parser: argparse.ArgumentParser, title: str) -> None:
-    """Add the group of flags that `ptuning.commands.asking.open_endpoint` takes."""
-    add = parser.add_argument_group(f"{title} (needs the openai package)").add_argument
-    add(
-        "--endpoint", metavar="URL", help="such as http://localhost:8000; /v1 is added without path"
-    )
-    add("--model", metavar="NAME", help="model that the endpoint is asked for")
-    add(
-        "--api",
-        choices=("chat", "completions"),
-        help="kind of request; base models need completions: chat",
-    )
-    add(
-        "--api_key_env",
-        metavar="NAME",
-        help=f"environment variable with the key; unset: {OPENAI_KEY_VARIABLE}, if it is there",
-    )
-    add("--timeout", type=float, metavar="S", help="seconds to wait for a reply: 120")
-    add("--concurrency", type=int, metavar="N", help="prompts in work at once: 5")
-
-
-def _add_both(group: Any, name: str, **options: Any) -> None:
-    """Add a flag that may be written with hyphens too."""
-    group.add_argument(name, f"--{name[2:].replace('_', '-')}", **options)
-
-
 def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="the flags of the run"
@@ -498,7 +243,7 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 def _serve(parser: argparse.ArgumentParser) -> None:
     _add_model_flags(parser)
     _add_address_flags(parser, port=8000)
-    _add_cards_flag(parser)
+    asking_flags.add_cards_flag(parser, CARDS_USE)
     parser.add_argument(
         "--api_key",
         metavar="SECRET",
@@ -518,7 +263,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 def _web(parser: argparse.ArgumentParser) -> None:
     _add_model_flags(parser)
     _add_address_flags(parser, port=7860)
-    _add_cards_flag(parser)
+    asking_flags.add_cards_flag(parser, CARDS_USE)
     parser.add_argument(
         "--password",
         metavar="SECRET",
@@ -530,16 +275,6 @@ def _web(parser: argparse.ArgumentParser) -> None:
 def _add_address_flags(parser: argparse.ArgumentParser, *, port: int) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=port, help="port to listen on")
-
-
-def _add_cards_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cards",
-        type=Path,
-        metavar="FILE",
-        help="API cards, a JSON object per line: an API call in an answer is checked against them, "
-        "never executed",
-    )
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -595,26 +330,32 @@ COMMANDS = (
     Command(
         "answer",
         "Have a base model answer a file of prompts: general rows for --mix",
-        _answer,
+        asking_flags.add_answer,
         "answer:run",
     ),
     Command(
         "choose-checkpoint",
         "Find the checkpoint of a run that answers dev prompts best",
-        _choose_checkpoint,
+        asking_flags.add_choose_checkpoint,
         "choose_checkpoint:run",
     ),
     Command(
         "generate",
         "Have a model write new instruction data, in Chinese or English",
-        _generate,
+        asking_flags.add_generate,
         "generate:run",
     ),
     Command(
         "select",
         "Select the rows worth training on: clean, unlike each other, scored",
-        _select,
+        asking_flags.add_select,
         "select:run",
+    ),
+    Command(
+        "api",
+        "Turn questions into API calls: rows to train on, new questions, answers, scores",
+        asking_flags.add_api,
+        "api:run",
     ),
     Command(
         "plan",

@@ -35,15 +35,9 @@ def _read_cards(path: Path | None) -> "Cards | None":
     """Read the file of --cards."""
     if path is None:
         return None
-    from ptuning.apicalls.cards import read_cards
+    from ptuning.apicalls.cards import read_common_cards
 
-    cards = read_cards(path)
-    if any(card.scope is not None for card in cards):
-        raise ValueError(
-            f"--cards is {path}, whose functions belong to single questions; give a file of API "
-            "cards, which hold for every question."
-        )
-    return cards
+    return read_common_cards(path)
 
 
 def chat(arguments: argparse.Namespace) -> int:

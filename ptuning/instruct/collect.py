@@ -22,7 +22,7 @@ from ptuning.data.similarity import Pool
 from ptuning.engine.request import Sampling
 from ptuning.instruct.blocks import Block, Task, read_blocks
 from ptuning.instruct.filters import blocked_pattern, fault_of
-from ptuning.instruct.templates import TEMPLATES
+from ptuning.instruct.templates import TEMPLATES, Template
 from ptuning.output import Progress
 from ptuning.storage import write_atomically, write_json
 
@@ -80,14 +80,20 @@ class Tally:
 
 
 class Collector:
-    """One run: settings, seeds, a source of completions, and the files next to `out`."""
+    """One run: settings, seeds, a source of completions, and the files next to `out`.
+
+    A subclass may ask for other things: see `_wave`, `_context`, `_has_enough` and `_fault`.
+    """
+
+    templates: Mapping[str, Template] = TEMPLATES
+    max_idle: float = MAX_IDLE
 
     def __init__(
         self, settings: Settings, seeds: Sequence[Task], source: Source, out: Path
     ) -> None:
         """Read what an earlier run of the same command has saved; ValueError for another one's."""
         self.settings, self.seeds, self.source, self.out = settings, list(seeds), source, out
-        self.template = TEMPLATES[settings.template]
+        self.template = self.templates[settings.template]
         context = source.context_length or 2 * LONGEST_COMPLETION
         length = settings.max_new_tokens or min(LONGEST_COMPLETION, context // 2)
         by_length = max(1, min(MAX_TASKS, length // TOKENS_PER_TASK))
@@ -158,14 +164,9 @@ class Collector:
         last_kept = 0  # requests when the newest row was kept
         with Progress(num_rows, f"generating with {self.source.name}") as progress:
             while tally.kept < num_rows and not tally.ended:
-                size = min(
-                    self._identity["concurrency"],
-                    -(-(num_rows - tally.kept) // self.num_tasks),
-                    (max_requests or 10**9) - tally.requests,
-                )
-                prompts = {
-                    tally.requests + n: self._prompt(tally.requests + n) for n in range(size)
-                }
+                left = (max_requests or 10**9) - tally.requests
+                wave = self._wave(num_rows, min(self._identity["concurrency"], left))
+                prompts = {request: self._prompt(request) for request in wave}
                 for request, completions in self._complete(prompts, progress):
                     before = tally.kept
                     self._take(request, completions, num_rows)
@@ -174,11 +175,29 @@ class Collector:
                 self._save_rows()
                 if tally.requests == max_requests and tally.kept < num_rows:
                     tally.ended = f"--max_requests {max_requests} is used up"
-                elif tally.requests - last_kept >= MAX_IDLE:
+                elif not wave or tally.requests - last_kept >= self.max_idle:
                     tally.ended = (
                         f"the last {tally.requests - last_kept} requests added none (see what was "
                         "dropped); give other seeds, a higher --rouge_threshold, or another model"
                     )
+
+    def _wave(self, num_rows: int, size: int) -> list[int]:
+        """Return the numbers of the next requests, at most size; none ends the run."""
+        needed = -(-(num_rows - self.tally.kept) // self.num_tasks)
+        return [self.tally.requests + number for number in range(min(size, needed))]
+
+    def _context(self, request: int) -> tuple[Sequence[Task], Sequence[str]]:
+        """Return the new tasks that a request may show, and the topics of which it names one."""
+        made = [Task(*(row["meta"][name] for name in Task._fields)) for row in self.rows]
+        return made, self.settings.topics
+
+    def _has_enough(self, request: int, num_rows: int) -> bool:
+        """Return whether no more of a request's tasks are needed."""
+        return self.tally.kept == num_rows
+
+    def _fault(self, request: int, task: Task) -> str | None:
+        """Return the first rule that a complete task breaks; None if it breaks none."""
+        return fault_of(task, self.template, self._blocked)
 
     def _complete(
         self, prompts: Mapping[int, str], progress: Progress
@@ -218,9 +237,9 @@ class Collector:
         """Return a request's prompt; one that does not fit shows fewer tasks."""
         settings, keys = self.settings, Random(f"{self.settings.seed}:{request}")
         shown = [self.seeds[index] for index in _draw(len(self.seeds), settings.examples, keys)]
-        for index in _draw(len(self.rows), settings.machine_examples, keys):
-            shown.append(Task(*(self.rows[index]["meta"][name] for name in Task._fields)))
-        topics = [settings.topics[index] for index in _draw(len(settings.topics), 1, keys)]
+        made, topics = self._context(request)
+        shown += [made[index] for index in _draw(len(made), settings.machine_examples, keys)]
+        topics = [topics[index] for index in _draw(len(topics), 1, keys)]
         shown = [shown[index] for index in _draw(len(shown), len(shown), keys)]
         while True:
             prompt = self.template.prompt(shown, self.num_tasks, *topics)
@@ -242,10 +261,10 @@ class Collector:
         tally.prompt_tokens += sum(one.prompt_tokens for one in completions)
         tally.completion_tokens += sum(one.completion_tokens for one in completions)
         for number, (task, fault) in enumerate(self._read(completions), 1):
-            if tally.kept == num_rows:
+            if self._has_enough(request, num_rows):
                 return
             tally.made += 1
-            fault = fault or fault_of(task, self.template, self._blocked)
+            fault = fault or self._fault(request, task)
             scores = np.zeros(0) if fault else self._pool.scores(task.instruction)
             if fault is None and scores.max(initial=0.0) > self.settings.rouge_threshold:
                 fault = "duplicate"

@@ -31,7 +31,7 @@ def blocked_pattern(words: Sequence[str]) -> re.Pattern[str]:
         else re.escape(word)
         for word in words
     ]
-    return re.compile("|".join(parts), re.IGNORECASE)
+    return re.compile("|".join(parts) or "(?!)", re.IGNORECASE)
 
 
 def fault_of(task: Task, template: Template, blocked: re.Pattern[str]) -> str | None:

@@ -163,7 +163,7 @@ def test_out_is_needed(capsys):
 
 
 def test_the_templates_of_the_flag_are_those_there_are():
-    assert list(registry.TASK_TEMPLATES) == list(TEMPLATES)
+    assert list(asking_flags.TASK_TEMPLATES) == list(TEMPLATES)
 
 
 def test_help_names_every_flag_its_default_and_the_exit_status(capsys):
