@@ -29,34 +29,22 @@ class Argument(NamedTuple):
     key: str
     value: Any
 
-    @property
-    def source(self) -> str:
-        """The argument as Python writes it."""
-        return self.key if self.key == self.value else repr(self.value)
-
 
 class Call(NamedTuple):
-    """A call of a plain dotted name; keywords by name, `**` for a double-starred one."""
+    """A call of a plain dotted name; keywords by name, `**` for a double-starred one.
+
+    source is the call on one line as Python writes it: quotes and blanks need not be as given.
+    """
 
     callee: str
     positional: tuple[Argument, ...] = ()
     keywords: tuple[tuple[str, Argument], ...] = ()
+    source: str = ""
 
     @property
     def values(self) -> list[Argument]:
         """All arguments, without their names."""
         return [*self.positional, *(value for _, value in self.keywords)]
-
-    @property
-    def source(self) -> str:
-        """The call on one line, as Python writes it: quotes and blanks need not be as given.
-
-        >>> calls_of('shop.title(  x, repo="a/b", **more)')[0].source
-        "shop.title(x, repo='a/b', **more)"
-        """
-        parts = [value.source for value in self.positional]
-        parts += [f"{'**' if name == '**' else f'{name}='}{v.source}" for name, v in self.keywords]
-        return f"{self.callee}({', '.join(parts)})"
 
     def named(self, parameters: tuple[str, ...]) -> dict[str, Argument]:
         """Return the arguments by name; parameters are the names of positional ones, in order.
@@ -118,7 +106,7 @@ def _to_calls(tree: ast.AST) -> Iterator[Call]:
         if isinstance(node, ast.Call) and (callee := _dotted(node.func)):
             positional = tuple(map(_to_argument, node.args))
             keywords = tuple((word.arg or "**", _to_argument(word.value)) for word in node.keywords)
-            yield Call(callee, positional, keywords)
+            yield Call(callee, positional, keywords, _unparsed(node))
 
 
 def _dotted(node: ast.expr) -> str:
@@ -135,11 +123,15 @@ def _to_argument(node: ast.expr) -> Argument:
         literal = ast.literal_eval(node)
         return Argument(f"{type(literal).__name__}: {literal!r}", literal)
     except (*_UNREADABLE, TypeError):
-        try:
-            source = ast.unparse(node)
-        except (RecursionError, ValueError):  # nested too deep, or a number of 4,300 digits
-            source = "..."
+        source = _unparsed(node)
         return Argument(source, source)
+
+
+def _unparsed(node: ast.expr) -> str:
+    try:
+        return ast.unparse(node)
+    except (RecursionError, ValueError):  # nested too deep, or a number of 4,300 digits
+        return f"{_dotted(node.func)}(...)" if isinstance(node, ast.Call) else "..."
 
 
 def _scan(text: str) -> tuple[tuple[Call, ...], bool]:

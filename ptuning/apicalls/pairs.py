@@ -9,7 +9,7 @@ the call is read from the document and not remembered.
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -48,13 +48,15 @@ class DocumentSettings(NamedTuple):
     """Which documents training prompts show; p, vary: shares of the rows.
 
     retriever None: none. p: the right document is among them. distractors: number of wrong ones,
-    the likeliest for bm25, any for oracle. vary: its identifying names are replaced.
+    the likeliest for bm25, any for oracle. vary: its identifying names are replaced. copies: rows
+    of each question, each with documents of its own.
     """
 
     retriever: str | None
     p: float = 0.8
     distractors: int = 2
     vary: float = 0.5
+    copies: int = 1
     seed: int = 42
 
 
@@ -154,6 +156,17 @@ def to_prompt(question: str, documents: Sequence[str]) -> str:
     return "\n".join([question, heading, *documents]) if documents else question
 
 
+def prompt_maker(cards: Cards, top_k: int) -> Callable[[str], str]:
+    """Return what gives a question the documents of the top_k cards that BM25 finds, best first."""
+    retriever = Retriever(cards)
+
+    def make(question: str) -> str:
+        found = retriever.ranked(question, top_k) if top_k else []
+        return to_prompt(question, [cards[index].document for index in found])
+
+    return make
+
+
 def published_prompt(question: str, card: Card | None, retriever: str | None) -> str:
     """Return a prompt with the bytes of Gorilla's question files; card is the one that it shows."""
     if card is None:
@@ -182,10 +195,10 @@ def compat_rows(pairs: Sequence[ApiPair], cards: Cards, retriever: str | None) -
 def training_rows(
     pairs: Sequence[ApiPair], cards: Cards, settings: DocumentSettings
 ) -> list[ContractRow]:
-    """Return a row of the row contract for each pair."""
+    """Return rows of the row contract for the pairs."""
     retriever = Retriever(cards) if settings.retriever == BM25 else None
     rows = []
-    for number, pair in enumerate(pairs, 1):
+    for number, pair in enumerate([*pairs] * settings.copies, 1):
         rng = Random(f"{settings.seed}:{number}")
         shown = list(_shown(pair, cards, settings, retriever, rng))
         documents = [cards[index].document for index in shown]
@@ -258,6 +271,5 @@ def _to_row(number: int, pair: ApiPair, prompt: str, shown: Sequence[Card]) -> C
         meta={
             "question": pair.question,
             "documents": [card.fields["api_name"] for card in shown],
-            "right": pair.card is not None and pair.answer[CALL],
         },
     )

@@ -35,7 +35,7 @@ def refuse_endpoint_flags(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def open_endpoint(arguments: argparse.Namespace) -> EndpointSource:
-    """Connect to what the flags of `_add_endpoint_flags` name; ValueError for one that is wrong."""
+    """Connect to what the flags of `add_endpoint_flags` name; ValueError for one that is wrong."""
     url, key_name = arguments.endpoint, arguments.api_key_env or OPENAI_KEY_VARIABLE
     if arguments.model is None:
         raise ValueError("--endpoint needs the name of a model: --model NAME.")

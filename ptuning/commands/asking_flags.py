@@ -66,7 +66,7 @@ def add_choose_checkpoint(parser: argparse.ArgumentParser) -> None:
         choices=SUPPORTED_BITS,
         help="quantise the base as it is read; unset: as in the run",
     )
-    _add_endpoint_flags(parser, "the judge of --metric judge")
+    add_endpoint_flags(parser, "the judge of --metric judge")
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +231,7 @@ def add_select(parser: argparse.ArgumentParser) -> None:
         help="skip rows that are more similar to a picked one: with base a cosine above F (0.9), "
         "with minhash a ROUGE-L of F or more, 0.7 at least (0.7)",
     )
-    _add_endpoint_flags(parser, "the judge of --score judge")
+    add_endpoint_flags(parser, "the judge of --score judge")
 
 
 def add_api(parser: argparse.ArgumentParser) -> None:
@@ -295,6 +295,12 @@ def _api_prepare(parser: argparse.ArgumentParser) -> None:
         help="share of them in which the names that identify the API are replaced by invented "
         "ones, so that calls are copied from the document: 0.5",
     )
+    add(
+        "--copies",
+        type=int,
+        metavar="N",
+        help="rows of each question, each with documents and invented names of its own: 1",
+    )
     add("--seed", type=int, default=42, help="of all of these: 42")
     add(
         "--compat",
@@ -357,6 +363,19 @@ def _api_eval(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace --details if it is there")
 
 
+def add_serving_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of serve and web for API calls."""
+    add_cards_flag(parser, "an API call in an answer is checked against them, never executed")
+    parser.add_argument(
+        "--top_k",
+        type=int,
+        default=0,
+        metavar="N",
+        help="documents of --cards that BM25 finds for a question and its prompt shows, for a "
+        "prefix trained with them: 0",
+    )
+
+
 def add_cards_flag(parser: argparse.ArgumentParser, use: str, **options: Any) -> None:
     """Add --cards; use says what for."""
     parser.add_argument(
@@ -380,10 +399,10 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--quantization_bit", type=int, choices=SUPPORTED_BITS, help="quantise it as it is read"
     )
-    _add_endpoint_flags(parser, "or an OpenAI-compatible endpoint")
+    add_endpoint_flags(parser, "or an OpenAI-compatible endpoint")
 
 
-def _add_endpoint_flags(parser: argparse.ArgumentParser, title: str) -> None:
+def add_endpoint_flags(parser: argparse.ArgumentParser, title: str) -> None:
     """Add the group of flags that `ptuning.commands.asking.open_endpoint` takes."""
     add = parser.add_argument_group(f"{title} (needs the openai package)").add_argument
     add(

@@ -17,7 +17,6 @@ from ptuning.tunings.artefact import EXPORT_FORMATS
 
 DEFAULT_PICTURE = Path("output/data-check.png")
 NO_PICTURE = "none"
-CARDS_USE = "an API call in an answer is checked against them, never executed"
 KEY_VARIABLE = "PTUNING_API_KEY"
 PASSWORD_VARIABLE = "PTUNING_WEB_PASSWORD"
 
@@ -243,7 +242,7 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 def _serve(parser: argparse.ArgumentParser) -> None:
     _add_model_flags(parser)
     _add_address_flags(parser, port=8000)
-    asking_flags.add_cards_flag(parser, CARDS_USE)
+    asking_flags.add_serving_flags(parser)
     parser.add_argument(
         "--api_key",
         metavar="SECRET",
@@ -263,7 +262,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 def _web(parser: argparse.ArgumentParser) -> None:
     _add_model_flags(parser)
     _add_address_flags(parser, port=7860)
-    asking_flags.add_cards_flag(parser, CARDS_USE)
+    asking_flags.add_serving_flags(parser)
     parser.add_argument(
         "--password",
         metavar="SECRET",
@@ -355,7 +354,7 @@ COMMANDS = (
         "api",
         "Turn questions into API calls: rows to train on, new questions, answers, scores",
         asking_flags.add_api,
-        "api:run",
+        "api_calls:run",
     ),
     Command(
         "plan",

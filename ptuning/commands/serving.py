@@ -10,14 +10,10 @@ import io
 import logging
 import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptuning.commands.registry import KEY_VARIABLE, PASSWORD_VARIABLE
 from ptuning.serve.startup import check_address, check_guarded, choose_served
-
-if TYPE_CHECKING:
-    from ptuning.apicalls.cards import Cards
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +27,20 @@ def _loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _read_cards(path: Path | None) -> "Cards | None":
-    """Read the file of --cards."""
-    if path is None:
-        return None
+def _read_cards(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Read --cards, and return what the API and the page do with them."""
+    top_k: int = arguments.top_k
+    if arguments.cards is None:
+        if top_k:
+            raise ValueError("--top_k finds documents in --cards FILE; give that too.")
+        return {}
+    if top_k < 0:
+        raise ValueError(f"--top_k is {top_k}; use 0 (no documents) or more.")
     from ptuning.apicalls.cards import read_common_cards
+    from ptuning.apicalls.pairs import prompt_maker
 
-    return read_common_cards(path)
+    cards = read_common_cards(arguments.cards)
+    return {"cards": cards, "to_prompt": prompt_maker(cards, top_k)}
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -83,7 +86,7 @@ def read_piped_line(prompt: str) -> str:
 def serve(arguments: argparse.Namespace) -> int:
     """Load the model in a process of its own and serve the API until Ctrl-C."""
     served = choose_served(arguments.model, arguments.prefix)
-    cards = _read_cards(arguments.cards)
+    cards = _read_cards(arguments)
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -110,7 +113,7 @@ def serve(arguments: argparse.Namespace) -> int:
             api_key=api_key,
             timeout_s=arguments.timeout,
             max_body_bytes=arguments.max_body_kib * 1024,
-            cards=cards,
+            **cards,
         )
         server = make_server(app, host=arguments.host, port=arguments.port)
         session.when_ended(lambda: setattr(server, "should_exit", True))
@@ -127,7 +130,7 @@ def web(arguments: argparse.Namespace) -> int:
         password = os.environ.get(PASSWORD_VARIABLE)
     check_guarded(arguments.host, password, flag="--password")
     served = choose_served(arguments.model, arguments.prefix)
-    cards = _read_cards(arguments.cards)
+    cards = _read_cards(arguments)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
             "gradio is not installed; type: bash web_demo.sh, which brings it, or: "
@@ -142,7 +145,7 @@ def web(arguments: argparse.Namespace) -> int:
     with Session.load(served.model, **_loading_options(arguments)) as session:
         for name, path in served.prefixes.items():
             session.add_prefix(name, path)
-        blocks = build_page(WebTalk(session, cards))
+        blocks = build_page(WebTalk(session, **cards))
         logger.info("Opening http://%s:%d (Ctrl-C ends it)", arguments.host, arguments.port)
         launch(blocks, host=arguments.host, port=arguments.port, password=password, wait=True)
     return 0

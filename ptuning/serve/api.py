@@ -183,12 +183,13 @@ class Api:
         api_key: str | None,
         timeout_s: float,
         cards: Cards | None,
+        to_prompt: Callable[[str], str],
     ) -> None:
         """Answer with session; a request may take timeout_s seconds, queueing included."""
         self.session = session
         self.has_key = api_key is not None
         self.timeout_s = timeout_s
-        self.cards = cards
+        self.cards, self.to_prompt = cards, to_prompt
         self.metrics = Metrics()
         self.notifier = EventNotifier()
         self.started = int(time.time())
@@ -203,6 +204,8 @@ class Api:
 
     async def _complete(self, body: ChatBody | CompletionBody, request: Request) -> Response:
         query, history, options = body.to_request()
+        if isinstance(body, ChatBody):
+            query = self.to_prompt(query)
         formatter = ReplyFormatter(
             self.session.tokenizer,
             model=body.model,
@@ -352,12 +355,14 @@ def build_app(
     timeout_s: float = TIMEOUT_S,
     max_body_bytes: int = MAX_BODY_KIB * 1024,
     cards: Cards | None = None,
+    to_prompt: Callable[[str], str] = str,
 ) -> FastAPI:
     """Return the ASGI application; the caller closes the session.
 
-    API calls in answers are checked against cards and never executed.
+    API calls in answers are checked against cards and never executed. to_prompt is applied to the
+    last question of a chat.
     """
-    api = Api(session, api_key=api_key, timeout_s=timeout_s, cards=cards)
+    api = Api(session, api_key=api_key, timeout_s=timeout_s, cards=cards, to_prompt=to_prompt)
     # FastAPI's documentation pages load scripts from the internet, so only the schema is served.
     app = FastAPI(title="ptuning", docs_url=None, redoc_url=None)
     routes: list[tuple[str, str, Callable[..., Any]]] = [

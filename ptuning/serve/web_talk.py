@@ -6,7 +6,7 @@ A visitor is one open page. A visitor's new question stops the one in progress.
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -39,10 +39,17 @@ class TalkState(NamedTuple):
 class WebTalk:
     """Questions from any number of visitors to one session."""
 
-    def __init__(self, session: Session, cards: Cards | None = None) -> None:
-        """Ask session; API calls in answers are checked against cards and never executed."""
-        self.session = session
-        self.cards = cards
+    def __init__(
+        self,
+        session: Session,
+        cards: Cards | None = None,
+        to_prompt: Callable[[str], str] = str,
+    ) -> None:
+        """Ask session, every question by to_prompt.
+
+        API calls in answers are checked against cards and never executed.
+        """
+        self.session, self.cards, self.to_prompt = session, cards, to_prompt
         self._running: dict[str, threading.Event] = {}  # visitor -> cancels the question
         self._lock = threading.Lock()
 
@@ -95,7 +102,7 @@ class WebTalk:
                 answers = [
                     open_answers.enter_context(
                         self.session.chat(
-                            question,
+                            self.to_prompt(question),
                             turns if send_history else (),
                             model,
                             cancel=cancel,

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from ptuning.commands.asking import check_least, open_endpoint
-from ptuning.commands.registry import _add_endpoint_flags
+from ptuning.commands.asking_flags import add_endpoint_flags
 from tests.completions.scripted import ScriptedServer
 
 
 def flags(*given: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    _add_endpoint_flags(parser, "an endpoint")
+    add_endpoint_flags(parser, "an endpoint")
     return parser.parse_args(["--endpoint", "http://127.0.0.1:9", *given])
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ptuning import __main__ as program
-from ptuning.commands import registry
+from ptuning.commands import asking_flags
 from ptuning.instruct.templates import TEMPLATES
 from tests.completions.scripted import ScriptedSource
 

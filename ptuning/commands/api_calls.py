@@ -80,7 +80,7 @@ def _document_settings(arguments: argparse.Namespace) -> DocumentSettings:
     """Check the flags; ValueError names the one that is wrong, or has no use."""
     is_bare = arguments.mode == "zero-shot"
     why = "--mode zero-shot" if is_bare else "--compat" if arguments.compat else None
-    given = {name: getattr(arguments, name) for name in ("p", "distractors", "vary")}
+    given = {name: getattr(arguments, name) for name in ("p", "distractors", "vary", "copies")}
     given = {name: value for name, value in given.items() if value is not None}
     unused = [*given, *(["retriever"] if is_bare and arguments.retriever else [])]
     if why and unused:
@@ -88,7 +88,7 @@ def _document_settings(arguments: argparse.Namespace) -> DocumentSettings:
     for name in ("p", "vary"):
         if not 0 <= given.get(name, 0) <= 1:
             raise ValueError(f"--{name} is {given[name]}; use 0 to 1, a share of the rows.")
-    check_least(arguments, distractors=0)
+    check_least(arguments, distractors=0, copies=1)
     retriever = None if is_bare else arguments.retriever or BM25
     return DocumentSettings(retriever, seed=arguments.seed, **given)
 
