@@ -88,22 +88,24 @@ def write_tags(answer: dict[str, str]) -> str:
 
 
 def read_pairs(path: Path, cards: Cards) -> tuple[list[ApiPair], list[int]]:
-    """Return the pairs of a file, and the lines whose call is of no card.
+    """Return the pairs of a file, and the lines left out: no answer, or a call of no card.
 
     A row is Gorilla's {code, api_call, provider, api_data}, or in any format of data files with a
     call, an answer by tags, or None as its answer.
     """
     rows = read_raw_rows(open_data(path), None)
+    lines: list[int] = []
     if rows and all({"code", CALL} <= row.columns.keys() for row in rows):
         by_call = {card.api_call: index for index, card in reversed([*enumerate(cards)])}
         found = [(row.line, _of_published(row, by_call, cards)) for row in rows]
     else:
         read = read_rows(path, RowFormat())
         found = [(row.line, _of_answer(row.prompt, row.response, cards)) for row in read.kept]
+        lines = [line for dropped in read.dropped.values() for line in dropped]
     pairs = [pair for _, pair in found if pair is not None]
     if not pairs:
         raise DataError(path, None, "has no row whose answer calls an API of the cards.")
-    return pairs, [line for line, pair in found if pair is None]
+    return pairs, sorted(lines + [line for line, pair in found if pair is None])
 
 
 def pairs_of_cards(cards: Cards) -> list[ApiPair]:

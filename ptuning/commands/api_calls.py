@@ -42,9 +42,8 @@ logger = logging.getLogger(__name__)
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the action says."""
-    return {"prepare": _prepare, "write": _write, "ask": _ask, "eval": _evaluate}[arguments.action](
-        arguments
-    )
+    actions = {"prepare": _prepare, "write": _write, "ask": _ask, "eval": _evaluate}
+    return actions[arguments.action](arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -56,8 +55,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if arguments.pairs is not None:
         pairs, lines = read_pairs(arguments.pairs, cards)
         if lines:
-            places = f"{number_of(len(lines), 'row')} whose call is of no card"
-            logger.warning("left out %s: %s", places, as_places(lines, "line"))
+            left_out = f"{number_of(len(lines), 'row')} without a call of one of the cards"
+            logger.warning("left out %s: %s", left_out, as_places(lines, "line"))
     else:
         pairs = pairs_of_cards(cards)
     if not pairs:
@@ -139,12 +138,17 @@ def _ask(arguments: argparse.Namespace) -> int:
     source = open_source(arguments)
     found = Retriever(cards).ranked(arguments.question, arguments.top_k) if arguments.top_k else []
     prompt = to_prompt(arguments.question, [cards[index].document for index in found])
+    length, context = source.num_tokens(prompt), source.context_length
+    if length and context and length + arguments.max_new_tokens > context:
+        raise ValueError(
+            f"the prompt has {length} tokens and --max_new_tokens is {arguments.max_new_tokens}, "
+            f"but {source.name} has {context} for both; use a smaller --top_k."
+        )
     ((_, completion),) = source.complete([Ask(0, prompt, 0)], Sampling(), arguments.max_new_tokens)
     text = completion.text or ""
     shown = to_shown_call(text, cards)
-    logger.info(
-        "documents: %s", ", ".join(str(cards[n].fields["api_name"]) for n in found) or "none"
-    )
+    names = [str(cards[index].fields["api_name"]) for index in found]
+    logger.info("documents: %s", ", ".join(names) or "none")
     if shown is None:
         says_none = read_tags(text).get(CALL) == NO_API
         logger.info("%s", "no API fits" if says_none else f"no API call in the answer: {text}")
