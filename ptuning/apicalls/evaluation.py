@@ -48,11 +48,12 @@ def read_references(path: Path) -> list[Reference]:
     A row is {question_id, api_call, domain}, Gorilla's {api_call, api_data}, one of `api prepare`,
     or BFCL's: possible answers, or a question to which no function fits.
     """
-    rows = read_raw_rows(open_data(path), None)
-    references = [_to_reference(row, number) for number, row in enumerate(rows, 1)]
-    if not references:
-        raise DataError(path, None, "has no reference; write one JSON object on each line.")
-    return references
+    references: dict[str, Reference] = {}
+    for number, row in enumerate(read_raw_rows(open_data(path), None), 1):
+        one = _to_reference(row, number)
+        if references.setdefault(one.question_id, one) is not one:
+            raise row.fault(f"{ID} {one.question_id} is there twice.")
+    return list(references.values())
 
 
 def _to_reference(row: RawRow, number: int) -> Reference:
@@ -61,6 +62,7 @@ def _to_reference(row: RawRow, number: int) -> Reference:
     if "ground_truth" in fields:
         try:
             (((name, accepted),),) = [calls.items() for calls in fields["ground_truth"]]
+            accepted = {key: [*values] for key, values in accepted.items()}
         except (TypeError, ValueError, AttributeError) as error:
             raise row.fault(
                 "ground_truth needs a single call: [{name: {argument: []}}]."
@@ -70,8 +72,8 @@ def _to_reference(row: RawRow, number: int) -> Reference:
         return Reference(row_id, None)
     if isinstance(fields.get("response"), str):
         fields = read_tags(fields["response"])
-    call = fields.get(CALL, "")
-    domain = (fields.get("api_data") or fields).get(DOMAIN, "")
+    call, card = fields.get(CALL, ""), fields.get("api_data")
+    domain = (card if isinstance(card, dict) else fields).get(DOMAIN, "")
     if call in (None, NO_API):
         return Reference(row_id, None)
     if not isinstance(call, str) or not call:
