@@ -18,6 +18,7 @@ from ptuning.apicalls.calls import find_calls
 from ptuning.apicalls.cards import NO_API, Card, Cards
 from ptuning.apicalls.retrieval import PublishedRetriever, Retriever
 from ptuning.data.conversion import ContractRow
+from ptuning.data.formats import UnknownColumns
 from ptuning.data.parsing import open_data
 from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_file import DataError, RawRow
@@ -99,7 +100,11 @@ def read_pairs(path: Path, cards: Cards) -> tuple[list[ApiPair], list[int]]:
         by_call = {card.api_call: index for index, card in reversed([*enumerate(cards)])}
         found = [(row.line, _of_published(row, by_call, cards)) for row in rows]
     else:
-        read = read_rows(path, RowFormat())
+        try:
+            read = read_rows(path, RowFormat())
+        except UnknownColumns as error:
+            needed = "pairs need columns prompt and response, or Gorilla's code and api_call."
+            raise DataError(path, None, needed) from error
         found = [(row.line, _of_answer(row.prompt, row.response, cards)) for row in read.kept]
         lines = [line for dropped in read.dropped.values() for line in dropped]
     pairs = [pair for _, pair in found if pair is not None]

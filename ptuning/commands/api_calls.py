@@ -142,7 +142,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     if length and context and length + arguments.max_new_tokens > context:
         raise ValueError(
             f"the prompt has {length} tokens and --max_new_tokens is {arguments.max_new_tokens}, "
-            f"but {source.name} has {context} for both; use a smaller --top_k."
+            f"but {source.name} has {context} for both; use a smaller --top_k or --max_new_tokens."
         )
     ((_, completion),) = source.complete([Ask(0, prompt, 0)], Sampling(), arguments.max_new_tokens)
     text = completion.text or ""
