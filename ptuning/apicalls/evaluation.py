@@ -11,7 +11,7 @@ from ptuning.apicalls.pairs import CALL, DOMAIN, read_tags
 from ptuning.apicalls.verdicts import REASONS, CallVerdict, Reference, judge
 from ptuning.completions.journal import to_line
 from ptuning.data.parsing import open_data, write_json
-from ptuning.data.raw_file import DataError, RawRow
+from ptuning.data.raw_file import DataError, RawRow, number_of
 from ptuning.data.reading import read_raw_rows
 from ptuning.output import render_page
 from ptuning.storage import write_atomically
@@ -69,6 +69,8 @@ def _to_reference(row: RawRow, number: int) -> Reference:
             ) from error
         return Reference(row_id, name, "", accepted)
     if "function" in fields:
+        if "irrelevance" not in row_id:
+            raise row.fault("is a question of BFCL; references are its file of possible answers.")
         return Reference(row_id, None)
     if isinstance(fields.get("response"), str):
         fields = read_tags(fields["response"])
@@ -93,8 +95,8 @@ def read_responses(path: Path, references: Sequence[Reference]) -> list[tuple[Re
         raise DataError(
             path,
             None,
-            f'has {len(rows)} answers to {len(references)} references; give every row its "{ID}", '
-            "or as many rows as references.",
+            f"has {number_of(len(rows), 'answer')} to {number_of(len(references), 'reference')}; "
+            f'give every row its "{ID}", or as many rows as references.',
         )
     joined: dict[str, tuple[Reference, str]] = {}
     for number, row in enumerate(rows):

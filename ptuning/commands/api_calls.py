@@ -172,6 +172,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if details is not None:
         reads = (arguments.cards, arguments.reference, arguments.responses)
         check_new_file(details, reads, overwrite=arguments.overwrite, flag="--details")
+        page = details.with_suffix(".html")
+        if page.exists() and not arguments.overwrite:
+            raise ValueError(f"--details writes {page} too, which exists; add --overwrite.")
     rows = judge_all(answers, cards)
     logger.info("%d cards of the family %s", len(cards), cards.family)
     sys.stdout.write("".join(f"{line}\n" for line in table_lines(count(rows))))
