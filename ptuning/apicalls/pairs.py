@@ -256,7 +256,7 @@ def _invent(name: str, rng: Random) -> str:
     """Replace the letters of a name by syllables, and its digits.
 
     >>> _invent("songmu/Title-2", Random(1))
-    'fagozo/Jubif-0'
+    'gudifo/Sozoj-1'
     """
 
     def syllables(run: re.Match[str]) -> str:
