@@ -34,7 +34,8 @@ MIN_VARIED = 4  # characters of a name; shorter ones occur in other words too
 _NAMES = "|".join(TAGS)
 _TAG = re.compile(rf"<<<(?P<name>{_NAMES})>>>\s*+:?")
 _KEY = re.compile(rf"['\"](?P<name>{_NAMES})['\"]\s*+:")
-_OUTPUT = re.compile(r"[#,\s]*+['\"]?Output['\"]?\s*+:")
+_NO_INPUT = r"(?:[#,\s]*+['\"]?Input['\"]?\s*+:\s*+['\"]?<noinput>['\"]?)?"
+_OUTPUT = re.compile(_NO_INPUT + r"[#,\s]*+['\"]?Output['\"]?\s*+:")
 
 
 class ApiPair(NamedTuple):
@@ -124,7 +125,8 @@ def pairs_of_cards(cards: Cards) -> list[ApiPair]:
 
 def _of_published(row: RawRow, by_call: dict[str, int], cards: Cards) -> ApiPair | None:
     given, *rest = _OUTPUT.split(str(row.columns["code"]), maxsplit=1)
-    question, output = re.sub(r"^\W*Instruction\W*?:", "", given).strip(" \n'\""), "".join(rest)
+    around = " \n'\"" if given.startswith("{") else None  # elsewhere, quotes are the question's
+    question, output = re.sub(r"^\W*Instruction\W*?:", "", given).strip(around), "".join(rest)
     index = by_call.get(str(row.columns[CALL]))
     if index is None or not question:
         return _of_answer(question, output, cards) if question else None
