@@ -192,7 +192,7 @@ def compat_rows(pairs: Sequence[ApiPair], cards: Cards, retriever: str | None) -
     found = PublishedRetriever(cards) if retriever == BM25 else None
     rows = []
     for number, pair in enumerate(pairs, 1):
-        question, index = f" {pair.question}\\n", pair.card if retriever else None
+        question, index = f" {json.dumps(pair.question)[1:-1]}\\n", pair.card if retriever else None
         if found is not None:
             index = found.ranked(question, 1)[0]
         shown = None if index is None else cards[index]
