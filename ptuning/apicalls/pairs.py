@@ -212,7 +212,8 @@ def training_rows(
         shown = list(_shown(pair, cards, settings, retriever, rng))
         documents = [cards[index].document for index in shown]
         if pair.card in shown and rng.random() < settings.vary:
-            for name in identifying_texts(cards[pair.card]):
+            names = identifying_texts(cards[pair.card])
+            for name in (name for name in names if name not in pair.question):
                 other = _invent(name, rng)
                 documents = [document.replace(name, other) for document in documents]
                 answer = {tag: text.replace(name, other) for tag, text in pair.answer.items()}
