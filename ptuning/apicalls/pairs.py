@@ -9,7 +9,7 @@ the call is read from the document and not remembered.
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from ptuning.apicalls.cards import NO_API, Card, Cards
 from ptuning.apicalls.retrieval import PublishedRetriever, Retriever
 from ptuning.data.conversion import ContractRow
 from ptuning.data.formats import UnknownColumns
-from ptuning.data.parsing import open_data
+from ptuning.data.parsing import open_data, write_json
 from ptuning.data.prompts import RowFormat
 from ptuning.data.raw_file import DataError, RawRow
 from ptuning.data.reading import read_raw_rows, read_rows
@@ -98,8 +98,10 @@ def read_pairs(path: Path, cards: Cards) -> tuple[list[ApiPair], list[int]]:
     rows = read_raw_rows(open_data(path), None)
     lines: list[int] = []
     if rows and all({"code", CALL} <= row.columns.keys() for row in rows):
-        by_call = {card.api_call: index for index, card in reversed([*enumerate(cards)])}
-        found = [(row.line, _of_published(row, by_call, cards)) for row in rows]
+        own: dict[str, int] = {}  # cards may share a call: then api_data says which one is meant
+        for index, card in reversed([*enumerate(cards)]):
+            own |= {card.api_call: index, write_json(card.fields): index}
+        found = [(row.line, _of_published(row, own, cards)) for row in rows]
     else:
         try:
             read = read_rows(path, RowFormat())
@@ -123,11 +125,12 @@ def pairs_of_cards(cards: Cards) -> list[ApiPair]:
     ]
 
 
-def _of_published(row: RawRow, by_call: dict[str, int], cards: Cards) -> ApiPair | None:
+def _of_published(row: RawRow, own: Mapping[str, int], cards: Cards) -> ApiPair | None:
     given, *rest = _OUTPUT.split(str(row.columns["code"]), maxsplit=1)
     around = " \n'\"" if given.startswith("{") else None  # elsewhere, quotes are the question's
     question, output = re.sub(r"^\W*Instruction\W*?:", "", given).strip(around), "".join(rest)
-    index = by_call.get(str(row.columns[CALL]))
+    call = str(row.columns[CALL])
+    index = own.get(write_json(row.columns.get("api_data")), own.get(call))
     if index is None or not question:
         return _of_answer(question, output, cards) if question else None
     tags = read_tags(output)
