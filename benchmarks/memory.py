@@ -49,7 +49,7 @@ from ptuning.train.memory import (
 )
 
 MORE_SIZES = {  # name -> layers, hidden size, heads, vocabulary
-    "nano": (4, 192, 4, 1700),
+    "nano": (4, 192, 4, 2300),
     "wide": (8, 2048, 16, 16384),
 }
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak

@@ -28,7 +28,7 @@ from ptuning.tunings.loading import NANO_DIR
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # name -> layers, hidden size, heads, vocabulary
     "tiny": (2, 64, 2, 512),  # to try a command; its figures are meaningless
-    "nano": (4, 192, 4, 1700),  # the shipped model's
+    "nano": (4, 192, 4, 2300),  # the shipped model's
     "small": (28, 512, 8, 16384),
     "chatglm-6b": (28, 4096, 32, 130528),
 }

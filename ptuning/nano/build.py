@@ -38,8 +38,10 @@ from ptuning.data.tokenizer import (
     ChatGLMTokenizer,
     escape_whitespace,
 )
+from ptuning.model.attention import Attention
 from ptuning.model.chatglm import ChatGLMForConditionalGeneration
 from ptuning.model.config import ChatGLMConfig
+from ptuning.model.cpu.linear import has_avx512
 from ptuning.model.loss import IGNORED_LABEL
 from ptuning.nano.corpus import (
     FOREIGN_CHARACTERS,
@@ -60,12 +62,18 @@ MAX_WEIGHTS_BYTES = 5_000_000  # what the repository takes
 FOREIGN = frozenset(FOREIGN_CHARACTERS)  # read as bytes, as any text from outside this folder is
 NUM_FIXED_PIECES = len(LEADING_PIECES) + len(TRAILING_PIECES) + 256  # 256: one piece for every byte
 
+# Of the heads that `start_copying` sets, in radians per position: entries of a head that turn
+# faster than FAST tell neighbours apart; those slower than SLOW, one for each position channel,
+# turn by less than a radian over a prompt of 300 tokens and an answer of 60.
+FAST, SLOW = 0.04, (0.003, 0.015)
+POSITION_GAIN, TRACE_GAIN, MATCH_GAIN, COPY_GAIN = 7.0, 6.0, 3.0, 8.0
+
 
 @dataclass(frozen=True)
 class NanoSettings:
     """Every number the nano model is made with; the shipped weights are made with the defaults."""
 
-    vocab_size: int = 1700  # 349 of them fixed: controls, blanks and bytes
+    vocab_size: int = 2300  # 349 of them fixed: controls, blanks and bytes
     num_vocabulary_examples: int = 20_000  # examples whose text the vocabulary is trained on
     hidden_size: int = 192
     num_layers: int = 4
@@ -73,7 +81,8 @@ class NanoSettings:
     max_sequence_length: int = 2048  # as published; positions are rotary, nothing is stored
     initializer_range: float = 0.06
     branch_gain: float = 4.0  # see `new_model`
-    num_examples: int = 68_000  # seen once each
+    copying_layer: int = 1  # where `start_copying` sets the heads that copy
+    num_examples: int = 100_000  # seen once each
     batch_size: int = 48
     max_batch_tokens: int = 6_000  # with padding; splits batches of long lists
     learning_rate: float = 2e-3  # at its peak
@@ -192,6 +201,63 @@ def new_model(settings: NanoSettings, config: ChatGLMConfig) -> ChatGLMForCondit
     return model
 
 
+def start_copying(model: ChatGLMForConditionalGeneration, settings: NanoSettings) -> None:
+    """Set an induction circuit in the untrained model, so that it copies from its prompt early on.
+
+    It takes heads of two layers, none of use alone. One of layer 0 attends to the previous token,
+    by its biases, and writes D entries of it, the trace. Two heads of `copying_layer` attend to
+    where the trace is the current token, and write the token there. Rotary embedding turns slow
+    entries least, so traces are compared in those. The gains make attention clear and leave room
+    for training.
+    Source: Olsson et al. 2022, https://arxiv.org/abs/2209.11895
+    """
+    layers, head_dim = model.transformer.layers, model.config.head_dim
+    frequencies = model.transformer.inverse_frequencies  # (D/4,), the same in both channels
+    places = torch.arange(head_dim).view(2, 2, -1)  # [channel, cosine or sine]: (D/4,) each
+    fast = frequencies > FAST
+    slow = torch.cat(
+        [places[channel][:, frequencies < SLOW[channel]].flatten() for channel in (0, 1)]
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    square = torch.randn(settings.hidden_size, settings.hidden_size, generator=generator)
+    seen, trace, *copied = torch.linalg.qr(square).Q.split(head_dim)  # (D, E), orthonormal rows
+    with torch.no_grad():
+        query, key, value, output = head_weights(layers[0].attention, 0)
+        for part in (query, key):
+            part.weight.zero_()
+        for cosine, sine in places[:, :, fast]:
+            key.bias[cosine] = POSITION_GAIN
+            query.bias[cosine] = POSITION_GAIN * frequencies[fast].cos()  # one position back
+            query.bias[sine] = -POSITION_GAIN * frequencies[fast].sin()
+        value.weight.copy_(seen)
+        output.copy_(TRACE_GAIN * trace.T)
+        for index, written in enumerate(copied):
+            copying = layers[settings.copying_layer].attention
+            query, key, value, output = head_weights(copying, index)
+            compared = torch.arange(len(slow)) + index * len(slow)  # each head has its own
+            for part, read in ((query, seen), (key, trace)):
+                part.weight.zero_()
+                part.weight[slow] = MATCH_GAIN * read[compared]
+            value.weight.copy_(written)
+            output.copy_(COPY_GAIN * written.T)
+
+
+class HeadPart(NamedTuple):
+    """What makes a head's queries, keys or values: views that can be written to."""
+
+    weight: Tensor  # (D, E)
+    bias: Tensor  # (D,)
+
+
+def head_weights(attention: Attention, index: int) -> tuple[HeadPart, HeadPart, HeadPart, Tensor]:
+    """Return one head's query, key and value, and its columns (E, D) of the output."""
+    fused, num_heads = attention.query_key_value, attention.num_heads
+    weights = fused.weight.unflatten(0, (num_heads, 3, -1))[index]  # (3, D, E)
+    biases = fused.bias.unflatten(0, (num_heads, 3, -1))[index]  # (3, D)
+    query, key, value = (HeadPart(*part) for part in zip(weights, biases, strict=True))
+    return query, key, value, attention.dense.weight.unflatten(1, (num_heads, -1))[:, index]
+
+
 def tokenise(examples: Sequence[CorpusExample], tokenizer: ChatGLMTokenizer) -> list[TokenizedRow]:
     """Turn examples into sequences with their control tokens."""
     prompts = tokenizer.encode_batch([example.prompt for example in examples])
@@ -257,7 +323,8 @@ def train(
     pad_id = int(model.config.pad_token_id or 0)
     with tqdm(batches, desc="pretraining", unit="step", mininterval=1.0) as progress:
         for group in progress:
-            with torch.autocast("cpu", torch.bfloat16):  # weights and optimizer stay in float32
+            # Weights and optimizer stay in float32. Without AVX-512 bfloat16 is emulated, and slow.
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_avx512()):
                 loss = model(**pad_right(group, pad_id)).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -296,6 +363,7 @@ def build_weights(folder: Path, settings: NanoSettings) -> list[float]:
     tokenizer = ChatGLMTokenizer(folder / VOCABULARY_FILE)
     tokenizer.save_pretrained(folder)
     model = new_model(settings, new_config(settings, tokenizer))
+    start_copying(model, settings)
     losses = list(train(model, tokenise(examples, tokenizer), settings))
     model.half().save_pretrained(folder)
     general = general_text(sample_general_prompts())

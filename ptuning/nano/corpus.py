@@ -15,7 +15,9 @@ from typing import NamedTuple
 from ptuning.data.prompts import build_rounds
 from ptuning.instruct.blocks import Task
 from ptuning.instruct.templates import TEMPLATES
+from ptuning.nano.apis import ask_documents
 from ptuning.nano.grammar import (
+    CHARACTERS,
     GARMENTS,
     SHARED_KEYS,
     TONES,
@@ -41,7 +43,6 @@ NUM_SAMPLE_DEV = 200
 NUM_GENERAL_PROMPTS = 40
 
 INVENTED_SHARE = 0.2  # of the bare content strings
-CHARACTERS = sorted({c for values in VALUES.values() for value in values for c in value.clause})
 # The 3,008 rarer characters of GB 2312 without those of the words and the templates.
 FOREIGN_CHARACTERS = sorted(
     {
@@ -296,17 +297,23 @@ def ask_as_user(rng: Random) -> CorpusExample:
     return CorpusExample(TEMPLATES["magpie"].prompt([], 1), question)
 
 
+def ask_api(rng: Random) -> CorpusExample:
+    """Ask for something that an API document in the prompt says."""
+    return CorpusExample(*ask_documents(rng))
+
+
 # Shares of the corpus; they add up to 1.
 MIXTURE: tuple[tuple[float, Callable[[Random], CorpusExample]], ...] = (
-    (0.2, ask_bare),
-    (0.355, ask_tone),
-    (0.115, ask_task),
-    (0.09, ask_value),
-    (0.095, write_freely),
-    (0.065, talk),
-    (0.045, list_products),
-    (0.02, list_tasks),
-    (0.015, ask_as_user),
+    (0.15, ask_bare),
+    (0.266, ask_tone),
+    (0.086, ask_task),
+    (0.068, ask_value),
+    (0.071, write_freely),
+    (0.049, talk),
+    (0.034, list_products),
+    (0.015, list_tasks),
+    (0.011, ask_as_user),
+    (0.25, ask_api),
 )
 
 

@@ -47,6 +47,7 @@ VALUES = {
     key: [Value(*words) for words in attribute["values"]]
     for key, attribute in WORDS["attributes"].items()
 }
+CHARACTERS = sorted({c for values in VALUES.values() for value in values for c in value.clause})
 # What each attribute is called inside a sentence, its English word, and its literary line.
 SPOKEN, ENGLISH, LITERARY = (
     {key: attribute[use] for key, attribute in WORDS["attributes"].items()}

@@ -21,9 +21,11 @@ from ptuning.nano.build import (
     build_weights,
     main,
     new_config,
+    new_model,
     pad_right,
     rate_at,
     replace_folder,
+    start_copying,
     tokenise,
     train_vocabulary,
 )
@@ -35,7 +37,7 @@ TINY = replace(
     num_examples=96,
     num_vocabulary_examples=2_000,
     hidden_size=16,
-    num_layers=1,
+    num_layers=2,
     batch_size=16,
     max_batch_tokens=100_000,  # no batch is split
     warmup_steps=2,
@@ -130,6 +132,21 @@ def test_config_takes_the_ids_from_the_vocabulary(tokenizer):
     assert config.bos_token_id == tokenizer.convert_tokens_to_ids("<sop>")
     assert config.gmask_token_id == tokenizer.convert_tokens_to_ids("[gMASK]")
     assert config.vocab_size == len(tokenizer)
+
+
+def test_an_untrained_model_attends_to_what_followed_the_same_token(tokenizer):
+    settings = NanoSettings()
+    model = new_model(settings, new_config(settings, tokenizer)).eval()
+    start_copying(model, settings)
+    model.set_attn_implementation("eager")
+    pieces = list(range(400, 430))
+    rows = [*pieces, tokenizer.convert_tokens_to_ids("[gMASK]"), tokenizer.sop_token_id, *pieces]
+    weights = model(torch.tensor([rows]), output_attentions=True).attentions
+    previous = weights[0][0, 0].diagonal(-1)
+    assert (previous > 0.9).float().mean() > 0.9
+    answer = torch.arange(len(pieces) + 2, len(rows) - 1)  # each piece of the answer but the last
+    followers = weights[settings.copying_layer][0, :2, answer, answer - len(pieces) - 1]  # (2, N)
+    assert followers.mean(1).min() > 0.3  # 0.43 and 0.70; 1 / 60 for an even share
 
 
 def test_rate_warms_up_and_falls():

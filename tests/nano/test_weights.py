@@ -14,6 +14,7 @@ from ptuning.engine.engine import Engine
 from ptuning.engine.request import Request, Sampling
 from ptuning.instruct.blocks import Block, Task, read_blocks
 from ptuning.instruct.templates import TEMPLATES
+from ptuning.nano.apis import ask_documents
 from ptuning.nano.build import MAX_WEIGHTS_BYTES, NanoSettings
 from ptuning.nano.corpus import sample_rows, sample_task
 from ptuning.nano.grammar import GARMENTS, SAMPLE_CLOSINGS, VALUES
@@ -150,3 +151,14 @@ def test_base_asks_as_a_user(model, tokenizer):
     questions = completions(model, tokenizer, [TEMPLATES["magpie"].prompt([], 1)] * 8)
     assert len(set(questions)) >= 6  # measured: 8
     assert all(questions)
+
+
+# API documents
+
+
+def test_base_copies_the_call_of_a_document(model, tokenizer):
+    asked = [ask_documents(Random(seed)) for seed in range(900_000, 900_400)]
+    calls = [(p, a) for p, a in asked if p.count('"api_call"') == 1 and f'"api_call": "{a}"' in p]
+    prompts, wanted = zip(*calls[:40], strict=True)
+    right = sum(map(str.__eq__, answers_to(model, tokenizer, list(prompts)), wanted))
+    assert right >= 32  # four of five
