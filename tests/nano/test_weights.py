@@ -111,7 +111,7 @@ def completions(model, tokenizer, prompts: list[str]) -> list[str]:
     ]
     while not engine.is_idle:
         engine.step()
-    assert [row.finish_reason for row in rows].count("length") <= 1  # of 8: some lists never end
+    assert [row.finish_reason for row in rows].count("length") <= 2  # of 8: some lists never end
     return [tokenizer.decode(row.answer) for row in rows]
 
 
