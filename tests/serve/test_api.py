@@ -7,6 +7,7 @@ import httpx2
 import openai
 import pytest
 
+from ptuning.apicalls.pairs import prompt_maker
 from tests.serve.live_server import KEY, client, running, wait_until_idle
 
 QUESTION = "类型#裤*版型#宽松"
@@ -104,6 +105,23 @@ def test_an_answer_s_api_call_is_checked_whole_and_streamed(
         whole = api.completions.create(model="adgen", prompt=QUESTION, max_tokens=2)
         assert whole.model_extra == extra
         assert whole.choices[0].text == text
+
+
+def test_the_last_question_of_a_chat_gets_documents_and_a_raw_prompt_does_not(
+    session, cards, monkeypatch
+):
+    asked, chat = [], session.chat
+    monkeypatch.setattr(
+        session,
+        "chat",
+        lambda question, *a, **k: (asked.append(question), chat(question, *a, **k))[1],
+    )
+    to_prompt = prompt_maker(cards, 2)
+    with running(session, to_prompt=to_prompt) as address, client(address) as api:
+        api.chat.completions.create(model="adgen", messages=USER, max_tokens=1)
+        api.completions.create(model="adgen", prompt=QUESTION, max_tokens=1)
+    assert asked == [to_prompt(QUESTION), QUESTION]
+    assert asked[0].count('"api_call"') == 2
 
 
 def test_without_cards_an_api_call_is_only_text(api, answer_with):

@@ -55,6 +55,16 @@ def test_a_model_that_is_not_there_is_one_line_and_status_2(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["serve", "web"])
+def test_documents_without_cards_or_fewer_than_none_are_refused(name, cards_file, capsys):
+    for flags, words in (
+        (["--top_k", "1"], "--top_k finds documents in --cards FILE; give that too."),
+        (["--cards", str(cards_file), "--top_k", "-1"], "--top_k is -1; use 0 (no documents)"),
+    ):
+        assert main([name, "--model", "nano", *flags]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["serve", "web"])
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptuning.apicalls.pairs import prompt_maker
 from ptuning.serve.session import UnknownPrefixError
 from ptuning.serve.web_talk import (
     EMPTY,
@@ -152,6 +153,20 @@ def test_a_verdict_never_reaches_the_model(session, cards, answer_with):
     talk = WebTalk(session, cards)
     end = last(talk.ask("v", EMPTY, "你好", ["base"], max_new_tokens=1))
     assert end.panes == ((("你好", "<<<api_call>>>: shop.title(repo='a/titles')"),), ())
+
+
+def test_the_model_is_asked_with_documents_that_the_page_does_not_show(session, cards, monkeypatch):
+    asked, chat = [], session.chat
+    monkeypatch.setattr(
+        session,
+        "chat",
+        lambda question, *a, **k: (asked.append(question), chat(question, *a, **k))[1],
+    )
+    talk = WebTalk(session, cards, prompt_maker(cards, 1))
+    end = last(talk.ask("v", EMPTY, "写标题", ["base"], max_new_tokens=1))
+    assert asked == [prompt_maker(cards, 1)("写标题")]
+    assert asked[0].startswith('写标题\n参考以下 API 文档：\n{"domain"')
+    assert end.panes[0][0][0] == "写标题"
 
 
 # The attribute editor: text to rows and back
