@@ -251,12 +251,11 @@ def _shown(
 
 
 def identifying_texts(card: Card) -> list[str]:
-    """Return the texts that tell a card from others: names with a slash, or any without such."""
+    """Return the texts among the identifying arguments that can be told from other words."""
     values = [] if card.call is None else card.call.values
     texts = [one.value for one in values if one.key != one.value and isinstance(one.value, str)]
     own = [text for text in texts if any(repr(text) in key for key in card.identifying)]
-    long = [text for text in own if len(text) >= MIN_VARIED and re.search("[a-zA-Z]", text)]
-    return [text for text in long if "/" in text] or long
+    return [text for text in own if len(text) >= MIN_VARIED and re.search("[a-zA-Z]", text)]
 
 
 def _invent(name: str, rng: Random) -> str:
