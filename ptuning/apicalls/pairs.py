@@ -9,7 +9,7 @@ the call is read from the document and not remembered.
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -173,7 +173,7 @@ def prompt_maker(cards: Cards, top_k: int) -> Callable[[str], str]:
     retriever = Retriever(cards)
 
     def make(question: str) -> str:
-        found = retriever.ranked(question, top_k) if top_k else []
+        found = retriever.ranked(question, top_k)
         return to_prompt(question, [cards[index].document for index in found])
 
     return make
@@ -212,7 +212,7 @@ def training_rows(
     rows = []
     for number, pair in enumerate([*pairs] * settings.copies, 1):
         rng = Random(f"{settings.seed}:{number}")
-        shown = list(_shown(pair, cards, settings, retriever, rng))
+        shown = _shown(pair, cards, settings, retriever, rng)
         documents = [cards[index].document for index in shown]
         if pair.card in shown and rng.random() < settings.vary:
             names = identifying_texts(cards[pair.card])
@@ -232,10 +232,10 @@ def _shown(
     settings: DocumentSettings,
     retriever: Retriever | None,
     rng: Random,
-) -> Iterator[int]:
-    """Yield the indices of the cards that a prompt shows, in a random order."""
+) -> list[int]:
+    """Return the indices of the cards that a prompt shows, in a random order."""
     if settings.retriever is None:
-        return
+        return []
     order = list(range(len(cards)))
     if retriever is None:
         rng.shuffle(order)
@@ -247,7 +247,7 @@ def _shown(
     if pair.card is not None and rng.random() < settings.p:
         chosen.append(pair.card)
     rng.shuffle(chosen)
-    yield from chosen
+    return chosen
 
 
 def identifying_texts(card: Card) -> list[str]:

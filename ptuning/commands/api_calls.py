@@ -136,7 +136,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     check_least(arguments, top_k=0, max_new_tokens=1)
     cards = read_common_cards(arguments.cards)
     source = open_source(arguments)
-    found = Retriever(cards).ranked(arguments.question, arguments.top_k) if arguments.top_k else []
+    found = Retriever(cards).ranked(arguments.question, arguments.top_k)
     prompt = to_prompt(arguments.question, [cards[index].document for index in found])
     length, context = source.num_tokens(prompt), source.context_length
     if length and context and length + arguments.max_new_tokens > context:
