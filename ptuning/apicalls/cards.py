@@ -119,7 +119,7 @@ def read_cards(path: Path, family: str | None = None) -> Cards:
     rows = read_raw_rows(open_data(path), None)
     given: list[tuple[dict[str, Any], str | None]] = []
     for row in rows:
-        fields = json.loads(write_json(row.columns))  # numbers as numbers
+        fields = fields_of(row)
         if isinstance(fields.get("function"), list):
             offered = [_of_function(row, function) for function in fields["function"]]
             given += [(one, str(fields.get("id"))) for one in offered]
@@ -136,6 +136,12 @@ def read_cards(path: Path, family: str | None = None) -> Cards:
         is_shared = call is not None and scope is None and shared[call.callee] > 1
         cards.append(_to_card(fields, call, family, scope, is_shared=is_shared))
     return Cards(cards, family)
+
+
+def fields_of(row: RawRow) -> dict[str, Any]:
+    """Return a row's columns with numbers as numbers, which RawRow keeps as they are written."""
+    fields: dict[str, Any] = json.loads(write_json(row.columns))
+    return fields
 
 
 def read_common_cards(path: Path) -> Cards:

@@ -1,16 +1,15 @@
 """Answers against references: what is counted, and the rows and page that show it."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptuning.apicalls.cards import NO_API, Cards
+from ptuning.apicalls.cards import NO_API, Cards, fields_of
 from ptuning.apicalls.pairs import CALL, DOMAIN, read_tags
 from ptuning.apicalls.verdicts import REASONS, CallVerdict, Reference, judge
 from ptuning.completions.journal import to_line
-from ptuning.data.parsing import open_data, write_json
+from ptuning.data.parsing import open_data
 from ptuning.data.raw_file import DataError, RawRow, number_of
 from ptuning.data.reading import read_raw_rows
 from ptuning.output import render_page
@@ -57,7 +56,7 @@ def read_references(path: Path) -> list[Reference]:
 
 
 def _to_reference(row: RawRow, number: int) -> Reference:
-    fields = json.loads(write_json(row.columns))  # numbers as numbers
+    fields = fields_of(row)
     row_id = str(fields.get(ID, fields.get("id", number)))
     if "ground_truth" in fields:
         try:
