@@ -36,7 +36,10 @@ ALLOWED = {
         *("ptuning.data", "ptuning.model", "ptuning.engine", "ptuning.completions"),
         *("ptuning.tunings", "ptuning.instruct"),
     },
-    "ptuning.nano": {"ptuning.data", "ptuning.instruct", "ptuning.model", "ptuning.tunings"},
+    "ptuning.nano": {
+        *("ptuning.data", "ptuning.model", "ptuning.tunings"),
+        *("ptuning.instruct", "ptuning.apicalls"),
+    },
 }
 PACKAGES = [name.removeprefix("ptuning.") for name in ALLOWED] + ["commands"]
 ALLOWED |= {

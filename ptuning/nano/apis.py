@@ -10,10 +10,9 @@ import json
 from random import Random
 from typing import NamedTuple
 
+from ptuning.apicalls.pairs import HEADINGS
 from ptuning.nano.grammar import CHARACTERS, WORDS, pick, shuffled
 
-REFERENCE = "参考以下 API 文档："
-ENGLISH_REFERENCE = "Use this API documentation for reference:"
 NONE_FITS = "没有合适的接口。"
 
 WORDS_OF_APIS: dict[str, list[list[str]]] = {
@@ -168,4 +167,5 @@ def ask_documents(rng: Random) -> tuple[str, str]:
     else:
         others[0] = right
     lines = [json.dumps(document, ensure_ascii=False) for document in shuffled(rng, others)]
-    return "\n".join((question, ENGLISH_REFERENCE if is_english else REFERENCE, *lines)), answer
+    heading = HEADINGS["en" if is_english else "zh"]
+    return "\n".join((question, heading, *lines)), answer

@@ -6,10 +6,9 @@ from random import Random
 import pytest
 
 from ptuning.apicalls.cards import DOCUMENT, REQUIRED, card_call
+from ptuning.apicalls.pairs import HEADINGS
 from ptuning.nano.apis import (
-    ENGLISH_REFERENCE,
     NONE_FITS,
-    REFERENCE,
     ask_documents,
     draw_topic,
     write_document,
@@ -25,7 +24,7 @@ def prompts() -> list[Prompt]:
 
 def read_prompt(prompt: str, answer: str) -> Prompt:
     question, *lines = prompt.split("\n")
-    assert not lines or lines[0] in (REFERENCE, ENGLISH_REFERENCE)
+    assert not lines or lines[0] in HEADINGS.values()
     return question, [json.loads(line) for line in lines[1:]], answer
 
 
