@@ -125,15 +125,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     more.add_argument(
         "--topics", type=Path, metavar="FILE", help="topics, one on each line; a prompt names one"
     )
-    more.add_argument("--temperature", type=float, default=1.0, help="of sampling: 1")
+    _add_sampling_flags(more)
     more.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling threshold: 1")
-    more.add_argument(
-        "--max_new_tokens",
-        type=int,
-        metavar="N",
-        help="longest completion; unset: half the context, at most 3072",
-    )
-    more.add_argument("--seed", type=int, default=42, help="of prompts and sampling: 42")
     more.add_argument("--max_requests", type=int, metavar="N", help="end after so many requests")
     more.add_argument(
         "--rouge_threshold",
@@ -315,14 +308,7 @@ def _api_write(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="FILE", help=".jsonl of rows to write")
     _add_both(parser, "--per_card", type=int, default=10, metavar="N", help="questions a card: 10")
     add("--language", choices=("zh", "en"), default="zh", help="of the questions: zh")
-    add("--temperature", type=float, default=1.0, help="of sampling: 1")
-    add(
-        "--max_new_tokens",
-        type=int,
-        metavar="N",
-        help="longest completion; unset: half the context, at most 3072",
-    )
-    add("--seed", type=int, default=42, help="of prompts and sampling: 42")
+    _add_sampling_flags(parser)
     _add_source_flags(parser)
 
 
@@ -361,6 +347,18 @@ def _api_eval(parser: argparse.ArgumentParser) -> None:
     )
     add("--details", type=Path, metavar="FILE", help=".jsonl of rows to write, with a page (.html)")
     add("--overwrite", action="store_true", help="replace --details if it is there")
+
+
+def _add_sampling_flags(group: Any) -> None:
+    """Add the flags of generate and api write that say how completions are sampled."""
+    group.add_argument("--temperature", type=float, default=1.0, help="of sampling: 1")
+    group.add_argument(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help="longest completion; unset: half the context, at most 3072",
+    )
+    group.add_argument("--seed", type=int, default=42, help="of prompts and sampling: 42")
 
 
 def add_serving_flags(parser: argparse.ArgumentParser) -> None:
