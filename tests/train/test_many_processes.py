@@ -187,12 +187,12 @@ def test_a_process_without_rows_holds_nobody_up_in_the_other_ways_of_tuning(
 
 
 def predict_argv(
-    launcher: Launcher, prefix: Path, out: Path, *, retention: bool = False
+    launcher: Launcher, prefix: Path, out: Path, *, retention: bool = False, batch_size: int = 2
 ) -> list[str]:
     test = f"--do_eval --do_predict --validation_file {launcher.folder}/dev.json"
     model = f"--model_name_or_path {NANO} --ptuning_checkpoint {prefix} --output_dir {out}"
     asked = f"--measure_retention {str(retention).lower()}"  # of 40 more prompts
-    return f"{test} {model} {COMMON} {asked} --per_device_eval_batch_size 2".split()
+    return f"{test} {model} {COMMON} {asked} --per_device_eval_batch_size {batch_size}".split()
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_every_process_answers_with_the_best_prefix(launcher, tmp_path):
 def test_shares_that_were_answered_before_a_stop_are_not_answered_again(
     launcher, trained, tmp_path
 ):
-    argv = predict_argv(launcher, trained / "prefix", tmp_path)
+    argv = predict_argv(launcher, trained / "prefix", tmp_path, batch_size=1)  # rows in order
     statuses = launcher.start(argv, 2, fail={"process": 1, "row": 1})
     assert 0 not in statuses
     parts = sorted(tmp_path.glob("generated_predictions.part?of2.txt"))
